@@ -1,0 +1,272 @@
+"""What a ROSS model is made of: the frozen dataclasses behind a checkpoint's `config.json`.
+
+Nothing here imports torch, so that `--help` and every start-up check are instant. The vision tower and the VAE keep
+the configuration dictionary of their library word for word; the language model keeps Hugging Face's field names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT = "ross_mcore"
+FORMAT_VERSION = 1
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded once, at conversion, so that one checkpoint fits every tensor-parallel degree dividing it."""
+
+DENOISER_WIDTHS = {8: 1280, 12: 1536}
+"""Width of `denoiser_vit{N}x` by depth N, 1024 otherwise (reference multimodal_projector/builder.py:47-66)."""
+
+
+class ArchitectureError(ValueError):
+    """A model description that is malformed or that this trainer does not implement; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A Qwen2 or Llama decoder, in the field names of its Hugging Face `config.json`."""
+
+    model_type: Literal["qwen2", "llama"]
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ArchitectureError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and output matrices: `vocab_size` rounded up to `VOCAB_MULTIPLE`."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @classmethod
+    def from_huggingface(cls, config: dict[str, Any]) -> LanguageConfig:
+        """Reads the dictionary of an HF `config.json` (transformers 4.x and 5.x spellings of rope).
+
+        Raises ArchitectureError for a family or a feature (rope scaling, sliding window in use, attention bias on the
+        output projection) that is not implemented.
+        """
+        family = str(config.get("model_type", "")).removeprefix("ross_")
+        if family not in ("qwen2", "llama"):
+            raise ArchitectureError(f"model_type {config.get('model_type')!r}: only qwen2 and llama are implemented")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ArchitectureError(f"hidden_act {config['hidden_act']!r} is not implemented; expected 'silu'")
+        if config.get("use_sliding_window"):
+            raise ArchitectureError("use_sliding_window=true is not implemented; set it to false")
+        if family == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
+            raise ArchitectureError("Llama with attention_bias or mlp_bias is not implemented")
+        rope = config.get("rope_parameters") or {}
+        scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k not in ("rope_theta",)}
+        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+        if kind != "default":
+            raise ArchitectureError(f"rope scaling of type {kind!r} is not implemented; only plain rotary embeddings")
+        try:
+            heads = int(config["num_attention_heads"])
+            return cls(
+                model_type=family,  # type: ignore[arg-type]
+                hidden_size=int(config["hidden_size"]),
+                intermediate_size=int(config["intermediate_size"]),
+                num_hidden_layers=int(config["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+                vocab_size=int(config["vocab_size"]),
+                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                qkv_bias=family == "qwen2",
+                initializer_range=float(config.get("initializer_range", 0.02)),
+            )
+        except KeyError as missing:
+            raise ArchitectureError(f"the language model's config.json has no key {missing}") from None
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP or CLIP vision tower: its HF vision configuration, word for word, and how ROSS reads it."""
+
+    huggingface: dict[str, Any]
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    select_layer: int = -2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_mean", tuple(self.image_mean))
+        object.__setattr__(self, "image_std", tuple(self.image_std))
+        if self.model_type not in ("siglip_vision_model", "clip_vision_model"):
+            raise ArchitectureError(f"vision model_type {self.model_type!r}: only SigLIP and CLIP are implemented")
+        if not -self.num_layers - 1 <= self.select_layer <= -1:
+            raise ArchitectureError(f"select_layer={self.select_layer} with {self.num_layers} vision layers")
+
+    @property
+    def model_type(self) -> str:
+        return str(self.huggingface.get("model_type"))
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.huggingface["num_hidden_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.huggingface["hidden_size"])
+
+    @property
+    def image_size(self) -> int:
+        return int(self.huggingface["image_size"])
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // int(self.huggingface["patch_size"])
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens an image takes in the language model's sequence (`image_embed_len`): 576 or 729 at full size."""
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The MLP between tower and language model; `projector_type` is `linear` or `mlp{N}x_gelu`."""
+
+    projector_type: str = "mlp2x_gelu"
+
+    def __post_init__(self) -> None:
+        if self.projector_type != "linear" and not re.fullmatch(r"mlp[1-9]\d*x_gelu", self.projector_type):
+            raise ArchitectureError(f"projector_type {self.projector_type!r}: expected linear or mlp<N>x_gelu")
+
+    @property
+    def depth(self) -> int:
+        """Number of Linear layers."""
+        return 1 if self.projector_type == "linear" else int(self.projector_type[3 : self.projector_type.index("x")])
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The DiT that denoises latents (reference denoiser_dit.py); the condition is the language model's hidden state."""
+
+    depth: int = 3
+    width: int = 1024
+    num_heads: int = 16
+    draws: int = 4
+    """(timestep, noise) draws per image and step: the reference tiles its batch four times."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads or self.width % 4:
+            raise ArchitectureError(f"denoiser width {self.width} is not a multiple of {self.num_heads} heads and of 4")
+
+    @classmethod
+    def from_type(cls, denoiser_type: str, width: int | None = None) -> DenoiserConfig:
+        """`denoiser_vit3x` -> depth 3, width 1024; `width` overrides the reference's table (small models)."""
+        match = re.fullmatch(r"denoiser_vit([1-9]\d*)x", denoiser_type)
+        if not match:
+            raise ArchitectureError(f"denoiser type {denoiser_type!r}: expected denoiser_vit<depth>x")
+        depth = int(match[1])
+        return cls(depth=depth, width=width or DENOISER_WIDTHS.get(depth, 1024))
+
+
+@dataclass(frozen=True)
+class PixelDecoderConfig:
+    """The frozen diffusers `AutoencoderKL`: its configuration, word for word."""
+
+    diffusers: dict[str, Any]
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.diffusers["latent_channels"])
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along one side (8 for FLUX)."""
+        return 2 ** (len(self.diffusers["block_out_channels"]) - 1)
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of one latent token: 2x2 latent pixels grouped (`mm_inv_hidden_size`, 64 for FLUX)."""
+        return 4 * self.latent_channels
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model. Without `denoiser` and `pixel_decoder` it is plain LLaVA, trained on lm_loss alone."""
+
+    language: LanguageConfig
+    vision: VisionConfig
+    projector: ProjectorConfig
+    denoiser: DenoiserConfig | None
+    pixel_decoder: PixelDecoderConfig | None
+
+    def __post_init__(self) -> None:
+        if (self.denoiser is None) != (self.pixel_decoder is None):
+            raise ArchitectureError("denoiser and pixel_decoder come together: one is given, the other is missing")
+
+    @property
+    def decode_image_size(self) -> int:
+        """Side in pixels at which an image is encoded so that it has one latent token per image token (ARCH:95)."""
+        if self.pixel_decoder is None:
+            raise ArchitectureError("this model has no pixel decoder, so it cannot encode or reconstruct pictures")
+        return self.vision.grid * self.pixel_decoder.downsampling * 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "config.json") -> ModelConfig:
+        """Rebuilds the configuration; `source` names the file in errors."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ArchitectureError(
+                f"{source} is not a {FORMAT} model description; convert the model with tools/convert_hf_to_mcore.py"
+            )
+        if data.get("version") != FORMAT_VERSION:
+            raise ArchitectureError(f"{source} has format version {data.get('version')!r}; this code reads 1")
+        parts = {
+            "language": LanguageConfig,
+            "vision": VisionConfig,
+            "projector": ProjectorConfig,
+            "denoiser": DenoiserConfig,
+            "pixel_decoder": PixelDecoderConfig,
+        }
+        built = {}
+        for name, part in parts.items():
+            section = data.get(name)
+            if section is None and name in ("denoiser", "pixel_decoder"):
+                built[name] = None
+                continue
+            if not isinstance(section, dict):
+                raise ArchitectureError(f"{source}: section {name!r} is missing or not a mapping")
+            try:
+                built[name] = part(**section)
+            except (TypeError, KeyError) as error:
+                raise ArchitectureError(f"{source}: section {name!r}: {error}") from None
+        return cls(**built)
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """Reads `checkpoint/config.json`. Raises ArchitectureError naming the file when it is missing or malformed."""
+    path = Path(checkpoint) / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArchitectureError(f"{path} does not exist: {checkpoint} is not a checkpoint of this trainer") from None
+    except (OSError, ValueError) as error:
+        raise ArchitectureError(f"{path} cannot be read: {error}") from None
+    return ModelConfig.from_dict(data, str(path))

@@ -1,0 +1,87 @@
+"""PURE: forward floating-point operations of every part of a model, the base of stage balance and of the MFU figure.
+
+One multiply-add counts as two operations. Norms, activations and rotary embeddings are left out (under 1%).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ross_mcore.architecture import ModelConfig
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Forward operations of one sample, by part."""
+
+    vision_model: float
+    vision_projection: float
+    layer: float
+    output_layer: float
+    pixel_decoder: float
+    denoiser: float
+
+
+def forward_flops(model: ModelConfig, tokens: float, labelled_tokens: float, images: float = 1.0) -> ForwardFlops:
+    """Operations of one sample of `tokens` tokens (image tokens included) and `images` images.
+
+    Causal attention counts the half of the score matrix that is computed by a causal kernel. The vocabulary
+    projection runs at `labelled_tokens` positions only.
+    """
+    language, vision = model.language, model.vision
+    width, head_width = language.hidden_size, language.head_dim
+    query, key = language.num_attention_heads * head_width, language.num_key_value_heads * head_width
+    layer = 2 * tokens * width * (2 * query + 2 * key + 3 * language.intermediate_size) + 2 * tokens**2 * query
+
+    patches, inner = vision.image_tokens, vision.hidden_size
+    tower_layer = 2 * patches * inner * (4 * inner + 2 * int(vision.huggingface["intermediate_size"]))
+    tower_layer += 4 * patches**2 * inner
+    layers_run = vision.num_layers + 1 + vision.select_layer
+    patch_pixels = 3 * int(vision.huggingface["patch_size"]) ** 2
+    tower = layers_run * tower_layer + 2 * patches * patch_pixels * inner
+    projector = 2 * patches * width * (inner + (model.projector.depth - 1) * width)
+
+    return ForwardFlops(
+        vision_model=images * tower,
+        vision_projection=images * projector,
+        layer=layer,
+        output_layer=2 * labelled_tokens * width * language.padded_vocab_size,
+        pixel_decoder=images * _encoder_flops(model) if model.pixel_decoder else 0.0,
+        denoiser=images * _denoiser_flops(model) if model.denoiser else 0.0,
+    )
+
+
+def _denoiser_flops(model: ModelConfig) -> float:
+    """Forward operations of the denoiser for one image: every draw, the condition embedded once."""
+    denoiser, pixels = model.denoiser, model.pixel_decoder
+    if denoiser is None or pixels is None:
+        raise ValueError("the model has no denoiser")
+    width, tokens = denoiser.width, model.vision.image_tokens
+    # qkv + projection (4), MLP of ratio 4 (8), adaptive norm to six vectors (6), all width x width per token
+    block = 2 * tokens * width * width * 18 + 4 * tokens**2 * width
+    ends = 2 * tokens * width * (2 * pixels.token_channels + 2 * width)
+    return denoiser.draws * (denoiser.depth * block + ends) + 2 * tokens * model.language.hidden_size * width
+
+
+def _encoder_flops(model: ModelConfig) -> float:
+    """Forward operations of the VAE encoder for one image (diffusers AutoencoderKL, convolutions and mid attention)."""
+    if model.pixel_decoder is None:
+        raise ValueError("the model has no pixel decoder")
+    config = model.pixel_decoder.diffusers
+    channels = [int(c) for c in config["block_out_channels"]]
+    side = float(model.decode_image_size)
+    total = 2 * side**2 * 9 * 3 * channels[0]
+    previous = channels[0]
+    for index, width in enumerate(channels):
+        for _ in range(int(config.get("layers_per_block", 1))):
+            total += 2 * side**2 * 9 * (previous * width + width * width) + (previous != width) * 2 * side**2 * (
+                previous * width
+            )
+            previous = width
+        if index < len(channels) - 1:
+            side /= 2
+            total += 2 * side**2 * 9 * width * width
+    middle = 2 * side**2 * (4 * 9 * previous**2)
+    if config.get("mid_block_add_attention", True):
+        middle += 2 * side**2 * 4 * previous**2 + 4 * side**4 * previous
+    return total + middle + 2 * side**2 * 9 * previous * 2 * int(config["latent_channels"])

@@ -1,0 +1,143 @@
+"""The one file that names cuda, nccl or gloo: which device this process uses, and mcore's adaptation to machines
+without a GPU.
+
+megatron-core 0.16.1 names CUDA in places that no argument reaches (`device="cuda"` literals, `torch.cuda` calls, tensor
+type names). `prepare()` maps each of them to the CPU when there is no GPU, and does nothing when there is one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
+
+
+@functools.lru_cache(maxsize=None)
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its own GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective library for that device."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this process has held: allocated GPU memory, or resident memory on the CPU."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize() -> None:
+    """Waits for the device, so that a clock read afterwards is true."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+@functools.lru_cache(maxsize=None)
+def prepare() -> None:
+    """Makes megatron-core usable on this machine. Call once, before anything imports megatron.core."""
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine|TE|apex).*not installed.*")
+    warnings.filterwarnings("ignore", message="CUDA_DEVICE_MAX_CONNECTIONS|.*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core\..*")
+    if not has_gpu():
+        _stand_in_for_cuda()
+
+
+def initialize_process_group(timeout_minutes: float) -> None:
+    """Joins the processes that torchrun started, or makes a group of one when started by hand."""
+    if torch.distributed.is_initialized():
+        return
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend(), timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _on_cpu(where: Any) -> Any:
+    """`cuda`, `cuda:0` and device('cuda') become the CPU; anything else stays."""
+    if isinstance(where, str) and where.startswith("cuda"):
+        return torch.device("cpu")
+    if isinstance(where, torch.device) and where.type == "cuda":
+        return torch.device("cpu")
+    return where
+
+
+def _stand_in_for_cuda() -> None:
+    """The adaptation itself; each line names the mcore source that needs it."""
+    cuda, cpu = torch.cuda, torch.device("cpu")
+
+    # device=torch.cuda.current_device() is how most of mcore asks for "my device"
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda device=None: None
+    # tensor_parallel/random.py: the generator of "the device" is the CPU's own
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None
+
+    # literal device="cuda": pipeline_parallel/schedules.py, optimizer/optimizer.py, optimizer/clip_grads.py
+    def remapped(factory: Any) -> Any:
+        @functools.wraps(factory)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return call
+
+    for name in _FACTORIES:
+        setattr(torch, name, remapped(getattr(torch, name)))
+    # x.cuda(): models/common/language_module
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+    # optimizer/ compares Tensor.type() with 'torch.cuda.FloatTensor'; only callers inside it see the alias
+    plain_type = torch.Tensor.type
+
+    def type_as_mcore_expects(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain_type(self, *args, **kwargs)
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if not args and not kwargs and asked_by.startswith("megatron.core.optimizer"):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = type_as_mcore_expects  # type: ignore[method-assign]
+
+    # jit.py: the fuser is torch.compile, which costs seconds per fused function and a C++ compiler
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()
+    # tensor_parallel/random.py defers the setting of generators through a CUDA hook that never runs here
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

@@ -1,0 +1,41 @@
+"""Packaging of ross_mcore. Versions that were tested together are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="ross_mcore",
+    version="0.1.0",
+    description="Model-parallel training of ROSS (reconstructive visual instruction tuning) on Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ross_mcore", "ross_mcore.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",
+        "transformers>=5.0",
+        "diffusers>=0.36",
+        "webdataset>=1.0",
+        "tokenizers",
+        "safetensors>=0.5",
+        "sentencepiece",
+        "numpy",
+        "pillow",
+        "einops",
+        "pyyaml",
+        "rich",
+        "tensorboard",
+        "psutil",
+    ],
+    extras_require={
+        # Apex is not on PyPI: build it from its repository with --cpp_ext and --cuda_ext. It is optional; it brings
+        # fused gradient accumulation. Transformer Engine and flash-attn compile against the installed torch and CUDA.
+        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "pre-commit"],
+    },
+)

@@ -1,0 +1,294 @@
+"""The options of a training run: frozen dataclasses that validate themselves.
+
+One field is one flag, and the text under a field is the flag's help (see flags.py). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from ross_mcore.architecture import ModelConfig
+
+
+class ConfigError(ValueError):
+    """Options that cannot work; the message names the flag and the remedy."""
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def _not_negative(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """Parallel layout"""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every decoder layer (T). Must divide the attention and key-value heads."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages (P). The vision tower is on the first, denoiser and VAE on the last."""
+    pipeline_layout: str = "auto"
+    """Decoder layers of every stage: auto balances vision tower, VAE and denoiser against layers, even ignores them, or give them as 8,8,8,4."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Interleaved schedule (virtual pipeline). Not available yet."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the sequence within a tensor-parallel group."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes")
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """Precision and kernels"""
+
+    bf16: bool = False
+    """Compute the vision tower and the language model in bfloat16, with fp32 master weights; the denoiser stays fp32."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """FP8 linear layers in the language model. Needs --transformer-impl transformer_engine and --bf16."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """local: SDPA attention, runs anywhere. transformer_engine: NVIDIA's fused kernels."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in backward: full layers, or selective (core attention only)."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data"""
+
+    data_path: str | None = None
+    """Folder of tar shards with an index, written by tools/make_shards.py."""
+    seq_length: int = 2048
+    """Longest row in tokens, image tokens included. Longer text is cut; a sample whose image would be cut is skipped."""
+    template: Literal["plain", "qwen_2", "v1"] | None = None
+    """Conversation template. Default: plain for --training-stage pretrain, qwen_2 (Qwen2) or v1 (Llama) for finetune."""
+    image_aspect_ratio: Literal["square", "pad"] | None = None
+    """square: the image processor alone. pad: centre on a square first. Default: square for pretrain, pad for finetune."""
+    supervise_final_eos: bool = True
+    """Template qwen_2: supervise the last <|im_end|> too. The reference does not (--no-supervise-final-eos)."""
+    num_workers: int = 2
+    """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "seq_length")
+        _not_negative(self, "num_workers")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training"""
+
+    training_stage: Literal["pretrain", "finetune"] = "pretrain"
+    """pretrain: projector and denoiser train, the language model is frozen. finetune: the language model trains as well."""
+    micro_batch_size: int = 1
+    """Rows a pipeline stage computes at once."""
+    global_batch_size: int | None = None
+    """Rows of one optimizer step over all ranks. Default: micro-batch size x data-parallel size."""
+    train_iters: int | None = None
+    """Optimizer steps of the whole run; or give --train-epochs."""
+    train_epochs: float | None = None
+    """Passes over the data; or give --train-iters."""
+    seed: int = 42
+    """Data order, timesteps, diffusion and posterior noise all follow from it, in every layout."""
+    max_bad_steps: int = 10
+    """End the run after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
+    exit_duration_in_mins: float | None = None
+    """Save and exit 0 after this many minutes."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_epochs", "max_bad_steps")
+        _positive(self, "exit_duration_in_mins")
+        if self.train_iters is not None and self.train_epochs is not None:
+            raise ConfigError("--train-iters and --train-epochs exclude each other; give one")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer and schedule"""
+
+    lr: float = 1e-3
+    """Peak learning rate (AdamW)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up, to the end of the run."""
+    lr_warmup_fraction: float | None = None
+    """Share of the run that warms up linearly from zero (0.03 if neither this nor --lr-warmup-iters is given)."""
+    lr_warmup_iters: int | None = None
+    """Warm-up in iterations; or give --lr-warmup-fraction."""
+    projector_lr: float | None = None
+    """Peak rate of the projector. Default: --lr."""
+    denoiser_lr: float | None = None
+    """Peak rate of the denoiser. Default: --lr."""
+    vision_lr: float | None = None
+    """Train the vision tower as well, at this peak rate. Default: the tower is frozen."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Clip the global gradient norm; 0 turns clipping off, as in the reference."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "lr", "min_lr", "lr_warmup_fraction", "lr_warmup_iters", "projector_lr", "denoiser_lr")
+        _not_negative(self, "weight_decay", "clip_grad")
+        _positive(self, "adam_eps", "vision_lr")
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters is not None:
+            raise ConfigError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; give one")
+        if (self.lr_warmup_fraction or 0) >= 1:
+            raise ConfigError(f"--lr-warmup-fraction must be below 1, got {self.lr_warmup_fraction}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Checkpoints"""
+
+    load: str | None = None
+    """Where to start from: a converted model, or a run. A run of the same training stage is continued exactly; weights of another stage start a new run."""
+    save: str | None = None
+    """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. If it already holds a checkpoint, the run continues from there."""
+    finetune: bool = False
+    """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage."""
+    save_interval: int | None = None
+    """Save every N iterations; the end of the run, SIGTERM, SIGINT and --exit-duration-in-mins save as well."""
+    save_retain_interval: int | None = None
+    """Keep every checkpoint whose iteration is a multiple of N, whatever --keep-last says."""
+    keep_last: int | None = None
+    """Keep the newest N checkpoints. Default: all."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "save_interval", "save_retain_interval", "keep_last")
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """Logging and evaluation"""
+
+    log_interval: int = 10
+    """Console line and TensorBoard scalars every N iterations; metrics.jsonl has every iteration."""
+    eval_interval: int | None = None
+    """Every N iterations, reconstruct some training pictures from the model's image states into TensorBoard."""
+    eval_images: int = 6
+    """How many pictures that is."""
+    tensorboard_dir: str | None = None
+    """Default: SAVE/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "log_interval", "eval_interval", "eval_images")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run, by section."""
+
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+
+    @classmethod
+    def from_flat(cls, **values: object) -> Config:
+        """Builds the sections from flag names (underscores). Raises ConfigError for a name that is no flag."""
+        sections = {}
+        for section in fields(cls):
+            part = SECTIONS[section.name]
+            names = {f.name for f in fields(part)}
+            sections[section.name] = part(**{name: values.pop(name) for name in sorted(names & values.keys())})
+        if values:
+            raise ConfigError(f"no such option: {', '.join(sorted(values))}")
+        return cls(**sections)
+
+    def flat(self) -> dict[str, object]:
+        """Flag names to values, the inverse of `from_flat`."""
+        return {name: value for part in vars(self).values() for name, value in vars(part).items()}
+
+    def template(self, model: ModelConfig) -> str:
+        """The conversation template, by default that of the stage and the language model's family."""
+        if self.data.template:
+            return self.data.template
+        if self.training.training_stage == "pretrain":
+            return "plain"
+        return "qwen_2" if model.language.model_type == "qwen2" else "v1"
+
+    @property
+    def image_aspect_ratio(self) -> str:
+        return self.data.image_aspect_ratio or ("square" if self.training.training_stage == "pretrain" else "pad")
+
+
+SECTIONS = {
+    "parallel": ParallelOptions,
+    "execution": ExecutionOptions,
+    "data": DataOptions,
+    "training": TrainingOptions,
+    "optimizer": OptimizerOptions,
+    "checkpoint": CheckpointOptions,
+    "logging": LoggingOptions,
+}
+
+
+def check(config: Config, *, data_parallel_size: int, backend: str, has_transformer_engine: bool) -> None:
+    """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy."""
+    parallel, execution, training, checkpoint = config.parallel, config.execution, config.training, config.checkpoint
+    for name in ("load", "save"):
+        if not getattr(checkpoint, name):
+            raise ConfigError(f"--{name} is missing; see pretrain_ross.py --help")
+    if not config.data.data_path:
+        raise ConfigError("--data-path is missing; make shards with tools/make_shards.py")
+    if training.train_iters is None and training.train_epochs is None:
+        raise ConfigError("give --train-iters or --train-epochs")
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        on_gloo = " (and on gloo mcore's interleaved schedule gives wrong numbers)" if backend == "gloo" else ""
+        raise ConfigError(
+            f"--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not available yet{on_gloo}; "
+            "remove the flag and balance stages with --pipeline-layout"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size 2 or more; remove it")
+    if execution.transformer_impl == "transformer_engine" and not has_transformer_engine:
+        raise ConfigError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; install it with "
+            "pip install 'ross_mcore[gpu]' on a machine with a CUDA GPU, or use --transformer-impl local"
+        )
+    if execution.fp8_format is not None and execution.transformer_impl != "transformer_engine":
+        raise ConfigError(
+            f"--fp8-format {execution.fp8_format} needs --transformer-impl transformer_engine; "
+            "remove --fp8-format or install Transformer Engine on a GPU machine"
+        )
+    if execution.fp8_format is not None and not execution.bf16:
+        raise ConfigError("--fp8-format needs --bf16")
+    if training.global_batch_size is not None:
+        rows = data_parallel_size * training.micro_batch_size
+        if training.global_batch_size % rows:
+            raise ConfigError(
+                f"--global-batch-size {training.global_batch_size} is not a multiple of data-parallel size "
+                f"{data_parallel_size} x --micro-batch-size {training.micro_batch_size} = {rows}; "
+                f"use a multiple of {rows}"
+            )

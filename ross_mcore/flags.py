@@ -1,0 +1,148 @@
+"""Dataclass fields -> command-line flags and YAML keys. Nothing else parses training arguments.
+
+A field's name is its flag, its type the flag's type, its default the flag's default, and the text under it in the
+source is the flag's help. YAML files given with `--config` hold the same names; flags on the command line win, later
+files win over earlier ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ross_mcore.config import SECTIONS, Config, ConfigError
+
+DESCRIPTION = """\
+Train a ROSS model: a vision tower, a projector and a Qwen2 or Llama language model on lm_loss, and a denoiser that
+reconstructs the image's latents from the model's own image states on vm_loss. The architecture is read from --load.
+"""
+EPILOG = """\
+example, four processes as two pipeline stages of two tensor-parallel ranks:
+  torchrun --nproc-per-node 4 pretrain_ross.py --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \\
+      --load base --data-path shards --save runs/pretrain --train-iters 1000 --global-batch-size 64
+The same command again continues a run that was stopped.
+"""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def field_help(section: type) -> dict[str, str]:
+    """Field name -> the string literal under it in the class body."""
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    texts: dict[str, str] = {}
+    for statement, after in zip(body, body[1:]):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            texts[statement.target.id] = " ".join(str(after.value.value).split())
+    return texts
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; every default is suppressed so that what was given can be told from what was not."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain_ross.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="YAML", help="options from a YAML file; repeatable"
+    )
+    for section in SECTIONS.values():
+        group = parser.add_argument_group((section.__doc__ or section.__name__).strip())
+        hints, texts = typing.get_type_hints(section), field_help(section)
+        for item in dataclasses.fields(section):
+            kind = _without_none(hints[item.name])
+            default = "" if item.default is None else f" [{item.default}]"
+            options: dict[str, Any] = {
+                "dest": item.name,
+                "default": argparse.SUPPRESS,
+                "help": (texts[item.name] + default).replace("%", "%%"),
+            }
+            if kind is bool:
+                group.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, **options)
+            elif typing.get_origin(kind) is typing.Literal:
+                group.add_argument(flag(item.name), choices=typing.get_args(kind), **options)
+            else:
+                metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+                group.add_argument(flag(item.name), type=kind, metavar=metavar, **options)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Command line and YAML -> Config; prints one paragraph and exits 2 when something is wrong."""
+    parser = build_parser()
+    given = vars(parser.parse_args(argv))
+    files = given.pop("config")
+    try:
+        merged: dict[str, Any] = {}
+        for path in files:
+            merged.update(read_yaml(path, parser))
+        merged.update(given)
+        return Config.from_flat(**merged)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+class _Refusing(argparse.ArgumentParser):
+    """Turns argparse's exit into a ConfigError that names the YAML file."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Options from a YAML mapping of flag names (dashes or underscores), checked as the command line is."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of option names to values")
+    known = {name for section in SECTIONS.values() for name in (f.name for f in dataclasses.fields(section))}
+    tokens: list[str] = []
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"--config {path}: unknown option {key!r}{hint}")
+        if isinstance(value, bool):
+            tokens.append(flag(name) if value else "--no-" + flag(name)[2:])
+        elif isinstance(value, (str, int, float)):
+            tokens.append(f"{flag(name)}={value}")
+        elif value is not None:
+            raise ConfigError(f"--config {path}: {key} must be a single value, got {type(value).__name__}")
+    strict = _Refusing(prog=parser.prog, parents=[parser], add_help=False, conflict_handler="resolve")
+    try:
+        values = vars(strict.parse_args(tokens))
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    values.pop("config", None)
+    return values
+
+
+def _without_none(kind: Any) -> Any:
+    """`int | None` -> `int`."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind

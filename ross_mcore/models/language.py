@@ -1,0 +1,191 @@
+"""The language model: Qwen2 or Llama as mcore GPT layers, on the `local` or the Transformer Engine layer spec.
+
+Legend: S tokens a row, B rows, D hidden size, N selected positions, T tensor-parallel size, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from ross_mcore import platform
+from ross_mcore.architecture import LanguageConfig
+from ross_mcore.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the model is computed, as against what it is: precision, kernels, memory."""
+
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    recompute_granularity: Literal["full", "selective"] | None = None
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm that sequence parallelism knows about (mcore's WrappedTorchNorm refuses it, torch_norm.py:32).
+
+    Under sequence parallelism each rank normalises its part of the sequence, so the weight's gradient is a part as
+    well: the `sequence_parallel` mark makes mcore sum it over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class SDPACoreAttention(nn.Module):
+    """Causal core attention through torch's scaled_dot_product_attention, with grouped queries.
+
+    Rows are right-padded, so the causal mask alone keeps padding away from real tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """query [S, B, heads/T, head_dim], key and value [S, B, groups/T, head_dim] -> [S, B, heads/T * head_dim]."""
+        if attention_mask is not None:
+            raise ValueError("the local attention is causal over right-padded rows and takes no explicit mask")
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def transformer_config(language: LanguageConfig, groups: Groups, execution: Execution) -> TransformerConfig:
+    """mcore's configuration of this language model in this layout."""
+    layout = groups.layout
+    recompute: dict[str, Any] = {}
+    if execution.recompute_granularity == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif execution.recompute_granularity == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return TransformerConfig(
+        num_layers=language.num_hidden_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.intermediate_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_key_value_heads,
+        kv_channels=language.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=execution.dtype,
+        pipeline_dtype=execution.dtype,
+        bf16=execution.dtype == torch.bfloat16,
+        fp8=execution.fp8_format,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        pipeline_model_parallel_layout=layout.megatron_pipeline_layout(),
+        sequence_parallel=execution.sequence_parallel and layout.tensor_parallel > 1,
+        # both losses carry their own global denominators: DDP must sum, the schedule must not divide
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not platform.has_gpu(),
+        deallocate_pipeline_outputs=True,
+        # fusions need Transformer Engine or Apex; the Transformer Engine spec brings its own
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        **recompute,
+    )
+
+
+def layer_spec(execution: Execution, num_layers: int) -> TransformerBlockSubmodules | ModuleSpec:
+    """The decoder layers of one stage: mcore's own Transformer Engine spec, or the local one with SDPA and RMSNorm."""
+    if execution.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose last stage returns hidden states, so that the denoiser and the vocabulary can share them.
+
+    ROSS conditions its denoiser on what the output layer sees: the states after the final norm. Logits are made only
+    at the positions a caller asks for, because image positions (most of a sequence) never have a label.
+    """
+
+    def __init__(self, language: LanguageConfig, config: TransformerConfig, groups: Groups, execution: Execution):
+        stage = groups.stage
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layer_spec(execution, len(stage.layers)),
+            vocab_size=language.padded_vocab_size,
+            max_sequence_length=language.max_position_embeddings,
+            pre_process=stage.is_first,
+            post_process=stage.is_last,
+            share_embeddings_and_output_weights=language.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=language.rope_theta,  # type: ignore[arg-type]
+            scatter_embedding_sequence_parallel=False,
+        )
+        self.real_vocab_size = language.vocab_size
+        self.tensor_group = groups.tensor
+        if stage.is_last:
+            # the rows given to the output layer are already gathered over the sequence
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = groups.tensor.size() > 1
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The last-stage hook (gpt_model.py:_postprocess): hidden states instead of logits or a loss."""
+        return hidden_states
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """rows [N, D], whole on every rank -> this rank's columns of the logits [N, V/T], fp32, -inf at padding."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(rows, weight=weight)
+        columns = logits.shape[-1]
+        first = self.tensor_group.rank() * columns
+        logits = logits.float()
+        if first + columns > self.real_vocab_size:
+            padding = torch.arange(first, first + columns, device=logits.device) >= self.real_vocab_size
+            logits = logits.masked_fill(padding, float("-inf"))
+        return logits
+
+    def token_losses(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """rows [N, D] and labels [N] -> cross-entropy of each row [N] in fp32, over the real vocabulary."""
+        return tensor_parallel.vocab_parallel_cross_entropy(self.logits(rows), labels)

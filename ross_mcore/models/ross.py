@@ -1,0 +1,158 @@
+"""The whole model, of which each rank builds only its pipeline stage's parts.
+
+Legend: B rows, S tokens a row, D hidden size, I images of the micro-batch, J images of this tensor-parallel rank's
+share, N tokens an image. Hidden states travel as [S, B, D], or [S/T, B, D] under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.batch import Batch
+from ross_mcore.models import diffusion, image_tokens
+from ross_mcore.models.denoiser import Denoiser
+from ross_mcore.models.language import Execution, LanguageModel, transformer_config
+from ross_mcore.models.pixel_decoder import PixelDecoder
+from ross_mcore.models.projector import VisionProjection
+from ross_mcore.models.vision import VisionModel
+from ross_mcore.parallel import split
+from ross_mcore.parallel.groups import Groups
+from ross_mcore.parallel.layout import share_of
+
+
+class RossModel(MegatronModule):
+    """Vision tower and projector on the first stage, decoder layers on all, denoiser and VAE on the last.
+
+    `forward` returns what the pipeline passes on, and on the last stage what was asked for: with `output="losses"` a
+    [2] tensor of sums, (cross-entropy over the labels, reconstruction loss over the images); with `output="hidden"` the
+    hidden states [S, B, D] after the final norm, whole on every tensor-parallel rank. `seed` keys the random draws of
+    the denoiser (see diffusion.keyed_draws).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups: Groups,
+        execution: Execution,
+        *,
+        seed: int = 0,
+        train_vision: bool = False,
+        with_pixel_decoder: bool = True,
+    ) -> None:
+        super().__init__(config=transformer_config(model.language, groups, execution))
+        stage = groups.stage
+        self.model, self.groups, self.seed = model, groups, seed
+        self.pre_process, self.post_process = stage.is_first, stage.is_last
+        self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
+        self.language_model = LanguageModel(model.language, self.config, groups, execution)
+        width = model.language.hidden_size
+        if stage.is_first:
+            self.vision_model = VisionModel(model.vision, trainable=train_vision).to(execution.dtype)
+            self.vision_projection = VisionProjection(model.projector, model.vision.hidden_size, width).to(
+                execution.dtype
+            )
+        if stage.is_last and model.denoiser and model.pixel_decoder:
+            # the denoiser computes in fp32 whatever the precision of the run (reference ross_arch.py:466-512)
+            self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
+            self.schedule = diffusion.Schedule.cosine()
+            if with_pixel_decoder:
+                self.pixel_decoder = PixelDecoder(
+                    model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
+                )
+        self.to(platform.device())
+        for part in ("vision_model", "vision_projection", "denoiser"):
+            if hasattr(self, part):
+                split.average_over_tensor_group(getattr(self, part))
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Takes the previous stage's hidden states (called by mcore's schedules)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight of this stage, for mcore's gradient sum over the first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder layers (mcore's schedules number their micro-batches through it)."""
+        return self.language_model.decoder
+
+    def forward(self, batch: Batch | None, output: Literal["losses", "hidden"] = "losses") -> Tensor:
+        """One micro-batch through this stage; middle stages take no batch."""
+        if (self.pre_process or self.post_process) and batch is None:
+            raise ValueError("the first and the last pipeline stage need the batch")
+        hidden = self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=self._embed(batch) if self.pre_process and batch is not None else None,
+        )
+        if not self.post_process or batch is None:
+            return hidden
+        if self.config.sequence_parallel:
+            # what follows yields a whole gradient on every rank, so backward only cuts it
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        if output == "hidden":
+            return hidden
+        return torch.stack([self._lm_sum(hidden, batch), self._vm_sum(hidden, batch)])
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """Token embeddings with image features spliced in, [S, B, D] or this rank's part of the sequence."""
+        embeddings = self.language_model.embedding(input_ids=batch.tokens, position_ids=None)
+        features = self.vision_model(batch.pixels)
+        count = features.shape[0]
+        if count == 0:
+            # the projector runs on every micro-batch: its gradient is then zero, not missing
+            features = features.new_zeros(1, *features.shape[1:])
+        projected = self.vision_projection(features.to(embeddings.dtype))[:count]
+        projected = split.gather_shares(projected, batch.num_images, self.groups.tensor)
+        embeddings = image_tokens.splice(embeddings, projected, batch.image_rows, batch.image_starts)
+        if self.config.sequence_parallel:
+            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+        return embeddings
+
+    def _lm_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sum of the cross-entropies over the labels; the vocabulary projection runs at labelled positions only."""
+        positions, rows, weights = image_tokens.supervised_positions(batch.labels)
+        labels = batch.labels[rows, positions].clamp(min=0)
+        losses = self.language_model.token_losses(hidden[positions, rows], labels)
+        return (losses * weights).sum()
+
+    def _vm_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sum of the reconstruction losses over the images; each tensor-parallel rank computes its share."""
+        if not hasattr(self, "denoiser"):
+            return hidden.new_zeros((), dtype=torch.float32)
+        share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
+        hidden = split.enter_share(hidden, self.groups.tensor)
+        where = slice(share.start, share.stop)
+        tokens, grid = self.model.vision.image_tokens, self.model.vision.grid
+        channels = self.denoiser.in_channels
+        draws = diffusion.keyed_draws(
+            self.seed,
+            batch.image_positions[where].tolist(),
+            batch.image_ordinals[where].tolist(),
+            draws=self.denoiser.draws,
+            token_channels=channels,
+            grid=grid,
+        ).to(hidden.device)
+        if len(share):
+            condition = image_tokens.gather(hidden, batch.image_rows[where], batch.image_starts[where], tokens)
+            latents = self.pixel_decoder.encode(batch.pixels, draws.posterior_noise)
+            weight = 1.0
+        else:
+            # no image here: the denoiser still runs, with weight zero, so that no gradient is missing and no rank waits
+            condition = hidden[0, 0] * 0 + hidden.new_zeros(1, tokens, 1)
+            latents = hidden.new_zeros(1, channels, grid, grid, dtype=torch.float32)
+            draws = diffusion.keyed_draws(
+                self.seed, [0], [0], draws=self.denoiser.draws, token_channels=channels, grid=grid
+            ).to(hidden.device)
+            weight = 0.0
+        losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, draws)
+        return split.sum_shares((losses * weight).sum(), self.groups.tensor)

@@ -1,0 +1,97 @@
+"""Splitting images over a tensor-parallel group: every rank runs its share, results and gradients are combined.
+
+The vision tower, the projector, the VAE and the denoiser are replicated over the tensor-parallel group; each rank
+computes its contiguous share of a micro-batch's images (`layout.share_of`). Parameters of such modules are marked so
+that mcore *averages* their gradients over the group (distributed/finalize_model_grads.py:342), whether or not sequence
+parallelism is on. An average of shares is too small by the group's size, so the size is multiplied back on the way
+into those modules' parameters, and nowhere else:
+
+    gather_shares      forward: concatenate the shares      backward: own slice of the gradient, times the size
+    sum_shares         forward: sum of the ranks' values    backward: the gradient, times the size
+    enter_share        forward: identity                    backward: sum over the ranks, divided by the size
+
+A path through `enter_share` and `sum_shares` multiplies and divides once each, so what leaves it is a true sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ross_mcore.parallel.layout import share_of
+
+
+def average_over_tensor_group(module: nn.Module) -> None:
+    """Marks the parameters of a replicated module whose work is split over the tensor-parallel group."""
+    for parameter in module.parameters():
+        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+
+class _GatherShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, count: int, group: ProcessGroup) -> Tensor:
+        size, rank = group.size(), group.rank()
+        ctx.share, ctx.size = share_of(count, rank, size), size
+        largest = len(share_of(count, 0, size))
+        padded = local.new_zeros(largest, *local.shape[1:])
+        padded[: local.shape[0]] = local
+        gathered = local.new_empty(size * largest, *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded, group=group)
+        kept = [gathered[r * largest : r * largest + len(share_of(count, r, size))] for r in range(size)]
+        return torch.cat(kept)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient[ctx.share.start : ctx.share.stop] * ctx.size, None, None
+
+
+class _SumShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.size = group.size()
+        total = local.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.size, None
+
+
+class _EnterShare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total / ctx.group.size(), None
+
+
+def gather_shares(local: Tensor, count: int, group: ProcessGroup) -> Tensor:
+    """[J, ...] of every rank -> [count, ...] on every rank, in order; each rank's J is its `share_of(count)`.
+
+    The gradient of the result must be whole and equal on every rank (it is, before a tensor-parallel layer). Raises
+    ValueError when this rank's share has another length.
+    """
+    expected = len(share_of(count, group.rank(), group.size()))
+    if local.shape[0] != expected:
+        raise ValueError(f"this rank holds {local.shape[0]} of {count} images, its share is {expected}")
+    return local if group.size() == 1 else _GatherShares.apply(local, count, group)
+
+
+def sum_shares(local: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum over the group of a value each rank computed from its share."""
+    return local if group.size() == 1 else _SumShares.apply(local, group)
+
+
+def enter_share(whole: Tensor, group: ProcessGroup) -> Tensor:
+    """Marks where a tensor that every rank holds whole begins to be used for a share of the work only."""
+    return whole if group.size() == 1 else _EnterShare.apply(whole, group)

@@ -57,7 +57,10 @@ class Batch:
         return int(self.image_rows.numel())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        """The batch on `device`; the keys of the random draws stay on the CPU, where draws are made."""
+        kept = ("image_positions", "image_ordinals")
+        moved = {n: v if n in kept else v.to(device, non_blocking=True) for n, v in vars(self).items()}
+        return Batch(**moved)
 
 
 def collate(samples: list[Sample], seq_length: int, image_size: int) -> Batch:

@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; every default is suppressed so that what was given can be told from what was not."""
     parser = argparse.ArgumentParser(
         prog="pretrain_ross.py",
+        usage="torchrun --nproc-per-node N pretrain_ross.py [--config YAML] [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

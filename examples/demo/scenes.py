@@ -207,10 +207,18 @@ def sample_quadrant(scene: Scene, rng: random.Random) -> int:
 
 
 def sample_chat(scene: Scene, rng: random.Random, rounds: int) -> list[tuple[str, str]]:
-    """Draw the questions and answers of a chat: each kind once, further ``place`` questions, in any order."""
-    kinds = [*QUESTION_KINDS[:3], *["place"] * max(0, rounds - 3)]
-    rng.shuffle(kinds)
-    return [ask(scene, kind, sample_quadrant(scene, rng)) for kind in kinds[:rounds]]
+    """Draw the questions and answers of a chat in any order: three about all shapes, the others about places.
+
+    Raises:
+        ValueError: More rounds than there are different questions.
+    """
+    questions = [(kind, 0) for kind in QUESTION_KINDS[:3]]
+    if not 1 <= rounds <= len(questions) + len(PLACES):
+        raise ValueError(f"{rounds} rounds, but there are {len(questions) + len(PLACES)} different questions")
+    places = rng.sample(range(len(PLACES)), max(0, rounds - len(questions)))
+    questions += [("place", quadrant) for quadrant in places]
+    rng.shuffle(questions)
+    return [ask(scene, kind, quadrant) for kind, quadrant in questions[:rounds]]
 
 
 def _turns(rounds: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

@@ -106,12 +106,8 @@ class RossModel(MegatronModule):
     def _embed(self, batch: Batch) -> Tensor:
         """Token embeddings with image features spliced in, [S, B, D] or this rank's part of the sequence."""
         embeddings = self.language_model.embedding(input_ids=batch.tokens, position_ids=None)
-        features = self.vision_model(batch.pixels)
-        count = features.shape[0]
-        if count == 0:
-            # the projector runs on every micro-batch: its gradient is then zero, not missing
-            features = features.new_zeros(1, *features.shape[1:])
-        projected = self.vision_projection(features.to(embeddings.dtype))[:count]
+        # tower and projector also run without images: then their gradients are zero, not missing
+        projected = self.vision_projection(self.vision_model(batch.pixels.to(embeddings.dtype)))
         projected = split.gather_shares(projected, batch.num_images, self.groups.tensor)
         embeddings = image_tokens.splice(embeddings, projected, batch.image_rows, batch.image_starts)
         if self.config.sequence_parallel:
@@ -120,39 +116,62 @@ class RossModel(MegatronModule):
 
     def _lm_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum of the cross-entropies over the labels; the vocabulary projection runs at labelled positions only."""
-        positions, rows, weights = image_tokens.supervised_positions(batch.labels)
-        labels = batch.labels[rows, positions].clamp(min=0)
-        losses = self.language_model.token_losses(hidden[positions, rows], labels)
-        return (losses * weights).sum()
+        supervised = image_tokens.supervised_positions(batch.labels)
+        losses = self.language_model.token_losses(supervised.select(hidden), supervised.targets)
+        return (losses * supervised.weights).sum()
 
     def _vm_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum of the reconstruction losses over the images; each tensor-parallel rank computes its share."""
         if not hasattr(self, "denoiser"):
             return hidden.new_zeros((), dtype=torch.float32)
         share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
-        hidden = split.enter_share(hidden, self.groups.tensor)
-        where = slice(share.start, share.stop)
-        tokens, grid = self.model.vision.image_tokens, self.model.vision.grid
-        channels = self.denoiser.in_channels
+        mine = slice(share.start, share.stop)
         draws = diffusion.keyed_draws(
             self.seed,
-            batch.image_positions[where].tolist(),
-            batch.image_ordinals[where].tolist(),
-            draws=self.denoiser.draws,
-            token_channels=channels,
-            grid=grid,
+            batch.image_positions[mine],
+            batch.image_ordinals[mine],
+            self.denoiser.config.draws,
+            self.pixel_decoder.latent_shape,
+            self.denoiser.grid,
         ).to(hidden.device)
-        if len(share):
-            condition = image_tokens.gather(hidden, batch.image_rows[where], batch.image_starts[where], tokens)
-            latents = self.pixel_decoder.encode(batch.pixels, draws.posterior_noise)
-            weight = 1.0
-        else:
-            # no image here: the denoiser still runs, with weight zero, so that no gradient is missing and no rank waits
-            condition = hidden[0, 0] * 0 + hidden.new_zeros(1, tokens, 1)
-            latents = hidden.new_zeros(1, channels, grid, grid, dtype=torch.float32)
-            draws = diffusion.keyed_draws(
-                self.seed, [0], [0], draws=self.denoiser.draws, token_channels=channels, grid=grid
-            ).to(hidden.device)
-            weight = 0.0
+        latents = self.pixel_decoder.encode(batch.pixels, draws.posterior_noise)
+        # a rank without images runs the denoiser on nothing: gradients are then zero, and no rank waits for another
+        hidden = split.enter_share(hidden, self.groups.tensor)
+        condition = image_tokens.gather(
+            hidden, batch.image_rows[mine], batch.image_starts[mine], self.model.vision.image_tokens
+        )
         losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, draws)
-        return split.sum_shares((losses * weight).sum(), self.groups.tensor)
+        return split.sum_shares(losses.sum(), self.groups.tensor)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, hidden: Tensor, batch: Batch, *, steps: int = 50, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """What the image states of this rank's share of the images show, on the last stage.
+
+        hidden [S, B, D] from `forward(output="hidden")` -> (originals, reconstructions), both [J, 3, Hd, Hd] in [0, 1]:
+        latents are sampled from the denoiser in `steps` steps of the respaced process and decoded by the VAE. Every
+        image's noise follows from (seed, position, ordinal), so a picture is the same in every layout.
+        """
+        share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
+        mine = slice(share.start, share.stop)
+        tokens = self.model.vision.image_tokens
+        condition = image_tokens.gather(hidden, batch.image_rows[mine], batch.image_starts[mine], tokens)
+        shape = (1, self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
+        latents = [hidden.new_zeros(0, *shape[1:], dtype=torch.float32)]
+        for image, index in enumerate(share):
+            position, ordinal = int(batch.image_positions[index]), int(batch.image_ordinals[index])
+            one = condition[image : image + 1]
+            latents.append(
+                diffusion.sample(
+                    lambda x, timesteps, one=one: self.denoiser(x, timesteps, one),
+                    self.schedule,
+                    shape,
+                    steps=steps,
+                    generator=torch.Generator().manual_seed(diffusion.draw_seed(self.seed, position, ordinal)),
+                    temperature=temperature,
+                    device=hidden.device,
+                )
+            )
+        originals = self.pixel_decoder.images_for_encoder(batch.pixels) / 2 + 0.5
+        return originals, self.pixel_decoder.decode(torch.cat(latents))

@@ -1,0 +1,75 @@
+"""Make the demo's tokenizer: a byte-level BPE of 484 entries with the splitting rules and special tokens of Qwen2.
+
+    python examples/demo/make_tokenizer.py --out examples/demo/weights/tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from texts import END_OF_TURN, PADDING, SYSTEM, sample_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = (PADDING, "<|im_start|>", END_OF_TURN)
+
+
+def make_tokenizer(texts: Iterator[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
+    """Learn the merges from ``texts`` and return a ``Qwen2Tokenizer`` of exactly ``vocabulary_size`` entries."""
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    byte_alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    blank = Qwen2Tokenizer(vocab={byte: number for number, byte in enumerate(byte_alphabet)}, merges=[])
+    backend = blank.backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - len(SPECIAL_TOKENS), initial_alphabet=byte_alphabet, show_progress=False
+    )
+    # Special tokens never reach the merges: the tokenizer cuts them out first.
+    backend.train_from_iterator((text.replace(END_OF_TURN, "") for text in texts), trainer)
+    merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
+    entries = [*byte_alphabet, *map("".join, merges), *SPECIAL_TOKENS]
+    vocabulary = {token: number for number, token in enumerate(entries)}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        eos_token=END_OF_TURN,
+        pad_token=PADDING,
+        unk_token=None,
+        model_max_length=1024,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
+    if len(tokenizer) != vocabulary_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} entries instead of {vocabulary_size}")
+    return tokenizer
+
+
+def main() -> None:
+    """Make the tokenizer from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write in the Hugging Face layout")
+    parser.add_argument("--vocabulary-size", type=int, default=484, help="entries, special tokens included")
+    parser.add_argument("--texts", type=int, default=2000, help="texts to learn the merges from")
+    parser.add_argument("--seed", type=int, default=11, help="seed of the texts")
+    arguments = parser.parse_args()
+
+    start_seconds = time.process_time()
+    rng = random.Random(f"tokenizer/{arguments.seed}")
+    tokenizer = make_tokenizer((sample_text(rng) for _ in range(arguments.texts)), arguments.vocabulary_size)
+    tokenizer.save_pretrained(arguments.out)
+    lengths = [len(tokenizer(sample_text(rng))["input_ids"]) for _ in range(200)]
+    print(f"{time.process_time() - start_seconds:.0f} CPU seconds, {len(tokenizer)} entries")
+    print(f"system prompt {len(tokenizer(SYSTEM)['input_ids'])} tokens, longest of 200 texts {max(lengths)} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Text about scenes, without pictures: what the demo's tokenizer and language model are made from.
+
+The two layouts are those of training: a caption that ends its line (template ``plain``) and a chat (template
+``qwen_2``). Where training has an image, this text has a list of what each part of the picture shows, or the caption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from scenes import NOTHING, Scene, sample_chat, sample_scene, write_caption
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+END_OF_TURN = "<|im_end|>"
+PADDING = "<|endoftext|>"
+PATCHES_PER_SIDE = 4
+
+
+def list_patches(scene: Scene) -> str:
+    """Spell a picture's patches row by row, one word each, as a stand-in for its image tokens.
+
+    A patch of an occupied quadrant gives the colour or the shape, in turn; a patch of an empty one ``nothing``.
+    """
+    words = []
+    for row in range(PATCHES_PER_SIDE):
+        for column in range(PATCHES_PER_SIDE):
+            quadrant = row // 2 * 2 + column // 2
+            seen = (scene.colour, scene.shape)[column % 2]
+            words.append(seen if quadrant in scene.quadrants else NOTHING)
+    return " " + " ".join(words)
+
+
+def format_caption(caption: str, picture: str = "") -> str:
+    """Lay out a caption as template ``plain`` does, after ``picture`` in the place of the image."""
+    return f"{picture}{caption}\n"
+
+
+def format_chat(rounds: Sequence[tuple[str, str]], picture: str) -> str:
+    """Lay out a chat as template ``qwen_2`` does, with ``picture`` in the place of the image."""
+    text = SYSTEM + " "
+    for number, (question, answer) in enumerate(rounds):
+        shown = f"{picture}\n" if number == 0 else ""
+        text += f"USER: {shown}{question} ASSISTANT: {answer}{END_OF_TURN}"
+    return text
+
+
+def sample_text(rng: random.Random, rounds: int = 6) -> str:
+    """Draw a caption or a chat about a scene that has one of the training pairs."""
+    scene = sample_scene(rng)
+    picture = rng.choice((list_patches(scene), write_caption(scene)))
+    if rng.random() < 0.5:
+        return format_caption(write_caption(scene), rng.choice(("", list_patches(scene))))
+    return format_chat(sample_chat(scene, rng, rounds), picture)

@@ -1,0 +1,304 @@
+"""What makes a folder a checkpoint: its name, its final marker, the pointer, and what is kept. Files only, no tensors.
+
+```
+root/
+  latest_checkpointed_iteration.txt     the iteration saved last, for people and scripts
+  iter_0000100/                         renamed into place when complete
+    complete.json                       the final marker: written last, lists every other file with its size
+    config.json  train_state.json  tokenizer/  preprocessor_config.json
+    metadata.json  common.pt  .metadata  __<rank>_<n>.distcp        mcore's torch_dist format
+  .iter_0000200.partial/                being written, or left by a process that died: ignored, removed by the next save
+```
+
+A checkpoint is complete when its marker is there and every file it lists has the size it says. The *newest* is the one
+saved last (`sequence` in the marker), not the one of the largest iteration: a run that was rolled back to iteration 50
+and saved at 60 continues from 60, whatever an abandoned branch left at 100.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ross_mcore.architecture import ModelConfig, read_model_config
+
+MARKER = "complete.json"
+POINTER = "latest_checkpointed_iteration.txt"
+TRAIN_STATE = "train_state.json"
+TOKENIZER = "tokenizer"
+PREPROCESSOR = "preprocessor_config.json"
+FORMAT = "ross_mcore_checkpoint"
+FORMAT_VERSION = 1
+
+# `.replaced`: the former checkpoint of the same iteration, between two renames of `publish`. Still complete.
+_NAME = re.compile(r"iter_(\d{7,})(\.replaced)?")
+_LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(partial|deleting)")
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the file or tensor and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint. `sequence` counts the saves of its root; the largest is the newest."""
+
+    path: Path
+    iteration: int
+    sequence: int = 0
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder with the tokenizer's files."""
+        return self.path / TOKENIZER
+
+    @property
+    def preprocessor_config(self) -> Path:
+        """The image processor's configuration."""
+        return self.path / PREPROCESSOR
+
+    def model_config(self) -> ModelConfig:
+        """Reads the architecture. Raises ArchitectureError naming the file."""
+        return read_model_config(self.path)
+
+    def train_state(self) -> dict[str, Any]:
+        """Reads the loop's own state, empty where none was saved (a converted model). Raises CheckpointError."""
+        path = self.path / TRAIN_STATE
+        return _read_json(path) if path.exists() else {}
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """`root/iter_0000123`. Raises ValueError for a negative iteration."""
+    if iteration < 0:
+        raise ValueError(f"iteration {iteration} is negative")
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def partial_folder(root: Path, iteration: int) -> Path:
+    """Where the checkpoint of `iteration` is written before it is published."""
+    return Path(root) / f".{iteration_folder(root, iteration).name}.partial"
+
+
+def inspect(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises CheckpointError saying why it is not complete."""
+    folder = Path(folder)
+    marker = folder / MARKER
+    if not marker.is_file():
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MARKER}")
+    data = _read_json(marker)
+    if data.get("format") != FORMAT or data.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{marker} says format {data.get('format')!r} version {data.get('version')!r}; "
+            f"this code reads {FORMAT!r} version {FORMAT_VERSION}"
+        )
+    try:
+        iteration, sequence = int(data["iteration"]), int(data["sequence"])
+        files = {str(name): int(size) for name, size in data["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{marker} is malformed: {error!r}") from None
+    for name, expected_bytes in files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{marker} lists {name!r}, which lies outside the checkpoint")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: the checkpoint is not complete")
+        if path.stat().st_size != expected_bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {expected_bytes}: it is damaged")
+    return Checkpoint(folder, iteration, sequence)
+
+
+def checkpoints(root: Path) -> list[Checkpoint]:
+    """Every complete checkpoint of a run's root, newest first. Incomplete ones are logged and left out."""
+    found = []
+    root = Path(root)
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if _NAME.fullmatch(folder.name) and folder.is_dir():
+            try:
+                found.append(inspect(folder))
+            except CheckpointError as error:
+                _logger.warning("ignored: %s", error)
+    return sorted(found, key=lambda c: (c.sequence, c.iteration, not c.path.name.endswith(".replaced")), reverse=True)
+
+
+def find_checkpoint(path: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run's root, or the one in an iteration folder; None where there is none.
+
+    Needs no pointer file and trusts none. Not collective: every rank may call it, and sees the same files.
+    """
+    path = Path(path)
+    if (path / MARKER).exists():
+        try:
+            return inspect(path)
+        except CheckpointError as error:
+            _logger.warning("ignored: %s", error)
+            return None
+    return next(iter(checkpoints(path)), None)
+
+
+def require_checkpoint(path: Path) -> Checkpoint:
+    """`find_checkpoint`, or CheckpointError saying what is there instead."""
+    path = Path(path)
+    found = find_checkpoint(path)
+    if found is not None:
+        return found
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist or is not a folder, so there is no checkpoint to load")
+    if _NAME.fullmatch(path.name) or (path / MARKER).exists():
+        inspect(path)
+    problems = []
+    for folder in sorted(path.iterdir()):
+        if _NAME.fullmatch(folder.name):
+            try:
+                inspect(folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+    reason = "; ".join(problems) or (
+        "it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"
+    )
+    raise CheckpointError(f"{path} holds no complete checkpoint: {reason}")
+
+
+def begin(root: Path, iteration: int) -> Path:
+    """Makes the temporary folder that a checkpoint is written into, and removes what earlier deaths left behind.
+
+    Raises CheckpointError when the folder cannot be made.
+    """
+    root = Path(root)
+    partial = partial_folder(root, iteration)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left_over in root.iterdir():
+            if _LEFT_OVER.fullmatch(left_over.name):
+                shutil.rmtree(left_over)
+        partial.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"cannot write a checkpoint under {root}: {error}") from None
+    return partial
+
+
+def publish(
+    root: Path,
+    iteration: int,
+    partial: Path,
+    model_config: ModelConfig,
+    train_state: dict[str, Any] | None = None,
+    assets: Path | None = None,
+) -> Checkpoint:
+    """Completes `partial` and makes it the newest checkpoint of `root`: other files, marker, rename, pointer.
+
+    `assets` is a folder that has `tokenizer/` and `preprocessor_config.json`, such as the checkpoint that was loaded.
+    Raises CheckpointError; whatever happens, the checkpoints that were complete before still are.
+    """
+    root, partial = Path(root), Path(partial)
+    target = iteration_folder(root, iteration)
+    try:
+        if assets is not None:
+            if (assets / TOKENIZER).is_dir():
+                shutil.copytree(assets / TOKENIZER, partial / TOKENIZER, dirs_exist_ok=True)
+            if (assets / PREPROCESSOR).is_file():
+                shutil.copyfile(assets / PREPROCESSOR, partial / PREPROCESSOR)
+        _write_json(partial / "config.json", model_config.to_dict())
+        if train_state is not None:
+            _write_json(partial / TRAIN_STATE, train_state)
+        files = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            _sync(path)
+            files[path.relative_to(partial).as_posix()] = path.stat().st_size
+        sequence = max((c.sequence for c in checkpoints(root)), default=0) + 1
+        marker = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "iteration": iteration,
+            "sequence": sequence,
+            "files": files,
+        }
+        _write_json(partial / MARKER, marker)
+        _sync(partial)
+        if target.exists():
+            replaced = target.with_name(target.name + ".replaced")
+            if replaced.exists():
+                _remove(replaced)
+            target.rename(replaced)
+            partial.rename(target)
+            _sync(root)
+            _remove(replaced)
+        else:
+            partial.rename(target)
+            _sync(root)
+        pointer = root / POINTER
+        _write_text(pointer.with_name(pointer.name + ".new"), f"{iteration}\n")
+        pointer.with_name(pointer.name + ".new").replace(pointer)
+        _sync(root)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {iteration} under {root} was not completed: {error}") from None
+    return inspect(target)
+
+
+def retire(root: Path, keep_last: int | None = None, save_retain_interval: int | None = None) -> list[Path]:
+    """Deletes old checkpoints and returns their paths; the newest complete one is never among them.
+
+    keep_last: how many of the newest stay. save_retain_interval: checkpoints whose iteration it divides stay; given
+    alone, only those and the newest. Neither: nothing is deleted. Raises ValueError for a value below 1.
+    """
+    for name, value in (("keep_last", keep_last), ("save_retain_interval", save_retain_interval)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if keep_last is None and save_retain_interval is None:
+        return []
+    old = [
+        checkpoint.path
+        for checkpoint in checkpoints(root)[keep_last or 1 :]
+        if save_retain_interval is None or checkpoint.iteration % save_retain_interval
+    ]
+    for path in old:
+        _remove(path)
+    return old
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint so that a death half way leaves none that looks complete."""
+    name = folder.name.removesuffix(".replaced")
+    doomed = folder.with_name(f".{name}.deleting")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a mapping")
+    return data
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    try:
+        text = json.dumps(data, indent=2)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be written as JSON: {error}") from None
+    _write_text(path, text + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""Pictures from bytes to the vision tower's input: bounded decoding and the tower's preprocessing, on PIL alone.
+
+Legend: H W pixels of the tower's input. The arithmetic is that of Hugging Face's PIL image processors (8-bit bicubic
+resize, centre crop, rescale and normalise in float32), which the reference calls after its own padding.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ross_mcore.architecture import ArchitectureError, VisionConfig
+
+ImageAspectRatio = Literal["square", "pad"]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 64 << 20
+MAX_SIDE = 16384
+MAX_ASPECT_RATIO = 200
+"""Padding squares the longer side and resizing stretches it, so a thin picture costs far more than its own pixels."""
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message is a short reason, meant to be counted."""
+
+
+def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.Image, str]:
+    """Decodes a picture completely: (RGB picture, name of its format). EXIF orientation is not applied (reference).
+
+    The size is checked in the header, before any pixel is decoded. An alpha channel is dropped, of an animation the
+    first frame is taken. Raises ImageError for anything else than a whole, sensibly sized picture in `formats`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=list(formats)) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ImageError("too large in pixels")
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                raise ImageError("too long and thin")
+            return picture.convert("RGB"), str(picture.format)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError("too large in pixels") from None
+    except Exception as error:  # a hostile file can raise anything out of a decoder
+        raise ImageError(f"undecodable: {type(error).__name__}: {error}"[:200]) from None
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """Makes a tower's input [3, H, W] of a picture.
+
+    `crop`: resize the shorter side to `image_size`, then cut out the centre (CLIP); otherwise both sides are resized
+    to `image_size`, changing the proportions (SigLIP). `aspect_ratio="pad"` first makes the picture square on a ground
+    of the mean colour.
+    """
+
+    image_size: int
+    crop: bool
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    aspect_ratio: ImageAspectRatio = "square"
+    _levels: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.aspect_ratio not in ("square", "pad"):
+            raise ValueError(f"image_aspect_ratio {self.aspect_ratio!r}: expected square or pad")
+        mean = np.array(self.image_mean, np.float32)[:, None]
+        std = np.array(self.image_std, np.float32)[:, None]
+        rescaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+        object.__setattr__(self, "_levels", (rescaled - mean) / std)  # [3, 256]: what each 8-bit level becomes
+
+    @classmethod
+    def for_tower(
+        cls,
+        vision: VisionConfig,
+        aspect_ratio: ImageAspectRatio = "square",
+        processor: dict[str, Any] | None = None,
+    ) -> ImagePreprocessing:
+        """The preprocessing that belongs to a tower; `processor`, its preprocessor_config.json, is checked against it.
+
+        Raises ArchitectureError when the processor asks for something else than what is implemented here.
+        """
+        crop = vision.model_type == "clip_vision_model"
+        if processor is not None:
+            _check_processor(vision, crop, processor)
+        return cls(vision.image_size, crop, vision.image_mean, vision.image_std, aspect_ratio)
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The 8-bit colour that `pad` fills up with."""
+        red, green, blue = (int(channel * 255) for channel in self.image_mean)
+        return red, green, blue
+
+    def __call__(self, picture: Image.Image) -> NDArray[np.float32]:
+        """RGB picture of any size -> [3, H, W] float32, normalised."""
+        if self.aspect_ratio == "pad" and picture.width != picture.height:
+            side = max(picture.size)
+            square = Image.new("RGB", (side, side), self.background)
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            picture = square
+        picture = self._resize(picture)
+        levels = np.asarray(picture, np.uint8)
+        return np.stack([self._levels[channel][levels[:, :, channel]] for channel in range(3)])
+
+    def _resize(self, picture: Image.Image) -> Image.Image:
+        size = self.image_size
+        if not self.crop:
+            return picture.resize((size, size), Image.Resampling.BICUBIC)
+        width, height = picture.size
+        if width <= height:
+            target = (size, int(size * height / width))
+        else:
+            target = (int(size * width / height), size)
+        picture = picture.resize(target, Image.Resampling.BICUBIC)
+        left, top = (target[0] - size) // 2, (target[1] - size) // 2
+        return picture.crop((left, top, left + size, top + size))
+
+
+def _check_processor(vision: VisionConfig, crop: bool, processor: dict[str, Any]) -> None:
+    """Raises ArchitectureError for the first setting that is not what is done for a tower of this kind."""
+    size = vision.image_size
+    wanted: dict[str, tuple[Any, ...]] = {
+        "resample": (3,),
+        "rescale_factor": (1 / 255,),
+        "image_mean": (list(vision.image_mean),),
+        "image_std": (list(vision.image_std),),
+        "do_resize": (True,),
+        "do_rescale": (True,),
+        "do_normalize": (True,),
+        "size": ({"shortest_edge": size}, size) if crop else ({"height": size, "width": size}, size),
+    }
+    if crop:
+        wanted |= {"do_center_crop": (True,), "crop_size": ({"height": size, "width": size}, size)}
+    for name, values in wanted.items():
+        given = processor.get(name, values[0])
+        if given not in values:
+            raise ArchitectureError(
+                f"preprocessor_config.json: {name}={given!r} is not implemented; expected {values[0]!r}"
+            )

@@ -1,0 +1,129 @@
+"""From a record in a shard to a `Sample`: tokens, labels, image spans, pixels.
+
+What is wrong with the text decides a sample's fate (`Sample.problem`), because every rank reads the text; what is
+wrong with a picture never does, because only the rank that decodes it would know. `tools/make_shards.py` has decoded
+every picture once; one that fails all the same becomes a blank picture and a warning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.batch import IGNORE_INDEX, Sample
+from ross_mcore.data.conversation import TEMPLATES, ConversationError, expand_images, tokenize_conversation
+from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
+from ross_mcore.data.shards import ShardError, ShardReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ShardDataset:
+    """The samples of a data set folder, as rows of at most `seq_length` tokens.
+
+    `template` and `supervise_final_eos` as in `tokenize_conversation`, `image_aspect_ratio` as in
+    `ImagePreprocessing`. Raises ShardError, KeyError or ValueError for a folder, template or setting that cannot be
+    used; reading a sample never raises for bad data.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: ModelConfig,
+        template: str,
+        image_aspect_ratio: ImageAspectRatio,
+        seq_length: int,
+        supervise_final_eos: bool = True,
+        image_processor: dict[str, Any] | None = None,
+    ) -> None:
+        if template not in TEMPLATES:
+            raise KeyError(f"template {template!r} is not one of {', '.join(TEMPLATES)}")
+        self.reader = ShardReader(path)
+        self.tokenizer = tokenizer
+        self.template = template
+        self.seq_length = seq_length
+        self.supervise_final_eos = supervise_final_eos
+        self.image_tokens = model_config.vision.image_tokens
+        self.preprocessing = ImagePreprocessing.for_tower(model_config.vision, image_aspect_ratio, image_processor)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """The samples' keys, from the index alone."""
+        return self.reader.keys(sample_numbers)
+
+    def get(self, sample_number: int, position: int, wanted_pixels: bool = False) -> Sample:
+        """The sample at stream position `position`; its pixels are all None unless `wanted_pixels`."""
+        key = self.reader.keys([sample_number])[0]
+        try:
+            record = _parse(self.reader.record_bytes(sample_number))
+            sample = self._text(key, position, record, int(self.reader.samples[sample_number]["num_images"]))
+        except (ShardError, ConversationError) as error:
+            return skipped_sample(key, position, str(error))
+        if wanted_pixels:
+            self.decode(sample, sample_number, range(len(sample.pixels)))
+        return sample
+
+    def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[str]:
+        """Fills in `sample.pixels` at `ordinals`; returns a warning for each picture that had to be left blank."""
+        warnings = []
+        for ordinal in ordinals:
+            try:
+                picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
+                sample.pixels[ordinal] = torch.from_numpy(self.preprocessing(picture))
+            except (ShardError, ImageError) as error:
+                sample.pixels[ordinal] = self.blank()
+                warnings.append(f"sample {sample.key}, picture {ordinal}: {error}; trained on a blank picture")
+        return warnings
+
+    def blank(self) -> Tensor:
+        """The mean colour, which is zero in normalised space: [3, H, W]."""
+        return torch.zeros(3, self.preprocessing.image_size, self.preprocessing.image_size)
+
+    def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:
+        """Raises ConversationError when the record has no usable row."""
+        tokenized = tokenize_conversation(
+            record.get("conversations"),
+            num_images > 0,
+            self.tokenizer,
+            self.template,
+            self.seq_length,
+            self.supervise_final_eos,
+        )
+        if tokenized.image_spans not in (0, num_images):  # an image that the text never shows is not trained on
+            raise ConversationError(f"{tokenized.image_spans} <image> in the text, {num_images} pictures")
+        tokens, labels, starts = expand_images(tokenized.input_ids, tokenized.labels, self.image_tokens)
+        if starts and starts[-1] + self.image_tokens > self.seq_length:
+            raise ConversationError(f"the cut at {self.seq_length} tokens would go through a picture")
+        tokens, labels = tokens[: self.seq_length], labels[: self.seq_length]
+        if not starts and not (labels != IGNORE_INDEX).any():
+            raise ConversationError("no picture and no label: nothing to learn")
+        pixels: list[Tensor | None] = [None] * len(starts)
+        return Sample(key, position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
+
+
+def skipped_sample(key: str, position: int, problem: str) -> Sample:
+    """An empty row that weighs nothing and says why."""
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Sample(key, position, empty, empty.clone(), problem=problem)
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"the record is not JSON: {type(error).__name__}") from None
+    if not isinstance(record, dict):
+        raise ConversationError("the record is not a JSON object")
+    return record

@@ -1,0 +1,180 @@
+"""Tar shards and their index: the format, and reading it by sample number straight through offsets.
+
+A data set is a folder:
+
+    shard-00000.tar ...   members `<key>.json` and `<key>.jpg|png|webp` (several pictures: `<key>.0.jpg`, `<key>.1.jpg`)
+    index.json            format, version, counts, shard names and sizes, what the text lengths were measured with
+    samples.npy           one SAMPLE_ROW a sample, memory-mapped
+    images.npy            one IMAGE_ROW a picture, in the order of the samples
+    keys.txt              one key a line, memory-mapped
+
+Nothing parses a tar at training time: a member is one `pread` at (shard, offset, size). The tars remain plain
+WebDataset shards, which any WebDataset reader reads without the index. `shard_writer.py` writes all this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "ross_mcore shards"
+FORMAT_VERSION = 1
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_RECORD_BYTES = 16 << 20
+MAX_IMAGE_BYTES = 64 << 20
+MAX_OPEN_SHARDS = 64
+"""Tar files a reader keeps open at a time, well under the usual limit of 1024 descriptors a process."""
+UNKNOWN_LENGTH = -1
+
+SAMPLE_ROW = np.dtype(
+    [
+        ("json_offset", "<u8"),
+        ("key_offset", "<u8"),
+        ("first_image", "<u8"),
+        ("json_size", "<u4"),
+        ("shard", "<u4"),
+        ("text_tokens", "<i4"),  # tokens of the row without its images; UNKNOWN_LENGTH when not measured
+        ("num_images", "<u2"),  # pictures in the tar
+        ("image_spans", "<u2"),  # image placeholders in the text: a row is text_tokens + image_spans * image_tokens
+    ]
+)
+IMAGE_ROW = np.dtype([("offset", "<u8"), ("size", "<u4")])
+
+
+class ShardError(ValueError):
+    """A data set folder, shard or member that cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class LengthSource:
+    """What `text_tokens` was measured with: other tokens or another template make the lengths worthless."""
+
+    tokenizer: str
+    template: str
+
+
+class ShardReader:
+    """Random access to a data set by sample number; a few open files and memory maps are its whole state.
+
+    Safe in forked worker processes (`pread` moves no shared file position) and picklable for spawned ones.
+    Raises ShardError when the folder is not a data set, or an index and its shards do not belong together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.index = self._read_index()
+        self.num_samples, self.num_images = self.index["num_samples"], self.index["num_images"]
+        lengths = self.index["lengths"]
+        self.length_source = None if lengths is None else LengthSource(**lengths)
+        self.samples = self._map("samples.npy", SAMPLE_ROW, self.num_samples)
+        self.images = self._map("images.npy", IMAGE_ROW, self.num_images)
+        self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
+        self._handles: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.num_samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names this exact data set: first 16 hex digits of the SHA-256 of its index."""
+        return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+
+    def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """The keys of samples, without opening a shard."""
+        keys = []
+        for number in sample_numbers:
+            start = int(self.samples[number]["key_offset"])
+            last = int(number) + 1 == self.num_samples
+            end = self._keys.size if last else int(self.samples[number + 1]["key_offset"])
+            keys.append(self._keys[start : end - 1].tobytes().decode("utf-8"))
+        return keys
+
+    def record_bytes(self, number: int) -> bytes:
+        """The JSON member of a sample. Raises ShardError when it cannot be read whole."""
+        row = self.samples[number]
+        return self._read(row, int(row["json_offset"]), int(row["json_size"]), MAX_RECORD_BYTES)
+
+    def image_bytes(self, number: int, ordinal: int) -> bytes:
+        """The encoded picture `ordinal` of a sample. Raises ShardError when there is none or it cannot be read."""
+        row = self.samples[number]
+        place = int(row["first_image"]) + ordinal
+        if not 0 <= ordinal < row["num_images"] or place >= self.num_images:
+            raise ShardError(f"sample {number} has {row['num_images']} pictures, not {ordinal + 1}")
+        return self._read(row, int(self.images[place]["offset"]), int(self.images[place]["size"]), MAX_IMAGE_BYTES)
+
+    def close(self) -> None:
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):
+            self.close()
+
+    def _read(self, row: np.void, offset: int, size: int, limit: int) -> bytes:
+        shard = int(row["shard"])
+        if shard >= len(self.index["shards"]):
+            raise ShardError(f"{self.folder}/samples.npy: shard {shard} of {len(self.index['shards'])}")
+        name, total = self.index["shards"][shard]["name"], self.index["shards"][shard]["bytes"]
+        if size > limit or offset + size > total:
+            raise ShardError(f"{name}: a member of {size} bytes at {offset}, in {total} bytes, at most {limit} allowed")
+        try:
+            if shard not in self._handles:
+                if len(self._handles) >= MAX_OPEN_SHARDS:
+                    os.close(self._handles.popitem(last=False)[1])
+                self._handles[shard] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            self._handles.move_to_end(shard)
+            data = os.pread(self._handles[shard], size, offset)
+        except OSError as error:
+            raise ShardError(f"{self.folder / name}: {error}") from None
+        if len(data) != size:
+            raise ShardError(f"{self.folder / name} is truncated: {len(data)} of {size} bytes at {offset}")
+        return data
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self.folder / "index.json"
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{path}: {error}; make a data set with tools/make_shards.py") from None
+        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != FORMAT_VERSION:
+            raise ShardError(f"{path} is not a version {FORMAT_VERSION} index; make it again with tools/make_shards.py")
+        try:
+            if sum(int(shard["samples"]) for shard in index["shards"]) != index["num_samples"] or not index["shards"]:
+                raise ShardError(f"{path}: the shards' samples do not add up to num_samples={index['num_samples']}")
+            for shard in index["shards"]:
+                name, size = shard["name"], shard["bytes"]
+                if Path(name).name != name:
+                    raise ShardError(f"{path}: shard name {name!r} is not a plain file name")
+                if (self.folder / name).stat().st_size != size:
+                    raise ShardError(f"{self.folder / name} has not the {size} bytes of the index; copy it again")
+            index["num_images"], index["lengths"]
+        except (KeyError, TypeError) as error:
+            raise ShardError(f"{path} is malformed: {error!r}; make it again with tools/make_shards.py") from None
+        except OSError as error:
+            raise ShardError(f"{path} names a shard that cannot be read: {error}") from None
+        return index
+
+    def _map(self, name: str, row: np.dtype[np.void], count: int) -> NDArray[np.void]:
+        path = self.folder / name
+        try:
+            table = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{path}: {error}; make the data set again with tools/make_shards.py") from None
+        if table.dtype != row or table.shape != (count,):
+            raise ShardError(f"{path} holds {table.shape} rows of {table.dtype}, index.json says {count}")
+        return table

@@ -1,0 +1,82 @@
+"""Loading a tokenizer so that it gives the reference's tokens (transformers 4.43, slow tokenizers)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TokenizerError(ValueError):
+    """A tokenizer folder that cannot be used; the message names it."""
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a local folder, padded on the right; nothing is downloaded and no code of the folder runs.
+
+    A Llama tokenizer has no padding token: like the reference, it gets its unknown token. Raises TokenizerError.
+    """
+    from transformers import AutoTokenizer  # a second to import
+
+    if not Path(folder).is_dir():
+        raise TokenizerError(f"{folder} is not a folder; give the folder that holds tokenizer.json or tokenizer.model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise TokenizerError(f"{folder} holds no usable tokenizer: {type(error).__name__}: {error}") from None
+    pieces = Path(folder) / "tokenizer.model"
+    if pieces.is_file() and not (Path(folder) / "tokenizer.json").is_file():
+        _follow_sentencepiece(tokenizer, pieces)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _follow_sentencepiece(tokenizer: PreTrainedTokenizerBase, model_file: Path) -> None:
+    """Makes transformers 5's conversion of a SentencePiece file split text as SentencePiece (4.x, slow) itself does.
+
+    Two things differ. Merges go by score, where the conversion goes by id: not the same once pieces were appended to a
+    trained vocabulary. And the leading "▁" is written even before text that starts with a space. What stays different:
+    with legacy=False, text that starts with a space right after a special token gets one "▁" too many.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Regex, normalizers
+    from tokenizers.models import BPE
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.model, BPE):
+        return
+    if getattr(tokenizer, "legacy", False):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    else:
+        backend.normalizer = normalizers.Replace(Regex(r"\A "), "  ")
+    pieces = SentencePieceProcessor(model_file=str(model_file))
+    ids = range(pieces.get_piece_size())
+    ordinary = [i for i in ids if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))]
+    scores = [pieces.get_score(i) for i in ordinary]
+    if scores == sorted(scores, reverse=True):
+        return
+    vocabulary = {pieces.id_to_piece(i): i for i in ids}
+    merges = []
+    for _, piece in sorted(zip(scores, map(pieces.id_to_piece, ordinary), strict=True), key=lambda pair: -pair[0]):
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
+    backend.model = BPE(vocabulary, merges, unk_token=str(tokenizer.unk_token), fuse_unk=True, byte_fallback=True)
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits that change with the vocabulary or with how a few awkward strings are split."""
+    probes = ["USER: 12 don't  x\n\n\ty", "Äé 猫😀", "a</s>USER b<|im_end|>USER c <unk>"]
+    facts = [sorted(tokenizer.get_vocab().items()), [encode(probe, tokenizer) for probe in probes]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text, however long, with BOS where the tokenizer adds one."""
+    return list(tokenizer(text, verbose=False).input_ids)

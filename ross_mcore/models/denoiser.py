@@ -1,0 +1,214 @@
+"""The denoiser: a small diffusion transformer conditioned, token by token, on the language model's hidden states.
+
+Legend: I images, k draws of an image, M = I * k noisy latents, C latent channels, g side of the latent grid,
+N = g * g tokens, W width of the transformer, Dc width of the condition. Source: reference denoiser_dit.py:101-268
+(architecture after DiT, Peebles and Xie 2023, with the condition added per token instead of per image).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ross_mcore.architecture import DenoiserConfig
+
+CONDITION_NORM_EPSILON = 1e-5
+BLOCK_NORM_EPSILON = 1e-6
+FREQUENCY_CHANNELS = 256
+MAX_PERIOD = 10000.0
+
+
+class Float32Linear(nn.Linear):
+    """A Linear that computes in float32 whatever dtype its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+def grid_position_embedding(width: int, grid: int) -> Tensor:
+    """[1, grid * grid, width] float32: sin-cos of the column in the first half of the channels, of the row after it.
+
+    Each half is [sin | cos] over width / 4 frequencies; computed in float64 (reference denoiser_dit.py:276-323).
+    """
+    frequencies = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = line[None, :, :].expand(grid, grid, -1)
+    rows = line[:, None, :].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, width).float()
+
+
+def timestep_frequencies(timesteps: Tensor) -> Tensor:
+    """timesteps [M] -> [M, 256] float32: cosines, then sines, of 128 frequencies from 1 down to 1 / 10000."""
+    half = FREQUENCY_CHANNELS // 2
+    exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def layer_norm(x: Tensor, epsilon: float) -> Tensor:
+    """LayerNorm over the last dimension without scale or shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalised x [M, N, W], then scaled and shifted token by token."""
+    return layer_norm(x, BLOCK_NORM_EPSILON) * (1 + scale) + shift
+
+
+class PatchEmbedding(nn.Module):
+    """A 1x1 convolution, one token per latent pixel: x [M, C, g, g] -> [M, N, W], tokens in row-major order."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As a matrix product: cuDNN would run a float32 convolution in TF32 by default.
+        tokens = x.flatten(2).transpose(1, 2)
+        return F.linear(tokens, self.proj.weight.flatten(1).float(), self.proj.bias.float())
+
+
+class TimestepEmbedding(nn.Module):
+    """timesteps [M] -> [M, W]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Float32Linear(FREQUENCY_CHANNELS, width), nn.SiLU(), Float32Linear(width, width))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return self.mlp(timestep_frequencies(timesteps))
+
+
+class SelfAttention(nn.Module):
+    """Full (not causal) multi-head attention: x [M, N, W] -> [M, N, W]."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Float32Linear(width, 3 * width)
+        self.proj = Float32Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # Without latents no kernel is asked to run on nothing; the three are one tensor, so the graph stays whole.
+        attended = F.scaled_dot_product_attention(query, key, value) if len(x) else value
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """x [M, N, W] -> [M, N, W] through 4 W channels and a tanh-approximated GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = Float32Linear(width, 4 * width)
+        self.fc2 = Float32Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DenoiserBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition of its token (adaLN-zero)."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.attn = SelfAttention(config.width, config.num_heads)
+        self.mlp = FeedForward(config.width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Float32Linear(config.width, 6 * config.width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [M, N, W], condition [M, N, W] -> [M, N, W]."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(condition).chunk(6, 2)
+        x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn))
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """x [M, N, W], condition [M, N, W] -> [M, N, C]."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.linear = Float32Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Float32Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, 2)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in latents; state-dict names are those inside the reference's `mm_inv_projector.net.`.
+
+    It computes in float32 whatever the dtype of its inputs and weights, also under autocast. `pos_embed` is a fixed
+    table by default; the reference trains it in stage 1 (`pos_embed.requires_grad_(True)` does the same).
+    """
+
+    def __init__(self, config: DenoiserConfig, in_channels: int, condition_size: int, grid: int) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        self.condition_size = condition_size
+        self.grid = grid
+        width = config.width
+        self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width), requires_grad=False)
+        self.x_embedder = PatchEmbedding(in_channels, width)
+        self.t_embedder = TimestepEmbedding(width)
+        self.z_embedder = nn.Sequential(nn.SiLU(), Float32Linear(condition_size, width))
+        self.blocks = nn.ModuleList([DenoiserBlock(config) for _ in range(config.depth)])
+        self.final_layer = FinalLayer(width, in_channels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws the initial weights: the prediction is 0, and no gradient reaches the condition before the first step.
+
+        Biases are 0, matrices Xavier-uniform; the embedders of condition and timestep are N(0, 0.02); the modulations
+        and the last layer are 0 (reference denoiser_dit.py:139-173). The numbers are drawn in float32 on the
+        generator's device (the CPU's default generator when None), in an order fixed by the architecture.
+        """
+        generator = generator or torch.default_generator
+        self.pos_embed.copy_(grid_position_embedding(self.config.width, self.grid))
+        for name, parameter in self.named_parameters():
+            if name == "pos_embed":
+                continue
+            value = torch.zeros(parameter.shape, device=generator.device)
+            if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+                pass
+            elif name.startswith(("t_embedder", "z_embedder")):
+                value.normal_(std=0.02, generator=generator)
+            else:  # flattened, because a 1x1 convolution counts as the matrix it is
+                nn.init.xavier_uniform_(value.flatten(1), generator=generator)
+            parameter.copy_(value)
+
+    def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """x [M, C, g, g], timesteps [M] int64, condition [I, N, Dc] -> predicted noise [M, C, g, g] float32.
+
+        M is a multiple k of I: latents i * k to i * k + k - 1 are draws of image i and share its condition, which is
+        embedded once. The condition is the raw hidden state: the LayerNorm before it (the reference's `ln_pre`) is
+        applied here. Raises ValueError when counts or shapes disagree.
+        """
+        num_images = len(condition)
+        draws = len(x) // num_images if num_images else 0
+        if draws * num_images != len(x) or len(x) != timesteps.numel():
+            raise ValueError(
+                f"{len(x)} latents and {timesteps.numel()} timesteps for conditions of {num_images} images"
+            )
+        latent_shape, condition_shape = (self.in_channels, self.grid, self.grid), (self.grid**2, self.condition_size)
+        if tuple(x.shape[1:]) != latent_shape or tuple(condition.shape[1:]) != condition_shape:
+            raise ValueError(
+                f"latents of shape {list(x.shape)} and condition of shape {list(condition.shape)}; "
+                f"expected [M, *{latent_shape}] and [I, *{condition_shape}]"
+            )
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            embedded = self.z_embedder(layer_norm(condition.float(), CONDITION_NORM_EPSILON))
+            steps = self.t_embedder(timesteps).view(num_images, draws, 1, self.config.width)
+            modulation = (embedded[:, None] + steps).flatten(0, 1)
+            hidden = self.x_embedder(x.float()) + self.pos_embed.float()
+            for block in self.blocks:
+                hidden = block(hidden, modulation)
+            prediction = self.final_layer(hidden, modulation)
+            return prediction.transpose(1, 2).unflatten(2, (self.grid, self.grid))

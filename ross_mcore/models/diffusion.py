@@ -1,0 +1,241 @@
+"""Gaussian diffusion in latent space: the noise schedule, the training loss, the ancestral sampler, keyed random draws.
+
+Legend: I images, k draws of an image, M latents, C latent channels, g side of the grid of latent tokens, T timesteps.
+Sources: DDPM (Ho et al. 2020), the cosine schedule of Nichol and Dhariwal 2021, reference
+diffusion_utils/gaussian_diffusion.py, respace.py and __init__.py. Predicting noise, mean squared error, fixed large
+variance: nothing else of that library is used by ROSS, so nothing else is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRAIN_TIMESTEPS = 1000
+MAX_BETA = 0.999
+
+
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """[T] float64: 1 - f((i + 1) / T) / f(i / T), at most 0.999, with f(t) = cos^2((t + 0.008) / 1.008 * pi / 2)."""
+
+    def remaining(fraction: float) -> float:
+        return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [1 - remaining((i + 1) / num_timesteps) / remaining(i / num_timesteps) for i in range(num_timesteps)]
+    return torch.tensor(betas, dtype=torch.float64).clamp(max=MAX_BETA)
+
+
+def spaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """`steps` timesteps spread evenly over 0 .. num_timesteps - 1, both ends included (reference respace.py).
+
+    Raises ValueError unless 1 <= steps <= num_timesteps.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"{steps} sampling steps of {num_timesteps} timesteps; expected 1 to {num_timesteps}")
+    stride = (num_timesteps - 1) / (steps - 1) if steps > 1 else 1.0
+    # Summed as the reference sums it: a product could round to another neighbour.
+    chosen, current = [], 0.0
+    for _ in range(steps):
+        chosen.append(round(current))
+        current += stride
+    return chosen
+
+
+class Schedule:
+    """Tables of a diffusion process over the timesteps kept in `timestep_map`; all [T], float64, on the CPU.
+
+    Arithmetic is done on values cast to float32 after they are taken from the tables, as in the reference. `timesteps`
+    arguments index the tables; `timestep_map` [T] int64 says which timestep of the full process the denoiser is told.
+    Not a module: nothing here is saved with a checkpoint or cast with a model.
+    """
+
+    def __init__(self, betas: Tensor, timestep_map: Sequence[int] | None = None) -> None:
+        kept = list(range(len(betas))) if timestep_map is None else list(timestep_map)
+        self.full_betas = betas.double()
+        self.timestep_map = torch.tensor(kept, dtype=torch.int64)
+        full_alphas_cumprod = torch.cumprod(1 - self.full_betas, 0)[self.timestep_map]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), full_alphas_cumprod[:-1]])
+        # Even with every timestep kept, betas are recomputed from the products: the reference trains with these.
+        self.betas = 1 - full_alphas_cumprod / previous
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
+        self.posterior_variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)
+        # The variance of the last step is 0; its logarithm borrows the step before.
+        second = self.posterior_variance[1:2] if len(kept) > 1 else self.betas
+        self.posterior_log_variance_clipped = torch.cat([second, self.posterior_variance[1:]]).log()
+        self.posterior_mean_coef1 = self.betas * before.sqrt() / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - before) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
+        self.fixed_large_variance = torch.cat([second, self.betas[1:]])
+        """What the sampler adds at each step: beta_t, and for t = 0 the posterior variance of t = 1 (FIXED_LARGE)."""
+
+    @classmethod
+    def cosine(cls, num_timesteps: int = TRAIN_TIMESTEPS) -> Schedule:
+        """The process that ROSS trains with."""
+        return cls(cosine_betas(num_timesteps))
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.betas)
+
+    def respace(self, steps: int) -> Schedule:
+        """A process of `steps` timesteps with the same marginals at the timesteps it keeps, for faster sampling."""
+        return Schedule(self.full_betas, spaced_timesteps(len(self.full_betas), steps))
+
+    def _at(self, table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+        """table [T], timesteps [M] -> float32 on the device of `like`, shaped to broadcast against it."""
+        values = table.float().to(like.device)[timesteps]
+        return values.view(-1, *[1] * (like.dim() - 1))
+
+    def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """x_start [M, ...], timesteps [M], noise [M, ...] -> x_t [M, ...]: the latent after `timesteps` of noise."""
+        signal = self._at(self.sqrt_alphas_cumprod, timesteps, x_start)
+        return signal * x_start + self._at(self.sqrt_one_minus_alphas_cumprod, timesteps, x_start) * noise
+
+    def posterior(self, x_start: Tensor, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_{t-1} | x_t, x_0), DDPM equation 7: mean [M, ...], variance and clipped log-variance (broadcastable)."""
+        mean = self._at(self.posterior_mean_coef1, timesteps, x_t) * x_start
+        mean = mean + self._at(self.posterior_mean_coef2, timesteps, x_t) * x_t
+        variance = self._at(self.posterior_variance, timesteps, x_t)
+        return mean, variance, self._at(self.posterior_log_variance_clipped, timesteps, x_t)
+
+    def predict_start(self, x_t: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """x_t [M, ...], timesteps [M], (predicted) noise [M, ...] -> the x_0 [M, ...] that they imply."""
+        scaled = self._at(self.sqrt_recip_alphas_cumprod, timesteps, x_t) * x_t
+        return scaled - self._at(self.sqrt_recipm1_alphas_cumprod, timesteps, x_t) * noise
+
+
+def epsilon_loss(prediction: Tensor, noise: Tensor) -> Tensor:
+    """prediction [M, C, g, g], noise [M, C, g, g] -> [M]: mean squared error of each latent."""
+    return (noise - prediction).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def sample(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    shape: Sequence[int],
+    *,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    noises: Iterable[Tensor] | None = None,
+    temperature: float = 1.0,
+    clip_denoised: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Ancestral sampling (DDPM algorithm 2): latents of `shape` [M, C, g, g], float32, on `device`.
+
+    denoise(x [M, C, g, g], timesteps [M]) returns the predicted noise; its timesteps are those of the full process.
+    `steps` respaces the schedule. The first latent `start` [M, C, g, g] and the noise of every step, `noises` (one
+    [M, C, g, g] a step, in the order used, the last of them unused), are drawn from `generator` where not given, on the
+    generator's device (default: the CPU's), so they do not depend on `device`. `temperature` scales the noise of the
+    steps; `clip_denoised` clips the estimate of x_0 to [-1, 1], which latents do not respect.
+    Source: reference gaussian_diffusion.py (p_sample_loop) and denoiser_dit.py:250-268.
+    """
+    schedule = schedule.respace(steps) if steps is not None else schedule
+    generator = generator or torch.default_generator
+
+    def draw() -> Tensor:
+        return torch.randn(tuple(shape), generator=generator, device=generator.device)
+
+    given = None if noises is None else iter(noises)
+    x = (draw() if start is None else start.float()).to(device)
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"start has shape {list(x.shape)}, but the sample is to have {list(shape)}")
+    deviations = schedule.fixed_large_variance.sqrt().float()
+    for step in reversed(range(schedule.num_timesteps)):
+        timesteps = torch.full((len(x),), step, dtype=torch.int64, device=device)
+        noise = denoise(x, torch.full_like(timesteps, int(schedule.timestep_map[step]))).float()
+        estimate = schedule.predict_start(x, timesteps, noise)
+        if clip_denoised:
+            estimate = estimate.clamp(-1, 1)
+        x = schedule.posterior(estimate, x, timesteps)[0]
+        fresh = draw() if given is None else next(given)
+        if step:
+            x = x + temperature * float(deviations[step]) * fresh.to(device=device, dtype=x.dtype)
+    return x
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All randomness of the reconstruction loss of I images; a public argument, so that recorded draws can be replayed.
+
+    posterior_noise [I, C, h, w] of the VAE's posterior; timesteps [I, k] int64; noise [I, k, 4C, g, g].
+    """
+
+    posterior_noise: Tensor
+    timesteps: Tensor
+    noise: Tensor
+
+    def to(self, device: torch.device | str) -> Draws:
+        return Draws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+
+def draw_seed(seed: int, position: int, ordinal: int) -> int:
+    """A 63-bit hash of what names an image in the training stream: the run's seed, its sample, its place therein."""
+    digest = hashlib.blake2b(struct.pack("<3q", seed, position, ordinal), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_draws(
+    seed: int,
+    positions: Tensor,
+    ordinals: Tensor,
+    draws: int,
+    latent_shape: Sequence[int],
+    grid: int,
+    num_timesteps: int = TRAIN_TIMESTEPS,
+) -> Draws:
+    """positions [I], ordinals [I], latent_shape (C, h, w), grid g -> float32 draws on the CPU.
+
+    Every image has a generator of its own, seeded by `draw_seed`, from which posterior noise, timesteps and noise are
+    drawn in that order: the same in every batch, rank, layout and resumed run. (PyTorch's CPU generator keeps 32 bits
+    of a seed, so among millions of images a few pairs share their draws.) Raises ValueError when there are not as many
+    positions as ordinals.
+    """
+    if positions.numel() != ordinals.numel():
+        raise ValueError(f"{positions.numel()} image positions, but {ordinals.numel()} image ordinals")
+    images = positions.numel()
+    channels = latent_shape[0]
+    posterior_noise = torch.empty(images, *latent_shape)
+    timesteps = torch.empty(images, draws, dtype=torch.int64)
+    noise = torch.empty(images, draws, 4 * channels, grid, grid)
+    generator = torch.Generator()
+    for image, (position, ordinal) in enumerate(zip(positions.tolist(), ordinals.tolist(), strict=True)):
+        generator.manual_seed(draw_seed(seed, position, ordinal))
+        posterior_noise[image].normal_(generator=generator)
+        timesteps[image].random_(0, num_timesteps, generator=generator)
+        noise[image].normal_(generator=generator)
+    return Draws(posterior_noise, timesteps, noise)
+
+
+def reconstruction_losses(
+    denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    condition: Tensor,
+    latents: Tensor,
+    draws: Draws,
+) -> Tensor:
+    """condition [I, N, Dc], latents [I, 4C, g, g], draws of I images -> [I] float32: mean loss of each image's draws.
+
+    The reference tiles its batch draw after draw (reference ross_arch.py:466-512); here the draws of an image are
+    neighbours, which changes no loss and no gradient. Without images the result is empty but still connected to the
+    condition and to the denoiser's parameters. Raises ValueError when the numbers of images disagree.
+    """
+    images, repeats = draws.timesteps.shape
+    if not len(condition) == len(latents) == images:
+        raise ValueError(f"conditions of {len(condition)} images, latents of {len(latents)}, draws of {images}")
+    x_start = latents.float().repeat_interleave(repeats, dim=0)
+    timesteps, noise = draws.timesteps.flatten(), draws.noise.float().flatten(0, 1)
+    prediction = denoiser(schedule.q_sample(x_start, timesteps, noise), timesteps, condition)
+    return epsilon_loss(prediction, noise).view(images, repeats).mean(1)

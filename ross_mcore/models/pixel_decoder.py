@@ -1,0 +1,125 @@
+"""The frozen VAE: an image becomes the latent tokens that the denoiser reconstructs, and latent tokens become an image.
+
+Legend: J images, H W pixels of the tower's input, Hd side at which the VAE sees an image, C latent channels, h = w side
+of the VAE's latent, g = h / 2 side of the grid of latent tokens (4C channels each). Source: reference
+pixel_decoder/flux_decoder.py and ross_arch.py:487-497.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ross_mcore.architecture import PixelDecoderConfig
+
+
+def group_latents(latents: Tensor) -> Tensor:
+    """[J, C, h, w] -> latent tokens [J, 4C, g, g]: channel c * 4 + dy * 2 + dx holds pixel (dy, dx) of a 2x2 block."""
+    return F.pixel_unshuffle(latents, 2)
+
+
+def ungroup_latents(latent_tokens: Tensor) -> Tensor:
+    """Latent tokens [J, 4C, g, g] -> [J, C, 2g, 2g]; the inverse of `group_latents`."""
+    return F.pixel_shuffle(latent_tokens, 2)
+
+
+class PixelDecoder(nn.Module):
+    """A diffusers `AutoencoderKL` under `autoencoder`, whose state-dict names are those of its library.
+
+    Always frozen, in evaluation mode and in float32: a cast of the surrounding model to another dtype passes it by,
+    autocast is off inside. Weights are random until a state dict is loaded.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(
+        self,
+        config: PixelDecoderConfig,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        decode_image_size: int,
+        encode_batch_size: int = 8,
+    ) -> None:
+        """image_mean and image_std are the tower's; `encode_batch_size` images go through the VAE at a time.
+
+        Raises ValueError when `decode_image_size` does not give whole latent tokens.
+        """
+        super().__init__()
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        pixels_per_token = 2 * config.downsampling
+        if decode_image_size % pixels_per_token:
+            raise ValueError(f"decode_image_size={decode_image_size} is not a multiple of {pixels_per_token} pixels")
+        self.config = config
+        self.decode_image_size = decode_image_size
+        self.encode_batch_size = encode_batch_size
+        self.autoencoder = AutoencoderKL.from_config(dict(config.diffusers)).float()
+        self.scaling_factor = float(self.autoencoder.config.scaling_factor)
+        self.shift_factor = float(self.autoencoder.config.shift_factor or 0.0)
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.train(False)
+
+    @property
+    def grid(self) -> int:
+        """Latent tokens along one side."""
+        return self.decode_image_size // (2 * self.config.downsampling)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w): the shape of one image's posterior noise."""
+        return self.config.latent_channels, 2 * self.grid, 2 * self.grid
+
+    def train(self, mode: bool = True) -> PixelDecoder:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelDecoder:
+        """Follows moves between devices, not casts: half a precision would be lost in the target of the loss."""
+        moved = fn(torch.empty(0, dtype=torch.float32, device=self.image_mean.device))
+        if moved.dtype == torch.float32:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda tensor: tensor.to(moved.device), recurse)
+
+    def images_for_encoder(self, pixels: Tensor) -> Tensor:
+        """pixels [J, 3, H, W] in the tower's normalisation -> [J, 3, Hd, Hd] in [-1, 1], bilinear, no antialiasing."""
+        images = ((pixels.float() * self.image_std + self.image_mean - 0.5) / 0.5).clamp(-1, 1)
+        size = (self.decode_image_size, self.decode_image_size)
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, posterior_noise: Tensor | None) -> Tensor:
+        """pixels [J, 3, H, W] in the tower's normalisation -> latent tokens [J, 4C, g, g] float32.
+
+        posterior_noise [J, C, h, w] makes a sample of the VAE's posterior; None takes its mode. Without images nothing
+        is computed. Raises ValueError when there is not one noise of the right shape for every image.
+        """
+        shape = (len(pixels), *self.latent_shape)
+        if posterior_noise is not None and tuple(posterior_noise.shape) != shape:
+            raise ValueError(f"posterior noise of shape {list(posterior_noise.shape)}; expected {list(shape)}")
+        if not len(pixels):
+            return torch.zeros(0, self.config.token_channels, self.grid, self.grid, device=pixels.device)
+        posteriors = []
+        with torch.autocast(device_type=pixels.device.type, enabled=False):
+            for part in pixels.split(self.encode_batch_size):
+                posteriors.append(self.autoencoder.encode(self.images_for_encoder(part)).latent_dist)
+            mean = torch.cat([posterior.mean for posterior in posteriors])
+            if posterior_noise is not None:
+                mean = mean + torch.cat([posterior.std for posterior in posteriors]) * posterior_noise.float()
+            return group_latents((mean - self.shift_factor) * self.scaling_factor)
+
+    @torch.no_grad()
+    def decode(self, latent_tokens: Tensor) -> Tensor:
+        """Latent tokens [J, 4C, g, g] -> images [J, 3, Hd, Hd] float32 in [0, 1]; of none, nothing is computed."""
+        if not len(latent_tokens):
+            size = self.decode_image_size
+            return torch.zeros(0, 3, size, size, device=latent_tokens.device)
+        with torch.autocast(device_type=latent_tokens.device.type, enabled=False):
+            latents = ungroup_latents(latent_tokens.float()) / self.scaling_factor + self.shift_factor
+            images = torch.cat([self.autoencoder.decode(part).sample for part in latents.split(self.encode_batch_size)])
+            return (images / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,93 @@
+"""The vision tower: a Hugging Face SigLIP or CLIP vision transformer, read at the layer that ROSS uses.
+
+Legend: J images, H W pixels, N patches of an image, D width of the tower.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ross_mcore.architecture import VisionConfig
+
+
+def normalize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a SigLIP or CLIP checkpoint under the names that `VisionModel.tower` uses.
+
+    transformers 5 saves a vision tower without the prefix `vision_model.`; transformers 4 and the hub have it, and a
+    whole two-tower checkpoint also holds a text tower, which is left out. Position indices, which old checkpoints
+    stored as a buffer, are constants and left out too.
+    """
+    prefix = "vision_model."
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name: value for name, value in state.items() if name != "embeddings.position_ids"}
+
+
+class VisionModel(nn.Module):
+    """Image -> patch features: `hidden_states[select_layer]` of the tower, without post-norm, CLS token dropped.
+
+    Layers after the selected one, the post-norm and SigLIP's pooling head hold weights, so that an exported tower is
+    whole, but are never run and never train. A frozen tower (`trainable=False`) stays in evaluation mode and runs
+    without autograd. Weights are random until a state dict is loaded: `tower.*` has the names of transformers 5, see
+    `normalize_state_dict`. Source: reference multimodal_encoder/clip_encoder.py:42-74 and siglip_encoder.py.
+    """
+
+    def __init__(self, config: VisionConfig, trainable: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.trainable = trainable
+        self.num_layers_run = config.num_layers + 1 + config.select_layer
+        self.tower = _build_tower(config)
+        self.requires_grad_(False)
+        if trainable:
+            for part in self._parts_run():
+                part.requires_grad_(True)
+        self.train(trainable)
+
+    def _parts_run(self) -> list[nn.Module]:
+        parts = [self.tower.embeddings, *self.tower.encoder.layers[: self.num_layers_run]]
+        return parts + ([self.tower.pre_layrnorm] if self._has_class_token else [])
+
+    @property
+    def _has_class_token(self) -> bool:
+        return self.config.model_type == "clip_vision_model"
+
+    def train(self, mode: bool = True) -> VisionModel:
+        """Like `nn.Module.train`, but a frozen tower stays in evaluation mode."""
+        return super().train(mode and self.trainable)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [J, 3, H, W] in the tower's normalisation, any dtype -> features [J, N, D] in the tower's dtype.
+
+        With no images and a frozen tower nothing is computed; a trainable tower then runs one blank image, whose
+        features it drops, so that its parameters get zero gradients rather than none. Raises ValueError when the pixels
+        are not of the tower's image size.
+        """
+        size = self.config.image_size
+        if tuple(pixels.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixels of shape {list(pixels.shape)}; the tower reads [J, 3, {size}, {size}]")
+        if not len(pixels):
+            if self.trainable:
+                return self(pixels.new_zeros(1, 3, size, size))[:0]
+            dtype = self.tower.embeddings.patch_embedding.weight.dtype
+            return pixels.new_zeros(0, self.config.image_tokens, self.config.hidden_size, dtype=dtype)
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            hidden = self.tower.embeddings(pixels)
+            if self._has_class_token:
+                hidden = self.tower.pre_layrnorm(hidden)
+            for layer in self.tower.encoder.layers[: self.num_layers_run]:
+                hidden = layer(hidden, attention_mask=None)
+            return hidden[:, 1:] if self._has_class_token else hidden
+
+
+def _build_tower(config: VisionConfig) -> nn.Module:
+    """The transformer inside HF's vision model; only the modelling file of this one model is imported."""
+    if config.model_type == "clip_vision_model":
+        from transformers.models.clip.configuration_clip import CLIPVisionConfig as Config
+        from transformers.models.clip.modeling_clip import CLIPVisionModel as Model
+    else:
+        from transformers.models.siglip.configuration_siglip import SiglipVisionConfig as Config
+        from transformers.models.siglip.modeling_siglip import SiglipVisionModel as Model
+    fields = {name: value for name, value in config.huggingface.items() if name != "model_type"}
+    return Model(Config(**fields | {"attn_implementation": "sdpa"}))

@@ -1,0 +1,74 @@
+"""Pictures beside what the model's image states reconstruct of them, from inside a running pipeline."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.batch import collate
+from ross_mcore.config import Config
+from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.order import SampleOrder
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.parallel.groups import Groups
+from ross_mcore.parallel.split import gather_shares
+from ross_mcore.training.metrics import picture_grid
+from ross_mcore.training.step import agree_on_step, run_schedule
+
+
+@torch.no_grad()
+def reconstruction_grid(
+    model: DistributedDataParallel,
+    dataset: ShardDataset,
+    groups: Groups,
+    config: Config,
+    model_config: ModelConfig,
+    row_multiple: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Originals over reconstructions [3, H, W] in [0, 1] on the last stage, None elsewhere. Collective.
+
+    The pictures are those of the first `--eval-images` samples in the order of the shards; every data-parallel replica
+    computes the same ones.
+    """
+    rows = config.training.micro_batch_size
+    count = -(-config.logging.eval_images // rows)
+    micro_batches = None
+    if groups.stage.reads_data:
+        with StepLoader(
+            dataset,
+            SampleOrder(len(dataset), seed=0, shuffle=False),
+            global_batch_size=count * rows,
+            micro_batch_size=rows,
+            tp_rank=groups.tensor_rank,
+            tp_size=groups.layout.tensor_parallel,
+        ) as loader:
+            micro_batches = next(loader)
+    size = agree_on_step(micro_batches, False, groups, row_multiple, device)
+    model.eval()
+    hidden = run_schedule(
+        model,
+        micro_batches,
+        size,
+        num_micro_batches=count,
+        micro_batch_size=rows,
+        image_size=model_config.vision.image_size,
+        device=device,
+        output="hidden",
+        forward_only=True,
+    )
+    model.train()
+    if not groups.stage.is_last or micro_batches is None:
+        return None
+    originals, pictures = [], []
+    for states, row in zip(hidden, micro_batches, strict=True):
+        batch = collate(row, size.seq_length, model_config.vision.image_size).to(device)
+        original, picture = model.module.reconstruct(states, batch)
+        originals.append(gather_shares(original.contiguous(), batch.num_images, groups.tensor))
+        pictures.append(gather_shares(picture.contiguous(), batch.num_images, groups.tensor))
+    if not sum(map(len, originals)):
+        return None
+    return picture_grid([torch.cat(originals), torch.cat(pictures)])
+

@@ -1,0 +1,117 @@
+"""What trains in which stage, at which rate, and the optimizer that does it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+
+from ross_mcore.config import Config, OptimizerOptions
+from ross_mcore.models.ross import RossModel
+from ross_mcore.training import adam
+
+DEFAULT_WARMUP_FRACTION = 0.03
+
+
+def set_trainable(model: RossModel, training_stage: str, train_vision: bool) -> None:
+    """Freezes what the reference freezes (ROSS train.py:1170-1206).
+
+    pretrain: projector and denoiser, its position table included. finetune: projector, language model and denoiser, its
+    position table frozen again. The VAE never trains, the vision tower only when it is given a rate of its own.
+    """
+    model.language_model.requires_grad_(training_stage == "finetune")
+    if hasattr(model, "vision_projection"):
+        model.vision_projection.requires_grad_(True)
+    if hasattr(model, "denoiser"):
+        model.denoiser.requires_grad_(True)
+        model.denoiser.pos_embed.requires_grad_(training_stage == "pretrain")
+    if hasattr(model, "pixel_decoder"):
+        model.pixel_decoder.requires_grad_(False)
+    if hasattr(model, "vision_model") and not train_vision:
+        model.vision_model.requires_grad_(False)
+
+
+def rate_multipliers(options: OptimizerOptions) -> dict[str, float]:
+    """Part of the model -> its peak rate over `--lr`; parts at `--lr` are left out."""
+    rates = {
+        "vision_projection": options.projector_lr,
+        "denoiser": options.denoiser_lr,
+        "vision_model": options.vision_lr,
+    }
+    return {part: rate / options.lr for part, rate in rates.items() if rate is not None and rate != options.lr}
+
+
+def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
+    """mcore's optimizer (AdamW, fp32 masters under bf16, sharded when asked) with one group per rate.
+
+    Groups differ in `lr_mult`, which mcore matches groups by when it loads a checkpoint (optimizer/optimizer.py:96).
+    """
+    adam.give_to_mcore()
+    options = config.optimizer
+    mcore = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=config.execution.bf16,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    overrides: dict[Any, Any] = dict(get_standard_config_overrides(mcore))
+    for part, multiplier in rate_multipliers(options).items():
+        overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": multiplier}
+    return get_megatron_optimizer(mcore, [model], config_overrides=overrides)
+
+
+def warmup_iterations(options: OptimizerOptions, train_iters: int) -> int:
+    if options.lr_warmup_iters is not None:
+        return options.lr_warmup_iters
+    fraction = DEFAULT_WARMUP_FRACTION if options.lr_warmup_fraction is None else options.lr_warmup_fraction
+    return math.ceil(fraction * train_iters)
+
+
+def learning_rate(iteration: int, train_iters: int, options: OptimizerOptions) -> float:
+    """PURE: the rate of the step that follows `iteration` finished steps, before any group's multiplier.
+
+    Linear from 0 over the warm-up (so the first step has rate 0, as in HF's schedules), then the decay to `min_lr`.
+    """
+    warmup = warmup_iterations(options, train_iters)
+    if iteration < warmup:
+        return options.lr * iteration / warmup
+    progress = min(1.0, (iteration - warmup) / max(1, train_iters - warmup))
+    remaining = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[options.lr_decay_style]
+    return options.min_lr + (options.lr - options.min_lr) * remaining
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
+    """Gives every group its rate: `rate` times the group's multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_mult"]
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global L2 norm of the reduced gradients, the same on every rank; also readies them for `apply_gradients`."""
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    return 0.0 if norm is None else float(norm)
+
+
+def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
+    """Clips by `norm` and updates the weights. The caller has seen that the norm is finite."""
+    if clip_grad > 0:
+        for part in optimizer.chained_optimizers:
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()

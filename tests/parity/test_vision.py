@@ -1,0 +1,83 @@
+"""Vision features, projected features and their splice into embeddings against the reference's towers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ross_mcore.architecture import ProjectorConfig, VisionConfig
+from ross_mcore.models.projector import VisionProjection
+from ross_mcore.models.vision import VisionModel, normalize_state_dict
+
+
+@pytest.fixture(scope="module", params=[("model_qwen2_siglip", "tiny_siglip"), ("model_llama_clip", "tiny_clip")])
+def case(request, recorded, recorded_json, golden):
+    name, tower_name = request.param
+    model = recorded_json(f"{name}/hf_checkpoint/config.json")
+    config = VisionConfig(
+        recorded_json(f"components/{tower_name}/config.json"),
+        model["image_mean"],
+        model["image_std"],
+        model["mm_vision_select_layer"],
+    )
+    weights = load_file(golden / f"components/{tower_name}/model.safetensors")
+    checkpoint = {k: v.float() for k, v in load_file(golden / f"{name}/hf_checkpoint/model.safetensors").items()}
+    return config, weights, checkpoint, model, recorded(f"{name}/oracle.safetensors")[0]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_features_and_projection(case, assert_close, trainable):
+    config, weights, checkpoint, model, oracle = case
+    tower = VisionModel(config, trainable)
+    tower.tower.load_state_dict(normalize_state_dict(weights))
+    features = tower(oracle["in.images"])
+    assert features.requires_grad == trainable
+    assert_close("image_features", features, oracle["image_features"])
+
+    projection = VisionProjection(ProjectorConfig(model["mm_projector_type"]), config.hidden_size, model["hidden_size"])
+    prefix = "model.mm_projector."
+    state = {key.removeprefix(prefix): value for key, value in checkpoint.items() if key.startswith(prefix)}
+    projection.load_state_dict(state)
+    assert_close("projected_features", projection(features), oracle["projected_features"])
+
+
+def test_both_key_layouts_load(case):
+    """Without the prefix, under it, and inside a whole two-tower checkpoint: the same tensors; nothing missing."""
+    config, weights, _, _, _ = case
+    bare = normalize_state_dict(weights)
+    assert all(name.startswith("vision_model.") for name in weights) and len(bare) == len(weights)
+    assert normalize_state_dict(bare) == bare
+    two_towers = {**weights, "text_model.final_layer_norm.weight": torch.ones(1), "logit_scale": torch.ones(1)}
+    two_towers["vision_model.embeddings.position_ids"] = torch.arange(16)
+    assert normalize_state_dict(two_towers).keys() == bare.keys()
+    assert VisionModel(config).tower.state_dict().keys() == bare.keys()
+
+
+def test_trainable_tower(case):
+    """Only what is run trains, all of it gets gradients, and an empty batch gives zero gradients, not None."""
+    config, _, _, _, oracle = case
+    tower = VisionModel(config, trainable=True).train()
+    trained = [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
+    assert any("layers.1." in name for name in trained)
+    assert not any(part in name for name in trained for part in ("layers.2.", "post_layernorm", "head"))
+    for images in (oracle["in.images"], oracle["in.images"][:0]):
+        tower.zero_grad(set_to_none=True)
+        tower(images).square().sum().backward()
+        for name in trained:
+            gradient = tower.get_parameter(name).grad
+            assert gradient is not None and gradient.isfinite().all(), name
+            assert bool(len(images)) or not gradient.any(), name
+
+
+def test_frozen_tower(case):
+    config, _, _, _, oracle = case
+    tower = VisionModel(config)
+    parent = torch.nn.ModuleList([tower]).train()
+    assert parent.training and not any(module.training for module in tower.modules())
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    empty = tower.to(torch.bfloat16)(oracle["in.images"][:0])
+    assert empty.shape == (0, config.image_tokens, config.hidden_size) and empty.dtype == torch.bfloat16
+    assert tower(oracle["in.images"]).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="the tower reads"):
+        tower(torch.zeros(1, 3, config.image_size + 1, config.image_size))

@@ -1,0 +1,98 @@
+"""Splice, gather and supervised positions: inverse to each other, differentiable, strict about counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ross_mcore.models.image_tokens import gather, splice, supervised_positions
+
+LENGTH, ROWS, WIDTH, TOKENS = 9, 3, 2, 3
+IMAGE_ROWS = torch.tensor([2, 0, 2])
+IMAGE_STARTS = torch.tensor([1, 6, 5])
+
+
+def test_splice_puts_each_image_at_its_place_and_gather_takes_it_back():
+    embeddings = torch.randn(LENGTH, ROWS, WIDTH)
+    before = embeddings.clone()
+    features = torch.randn(3, TOKENS, WIDTH)
+    spliced = splice(embeddings, features, IMAGE_ROWS, IMAGE_STARTS)
+    assert torch.equal(embeddings, before)
+    expected = before.clone()
+    for image, (row, start) in enumerate(zip(IMAGE_ROWS.tolist(), IMAGE_STARTS.tolist(), strict=True)):
+        expected[start : start + TOKENS, row] = features[image]
+    assert torch.equal(spliced, expected)
+    assert torch.equal(gather(spliced, IMAGE_ROWS, IMAGE_STARTS, TOKENS), features)
+
+
+def test_gradients():
+    embeddings = torch.randn(LENGTH, ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(3, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda e, f: splice(e, f, IMAGE_ROWS, IMAGE_STARTS), (embeddings, features))
+    assert torch.autograd.gradcheck(lambda e: gather(e, IMAGE_ROWS, IMAGE_STARTS, TOKENS), (embeddings,))
+
+
+def test_hidden_states_that_are_not_contiguous():
+    hidden = torch.randn(ROWS, LENGTH, WIDTH).transpose(0, 1)
+    taken = gather(hidden, IMAGE_ROWS, IMAGE_STARTS, TOKENS)
+    assert torch.equal(taken[1], hidden[6:9, 0])
+    assert torch.equal(splice(hidden, taken, IMAGE_ROWS, IMAGE_STARTS), hidden)
+
+
+def test_no_images_keep_the_graph():
+    none = torch.zeros(0, dtype=torch.int64)
+    weight = torch.randn(4, WIDTH, requires_grad=True)
+    embeddings = torch.randn(LENGTH, ROWS, WIDTH, requires_grad=True)
+    spliced = splice(embeddings, torch.zeros(0, TOKENS, 4) @ weight, none, none)
+    assert torch.equal(spliced, embeddings)
+    taken = gather(spliced, none, none, TOKENS)
+    assert taken.shape == (0, TOKENS, WIDTH)
+    (spliced.sum() + taken.sum()).backward()
+    assert weight.grad is not None and not weight.grad.any()
+    assert torch.equal(embeddings.grad, torch.ones_like(embeddings))
+
+
+def test_features_take_the_dtype_of_the_embeddings():
+    spliced = splice(
+        torch.zeros(LENGTH, ROWS, WIDTH).bfloat16(), torch.ones(3, TOKENS, WIDTH), IMAGE_ROWS, IMAGE_STARTS
+    )
+    assert spliced.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("features", "rows", "message"),
+    [
+        ((2, TOKENS, WIDTH), IMAGE_ROWS, "features of 2 images, but 3 images"),
+        ((3, TOKENS, WIDTH + 1), IMAGE_ROWS, "3 wide, but embeddings 2"),
+        ((2, TOKENS, WIDTH), IMAGE_ROWS[:2], "2 image rows, but 3 image starts"),
+    ],
+)
+def test_counts_that_disagree(features, rows, message):
+    with pytest.raises(ValueError, match=message):
+        splice(torch.zeros(LENGTH, ROWS, WIDTH), torch.zeros(features), rows, IMAGE_STARTS)
+
+
+def test_an_image_past_the_sequence_is_an_error():
+    with pytest.raises(IndexError):
+        gather(torch.zeros(LENGTH, ROWS, WIDTH), IMAGE_ROWS, IMAGE_STARTS + 4, TOKENS)
+    with pytest.raises(IndexError):
+        splice(torch.zeros(LENGTH, ROWS, WIDTH), torch.zeros(3, TOKENS, WIDTH), IMAGE_ROWS, IMAGE_STARTS + 4)
+
+
+def test_supervised_positions():
+    labels = torch.tensor([[-100, 7, -100, 0], [-100, -100, -100, 5]])
+    supervised = supervised_positions(labels)
+    assert supervised.b_index.tolist() == [0, 0, 1]
+    assert supervised.s_index.tolist() == [1, 3, 3]
+    assert supervised.targets.tolist() == [7, 0, 5]
+    assert supervised.weights.tolist() == [1, 1, 1]
+    hidden = torch.arange(8.0).view(2, 4, 1).transpose(0, 1)
+    assert supervised.select(hidden).flatten().tolist() == [1, 3, 7]
+
+
+def test_a_batch_without_labels_has_one_position_that_weighs_nothing():
+    hidden = torch.randn(4, 2, 3, requires_grad=True)
+    supervised = supervised_positions(torch.full((2, 4), -100))
+    assert [value.tolist() for value in supervised] == [[0], [0], [0], [0]]
+    (supervised.select(hidden).sum(1) * supervised.weights).sum().backward()
+    assert hidden.grad is not None and not hidden.grad.any()

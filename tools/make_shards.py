@@ -1,15 +1,13 @@
 """Turns a LLaVA-format JSON and its image folder into WebDataset tar shards with an index that training reads.
 
-    python tools/make_shards.py --data train.json --image-folder images --out shards --tokenizer Qwen2-7B --template qwen_2
+python tools/make_shards.py --data train.json --image-folder images --out shards --tokenizer Qwen2-7B --template qwen_2
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections import Counter, deque
 from pathlib import Path
 
 
@@ -37,29 +35,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    from concurrent.futures import Future, ThreadPoolExecutor
-
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.data.conversation import TEMPLATES
-    from ross_mcore.data.llava import RecordsError, SkippedRecord, admit_record, read_records
+    from ross_mcore.data.llava import RecordsError, convert_records, read_records
     from ross_mcore.data.shard_writer import ShardWriter
     from ross_mcore.data.shards import LengthSource, ShardError
     from ross_mcore.data.tokenizer import TokenizerError, fingerprint_tokenizer, load_tokenizer
 
     console = Console(stderr=True)
     try:
-        if options.template is not None and options.template not in TEMPLATES:
-            raise RecordsError(f"--template {options.template}: expected one of {', '.join(TEMPLATES)}")
         tokenizer = source = None
-        if options.tokenizer is not None:
+        if options.template is not None:
+            if options.template not in TEMPLATES:
+                raise TokenizerError(f"--template {options.template} is not one of {', '.join(TEMPLATES)}")
             tokenizer = load_tokenizer(options.tokenizer)
             source = LengthSource(fingerprint_tokenizer(tokenizer), options.template)
-        reasons: Counter[str] = Counter()
-        mismatches = 0
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        total = None if options.data.suffix == ".jsonl" else sum(1 for _ in read_records(options.data))
+        count, records = read_records(options.data)
+        columns = TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         writer = ShardWriter(
             options.out,
             max_samples=options.shard_size,
@@ -67,35 +61,26 @@ def main() -> int:
             length_source=source,
             overwrite=options.overwrite,
         )
-        with writer, ThreadPoolExecutor(options.num_workers) as pool, Progress(*columns, console=console) as bar:
-            skipped = open(writer.folder / "skipped.jsonl", "w", encoding="utf-8")
-            task = bar.add_task("records", total=total)
-            waiting: deque[tuple[int, object, Future]] = deque()
-
-            def take() -> int:
-                number, record, future = waiting.popleft()
-                bar.advance(task)
-                try:
-                    sample = future.result()
-                    writer.write(sample.key, sample.record, sample.images, sample.text_tokens, sample.image_spans)
-                    return int(sample.mismatch)
-                except SkippedRecord as error:
-                    about = record if isinstance(record, dict) else {}
-                    reasons[str(error).partition(":")[0]] += 1
-                    line = {"record": number, "id": about.get("id"), "image": about.get("image"), "reason": str(error)}
-                    skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    return 0
-
-            with skipped:
-                for number, record in enumerate(read_records(options.data)):
-                    work = (number, record, options.image_folder, tokenizer, options.template, options.follow_links)
-                    waiting.append((number, record, pool.submit(admit_record, *work)))
-                    mismatches += take() if len(waiting) > 4 * options.num_workers else 0
-                while waiting:
-                    mismatches += take()
+        with writer, Progress(*columns, console=console) as bar:
+            task = bar.add_task("records", total=count)
+            done = convert_records(
+                records,
+                options.image_folder,
+                writer,
+                tokenizer,
+                options.template,
+                follow_links=options.follow_links,
+                num_workers=options.num_workers,
+                progress=lambda: bar.advance(task),
+            )
     except (RecordsError, ShardError, TokenizerError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
+    print(f"{options.out}: {done.samples} samples, {done.images} pictures, of {count} records")
+    if done.unlocated:
+        print(f"{done.unlocated} samples without any label: their answers could not be located among their tokens")
+    for reason, number in done.skipped.most_common():
+        print(f"skipped {number}: {reason} (see {options.out / 'skipped.jsonl'})")
     return 0
 
 

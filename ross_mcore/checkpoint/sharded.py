@@ -20,10 +20,11 @@ small model and forks processes that have threads; torch's writer needs neither.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,19 +36,25 @@ from megatron.core.dist_checkpointing.dict_utils import (
     merge,
     nested_values,
 )
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, StateDict
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import (
     determine_global_metadata,
     validate_sharding_integrity,
 )
-from torch.distributed.checkpoint import FileSystemWriter, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, ReadItem
+from torch.distributed.checkpoint import load as read_shards
 from torch.distributed.checkpoint import save as write_shards
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -55,7 +62,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, require_checkpoint
-from ross_mcore.checkpoint.safe_load import SafeCommonStrategy, SafeLoadStrategy, read_common, read_metadata
+from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
+from ross_mcore.checkpoint.torch_dist import COMMON_FILE, SHARDING, sharding_metadata
 
 __all__ = [
         "Checkpoint",
@@ -68,25 +76,8 @@ __all__ = [
     "sharding_metadata",
 ]
 
-_SHARDING = {
-    # the only distributed-optimizer format of 0.16.1 that every other layout can read
-    "distrib_optim_sharding_type": "fully_reshardable",
-    # layer N is stored under its own name: layers may differ in what trains, and stages in how many they hold
-    "non_homogeneous_layers": True,
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
-
 OPTIMIZER_PREFIX = "optimizer."
 T = TypeVar("T")
-
-
-def sharding_metadata() -> dict[str, Any]:
-    """What to pass as `metadata` to every `sharded_state_dict`; stored in the checkpoint and compared on load.
-
-    A new dict each time, because mcore writes process groups into it.
-    """
-    return dict(_SHARDING)
 
 
 def save_checkpoint(
@@ -176,7 +167,7 @@ def _is_extra_state(value: Any) -> bool:
 
 
 def _write_common(partial: Path, common: dict[str, Any]) -> None:
-    path = partial / COMMON_STATE_FNAME
+    path = partial / COMMON_FILE
     with path.open("wb") as stream:
         torch.save(common, stream)
         stream.flush()
@@ -187,11 +178,11 @@ def _write_common(partial: Path, common: dict[str, Any]) -> None:
 def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     extra_state, wanted = extract_matching_values(state, _is_extra_state)
 
-    def check() -> tuple[Any, dict[str, Any]]:
+    def check() -> tuple[Metadata, dict[str, Any]]:
         metadata, common = read_metadata(checkpoint.path), read_common(checkpoint.path)
         stored = common.pop("content_metadata", None)
-        if stored != _SHARDING:
-            raise CheckpointError(f"{checkpoint.path} was sharded with {stored}, this code reads {_SHARDING}")
+        if stored != SHARDING:
+            raise CheckpointError(f"{checkpoint.path} was sharded with {stored}, this code reads {SHARDING}")
         return metadata, common
 
     metadata, common = _together(check)
@@ -200,8 +191,8 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
         loaded = dist_checkpointing.load(
             wanted,
             str(checkpoint.path),
-            sharded_strategy=SafeLoadStrategy(metadata),
-            common_strategy=SafeCommonStrategy(common),
+            sharded_strategy=_LoadStrategy(metadata),
+            common_strategy=_Common(common),
             validate_access_integrity=False,
         )
     except CheckpointException as error:
@@ -211,18 +202,14 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in loaded.items() if key in state or key not in ("model", "optimizer")}
 
 
-def _compare(checkpoint: Checkpoint, metadata: Any, wanted: dict[str, Any]) -> None:
+def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any]) -> None:
     """Raises CheckpointError, on every rank alike, unless the names and shapes agree. Collective."""
     tensors, _, _ = load_preprocess(wanted)
     mine = {t.key: tuple(t.global_shape) for t in nested_values(tensors) if isinstance(t, ShardedTensor)}
     asked: dict[str, tuple[int, ...]] = {}
     for names in _exchange(mine):
         asked.update(names)
-    stored = {
-        name: tuple(item.size)
-        for name, item in metadata.state_dict_metadata.items()
-        if isinstance(item, TensorStorageMetadata)
-    }
+    stored = tensor_shapes(metadata)
     with_optimizer = any(name.startswith(OPTIMIZER_PREFIX) for name in asked)
     missing = sorted(name for name in asked if name not in stored)
     left_over = sorted(
@@ -286,3 +273,39 @@ class _Writer(FileSystemWriter):
 
     def storage_meta(self) -> StorageMeta | None:
         return None
+
+
+class _LoadPlanner(MCoreLoadPlanner):
+    """mcore's planner, except that an object is read as data, never as code."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+
+class _LoadStrategy(TorchDistLoadShardedStrategy):
+    """TorchDistLoadShardedStrategy.load (mcore 0.16.1, strategies/torch.py) with safe metadata, reader and planner."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        super().__init__()
+        self._metadata = metadata
+
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
+        tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
+        by_name, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        state = cast(dict[str, Any], mcore_to_pyt_state_dict(by_name, True))
+        planner = _LoadPlanner(shapes_validation_sharded_tensors=tensors, flatten_state_dict=False)
+        read_shards(state, storage_reader=Reader(checkpoint_dir, self._metadata), planner=planner)
+        loaded = {name: _unwrap_pyt_sharded_tensor(value) for name, value in state.items()}
+        loaded = _replace_sharded_keys_with_state_dict_keys(loaded, flat_mapping, rename_mapping)
+        _restore_dict_types(loaded, sharded_state_dict)
+        return loaded
+
+
+class _Common(TorchCommonLoadStrategy):
+    """The part of the state that is the same on all ranks, already read."""
+
+    def __init__(self, common: StateDict) -> None:
+        self._common = common
+
+    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
+        return self._common

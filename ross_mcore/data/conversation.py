@@ -241,6 +241,10 @@ def _checked_turns(conversations: Any) -> list[tuple[str, str]]:
             raise ConversationError("a turn has no text")
         if turn.get("from") not in ("human", "gpt"):
             raise ConversationError("a turn is neither the human's nor the gpt's")
+        try:
+            turn["value"].encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConversationError("a turn is not valid Unicode") from None
         turns.append((turn["from"], turn["value"]))
     return turns
 

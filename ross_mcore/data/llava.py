@@ -8,14 +8,17 @@ from __future__ import annotations
 import io
 import json
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ross_mcore.data.conversation import ConversationError, tokenize_conversation
+from ross_mcore.data.conversation import ConversationError, Tokenized, tokenize_conversation
 from ross_mcore.data.image import FORMATS, ImageError, decode_image
-from ross_mcore.data.shards import MAX_IMAGE_BYTES, UNKNOWN_LENGTH
+from ross_mcore.data.shard_writer import ShardWriter
+from ross_mcore.data.shards import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, UNKNOWN_LENGTH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,76 +37,125 @@ class SkippedRecord(ValueError):
     """A record that cannot become a sample; the message is a short reason."""
 
 
-@dataclass(frozen=True)
-class AdmittedRecord:
-    """What `ShardWriter.write` takes."""
+@dataclass
+class Conversion:
+    """What became of the records. `unlocated`: samples stored although no answer was found among their tokens."""
 
-    key: str
-    record: dict[str, Any]
-    images: list[tuple[str, bytes]]
-    text_tokens: int
-    image_spans: int
-    mismatch: bool
+    samples: int = 0
+    images: int = 0
+    unlocated: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
-def read_records(path: Path) -> Iterator[Any]:
-    """Yields the records of a .json list, or of a .jsonl file line by line. Raises RecordsError naming file and line.
+def read_records(path: Path) -> tuple[int, Iterator[Any]]:
+    """(number of records, the records) of a .json list, or of a .jsonl file, read line by line.
 
-    A damaged line of .jsonl is yielded as None: it is one bad record, not the end of the file.
+    A damaged line of .jsonl comes as None: it is one bad record, not the end of the file.
+    Raises RecordsError naming the file.
     """
     try:
         if path.suffix == ".jsonl":
             with open(path, "rb") as lines:
-                for line in lines:
-                    if line.strip():
-                        try:
-                            yield json.loads(line)
-                        except (ValueError, RecursionError):
-                            yield None
-            return
+                return sum(bool(line.strip()) for line in lines), _read_lines(path)
         records = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise RecordsError(f"{path}: {error}") from None
+        raise RecordsError(f"{path} cannot be read: {error}") from None
     if not isinstance(records, list):
         raise RecordsError(f"{path} holds a {type(records).__name__}; expected a list of records")
-    yield from records
+    return len(records), iter(records)
 
 
-def admit_record(
-    number: int,
-    record: Any,
+def _read_lines(path: Path) -> Iterator[Any]:
+    with open(path, "rb") as lines:
+        for line in filter(bytes.strip, lines):
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                yield None
+
+
+def convert_records(
+    records: Iterable[Any],
     image_folder: Path,
+    writer: ShardWriter,
     tokenizer: PreTrainedTokenizerBase | None = None,
     template: str | None = None,
+    *,
     follow_links: bool = False,
-) -> AdmittedRecord:
-    """Checks record `number` of a JSON file and reads its picture, decoding it once.
+    num_workers: int = 1,
+    progress: Callable[[], None] = lambda: None,
+) -> Conversion:
+    """Writes every usable record, in order, and the others with their reasons to skipped.jsonl beside the shards.
 
-    The sample's key is the record's number, which is unique where ids need not be. With a tokenizer and a template its
-    length is measured. Raises SkippedRecord with the reason.
+    A sample's key is its record's number in the file, which is unique where ids need not be. Pictures are read and
+    decoded once, by `num_workers` threads. With a tokenizer and a template the samples' lengths are measured.
     """
+    done = Conversion()
+    waiting: deque[tuple[int, Any, Future[list[tuple[str, bytes]]]]] = deque()
+
+    def finish_one(skipped: TextIO) -> None:
+        number, record, pictures = waiting.popleft()
+        progress()
+        try:
+            images, text_tokens, spans = pictures.result(), UNKNOWN_LENGTH, None
+            if tokenizer is not None and template is not None:
+                row = _tokenize(record, len(images), tokenizer, template)
+                text_tokens, spans = len(row.input_ids) - row.image_spans, row.image_spans
+                done.unlocated += row.mismatch
+            key = f"{number:09d}"
+            writer.write(key, _encode({"id": key, **record}), images, text_tokens, spans)
+            done.samples += 1
+            done.images += len(images)
+        except SkippedRecord as error:
+            done.skipped[str(error).partition(":")[0]] += 1
+            about = record if isinstance(record, dict) else {}
+            line = {"record": number, "id": about.get("id"), "image": about.get("image"), "reason": str(error)}
+            skipped.write(json.dumps(line) + "\n")
+
+    with (
+        open(writer.folder / "skipped.jsonl", "w", encoding="utf-8") as skipped,
+        ThreadPoolExecutor(num_workers) as pool,
+    ):
+        for number, record in enumerate(records):
+            waiting.append((number, record, pool.submit(_read_pictures, record, image_folder, follow_links)))
+            if len(waiting) > 4 * num_workers:
+                finish_one(skipped)
+        while waiting:
+            finish_one(skipped)
+    return done
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    try:
+        encoded = json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        raise SkippedRecord("the record is not valid Unicode") from None
+    if len(encoded) > MAX_RECORD_BYTES:
+        raise SkippedRecord(f"the record is over {MAX_RECORD_BYTES} bytes")
+    return encoded
+
+
+def _tokenize(record: Any, num_images: int, tokenizer: PreTrainedTokenizerBase, template: str) -> Tokenized:
+    try:
+        row = tokenize_conversation(record["conversations"], num_images > 0, tokenizer, template, NO_LIMIT)
+    except ConversationError as error:
+        raise SkippedRecord(str(error)) from None
+    if row.image_spans not in (0, num_images):
+        raise SkippedRecord(f"{row.image_spans} <image> in the text, {num_images} pictures")
+    return row
+
+
+def _read_pictures(record: Any, folder: Path, follow_links: bool) -> list[tuple[str, bytes]]:
+    """(suffix, bytes) of a record's pictures. Raises SkippedRecord, also for a record of the wrong shape."""
     if not isinstance(record, dict):
         raise SkippedRecord("the record is not a JSON object")
-    key = f"{number:09d}"
-    images = record.get("image")
-    names = [] if images is None else images if isinstance(images, list) else [images]
-    if len(names) > 1:
-        raise SkippedRecord(f"{len(names)} pictures in one record: one is supported")
-    conversations = record.get("conversations")
-    if not isinstance(conversations, list) or not all(isinstance(turn, dict) for turn in conversations):
+    if not isinstance(record.get("conversations"), list):
         raise SkippedRecord("conversations is not a list of turns")
-    text_tokens, spans, mismatch = UNKNOWN_LENGTH, len(names), False
-    if tokenizer is not None and template is not None:
-        try:
-            row = tokenize_conversation(conversations, bool(names), tokenizer, template, NO_LIMIT)
-        except ConversationError as error:
-            raise SkippedRecord(str(error)) from None
-        spans, mismatch = row.image_spans, row.mismatch
-        text_tokens = len(row.input_ids) - spans
-        if spans not in (0, len(names)):
-            raise SkippedRecord(f"{spans} <image> in the text, {len(names)} pictures")
-    pictures = [_read_picture(image_folder, name, follow_links) for name in names]
-    return AdmittedRecord(key, {"id": key, **record}, pictures, text_tokens, spans, mismatch)
+    image = record.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if len(names) > 1:
+        raise SkippedRecord("several pictures in one record")
+    return [_read_picture(folder, name, follow_links) for name in names]
 
 
 def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, bytes]:

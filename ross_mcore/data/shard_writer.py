@@ -112,18 +112,20 @@ class ShardWriter:
     def write(
         self,
         key: str,
-        record: dict[str, Any],
+        record: bytes,
         images: Sequence[tuple[str, bytes]] = (),
         text_tokens: int = UNKNOWN_LENGTH,
         image_spans: int | None = None,
     ) -> None:
-        """Appends a sample; `images` are (suffix, encoded bytes). Raises ShardError for what a reader would refuse."""
+        """Appends a sample; `record` is a JSON object in UTF-8, `images` are (suffix, encoded bytes).
+
+        Raises ShardError for what a reader would refuse.
+        """
         if not key or not key.isascii() or not key.replace("-", "").replace("_", "").isalnum():
             raise ShardError(f"sample key {key!r}: only ASCII letters, digits, - and _ are allowed")
-        encoded = json.dumps(record, ensure_ascii=False).encode("utf-8")
-        if len(encoded) > MAX_RECORD_BYTES or any(len(data) > MAX_IMAGE_BYTES for _, data in images):
+        if len(record) > MAX_RECORD_BYTES or any(len(data) > MAX_IMAGE_BYTES for _, data in images):
             raise ShardError(f"sample {key}: over {MAX_RECORD_BYTES} bytes of JSON or {MAX_IMAGE_BYTES} of a picture")
-        size = len(encoded) + sum(len(data) for _, data in images)
+        size = len(record) + sum(len(data) for _, data in images)
         full = len(self._pending) >= self._max_samples or self._shard_bytes + size > self._max_bytes
         if self._pending and full:
             self._finish_shard()
@@ -132,7 +134,7 @@ class ShardWriter:
 
             self._stream = open(self._shard_path(), "wb")
             self._tar = TarWriter(self._stream, encoder=False, mtime=0)
-        members: dict[str, Any] = {"__key__": key, "json": encoded}
+        members: dict[str, Any] = {"__key__": key, "json": record}
         for number, (suffix, data) in enumerate(images):
             members[suffix if len(images) == 1 else f"{number}.{suffix}"] = data
         self._tar.write(members)

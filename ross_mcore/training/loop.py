@@ -30,11 +30,11 @@ from ross_mcore.checkpoint.sharded import (
     save_checkpoint,
 )
 from ross_mcore.config import Config, ConfigError
-from ross_mcore.data.conversation import TokenizerError, load_tokenizer
 from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shards import ShardError
+from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel
 from ross_mcore.parallel import groups as process_groups

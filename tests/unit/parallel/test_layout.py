@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ross_mcore.architecture import (
+    DenoiserConfig,
+    LanguageConfig,
+    ModelConfig,
+    PixelDecoderConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+from ross_mcore.flops import forward_flops
+from ross_mcore.parallel.layout import LayoutError, balance, make_layout, share_of
+
+QWEN2_7B = LanguageConfig(
+    "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 32768, 1e-6, 1e6, tie_word_embeddings=False, qkv_bias=True
+)
+SIGLIP = VisionConfig(
+    {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+    (0.5, 0.5, 0.5),
+    (0.5, 0.5, 0.5),
+)
+FLUX = PixelDecoderConfig({"latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2})
+ROSS_7B = ModelConfig(QWEN2_7B, SIGLIP, ProjectorConfig(), DenoiserConfig.from_type("denoiser_vit3x"), FLUX)
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_shares_partition_the_items(count: int, size: int) -> None:
+    shares = [share_of(count, rank, size) for rank in range(size)]
+    assert list(itertools.chain(*shares)) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(st.integers(1, 5), st.integers(0, 5), st.floats(0, 4), st.floats(0, 4))
+def test_balance_is_optimal(stages: int, more: int, first: float, last: float) -> None:
+    """Against every possible placement."""
+    layers = stages + more
+
+    def slowest(counts: tuple[int, ...]) -> float:
+        load = [float(c) for c in counts]
+        load[0] += first
+        load[-1] += last
+        return max(load)
+
+    every = [c for c in itertools.product(range(1, layers + 1), repeat=stages) if sum(c) == layers]
+    assert slowest(balance(layers, stages, first, last)) == pytest.approx(min(map(slowest, every)))
+
+
+def test_forward_flops_of_the_published_sample() -> None:
+    """Qwen2-7B + SigLIP-384, 729 image + 300 text tokens, in TFLOP, to the two or three digits published. Those figures
+    run all 27 tower layers (ROSS needs 26) and embed the condition once a draw (here once an image)."""
+    parts = forward_flops(ROSS_7B, tokens=1029, labelled_tokens=1029)
+    condition = 3 * 2 * 729 * 3584 * 1024 / 1e12
+    assert parts.layer / 1e12 == pytest.approx(0.487, abs=5e-4)
+    assert parts.vision_model / 1e12 * 27 / 26 == pytest.approx(0.665, abs=2e-3)
+    assert parts.output_layer / 1e12 == pytest.approx(1.12, abs=5e-3)
+    assert parts.denoiser / 1e12 + condition == pytest.approx(0.39, abs=5e-3)
+    assert parts.pixel_decoder / 1e12 == pytest.approx(0.79, abs=5e-3)
+
+
+def test_the_encoder_and_the_denoiser_weigh_in_the_balance() -> None:
+    layout = make_layout(ROSS_7B, world_size=4, tensor_parallel=1, pipeline_parallel=4)
+    first, *_, last = layout.layers_per_stage
+    assert sum(layout.layers_per_stage) == 28
+    assert last < 7 <= layout.layers_per_stage[1] and first >= last
+
+
+def test_stages_cover_the_layers() -> None:
+    layout = make_layout(
+        ROSS_7B, world_size=12, tensor_parallel=2, pipeline_parallel=3, pipeline_layout="10,11,7"
+    )
+    assert layout.data_parallel == 2
+    assert [list(layout.stage(i).layers) for i in range(3)] == [list(range(10)), list(range(10, 21)), list(range(21, 28))]
+    assert [layout.stage(i).reads_data for i in range(3)] == [True, False, True]
+    rows = layout.megatron_pipeline_layout()
+    assert rows is not None and rows[0][0] == "embedding" and rows[-1][-1] == "loss"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"world_size": 6, "tensor_parallel": 4}, "multiple of 4"),
+        ({"world_size": 3, "tensor_parallel": 3}, "28 attention heads"),
+        ({"world_size": 7, "tensor_parallel": 7}, "4 key-value heads"),
+        ({"world_size": 29, "pipeline_parallel": 29}, "larger than the model's 28"),
+        ({"world_size": 2, "pipeline_parallel": 2, "pipeline_layout": "10,10"}, "20 layers"),
+        ({"world_size": 2, "pipeline_parallel": 2, "pipeline_layout": "0,28"}, "at least one decoder layer"),
+        ({"world_size": 2, "pipeline_parallel": 2, "pipeline_layout": "some"}, "expected auto, even"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_remedy(change: dict, says: str) -> None:
+    with pytest.raises(LayoutError, match=says):
+        make_layout(ROSS_7B, **{"world_size": 1, "tensor_parallel": 1, "pipeline_parallel": 1, **change})
+
+
+def test_a_vocabulary_that_tensor_parallelism_cannot_split_is_refused() -> None:
+    odd = replace(ROSS_7B, language=replace(QWEN2_7B, num_attention_heads=30, num_key_value_heads=6))
+    with pytest.raises(LayoutError, match="rows of the padded vocabulary"):
+        make_layout(replace(odd, language=replace(odd.language, vocab_size=32000)), world_size=6, tensor_parallel=6, pipeline_parallel=1)

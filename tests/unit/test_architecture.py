@@ -1,0 +1,123 @@
+"""The house rules that a reader relies on: who imports whom, what is pure, who names the device, what imports do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ross_mcore"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+ALLOWED = {
+    "architecture": set(),
+    "batch": set(),
+    "config": {"architecture"},
+    "flags": {"config"},
+    "flops": {"architecture"},
+    "platform": set(),
+    "parallel": {"architecture", "flops", "platform", "parallel"},
+    "models": {"architecture", "batch", "platform", "parallel", "models"},
+    "data": {"architecture", "batch", "parallel", "data"},
+    "checkpoint": {"architecture", "platform", "parallel", "checkpoint"},
+    "training": {
+        *("architecture", "batch", "config", "flops", "platform"),
+        *("parallel", "models", "data", "checkpoint", "training"),
+    },
+    "inference": {"architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
+}
+"""Room or file of the package -> what it may import of the package. Downward only."""
+
+PURE = {
+    "architecture.py": set(),
+    "config.py": set(),
+    "flops.py": set(),
+    "batch.py": {"torch"},
+    "parallel/layout.py": set(),
+    "models/image_tokens.py": {"torch"},
+    "models/denoiser.py": {"torch"},
+    "models/diffusion.py": {"torch"},
+    "data/order.py": {"numpy"},
+}
+"""Files whose only imports are the standard library, the package, and these."""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth of nesting; type-checking blocks included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_downward(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    rooms = {name.split(".")[1] for name in imports_of(path) if name.startswith("ross_mcore.")}
+    assert rooms <= ALLOWED[here], f"{path.name} imports {rooms - ALLOWED[here]}"
+
+
+def test_the_data_room_knows_no_megatron() -> None:
+    for path in (PACKAGE / "data").glob("*.py"):
+        assert not any(name.startswith("megatron") for name in imports_of(path)), path
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_files_import_next_to_nothing(name: str) -> None:
+    outside = {n.split(".")[0] for n in imports_of(PACKAGE / name)} - set(sys.stdlib_module_names) - {"ross_mcore"}
+    assert outside <= PURE[name]
+
+
+def test_only_platform_names_the_device() -> None:
+    named = re.compile(r"torch\.cuda|['\"]cuda|\bnccl\b|\bgloo\b")
+    for path in FILES:
+        if path.name == "platform.py":
+            continue
+        code = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(code):  # prose may speak of gloo; code may not
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        for line in ast.unparse(code).splitlines():
+            if path.name == "config.py" and "backend ==" in line:
+                continue  # compares with platform.backend()'s answer in order to refuse
+            assert not named.search(line), f"{path}: {line.strip()}"
+
+
+def test_only_groups_reads_parallel_state() -> None:
+    for path in FILES:
+        if path.name != "groups.py":
+            assert not any("parallel_state" in name for name in imports_of(path)), path
+
+
+def test_importing_has_no_effects_and_help_needs_no_torch() -> None:
+    """Import every module in one process: no output, no file, no process group; flags without torch."""
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
+    code = (
+        "import sys\n"
+        "import ross_mcore.flags\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'flags import torch'\n"
+        "from ross_mcore import platform; platform.prepare()\n"
+        "import importlib, os, torch\n"
+        "before = set(os.listdir('.'))\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "assert set(os.listdir('.')) == before\n"
+        "assert not torch.distributed.is_initialized()\n"
+        "for heavy in ('transformers.models.qwen2', 'diffusers.models', 'webdataset'):\n"
+        "    assert heavy not in sys.modules, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr

@@ -5,10 +5,14 @@ from ross_mcore.flags import parse
 
 def main() -> int:
     config = parse()
-    from ross_mcore.training.loop import train  # heavy imports come after the arguments are known to be good
+    # heavy imports come after the arguments are known to be good, and after the platform is prepared
+    from ross_mcore import platform
+
+    platform.prepare()
+    from ross_mcore.training.loop import train
 
     return train(config)
 
 
-if __name__ == "__main__":  # checkpoint writers are spawned processes that import this file again
+if __name__ == "__main__":
     raise SystemExit(main())

@@ -138,7 +138,8 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
                 raise ValueError(f"a piece has shape {list(piece.shape)}, expected {list(target.shape)}")
             target.copy_(piece)
     except Exception as error:  # a damaged file can raise anything
-        raise CheckpointError(f"{name} cannot be read from {file} in {folder}: {type(error).__name__}: {error}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{name} cannot be read from {file} in {folder}: {reason}") from None
     return whole
 
 

@@ -114,10 +114,8 @@ class ImagePreprocessing:
         if not self.crop:
             return picture.resize((size, size), Image.Resampling.BICUBIC)
         width, height = picture.size
-        if width <= height:
-            target = (size, int(size * height / width))
-        else:
-            target = (int(size * width / height), size)
+        tall = width <= height
+        target = (size, int(size * height / width)) if tall else (int(size * width / height), size)
         picture = picture.resize(target, Image.Resampling.BICUBIC)
         left, top = (target[0] - size) // 2, (target[1] - size) // 2
         return picture.crop((left, top, left + size, top + size))

@@ -30,7 +30,7 @@ NO_LIMIT = 2**31 - 1
 
 
 class RecordsError(ValueError):
-    """A JSON file that is not a list of records; the message names it."""
+    """A JSON file without a list of usable records; the message says why."""
 
 
 class SkippedRecord(ValueError):
@@ -55,7 +55,7 @@ def read_records(path: Path) -> tuple[int, Iterator[Any]]:
     """
     try:
         if path.suffix == ".jsonl":
-            with open(path, "rb") as lines:
+            with path.open("rb") as lines:
                 return sum(bool(line.strip()) for line in lines), _read_lines(path)
         records = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -66,7 +66,7 @@ def read_records(path: Path) -> tuple[int, Iterator[Any]]:
 
 
 def _read_lines(path: Path) -> Iterator[Any]:
-    with open(path, "rb") as lines:
+    with path.open("rb") as lines:
         for line in filter(bytes.strip, lines):
             try:
                 yield json.loads(line)
@@ -89,6 +89,7 @@ def convert_records(
 
     A sample's key is its record's number in the file, which is unique where ids need not be. Pictures are read and
     decoded once, by `num_workers` threads. With a tokenizer and a template the samples' lengths are measured.
+    Raises RecordsError when no record is usable.
     """
     done = Conversion()
     waiting: deque[tuple[int, Any, Future[list[tuple[str, bytes]]]]] = deque()
@@ -113,7 +114,7 @@ def convert_records(
             skipped.write(json.dumps(line) + "\n")
 
     with (
-        open(writer.folder / "skipped.jsonl", "w", encoding="utf-8") as skipped,
+        (writer.folder / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
         ThreadPoolExecutor(num_workers) as pool,
     ):
         for number, record in enumerate(records):
@@ -122,6 +123,9 @@ def convert_records(
                 finish_one(skipped)
         while waiting:
             finish_one(skipped)
+    if not done.samples:
+        reasons = ", ".join(f"{number} x {reason}" for reason, number in done.skipped.most_common(3))
+        raise RecordsError(f"no usable sample, so nothing was written: {reasons or 'the file holds no record'}")
     return done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -100,13 +101,14 @@ class ShardWriter:
         self._images: list[NDArray[np.void]] = []
         self._num_images = self._key_bytes = self._shard_bytes = 0
         self._pending: list[tuple[str, int, int, int]] = []
+        self._content = hashlib.sha256()
         self._tar: Any = None
         self._stream: BinaryIO | None = None
 
     def __enter__(self) -> ShardWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".partial", dir=self.out.parent))
-        self._keys = open(self.folder / "keys.txt", "wb")
+        self._keys = (self.folder / "keys.txt").open("wb")
         return self
 
     def write(
@@ -132,12 +134,14 @@ class ShardWriter:
         if self._tar is None:
             from webdataset import TarWriter  # seconds to import
 
-            self._stream = open(self._shard_path(), "wb")
+            self._stream = self._shard_path().open("wb")  # noqa: SIM115  closed with the shard
             self._tar = TarWriter(self._stream, encoder=False, mtime=0)
         members: dict[str, Any] = {"__key__": key, "json": record}
         for number, (suffix, data) in enumerate(images):
             members[suffix if len(images) == 1 else f"{number}.{suffix}"] = data
         self._tar.write(members)
+        for part in (key.encode(), record, *(data for _, data in images)):
+            self._content.update(len(part).to_bytes(8, "little") + part)
         self._shard_bytes += size
         spans = len(images) if image_spans is None else image_spans
         self._pending.append((key, len(images), text_tokens, spans))
@@ -174,7 +178,7 @@ class ShardWriter:
             raise ShardError(f"no usable sample: {self.out} was not written")
         _sync_and_close(self._keys)
         for name, parts in (("samples.npy", self._samples), ("images.npy", self._images)):
-            with open(self.folder / name, "wb") as stream:
+            with (self.folder / name).open("wb") as stream:
                 np.save(stream, np.concatenate(parts), allow_pickle=False)
                 _sync(stream)
         source = self._length_source
@@ -183,10 +187,11 @@ class ShardWriter:
             "version": FORMAT_VERSION,
             "num_samples": sum(shard["samples"] for shard in self._shards),
             "num_images": self._num_images,
+            "fingerprint": self._content.hexdigest()[:16],
             "lengths": None if source is None else {"tokenizer": source.tokenizer, "template": source.template},
             "shards": self._shards,
         }
-        with open(self.folder / "index.json", "w", encoding="utf-8") as stream:
+        with (self.folder / "index.json").open("w", encoding="utf-8") as stream:
             json.dump(index, stream, indent=1)
             _sync(stream)
         mask = os.umask(0)
@@ -194,11 +199,11 @@ class ShardWriter:
         self.folder.chmod(0o777 & ~mask)  # mkdtemp makes it private
         if self.out.exists() and any(self.out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".old", dir=self.out.parent))
-            os.rename(self.out, old)
-            os.rename(self.folder, self.out)
+            self.out.rename(old)
+            self.folder.rename(self.out)
             shutil.rmtree(old)
         else:
-            os.rename(self.folder, self.out)
+            self.folder.rename(self.out)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

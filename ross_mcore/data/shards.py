@@ -14,7 +14,6 @@ WebDataset shards, which any WebDataset reader reads without the index. `shard_w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -65,6 +64,8 @@ class LengthSource:
 class ShardReader:
     """Random access to a data set by sample number; a few open files and memory maps are its whole state.
 
+    `fingerprint` names the content: the same samples in the same order have the same one, however they are sharded.
+
     Safe in forked worker processes (`pread` moves no shared file position) and picklable for spawned ones.
     Raises ShardError when the folder is not a data set, or an index and its shards do not belong together.
     """
@@ -73,20 +74,18 @@ class ShardReader:
         self.folder = Path(folder)
         self.index = self._read_index()
         self.num_samples, self.num_images = self.index["num_samples"], self.index["num_images"]
-        lengths = self.index["lengths"]
-        self.length_source = None if lengths is None else LengthSource(**lengths)
+        self.fingerprint: str = self.index["fingerprint"]
+        self.length_source: LengthSource | None = self.index["lengths"]
         self.samples = self._map("samples.npy", SAMPLE_ROW, self.num_samples)
         self.images = self._map("images.npy", IMAGE_ROW, self.num_images)
-        self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
+        try:
+            self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{self.folder / 'keys.txt'}: {error}; make the data set again") from None
         self._handles: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.num_samples)
-
-    @property
-    def fingerprint(self) -> str:
-        """Names this exact data set: first 16 hex digits of the SHA-256 of its index."""
-        return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
     def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The keys of samples, without opening a shard."""
@@ -95,7 +94,7 @@ class ShardReader:
             start = int(self.samples[number]["key_offset"])
             last = int(number) + 1 == self.num_samples
             end = self._keys.size if last else int(self.samples[number + 1]["key_offset"])
-            keys.append(self._keys[start : end - 1].tobytes().decode("utf-8"))
+            keys.append(self._keys[start : end - 1].tobytes().decode("utf-8", "replace"))
         return keys
 
     def record_bytes(self, number: int) -> bytes:
@@ -162,7 +161,8 @@ class ShardReader:
                     raise ShardError(f"{path}: shard name {name!r} is not a plain file name")
                 if (self.folder / name).stat().st_size != size:
                     raise ShardError(f"{self.folder / name} has not the {size} bytes of the index; copy it again")
-            index["num_images"], index["lengths"]
+            _ = index["num_images"], index["fingerprint"]
+            index["lengths"] = index["lengths"] and LengthSource(**index["lengths"])
         except (KeyError, TypeError) as error:
             raise ShardError(f"{path} is malformed: {error!r}; make it again with tools/make_shards.py") from None
         except OSError as error:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -49,6 +50,7 @@ class RossModel(MegatronModule):
         super().__init__(config=transformer_config(model.language, groups, execution))
         stage = groups.stage
         self.model, self.groups, self.seed = model, groups, seed
+        self.model_type = ModelType.encoder_or_decoder  # what mcore's schedules ask for
         self.pre_process, self.post_process = stage.is_first, stage.is_last
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         self.language_model = LanguageModel(model.language, self.config, groups, execution)

@@ -20,7 +20,7 @@ from ross_mcore import config as options
 from ross_mcore import platform
 from ross_mcore.architecture import ArchitectureError, ModelConfig
 from ross_mcore.checkpoint.sharded import (
-    SHARDING,
+
     Checkpoint,
     CheckpointError,
     find_checkpoint,
@@ -28,6 +28,7 @@ from ross_mcore.checkpoint.sharded import (
     load_training_state,
     require_checkpoint,
     save_checkpoint,
+    sharding_metadata,
 )
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.data.loader import Step, StepLoader
@@ -109,7 +110,6 @@ class StopRequest:
 
 def train(config: Config) -> int:
     """Trains as `config` says and returns the exit status: 0 when finished or stopped on request, 2 for bad input."""
-    platform.prepare()
     try:
         with StopRequest(config.training.exit_duration_in_mins) as stop:
             _train(config, stop)
@@ -309,7 +309,7 @@ def build(
     train_vision = config.optimizer.vision_lr is not None
     ross = RossModel(model_config, groups, execution, seed=config.training.seed, train_vision=train_vision)
     if weights is not None:
-        ross.load_state_dict(load_model_weights(weights, ross.sharded_state_dict(metadata=dict(SHARDING))))
+        ross.load_state_dict(load_model_weights(weights, ross.sharded_state_dict(metadata=sharding_metadata())))
     set_trainable(ross, config.training.training_stage, train_vision)
     model = DistributedDataParallel(
         config=ross.config,
@@ -329,10 +329,10 @@ def build(
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
     """Model and optimizer as a checkpoint holds them."""
-    weights = model.module.sharded_state_dict(metadata=dict(SHARDING))
+    weights = model.module.sharded_state_dict(metadata=sharding_metadata())
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(SHARDING)),
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata()),
     }
 
 

@@ -66,7 +66,7 @@ def agree_on_step(
         int(stop),
     ]
     everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(everyone, torch.tensor(mine, dtype=torch.int64, device=device))
+    dist.all_gather_into_tensor(everyone, torch.tensor([mine], dtype=torch.int64, device=device))
     longest, stopped = int(everyone[:, 0].max()), bool(everyone[:, 5].max())
     totals = everyone[:, 1:5].sum(0).tolist()
     seq_length = max(1, -(-longest // row_multiple)) * row_multiple

@@ -1,0 +1,264 @@
+"""The few ways in which a tensor of ours differs from the same tensor elsewhere, and the application of a table of them.
+
+A table (mapping.py) is a sequence of rows. Both directions are lazy: first every name is matched, then tensors are read
+and made one family at a time. A name that no row takes, on either side, a tensor that is missing, and a shape that is
+not the architecture's are errors that name it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ross_mcore.architecture import LanguageConfig
+from ross_mcore.checkpoint.inventory import Shapes
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ConversionError(ValueError):
+    """A source that does not fit the architecture; the message names the tensor and says what was expected."""
+
+
+class Tensors(Protocol):
+    """Named tensors that are read when asked for: a folder of safetensors, one of our checkpoints, or a test's dict."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family of tensors. `ours` and `theirs` are name patterns; our tensor is made of all of theirs."""
+
+    ours: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return ()
+
+    def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
+        """Shapes of their tensors, given that of ours."""
+        raise NotImplementedError
+
+    def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor:
+        raise NotImplementedError
+
+    def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Same(Row):
+    """The same tensor under another name."""
+
+    name: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
+        return [ours]
+
+    def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor:
+        return theirs[0]
+
+    def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]:
+        return [ours]
+
+
+@dataclass(frozen=True)
+class QKV(Row):
+    """Query [heads * d, ...], key and value [groups * d, ...] <-> mcore's linear_qkv [(heads + 2 groups) * d, ...].
+
+    mcore lays out one query group after another: its queries, its key, its value (mcore attention.py,
+    SelfAttention.get_query_key_value_tensors). Weight and bias alike.
+    """
+
+    query: str
+    key: str
+    value: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return (self.query, self.key, self.value)
+
+    def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
+        query = language.num_attention_heads * language.head_dim
+        key = language.num_key_value_heads * language.head_dim
+        return [(rows, *ours[1:]) for rows in (query, key, key)]
+
+    def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor:
+        groups = [part.unflatten(0, (language.num_key_value_heads, -1)) for part in theirs]
+        return torch.cat(groups, dim=1).flatten(0, 1)
+
+    def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]:
+        queries = language.num_attention_heads // language.num_key_value_heads * language.head_dim
+        groups = ours.unflatten(0, (language.num_key_value_heads, -1))
+        parts = groups.split([queries, language.head_dim, language.head_dim], dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+
+@dataclass(frozen=True)
+class GatedMLP(Row):
+    """gate_proj and up_proj [F, D] <-> linear_fc1 [2F, D], gate first (mcore mlp.py, apply_swiglu_sharded_factory)."""
+
+    gate: str
+    up: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
+        return [(ours[0] // 2, *ours[1:])] * 2
+
+    def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor:
+        return torch.cat(list(theirs))
+
+    def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]:
+        return ours.chunk(2)
+
+
+@dataclass(frozen=True)
+class Vocabulary(Row):
+    """[vocab_size, D] <-> [padded_vocab_size, D], padded with zeros that the way out drops again."""
+
+    name: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
+        return [(language.vocab_size, *ours[1:])]
+
+    def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor:
+        missing_rows = language.padded_vocab_size - language.vocab_size
+        return torch.nn.functional.pad(theirs[0], (0, 0, 0, missing_rows))
+
+    def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]:
+        return [ours[: language.vocab_size]]
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Tensors of the source that we leave behind, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Equal:
+    """A tensor that repeats another one; left behind after a check that it does, bit for bit."""
+
+    name: str
+    other: str
+
+
+AnyRow = Row | Ignored | Equal
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of our tensors and the tensors of theirs that it is made of, with names filled in."""
+
+    row: Row
+    ours: str
+    theirs: tuple[str, ...]
+
+
+def match(pattern: str, name: str) -> dict[str, str] | None:
+    """The values of a pattern's places in `name`, None when it does not match.
+
+    >>> match("model.layers.{layer}.{name}", "model.layers.3.mlp.weight")
+    {'layer': '3', 'name': 'mlp.weight'}
+    """
+    expression = re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", r"(?P<name>.+)")
+    found = re.fullmatch(expression, name)
+    return found.groupdict() if found else None
+
+
+def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: LanguageConfig) -> list[Step]:
+    """How to make every tensor of `shapes` (ours) from `source`; reads no tensor but those of Equal rows.
+
+    Raises ConversionError naming the first tensor that no row takes, that this architecture has no place for, that is
+    missing, or whose shape differs from the architecture's (with both shapes).
+    """
+    available = set(source.names())
+    steps: dict[str, Step] = {}
+    for name in sorted(available):
+        for row in table:
+            patterns = row.theirs if isinstance(row, Row) else (row.name,)
+            values = next((found for found in (match(pattern, name) for pattern in patterns) if found is not None), None)
+            if values is not None:
+                break
+        else:
+            raise ConversionError(f"tensor {name} is not known to this conversion")
+        if isinstance(row, Equal):
+            if row.other not in available or not torch.equal(source.read(name), source.read(row.other)):
+                raise ConversionError(f"{name} must equal {row.other} in a model with tied embeddings, and does not")
+        elif isinstance(row, Row):
+            ours = row.ours.format(**values)
+            if ours not in shapes:
+                raise ConversionError(f"tensor {name} has no place in this architecture (it would be {ours})")
+            step = Step(row, ours, tuple(pattern.format(**values) for pattern in row.theirs))
+            if steps.setdefault(ours, step).theirs != step.theirs:
+                raise ConversionError(f"{ours} would be made of {steps[ours].theirs[0]} and again of {name}")
+    for ours in shapes:
+        if ours not in steps:
+            raise ConversionError(f"the source has nothing for {ours}, shape {list(shapes[ours])}")
+        step = steps[ours]
+        for name, expected in zip(step.theirs, step.row.their_shapes(shapes[ours], language)):
+            if name not in available:
+                raise ConversionError(f"tensor {name} is missing; it is a part of {ours}")
+            if tuple(source.shape(name)) != expected:
+                raise ConversionError(
+                    f"tensor {name} has shape {list(source.shape(name))}, the architecture says {list(expected)}"
+                )
+    return [steps[ours] for ours in shapes]
+
+
+def convert_in(
+    steps: Iterable[Step], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, one after the other, in `dtype` (None: as they are). Raises ConversionError for a non-float."""
+    for step in steps:
+        tensors = [source.read(name) for name in step.theirs]
+        for name, tensor in zip(step.theirs, tensors):
+            if tensor.dtype not in FLOATS:
+                raise ConversionError(f"tensor {name} is {tensor.dtype}; only plain floats can be converted")
+        ours = step.row.to_ours(tensors, language)
+        yield step.ours, ours if dtype is None else ours.to(dtype)
+
+
+def convert_out(
+    table: Sequence[AnyRow], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors made from ours, one family after the other, in `dtype` (None: as they are).
+
+    Raises ConversionError naming a tensor of ours that no row takes.
+    """
+    rows = [row for row in table if isinstance(row, Row)]
+    steps = []
+    for name in source.names():
+        for row in rows:
+            values = match(row.ours, name)
+            if values is not None:
+                steps.append(Step(row, name, tuple(pattern.format(**values) for pattern in row.theirs)))
+                break
+        else:
+            raise ConversionError(f"tensor {name} is not known to this conversion")
+    for step in steps:
+        for name, tensor in zip(step.theirs, step.row.to_theirs(source.read(step.ours), language)):
+            yield name, (tensor if dtype is None else tensor.to(dtype)).contiguous()

@@ -1,0 +1,168 @@
+"""Reading the local folders that Hugging Face and diffusers write: configurations, and tensors when they are asked for.
+
+Only JSON and safetensors are read. Nothing is downloaded and nothing of a folder is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ross_mcore.architecture import ArchitectureError, LanguageConfig, PixelDecoderConfig, VisionConfig
+from ross_mcore.checkpoint.convert import ConversionError
+
+STEMS = ("model", "diffusion_pytorch_model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+VISION_DEFAULTS = {
+    # what a configuration may leave out: transformers' defaults of these fields
+    "siglip_vision_model": {"patch_size": 16, "image_size": 224},
+    "clip_vision_model": {"patch_size": 32, "image_size": 224},
+}
+VISION_COMMON_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+}
+VISION_TOWER_OF = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConversionError naming the file when it is missing or not a mapping."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist; expected a folder saved with save_pretrained") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ConversionError(f"{path} holds a {type(data).__name__}, expected a mapping")
+    return data
+
+
+def read_language_config(folder: Path) -> LanguageConfig:
+    """The decoder in `folder`. Raises ArchitectureError or ConversionError naming the folder."""
+    config = read_json(folder / "config.json")
+    try:
+        return LanguageConfig.from_huggingface(config)
+    except (ArchitectureError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ArchitectureError(f"{folder / 'config.json'}: {error}") from None
+
+
+def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
+    """The vision tower in `folder`, which may also hold a text tower. Raises as `read_language_config` does."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") in VISION_TOWER_OF:
+        config = {"model_type": VISION_TOWER_OF[config["model_type"]], **(config.get("vision_config") or {})}
+    kind = str(config.get("model_type"))
+    processor = read_json(folder / "preprocessor_config.json")
+    try:
+        return VisionConfig(
+            huggingface={**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS.get(kind, {}), **config},
+            image_mean=tuple(float(value) for value in processor["image_mean"]),  # type: ignore[arg-type]
+            image_std=tuple(float(value) for value in processor["image_std"]),  # type: ignore[arg-type]
+            select_layer=select_layer,
+        )
+    except KeyError as missing:
+        raise ArchitectureError(f"{folder / 'preprocessor_config.json'} has no key {missing}") from None
+    except (ArchitectureError, TypeError, ValueError) as error:
+        raise ArchitectureError(f"{folder}: {error}") from None
+
+
+def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
+    """The AutoencoderKL in `folder`. Raises as `read_language_config` does."""
+    config = read_json(folder / "config.json")
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "latent_channels" not in config:
+        hint = "; give its vae/ folder" if (folder / "vae").is_dir() else ""
+        raise ArchitectureError(f"{folder} holds a {config.get('_class_name')}, expected an AutoencoderKL{hint}")
+    for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        other = [kind for kind in config.get(key, []) if kind != block]
+        if other:
+            raise ArchitectureError(f"{folder / 'config.json'}: {key} has {other[0]!r}; only {block} is implemented")
+    # keys that begin with an underscore say which library version wrote the folder, and from where
+    return PixelDecoderConfig({key: value for key, value in config.items() if not key.startswith("_")})
+
+
+class SafetensorsFolder:
+    """The tensors of a folder, in one safetensors file or in several with an index. Nothing is read ahead.
+
+    Raises ConversionError when there are only pickles, when the index names a file outside the folder, or when a file
+    is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(folder)
+        self._file_of: dict[str, str] = {}
+        self._open: tuple[str, Any] | None = None
+        for stem in STEMS:
+            index = self._folder / f"{stem}.safetensors.index.json"
+            if index.exists():
+                weight_map = read_json(index).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise ConversionError(f"{index} has no mapping 'weight_map'")
+                self._file_of = {str(name): str(file) for name, file in weight_map.items()}
+                break
+            if (self._folder / f"{stem}.safetensors").exists():
+                file = f"{stem}.safetensors"
+                self._file_of = {name: file for name in self._shard(file).keys()}
+                break
+        else:
+            raise ConversionError(self._what_is_missing())
+        for file in sorted(set(self._file_of.values())):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ConversionError(f"the index of {self._folder} names {file!r}, which is not a file of that folder")
+            listed = {name for name, where in self._file_of.items() if where == file}
+            held = set(self._shard(file).keys())
+            if listed != held:
+                example = sorted(listed ^ held)[0]
+                where = "in the index but not in the file" if example in listed else "in the file but not in the index"
+                raise ConversionError(f"{self._folder / file}: tensor {example} is {where}")
+
+    def _what_is_missing(self) -> str:
+        if not self._folder.is_dir():
+            return f"{self._folder} does not exist or is not a folder"
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
+        if pickles:
+            return (
+                f"{self._folder} has only {pickles[0]}, a pickle, which could run code when it is read. Convert it to "
+                "safetensors first: load it with transformers and call save_pretrained(folder, safe_serialization=True)"
+            )
+        return f"{self._folder} has no {' or '.join(f'{stem}.safetensors' for stem in STEMS)} (nor an index of several)"
+
+    def _shard(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if self._open is None or self._open[0] != file:
+            self._open = None
+            path = self._folder / file
+            if not path.is_file():
+                raise ConversionError(f"{path} is missing, although the index names it")
+            try:
+                self._open = (file, safe_open(path, framework="pt"))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ConversionError(f"{path} is not a whole safetensors file: {error}") from None
+        return self._open[1]
+
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        return self._shard(self._file_of[name]).get_tensor(name)

@@ -1,0 +1,107 @@
+"""A small data set made with the library, and what it was made of."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from ross_mcore.data.llava import convert_records
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.shard_writer import ShardWriter
+from ross_mcore.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "data"
+IMAGE_TOKENS = 9
+
+
+def encoded(width: int, height: int, kind: str = "PNG", colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(GOLDEN / "tok_qwen2")
+
+
+@pytest.fixture(scope="session")
+def model_config() -> ModelConfig:
+    """A tower of 12 x 12 pixels and 3 x 3 patches; of the rest only the shape of the dataclasses matters."""
+    tower = {"model_type": "siglip_vision_model", "image_size": 12, "patch_size": 4}
+    vision = VisionConfig(tower | {"hidden_size": 8, "num_hidden_layers": 2}, (0.5,) * 3, (0.5,) * 3)
+    language = LanguageConfig("qwen2", 8, 8, 1, 1, 1, 8, 512, 64, 1e-6, 1e4, True, True)
+    return ModelConfig(language, vision, ProjectorConfig(), None, None)
+
+
+@pytest.fixture(scope="session")
+def records() -> list[dict[str, Any]]:
+    """23 records: every third is text alone, the others have a picture of their own colour."""
+    made = []
+    for number in range(23):
+        turns = [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": f"A thing, {number}."}]
+        record: dict[str, Any] = {"id": f"r{number}", "conversations": turns}
+        if number % 3:
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            record["image"] = f"p{number}.png"
+        made.append(record)
+    return made
+
+
+@pytest.fixture(scope="session")
+def image_folder(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number, record in enumerate(records):
+        if "image" in record:
+            kind = ("PNG", "JPEG", "WEBP")[number % 3]
+            (folder / record["image"]).write_bytes(encoded(9 + number, 14, kind, (number * 10, 40, 90)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(
+    records: list[dict[str, Any]],
+    image_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    out = tmp_path_factory.mktemp("data") / "shards"
+    with ShardWriter(out, max_samples=6) as writer:
+        convert_records(records, image_folder, writer, tokenizer, "qwen_2")
+    return out
+
+
+@pytest.fixture(scope="session")
+def open_dataset(
+    shards: Path, tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig
+) -> Callable[..., ShardDataset]:
+    """open_dataset(path=..., seq_length=...) -> ShardDataset with the template qwen_2."""
+
+    def build(path: Path | None = None, seq_length: int = 128) -> ShardDataset:
+        return ShardDataset(path or shards, tokenizer, model_config, "qwen_2", "square", seq_length)
+
+    return build
+
+
+@pytest.fixture
+def one_sample(tmp_path: Path) -> Callable[..., Path]:
+    """one_sample(record, images) -> a data set of that single sample, unchecked."""
+
+    def build(record: Any, images: list[tuple[str, bytes]] | None = None) -> Path:
+        data = record if isinstance(record, bytes) else json.dumps(record).encode()
+        with ShardWriter(tmp_path / "one") as writer:
+            writer.write("only", data, images or [])
+        return tmp_path / "one"
+
+    return build

@@ -1,4 +1,4 @@
-"""The few ways in which a tensor of ours differs from the same tensor elsewhere, and the application of a table of them.
+"""The few ways in which a tensor of ours differs from the same tensor elsewhere; the application of a table of them.
 
 A table (mapping.py) is a sequence of rows. Both directions are lazy: first every name is matched, then tensors are read
 and made one family at a time. A name that no row takes, on either side, a tensor that is missing, and a shape that is
@@ -189,6 +189,16 @@ def match(pattern: str, name: str) -> dict[str, str] | None:
     return found.groupdict() if found else None
 
 
+def _first_row(table: Sequence[AnyRow], name: str) -> tuple[AnyRow, dict[str, str]]:
+    """The row that takes their tensor `name`, and the values of its pattern's places."""
+    for row in table:
+        for pattern in row.theirs if isinstance(row, Row) else (row.name,):
+            values = match(pattern, name)
+            if values is not None:
+                return row, values
+    raise ConversionError(f"tensor {name} is not known to this conversion")
+
+
 def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: LanguageConfig) -> list[Step]:
     """How to make every tensor of `shapes` (ours) from `source`; reads no tensor but those of Equal rows.
 
@@ -198,13 +208,7 @@ def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: Lan
     available = set(source.names())
     steps: dict[str, Step] = {}
     for name in sorted(available):
-        for row in table:
-            patterns = row.theirs if isinstance(row, Row) else (row.name,)
-            values = next((found for found in (match(pattern, name) for pattern in patterns) if found is not None), None)
-            if values is not None:
-                break
-        else:
-            raise ConversionError(f"tensor {name} is not known to this conversion")
+        row, values = _first_row(table, name)
         if isinstance(row, Equal):
             if row.other not in available or not torch.equal(source.read(name), source.read(row.other)):
                 raise ConversionError(f"{name} must equal {row.other} in a model with tied embeddings, and does not")

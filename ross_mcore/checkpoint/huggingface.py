@@ -6,6 +6,7 @@ Only JSON and safetensors are read. Nothing is downloaded and nothing of a folde
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
     processor = read_json(folder / "preprocessor_config.json")
     try:
         return VisionConfig(
-            huggingface={**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS.get(kind, {}), **config},
+            huggingface={**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS.get(kind, {}), **_without_origin(config)},
             image_mean=tuple(float(value) for value in processor["image_mean"]),  # type: ignore[arg-type]
             image_std=tuple(float(value) for value in processor["image_std"]),  # type: ignore[arg-type]
             select_layer=select_layer,
@@ -94,8 +95,22 @@ def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
         other = [kind for kind in config.get(key, []) if kind != block]
         if other:
             raise ArchitectureError(f"{folder / 'config.json'}: {key} has {other[0]!r}; only {block} is implemented")
-    # keys that begin with an underscore say which library version wrote the folder, and from where
-    return PixelDecoderConfig({key: value for key, value in config.items() if not key.startswith("_")})
+    return PixelDecoderConfig(_without_origin(config))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer's files. Raises ConversionError when `source` has none."""
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
+        raise ConversionError(f"{source} has no tokenizer.json, tokenizer.model or vocab.json; say where one is")
+    target.mkdir()
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys that begin with an underscore say which library version wrote the folder, and where it lay."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 class SafetensorsFolder:
@@ -119,7 +134,7 @@ class SafetensorsFolder:
                 break
             if (self._folder / f"{stem}.safetensors").exists():
                 file = f"{stem}.safetensors"
-                self._file_of = {name: file for name in self._shard(file).keys()}
+                self._file_of = dict.fromkeys(self._shard(file).keys(), file)
                 break
         else:
             raise ConversionError(self._what_is_missing())

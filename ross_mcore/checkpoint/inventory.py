@@ -157,9 +157,8 @@ def _middle(width: int, attention: bool, out_channels: int, out_width: int) -> S
         middle |= _norm("attentions.0.group_norm", width)
         for projection in ("to_q", "to_k", "to_v", "to_out.0"):
             middle |= _linear(f"attentions.0.{projection}", width, width)
-    return (
-        _within("mid_block.", middle) | _norm("conv_norm_out", out_width) | _conv("conv_out", out_channels, out_width, 3)
-    )
+    end = _norm("conv_norm_out", out_width) | _conv("conv_out", out_channels, out_width, 3)
+    return _within("mid_block.", middle) | end
 
 
 def _resnets(inputs: list[int], width: int) -> Shapes:

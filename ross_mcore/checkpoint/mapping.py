@@ -1,4 +1,4 @@
-"""TABLE ONLY: names of Hugging Face, diffusers and ROSS checkpoints, and the names under which we store the same tensors.
+"""TABLE ONLY: names in Hugging Face, diffusers and ROSS checkpoints, and the names under which we store those tensors.
 
 `{layer}` stands for a number, `{name}` for any rest. A source tensor is taken by the first row that knows its name, and
 so is a tensor of ours on the way out. Our names are those in the checkpoint (see inventory.py): mcore stores the norms
@@ -36,9 +36,11 @@ LANGUAGE: tuple[AnyRow, ...] = (
 )
 """Qwen2 and Llama decoders, all but the output matrix."""
 
-UNTIED: tuple[AnyRow, ...] = (Vocabulary("language_model.output_layer.weight", "lm_head.weight"),)
-TIED: tuple[AnyRow, ...] = (Equal("lm_head.weight", "model.embed_tokens.weight"),)
-"""The output matrix of a tied model is its embedding; a checkpoint may hold it twice, but only if both are equal."""
+OUTPUT_MATRIX: dict[bool, tuple[AnyRow, ...]] = {
+    False: (Vocabulary("language_model.output_layer.weight", "lm_head.weight"),),
+    True: (Equal("lm_head.weight", "model.embed_tokens.weight"),),
+}
+"""By `tie_word_embeddings`. A tied model's output matrix is its embedding; where it is stored twice, both are equal."""
 
 VISION: tuple[AnyRow, ...] = (
     Ignored("vision_model.embeddings.position_ids", "a constant that old checkpoints store"),
@@ -61,8 +63,13 @@ ROSS: tuple[AnyRow, ...] = (
     Ignored("model.vision_tower.vision_tower.vision_model.embeddings.position_ids", "a constant"),
     Same("vision_model.tower.{name}", "model.vision_tower.vision_tower.vision_model.{name}"),
     Same("vision_model.tower.{name}", "model.vision_tower.vision_tower.{name}"),
-    Same("vision_projection.{name}", "model.mm_projector.{name}"),
     Same("denoiser.{name}", "model.mm_inv_projector.net.{name}"),
     Same("pixel_decoder.autoencoder.{name}", "model.pixel_decoder.pixel_decoder.{name}"),
 )
-"""A full checkpoint of the reference implementation (its stage-1 adapters have the same names)."""
+"""A full checkpoint of the reference implementation (stage-1 adapters have the same names), but for two parts."""
+
+PROJECTOR: dict[bool, tuple[AnyRow, ...]] = {
+    False: (Same("vision_projection.{name}", "model.mm_projector.{name}"),),
+    True: (Same("vision_projection.0.{name}", "model.mm_projector.{name}"),),
+}
+"""By whether `projector_type` is `linear`, which the reference makes a bare Linear and we a sequence of one."""

@@ -125,9 +125,9 @@ def save_checkpoint(
 def load_model_weights(checkpoint: Checkpoint, sharded_state: dict[str, Any]) -> dict[str, Any]:
     """Loads a model's own pieces of `checkpoint` and returns what `model.load_state_dict` takes. Collective.
 
-    sharded_state: `model.sharded_state_dict(metadata=sharding_metadata())`. Tensors are read into the model's own storage
-    where that is possible, in the model's element type. Raises CheckpointError on every rank naming the tensors that
-    either side lacks, or both shapes where they differ.
+    sharded_state: `model.sharded_state_dict(metadata=sharding_metadata())`. Tensors are read into the model's own
+    storage where that is possible, in the model's element type. Raises CheckpointError on every rank naming the
+    tensors that either side lacks, or both shapes where they differ.
     """
     return _load(checkpoint, {"model": sharded_state})["model"]
 

@@ -214,6 +214,7 @@ class ShardWriter:
         finally:
             self._keys.close()
             if self._stream is not None:
+                self._tar.close()
                 self._stream.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 

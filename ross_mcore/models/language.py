@@ -16,6 +16,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -142,6 +148,19 @@ def layer_spec(execution: Execution, num_layers: int) -> TransformerBlockSubmodu
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
+def _mark_sharded_weights(module: nn.Module) -> None:
+    """Sets the attributes that tell sharded weights from replicated ones.
+
+    mcore sets them as a side effect of random initialisation (tensor_parallel/layers.py), which is off here because
+    weights always come from a checkpoint. Without them the gradient norm would count one rank's shards only.
+    """
+    sharded_dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for part in module.modules():
+        dim = sharded_dims.get(type(part))
+        if dim is not None and part.weight is not None and not hasattr(part.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=dim, stride=1)
+
+
 class LanguageModel(GPTModel):
     """GPTModel whose last stage returns hidden states, so that the denoiser and the vocabulary can share them.
 
@@ -163,6 +182,7 @@ class LanguageModel(GPTModel):
             rotary_base=language.rope_theta,  # type: ignore[arg-type]
             scatter_embedding_sequence_parallel=False,
         )
+        _mark_sharded_weights(self)
         self.real_vocab_size = language.vocab_size
         self.tensor_group = groups.tensor
         if stage.is_last:

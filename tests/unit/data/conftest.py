@@ -14,6 +14,7 @@ from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig
 from ross_mcore.data.llava import convert_records
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_writer import ShardWriter
+from ross_mcore.data.shards import LengthSource
 from ross_mcore.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -21,19 +22,28 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "data"
-IMAGE_TOKENS = 9
 
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., bytes]:
+    """encoded(width, height, kind, colour) -> the bytes of a plain picture."""
 
-def encoded(width: int, height: int, kind: str = "PNG", colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(stream, kind)
-    return stream.getvalue()
+    def encode(width: int, height: int, kind: str = "PNG", colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", (width, height), colour).save(stream, kind)
+        return stream.getvalue()
+
+    return encode
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(GOLDEN / "tok_qwen2")
+def golden_data() -> Path:
+    """The folder of recorded conversations, pictures and tokenizers."""
+    return Path(__file__).parents[2] / "golden" / "data"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(golden_data: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(golden_data / "tok_qwen2")
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +70,9 @@ def records() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def image_folder(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(
+    records: list[dict[str, Any]], encoded: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for number, record in enumerate(records):
         if "image" in record:
@@ -77,7 +89,7 @@ def shards(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     out = tmp_path_factory.mktemp("data") / "shards"
-    with ShardWriter(out, max_samples=6) as writer:
+    with ShardWriter(out, max_samples=6, length_source=LengthSource("test", "qwen_2")) as writer:
         convert_records(records, image_folder, writer, tokenizer, "qwen_2")
     return out
 

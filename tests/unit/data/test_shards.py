@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import encoded
 
 from ross_mcore.data.shard_writer import ShardWriter, scan_shard
 from ross_mcore.data.shards import ShardError, ShardReader
@@ -64,7 +63,7 @@ def test_text_lengths_are_in_the_index(shards: Path, tokenizer: Any) -> None:
         assert row["image_spans"] == ("image" in record)
 
 
-def test_several_pictures_keep_their_order(tmp_path: Path) -> None:
+def test_several_pictures_keep_their_order(encoded: Any, tmp_path: Path) -> None:
     pictures = [("png", encoded(4 + n, 4)) for n in range(12)]
     with ShardWriter(tmp_path / "out") as writer:
         writer.write("a", b"{}", pictures)
@@ -156,7 +155,7 @@ def test_a_key_twice_is_refused(tmp_path: Path) -> None:
         (lambda f: np.save(f / "images.npy", np.array([{}], dtype=object), allow_pickle=True), "images.npy"),
     ],
 )
-def test_a_damaged_data_set_is_refused_by_name(tmp_path: Path, damage: Any, message: str) -> None:
+def test_a_damaged_data_set_is_refused_by_name(encoded: Any, tmp_path: Path, damage: Any, message: str) -> None:
     with ShardWriter(tmp_path / "out") as writer:
         writer.write("k", b"{}", [("png", encoded(4, 4))])
     damage(tmp_path / "out")

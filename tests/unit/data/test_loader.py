@@ -1,0 +1,201 @@
+"""The loader: the same stream from every split, worker count and starting point; workers that come and go quietly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ross_mcore.batch import Sample, collate
+from ross_mcore.data.loader import Step, StepLoader
+from ross_mcore.data.order import SampleOrder
+from ross_mcore.data.sample import ShardDataset
+
+
+@pytest.fixture(scope="module")
+def make(open_dataset: Callable[..., ShardDataset]) -> Callable[..., StepLoader]:
+    """make(**settings) -> a loader over global batches of 8."""
+    dataset = open_dataset()
+
+    def build(**settings: int) -> StepLoader:
+        sizes = {"global_batch_size": 8, "micro_batch_size": 2} | settings
+        return StepLoader(dataset, SampleOrder(len(dataset), 5), **sizes)  # type: ignore[arg-type]
+
+    return build
+
+
+def steps(loader: StepLoader, count: int) -> list[Step]:
+    with loader:
+        return [next(loader) for _ in range(count)]
+
+
+def contents(sample: Sample) -> tuple:
+    pixels = [None if picture is None else picture.tolist() for picture in sample.pixels]
+    return sample.key, sample.position, sample.tokens.tolist(), sample.labels.tolist(), sample.image_starts, pixels
+
+
+def flat(found: list[Step]) -> list[tuple]:
+    return [contents(sample) for step in found for micro_batch in step for sample in micro_batch]
+
+
+@pytest.fixture(scope="module")
+def reference(make: Callable[..., StepLoader]) -> list[tuple]:
+    """Five steps, which is more than an epoch, read inline by one rank."""
+    return flat(steps(make(), 5))
+
+
+def test_a_step_is_the_global_batch_in_order(make: Callable[..., StepLoader]) -> None:
+    loader = make()
+    first, second = steps(loader, 2)
+    assert [len(micro_batch) for micro_batch in first] == [2, 2, 2, 2]
+    assert [sample.position for micro_batch in second for sample in micro_batch] == list(range(8, 16))
+    assert second.positions == range(8, 16) and second.warnings == []
+    keys = [sample.key for micro_batch in second for sample in micro_batch]
+    assert keys == loader.dataset.keys(loader.order.sample_at(range(8, 16)))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(make: Callable[..., StepLoader], reference: list[tuple], num_workers: int) -> None:
+    assert flat(steps(make(num_workers=num_workers), 5)) == reference
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 1), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)])
+def test_every_split_gives_the_same_global_batches(
+    make: Callable[..., StepLoader], reference: list[tuple], dp_size: int, micro_batch_size: int
+) -> None:
+    settings = {"dp_size": dp_size, "micro_batch_size": micro_batch_size}
+    ranks = [steps(make(dp_rank=rank, **settings), 5) for rank in range(dp_size)]
+    merged = [
+        sample
+        for step in range(5)
+        for number in range(len(ranks[0][step]))
+        for rank in ranks
+        for sample in rank[step][number]
+    ]
+    assert [contents(sample) for sample in merged] == reference
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_continues_the_stream(
+    make: Callable[..., StepLoader], reference: list[tuple], num_workers: int
+) -> None:
+    with make(num_workers=num_workers) as loader:
+        next(loader), next(loader)
+        state = loader.state_dict()
+    assert state == {"consumed_samples": 16}
+    assert flat(steps(make(consumed_samples=16), 3)) == reference[16:]
+    other = make(num_workers=num_workers, micro_batch_size=4)
+    next(other)
+    other.load_state_dict(state)
+    assert flat(steps(other, 3)) == reference[16:]
+    with pytest.raises(ValueError, match="consumed_samples"):
+        other.load_state_dict({})
+
+
+def test_the_digest_is_the_same_on_every_rank(make: Callable[..., StepLoader]) -> None:
+    digests = set()
+    for settings in ({}, {"dp_size": 2, "dp_rank": 1}, {"tp_size": 2, "tp_rank": 1}, {"micro_batch_size": 4}):
+        loader = make(**settings)
+        digests.add(tuple(loader.digest(step) for step in steps(loader, 3)))
+    assert len(digests) == 1
+    assert len(set(digests.pop())) == 3
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 5])
+def test_tensor_parallel_ranks_share_the_pictures(
+    make: Callable[..., StepLoader], reference: list[tuple], tp_size: int
+) -> None:
+    ranks = [steps(make(tp_rank=rank, tp_size=tp_size, micro_batch_size=4), 5) for rank in range(tp_size)]
+    place = 0
+    for step in zip(*ranks, strict=True):
+        for micro_batch in zip(*step, strict=True):
+            batches = [collate(samples, 128, 12) for samples in micro_batch]
+            for batch in batches[1:]:
+                assert torch.equal(batch.tokens, batches[0].tokens) and torch.equal(batch.labels, batches[0].labels)
+                assert torch.equal(batch.image_starts, batches[0].image_starts)
+            counts = [len(batch.pixels) for batch in batches]
+            assert sum(counts) == batches[0].num_images and max(counts) - min(counts) <= 1
+            expected = [p for sample in reference[place : place + 4] for p in sample[5]]
+            assert torch.cat([batch.pixels for batch in batches]).tolist() == expected
+            place += 4
+
+
+def test_without_pixels_nothing_is_decoded(make: Callable[..., StepLoader]) -> None:
+    with make() as loader:
+        full = next(loader)
+    with StepLoader(
+        loader.dataset, loader.order, global_batch_size=8, micro_batch_size=2, needs_pixels=False
+    ) as text_only:
+        bare = next(text_only)
+    for one, other in zip([s for m in full for s in m], [s for m in bare for s in m], strict=True):
+        assert torch.equal(one.tokens, other.tokens) and one.image_starts == other.image_starts
+        assert other.pixels == [None] * len(one.pixels)
+
+
+def test_a_micro_batch_of_nothing_but_problems_passes(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    dataset = open_dataset(one_sample(b"broken"))
+    with StepLoader(dataset, SampleOrder(1, 0), global_batch_size=2, micro_batch_size=2, num_workers=1) as loader:
+        (micro_batch,) = next(loader)
+    assert all(sample.problem for sample in micro_batch)
+    assert collate(micro_batch, 8, 12).num_images == 0
+
+
+def test_blank_pictures_are_reported_from_workers(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    dataset = open_dataset(one_sample({"conversations": turns}, [("png", b"broken")]))
+    with StepLoader(dataset, SampleOrder(1, 0), global_batch_size=2, micro_batch_size=1, num_workers=1) as loader:
+        step = next(loader)
+    assert len(step.warnings) == 2 and all("blank" in warning for warning in step.warnings)
+
+
+def test_sizes_that_do_not_divide_are_refused(make: Callable[..., StepLoader]) -> None:
+    with pytest.raises(ValueError, match="not a multiple"):
+        make(dp_size=3)
+    with pytest.raises(ValueError, match="23"):
+        loader = make()
+        StepLoader(loader.dataset, SampleOrder(22, 0), global_batch_size=8, micro_batch_size=2)
+
+
+def test_workers_ignore_signals_and_end_with_close(make: Callable[..., StepLoader], reference: list[tuple]) -> None:
+    loader = make(num_workers=2)
+    found = [next(loader)]
+    workers = psutil.Process().children()
+    assert len(workers) >= 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    found += [next(loader) for _ in range(4)]
+    assert flat(found) == reference
+    loader.close()
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_program_that_forgets_to_close_still_ends() -> None:
+    """Workers ignore SIGTERM, by which Python would end them at exit: without care that exit would hang."""
+    script = """
+from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.order import SampleOrder
+from ross_mcore.data.sample import skipped_sample
+
+class Nothing:
+    def __len__(self):
+        return 4
+
+    def get(self, number, position):
+        return skipped_sample("key", position, "nothing here")
+
+loader = StepLoader(Nothing(), SampleOrder(4, 0), global_batch_size=2, micro_batch_size=1, num_workers=2)
+assert len(next(loader)) == 2
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 0

@@ -1,0 +1,174 @@
+"""From LLaVA JSON to a data set: every record is stored or listed with a reason; the tool says what went wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ross_mcore.data.shards import ShardReader
+
+TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
+TEXT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """make(*flags) -> exit code of the tool on tmp_path/data.json, in this process."""
+    (tmp_path / "images").mkdir()
+
+    def run(*flags: str, data: str = "data.json") -> int:
+        spec = importlib.util.spec_from_file_location("make_shards", TOOL)
+        assert spec and spec.loader
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        named = ["--data", tmp_path / data, "--image-folder", tmp_path / "images", "--out", tmp_path / "out", *flags]
+        monkeypatch.setattr(sys, "argv", ["make_shards", *map(str, named)])
+        try:
+            return tool.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    return run
+
+
+def write(tmp_path: Path, records: Any) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(records))
+
+
+def test_every_record_is_stored_or_listed(
+    make: Callable[..., int], tmp_path: Path, encoded: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    whole = encoded(40, 40, "JPEG")
+    (tmp_path / "secret.png").write_bytes(encoded(4, 4))
+    (images / "good.jpg").write_bytes(whole)
+    (images / "misnamed.jpg").write_bytes(encoded(5, 5, "PNG"))
+    (images / "old.gif").write_bytes(encoded(6, 6, "GIF"))
+    (images / "cut.jpg").write_bytes(whole[:-200])
+    (images / "text.png").write_text("not a picture")
+    (images / "empty.png").write_bytes(b"")
+    (images / "folder.png").mkdir()
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    cases: list[tuple[Any, str | None]] = [
+        ({"id": "a", "image": "good.jpg", "conversations": TURNS}, None),
+        ({"image": "misnamed.jpg", "conversations": TURNS}, None),
+        ({"id": "gif", "image": "old.gif", "conversations": TURNS}, None),
+        ({"id": "one", "image": ["good.jpg"], "conversations": TURNS}, None),
+        ({"id": "a", "conversations": TEXT}, None),
+        ({"id": 7, "image": "cut.jpg", "conversations": TURNS}, "undecodable"),
+        ({"image": "text.png", "conversations": TURNS}, "undecodable"),
+        ({"image": "empty.png", "conversations": TURNS}, "undecodable"),
+        ({"image": "missing.png", "conversations": TURNS}, "No such file"),
+        ({"image": "folder.png", "conversations": TURNS}, "regular file"),
+        ({"image": "link.png", "conversations": TURNS}, "link"),
+        ({"image": "../secret.png", "conversations": TURNS}, "leaves the image folder"),
+        ({"image": str(tmp_path / "secret.png"), "conversations": TURNS}, "leaves the image folder"),
+        ({"image": "a" * 5000, "conversations": TURNS}, "cannot be read"),
+        ({"image": "nul\0", "conversations": TURNS}, "not a path"),
+        ({"image": 3, "conversations": TURNS}, "not a path"),
+        ({"image": ["good.jpg", "good.jpg"], "conversations": TURNS}, "several"),
+        ({"image": "good.jpg"}, "list of turns"),
+        ({"conversations": {"a": 1}}, "list of turns"),
+        (None, "not a JSON object"),
+        ([1], "not a JSON object"),
+        ({"conversations": [{"from": "human", "value": "\ud800"}]}, "Unicode"),
+    ]
+    write(tmp_path, [record for record, _ in cases])
+    assert make() == 0
+    listed = {
+        line["record"]: line for line in map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines())
+    }
+    reader = ShardReader(tmp_path / "out")
+    stored = {int(key): number for number, key in enumerate(reader.keys(range(len(reader))))}
+    assert sorted([*listed, *stored]) == list(range(len(cases)))
+    for number, (record, reason) in enumerate(cases):
+        if reason is None:
+            found = json.loads(reader.record_bytes(stored[number]))
+            assert found == {"id": f"{number:09d}", **record}
+        else:
+            assert reason in listed[number]["reason"], number
+    assert listed[5]["id"] == 7 and listed[5]["image"] == "cut.jpg"
+    assert reader.image_bytes(stored[0], 0) == whole
+    assert reader.image_bytes(stored[1], 0).startswith(b"\x89PNG") and reader.image_bytes(stored[2], 0)[1:4] == b"PNG"
+    said = capsys.readouterr().out
+    assert "5 samples, 4 pictures, of 22 records" in said and "skipped 3: the image is undecodable" in said
+
+
+def test_links_may_be_followed(make: Callable[..., int], tmp_path: Path, encoded: Any) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_bytes(encoded(4, 4))
+    (tmp_path / "images" / "coco").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path, [{"image": "coco/a.png", "conversations": TURNS}])
+    assert make() == 2
+    assert make("--follow-links") == 0
+
+
+def test_lengths_come_with_a_tokenizer(make: Callable[..., int], tmp_path: Path, golden_data: Path) -> None:
+    write(tmp_path, [{"conversations": TEXT}, {"conversations": [*TEXT, *TEXT]}, {"conversations": TEXT[:1] * 2}])
+    assert make("--tokenizer", str(golden_data / "tok_qwen2"), "--template", "qwen_2", "--shard-size", "1") == 0
+    reader = ShardReader(tmp_path / "out")
+    assert len(reader) == len(reader.index["shards"]) == 2
+    assert reader.length_source is not None and reader.length_source.template == "qwen_2"
+    assert 0 < reader.samples[0]["text_tokens"] < reader.samples[1]["text_tokens"]
+
+
+def test_json_lines_with_a_damaged_line(make: Callable[..., int], tmp_path: Path) -> None:
+    good = json.dumps({"conversations": TEXT})
+    (tmp_path / "data.jsonl").write_text(f"{good}\n{{broken\n\n{good}\n")
+    assert make(data="data.jsonl") == 0
+    assert ShardReader(tmp_path / "out").keys([0, 1]) == ["000000000", "000000002"]
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("{", [], "data.json"),
+        ('{"a": 1}', [], "expected a list"),
+        ("[]", [], "no usable sample"),
+        ("[1, 2]", [], "2 x the record is not a JSON object"),
+        ("[1]", ["--tokenizer", "nowhere", "--template", "plain"], "nowhere"),
+        ("[1]", ["--tokenizer", "nowhere", "--template", "chatml"], "chatml"),
+        ("[1]", ["--template", "plain"], "come together"),
+        ("[1]", ["--shard-size", "0"], "at least 1"),
+        ("[1]", ["--image-folder", "nowhere"], "not a folder"),
+    ],
+)
+def test_errors_are_one_paragraph_and_leave_nothing(
+    make: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "data.json").write_text(content)
+    assert make(*flags) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
+
+
+def test_a_full_folder_is_not_overwritten(
+    make: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, [{"conversations": TEXT}])
+    assert make() == 0 and make() == 2
+    assert "--overwrite" in capsys.readouterr().err
+    write(tmp_path, [{"conversations": TEXT}, {"conversations": TEXT}])
+    assert make("--overwrite") == 0
+    assert len(ShardReader(tmp_path / "out")) == 2
+
+
+def test_help_needs_no_library() -> None:
+    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--image-folder" in done.stdout
+    assert not any(f" {name}\n" in done.stderr for name in ("torch", "numpy", "PIL", "rich", "transformers"))

@@ -1,0 +1,149 @@
+"""Rows: cut at the end, never through a picture; bad data is a problem with a reason, never an exception."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ross_mcore.batch import IGNORE_INDEX, collate
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.shards import ShardReader
+
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red car."}]
+
+
+def test_tokens_labels_and_pictures_fit_together(open_dataset: Callable[..., ShardDataset]) -> None:
+    dataset = open_dataset()
+    for number in range(len(dataset)):
+        sample = dataset.get(number, position=100 + number, wanted_pixels=True)
+        assert sample.problem is None and sample.position == 100 + number and sample.key == f"{number:09d}"
+        assert sample.tokens.dtype == sample.labels.dtype == torch.int64
+        assert len(sample.image_starts) == len(sample.pixels) == (number % 3 > 0)
+        for start, pixels in zip(sample.image_starts, sample.pixels, strict=True):
+            block = slice(start, start + 9)
+            assert (sample.tokens[block] == 0).all() and (sample.labels[block] == IGNORE_INDEX).all()
+            assert pixels is not None and pixels.shape == (3, 12, 12)
+        supervised = sample.labels != IGNORE_INDEX
+        assert supervised.any() and (sample.labels[supervised] == sample.tokens[supervised]).all()
+        assert sample.labels[-1] == 511  # the end of the turn
+        collate([sample], 128, 12)
+
+
+def test_index_lengths_are_the_rows_lengths(open_dataset: Callable[..., ShardDataset]) -> None:
+    dataset = open_dataset()
+    for number in range(len(dataset)):
+        row = dataset.reader.samples[number]
+        assert dataset.get(number, 0).tokens.numel() == row["text_tokens"] + row["image_spans"] * 9
+
+
+@pytest.fixture(scope="module")
+def whole_rows(open_dataset: Callable[..., ShardDataset]) -> tuple[ShardDataset, list[Any]]:
+    dataset = open_dataset()
+    return dataset, [dataset.get(number, 0) for number in range(len(dataset))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seq_length=st.integers(1, 90), number=st.integers(0, 22))
+def test_the_cut_never_goes_through_a_picture(
+    whole_rows: tuple[ShardDataset, list[Any]], seq_length: int, number: int
+) -> None:
+    dataset, rows = whole_rows
+    dataset.seq_length = seq_length
+    whole, sample = rows[number], dataset.get(number, 0)
+    last = max((start + 9 for start in whole.image_starts), default=0)
+    if last > seq_length:
+        assert sample.problem is not None and "picture" in sample.problem
+        assert sample.tokens.numel() == sample.labels.numel() == 0 and not sample.image_starts and not sample.pixels
+    elif sample.problem is None:
+        assert torch.equal(sample.tokens, whole.tokens[:seq_length])
+        assert torch.equal(sample.labels, whole.labels[:seq_length])
+        assert sample.image_starts == whole.image_starts
+    else:
+        assert "nothing to learn" in sample.problem and (whole.labels[:seq_length] == IGNORE_INDEX).all()
+
+
+BAD_RECORDS: list[tuple[Any, str]] = [
+    (b"", "not JSON"),
+    (b"\xff\xfe", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"null", "not a JSON object"),
+    (b"[]", "not a JSON object"),
+    ({}, "list of turns"),
+    ({"conversations": []}, "list of turns"),
+    ({"conversations": "text"}, "list of turns"),
+    ({"conversations": {"from": "human", "value": "x"}}, "list of turns"),
+    ({"conversations": [1]}, "no text"),
+    ({"conversations": [{"from": "human"}]}, "no text"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "no text"),
+    ({"conversations": [{"from": "human", "value": None}]}, "no text"),
+    ({"conversations": [{"value": "x"}]}, "neither"),
+    ({"conversations": [{"from": ["human"], "value": "x"}]}, "neither"),
+    ({"conversations": [{"from": "system", "value": "x"}, *TURNS]}, "neither"),
+    ({"conversations": [TURNS[0], TURNS[0]]}, "alternate"),
+    ({"conversations": [{"from": "human", "value": "\ud800"}, TURNS[1]]}, "Unicode"),
+    ({"conversations": [TURNS[0]]}, "nothing to learn"),
+    ({"conversations": [{"from": "gpt", "value": "hello"}]}, ""),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD_RECORDS)
+def test_a_bad_record_is_a_problem_with_a_reason(
+    record: Any, reason: str, one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    sample = open_dataset(one_sample(record)).get(0, 5, wanted_pixels=True)
+    assert sample.problem is not None and reason in sample.problem
+    assert sample.tokens.numel() == sample.labels.numel() == 0
+    batch = collate([sample], 16, 12)
+    assert batch.num_images == 0 and (batch.labels == IGNORE_INDEX).all()
+
+
+def test_more_placeholders_than_pictures_is_a_problem(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset], encoded: Any
+) -> None:
+    turns = [*TURNS, *TURNS]
+    sample = open_dataset(one_sample({"conversations": turns}, [("png", encoded(4, 4))])).get(0, 0)
+    assert sample.problem is not None and "2 <image> in the text, 1 pictures" in sample.problem
+
+
+def test_a_picture_the_text_never_shows_is_not_trained_on(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset], encoded: Any
+) -> None:
+    turns = [{"from": "human", "value": "What?"}, TURNS[1]]
+    sample = open_dataset(one_sample({"conversations": turns}, [("png", encoded(4, 4))])).get(0, 0, wanted_pixels=True)
+    assert sample.problem is None and not sample.image_starts and not sample.pixels
+
+
+def test_an_undecodable_picture_is_blank_and_reported(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    dataset = open_dataset(one_sample({"conversations": TURNS}, [("png", b"\x89PNG broken")]))
+    sample = dataset.get(0, 0)
+    warnings = dataset.decode(sample, 0, [0])
+    assert sample.problem is None and len(warnings) == 1 and "only" in warnings[0] and "blank" in warnings[0]
+    assert sample.pixels[0] is not None and not sample.pixels[0].any()
+
+
+def test_a_shard_that_shrinks_under_the_reader_is_a_problem(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    folder = one_sample({"conversations": TURNS})
+    dataset = open_dataset(folder)
+    (folder / "shard-00000.tar").write_bytes(b"")
+    sample = dataset.get(0, 0)
+    assert sample.problem is not None and "truncated" in sample.problem
+
+
+def test_an_unknown_template_is_refused(shards: Path, tokenizer: Any, model_config: Any) -> None:
+    with pytest.raises(KeyError, match="chatml"):
+        ShardDataset(shards, tokenizer, model_config, "chatml", "square", 64)
+
+
+def test_records_are_the_json_members(shards: Path) -> None:
+    assert json.loads(ShardReader(shards).record_bytes(4))["id"] == "r4"

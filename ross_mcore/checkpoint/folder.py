@@ -193,17 +193,14 @@ def publish(
 ) -> Checkpoint:
     """Completes `partial` and makes it the newest checkpoint of `root`: other files, marker, rename, pointer.
 
-    `assets` is a folder that has `tokenizer/` and `preprocessor_config.json`, such as the checkpoint that was loaded.
-    Raises CheckpointError; whatever happens, the checkpoints that were complete before still are.
+    `assets` is a folder that has `tokenizer/` and `preprocessor_config.json`, such as the checkpoint that was loaded;
+    when it is gone by now (retired, moved), the newest checkpoint of `root` that has them serves as well. Raises CheckpointError; whatever happens, the checkpoints that were complete before still are.
     """
     root, partial = Path(root), Path(partial)
     target = iteration_folder(root, iteration)
     try:
         if assets is not None:
-            if (assets / TOKENIZER).is_dir():
-                shutil.copytree(assets / TOKENIZER, partial / TOKENIZER, dirs_exist_ok=True)
-            if (assets / PREPROCESSOR).is_file():
-                shutil.copyfile(assets / PREPROCESSOR, partial / PREPROCESSOR)
+            _copy_assets([assets, *(checkpoint.path for checkpoint in checkpoints(root))], partial)
         _write_json(partial / "config.json", model_config.to_dict())
         if train_state is not None:
             _write_json(partial / TRAIN_STATE, train_state)
@@ -239,6 +236,16 @@ def publish(
     except OSError as error:
         raise CheckpointError(f"checkpoint {iteration} under {root} was not completed: {error}") from None
     return inspect(target)
+
+
+def _copy_assets(sources: list[Path], target: Path) -> None:
+    """Copies tokenizer and image processor from the first of `sources` that has both."""
+    for source in sources:
+        if (source / TOKENIZER).is_dir() and (source / PREPROCESSOR).is_file():
+            shutil.copytree(source / TOKENIZER, target / TOKENIZER)
+            shutil.copyfile(source / PREPROCESSOR, target / PREPROCESSOR)
+            return
+    raise CheckpointError(f"{sources[0]} has no {TOKENIZER}/ and {PREPROCESSOR} to copy into the checkpoint")
 
 
 def retire(root: Path, keep_last: int | None = None, save_retain_interval: int | None = None) -> list[Path]:

@@ -1,0 +1,164 @@
+"""A trained model in one process: answer questions about pictures, and show what its image states reconstruct.
+
+Legend: B prompts, S tokens, K pictures, H W pixels of the tower's input, Hd side of a decoded picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.batch import Sample, collate
+from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
+from ross_mcore.data.conversation import expand_images, tokenize_prompt
+from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
+from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.models.language import Execution
+from ross_mcore.models.ross import RossModel
+from ross_mcore.parallel import groups
+from ross_mcore.parallel.layout import make_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A whole model on this process's device, in evaluation mode, with what it needs to read text and pictures."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    model: RossModel
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: dict[str, Any] | None
+
+    def preprocessing(self, aspect_ratio: ImageAspectRatio) -> ImagePreprocessing:
+        return ImagePreprocessing.for_tower(self.config.vision, aspect_ratio, self.image_processor)
+
+
+def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainedModel:
+    """Loads the newest checkpoint of `run`, whatever layout saved it. Call `platform.prepare()` first.
+
+    Raises CheckpointError, ArchitectureError or TokenizerError naming the file.
+    """
+    checkpoint = require_checkpoint(Path(run))
+    config = checkpoint.model_config()
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    platform.initialize_process_group(timeout_minutes=10)
+    layout = make_layout(config, world_size=1, tensor_parallel=1, pipeline_parallel=1)
+    model = RossModel(config, groups.initialize(layout, seed, timeout_minutes=10), Execution(dtype=dtype), seed=seed)
+    model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))
+    model.requires_grad_(False).eval()
+    processor = checkpoint.preprocessor_config
+    image_processor = json.loads(processor.read_text(encoding="utf-8")) if processor.exists() else None
+    return TrainedModel(checkpoint, config, model, tokenizer, image_processor)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that ends with the human's turn, and the picture it is about (`pixels` [3, H, W]) or None."""
+
+    conversations: list[dict[str, str]]
+    pixels: Tensor | None
+
+
+@torch.no_grad()
+def answer(
+    trained: TrainedModel,
+    questions: Sequence[Question],
+    template: str,
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 32,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Greedy answers, in order; generation ends at EOS, at a `stop` token or after `max_new_tokens`.
+
+    Every new token runs the whole row again (no key-value cache): meant for checks, not for serving.
+    """
+    ends = {trained.tokenizer.eos_token_id, *(trained.tokenizer.convert_tokens_to_ids(token) for token in stop)}
+    answers: list[str] = []
+    for start in range(0, len(questions), batch_size):
+        rows = [_prompt(trained, question, template) for question in questions[start : start + batch_size]]
+        open_rows = set(range(len(rows)))
+        new: list[list[int]] = [[] for _ in rows]
+        while open_rows and max(map(len, new)) < max_new_tokens:
+            active = sorted(open_rows)
+            for index, token in zip(active, _next_tokens(trained, [rows[i] for i in active]), strict=True):
+                if token in ends:
+                    open_rows.discard(index)
+                    continue
+                new[index].append(token)
+                rows[index].tokens = torch.cat([rows[index].tokens, torch.tensor([token])])
+        answers += [str(trained.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
+    return answers
+
+
+@torch.no_grad()
+def reconstruct(
+    trained: TrainedModel, pictures: Sequence[Tensor], *, steps: int = 50, temperature: float = 1.0, batch_size: int = 8
+) -> tuple[Tensor, Tensor]:
+    """pictures K x [3, H, W] in the tower's normalisation -> (originals, reconstructions), both [K, 3, Hd, Hd] in [0, 1].
+
+    Each picture stands alone in a row without text, as in the pretraining template before the caption. Raises
+    ArchitectureError for a model without a denoiser.
+    """
+    _ = trained.config.decode_image_size
+    originals, reconstructions = [], []
+    for start in range(0, len(pictures), batch_size):
+        rows = [
+            _row([{"from": "human", "value": "<image>"}], pixels, trained, "plain", start + place)
+            for place, pixels in enumerate(pictures[start : start + batch_size])
+        ]
+        batch = collate(rows, max(row.tokens.numel() for row in rows), trained.config.vision.image_size)
+        batch = batch.to(platform.device())
+        hidden = trained.model(batch, output="hidden")
+        original, reconstruction = trained.model.reconstruct(hidden, batch, steps=steps, temperature=temperature)
+        originals.append(original.cpu())
+        reconstructions.append(reconstruction.cpu())
+    return torch.cat(originals), torch.cat(reconstructions)
+
+
+def read_picture(path: Path, preprocessing: ImagePreprocessing) -> Tensor:
+    """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError, OSError."""
+    picture, _ = decode_image(Path(path).read_bytes())
+    return torch.from_numpy(preprocessing(picture))
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] -> an 8-bit RGB picture."""
+    levels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(levels)
+
+
+def _prompt(trained: TrainedModel, question: Question, template: str) -> Sample:
+    return _row(question.conversations, question.pixels, trained, template, position=0)
+
+
+def _row(
+    conversations: list[dict[str, str]], pixels: Tensor | None, trained: TrainedModel, template: str, position: int
+) -> Sample:
+    ids = tokenize_prompt(conversations, pixels is not None, trained.tokenizer, template)
+    tokens, labels, starts = expand_images(ids, [-100] * len(ids), trained.config.vision.image_tokens)
+    pictures: list[Tensor | None] = [] if pixels is None else [pixels]
+    return Sample("", position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pictures)
+
+
+def _next_tokens(trained: TrainedModel, rows: list[Sample]) -> list[int]:
+    """The most likely next token of every row."""
+    for row in rows:
+        row.labels = torch.full_like(row.tokens, -100)
+    lengths = [row.tokens.numel() for row in rows]
+    batch = collate(rows, max(lengths), trained.config.vision.image_size).to(platform.device())
+    hidden = trained.model(batch, output="hidden")
+    last = hidden[torch.tensor(lengths, device=hidden.device) - 1, torch.arange(len(rows), device=hidden.device)]
+    return trained.model.language_model.logits(last).argmax(-1).tolist()

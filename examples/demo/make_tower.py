@@ -40,6 +40,7 @@ PATCH_PIXELS = 16
 WIDTH = 64
 TRAINED_LAYERS = 2
 SELECT_LAYER = -2
+LABEL_SMOOTHING = 0.1
 
 
 def build_tower() -> SiglipVisionModel:
@@ -98,7 +99,7 @@ def compute_losses(tower: SiglipVisionModel, heads: torch.nn.ModuleDict, scenes:
     values: dict[str, torch.Tensor] = {}
     for name, labels in (("colour", colour), ("shape", shape), ("position", position)):
         logits = heads[name](features).flatten(0, 1)
-        values[name] = functional.cross_entropy(logits, labels.flatten())
+        values[name] = functional.cross_entropy(logits, labels.flatten(), label_smoothing=LABEL_SMOOTHING)
         values[f"{name}_right"] = (logits.argmax(dim=1) == labels.flatten()).float().mean()
     patches = functional.unfold(pixels, PATCH_PIXELS, stride=PATCH_PIXELS).transpose(1, 2)
     values["pixels"] = functional.mse_loss(heads["pixels"](features), patches)
@@ -113,13 +114,13 @@ def train(tower: SiglipVisionModel, arguments: argparse.Namespace) -> torch.nn.M
     rng = random.Random(f"tower/{arguments.seed}")
     heads = build_heads()
     parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.3)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
     )
     for step in track(range(arguments.steps), description="vision tower"):
         values = compute_losses(tower, heads, [sample_scene(rng) for _ in range(arguments.batch_size)])
-        loss = values["colour"] + values["shape"] + 0.5 * values["position"] + values["pixels"]
+        loss = values["colour"] + values["shape"] + 0.5 * values["position"] + 4 * values["pixels"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -136,7 +137,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write in the Hugging Face layout")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=31, help="seed of the weights and the pictures")

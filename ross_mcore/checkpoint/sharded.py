@@ -224,8 +224,12 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
     if other_shape:
         shapes = [f"{name}: stored {list(stored[name])}, expected {list(asked[name])}" for name in other_shape]
         problems.append(f"shapes differ: {_some(shapes)}")
-    if problems:
-        raise CheckpointError(f"{checkpoint.path} does not fit this model: " + "; ".join(problems))
+    if not problems:
+        return
+    what = "does not fit this model"
+    if all(name.startswith(OPTIMIZER_PREFIX) for name in (*missing, *left_over, *other_shape)):
+        what = "has optimizer state of other trainable parts, or with another choice of --use-distributed-optimizer"
+    raise CheckpointError(f"{checkpoint.path} {what}: " + "; ".join(problems))
 
 
 def _some(names: list[str], most: int = 5) -> str:

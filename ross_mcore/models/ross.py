@@ -19,6 +19,7 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Batch
 from ross_mcore.models import diffusion, image_tokens
 from ross_mcore.models.denoiser import Denoiser
+from ross_mcore.models.diffusion import Draws
 from ross_mcore.models.language import Execution, LanguageModel, transformer_config
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.projector import VisionProjection
@@ -86,8 +87,13 @@ class RossModel(MegatronModule):
         """The decoder layers (mcore's schedules number their micro-batches through it)."""
         return self.language_model.decoder
 
-    def forward(self, batch: Batch | None, output: Literal["losses", "hidden"] = "losses") -> Tensor:
-        """One micro-batch through this stage; middle stages take no batch."""
+    def forward(
+        self, batch: Batch | None, output: Literal["losses", "hidden"] = "losses", draws: Draws | None = None
+    ) -> Tensor:
+        """One micro-batch through this stage; middle stages take no batch.
+
+        `draws` replays recorded randomness for this rank's share of the images; by default it is keyed (`keyed_draws`).
+        """
         if (self.pre_process or self.post_process) and batch is None:
             raise ValueError("the first and the last pipeline stage need the batch")
         hidden = self.language_model(
@@ -103,7 +109,7 @@ class RossModel(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if output == "hidden":
             return hidden
-        return torch.stack([self._lm_sum(hidden, batch), self._vm_sum(hidden, batch)])
+        return torch.stack([self._lm_sum(hidden, batch), self._vm_sum(hidden, batch, draws)])
 
     def _embed(self, batch: Batch) -> Tensor:
         """Token embeddings with image features spliced in, [S, B, D] or this rank's part of the sequence."""
@@ -122,20 +128,22 @@ class RossModel(MegatronModule):
         losses = self.language_model.token_losses(supervised.select(hidden), supervised.targets)
         return (losses * supervised.weights).sum()
 
-    def _vm_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def _vm_sum(self, hidden: Tensor, batch: Batch, draws: Draws | None) -> Tensor:
         """Sum of the reconstruction losses over the images; each tensor-parallel rank computes its share."""
         if not hasattr(self, "denoiser"):
             return hidden.new_zeros((), dtype=torch.float32)
         share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
         mine = slice(share.start, share.stop)
-        draws = diffusion.keyed_draws(
-            self.seed,
-            batch.image_positions[mine],
-            batch.image_ordinals[mine],
-            self.denoiser.config.draws,
-            self.pixel_decoder.latent_shape,
-            self.denoiser.grid,
-        ).to(hidden.device)
+        if draws is None:
+            draws = diffusion.keyed_draws(
+                self.seed,
+                batch.image_positions[mine],
+                batch.image_ordinals[mine],
+                self.denoiser.config.draws,
+                self.pixel_decoder.latent_shape,
+                self.denoiser.grid,
+            )
+        draws = draws.to(hidden.device)
         latents = self.pixel_decoder.encode(batch.pixels, draws.posterior_noise)
         # a rank without images runs the denoiser on nothing: gradients are then zero, and no rank waits for another
         hidden = split.enter_share(hidden, self.groups.tensor)

@@ -194,7 +194,8 @@ def publish(
     """Completes `partial` and makes it the newest checkpoint of `root`: other files, marker, rename, pointer.
 
     `assets` is a folder that has `tokenizer/` and `preprocessor_config.json`, such as the checkpoint that was loaded;
-    when it is gone by now (retired, moved), the newest checkpoint of `root` that has them serves as well. Raises CheckpointError; whatever happens, the checkpoints that were complete before still are.
+    when it is gone by now (retired, moved), the newest checkpoint of `root` that has them serves as well.
+    Raises CheckpointError; whatever happens, the checkpoints that were complete before still are.
     """
     root, partial = Path(root), Path(partial)
     target = iteration_folder(root, iteration)

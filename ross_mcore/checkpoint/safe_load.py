@@ -65,8 +65,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
-    for _unused in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.PERSID, pickle.BINPERSID, pickle.INST, pickle.OBJ):
-        del dispatch[_unused[0]]
+    for _unused in ("BYTEARRAY8", "NEXT_BUFFER", "PERSID", "BINPERSID", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+        del dispatch[getattr(pickle, _unused)[0]]
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -66,7 +66,7 @@ from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, 
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, SHARDING, sharding_metadata
 
 __all__ = [
-        "Checkpoint",
+    "Checkpoint",
     "CheckpointError",
     "find_checkpoint",
     "load_model_weights",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -66,15 +66,10 @@ class ImagePreprocessing:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     aspect_ratio: ImageAspectRatio = "square"
-    _levels: NDArray[np.float32] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.aspect_ratio not in ("square", "pad"):
             raise ValueError(f"image_aspect_ratio {self.aspect_ratio!r}: expected square or pad")
-        mean = np.array(self.image_mean, np.float32)[:, None]
-        std = np.array(self.image_std, np.float32)[:, None]
-        rescaled = (np.arange(256) * (1 / 255)).astype(np.float32)
-        object.__setattr__(self, "_levels", (rescaled - mean) / std)  # [3, 256]: what each 8-bit level becomes
 
     @classmethod
     def for_tower(
@@ -105,9 +100,13 @@ class ImagePreprocessing:
             square = Image.new("RGB", (side, side), self.background)
             square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             picture = square
-        picture = self._resize(picture)
-        levels = np.asarray(picture, np.uint8)
-        return np.stack([self._levels[channel][levels[:, :, channel]] for channel in range(3)])
+        pixels = np.empty((3, self.image_size, self.image_size), np.float32)
+        channels = self._resize(picture).split()
+        for plane, channel, mean, std in zip(pixels, channels, self.image_mean, self.image_std, strict=True):
+            plane[:] = np.asarray(channel) * (1 / 255)  # in float64, then rounded, as the library does
+            plane -= np.float32(mean)
+            plane /= np.float32(std)
+        return pixels
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         size = self.image_size

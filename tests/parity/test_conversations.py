@@ -93,6 +93,14 @@ def test_the_final_end_of_turn_is_the_only_difference(
     assert added == 17  # 22, less two malformed and three mismatches
 
 
+def test_nothing_is_supervised_past_the_last_answer_found(tokenizers: dict[str, Any]) -> None:
+    """Past the maximum length a row keeps its labels although its second turn has no answer; none is added."""
+    turns = [{"from": who, "value": text} for who, text in (("human", "<image> Q"), ("gpt", "A1."), ("human", "B"))]
+    found = tokenize_conversation(turns, True, tokenizers["qwen"], "qwen_2", 20, True)
+    end = found.input_ids.index(tokenizers["qwen"].convert_tokens_to_ids("<|im_end|>"))
+    assert not found.mismatch and found.labels[end - 1] != -100 and set(found.labels[end:]) == {-100}
+
+
 @pytest.mark.parametrize("case", ["qwen|qwen_2", "llama_legacyF|v1"])
 def test_prompts_to_generate_from(case: str, tokenizers: dict[str, Any], conversations: dict[str, Any]) -> None:
     name, template = case.split("|")

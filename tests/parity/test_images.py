@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ross_mcore.architecture import VisionConfig
 from ross_mcore.data.image import ImagePreprocessing, decode_image
@@ -49,6 +50,22 @@ def test_pixels_are_the_reference_s(
         }
     for key, pixels in wanted.items():
         assert np.array_equal(pixels, tensors[key].numpy()), key
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_any_size_is_treated_as_by_huggingface(kind: str, recorded_json: Callable[..., Any]) -> None:
+    """Random sizes, against the library's own PIL processors: odd margins, tall and wide, smaller and larger."""
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    settings = recorded_json(f"data/proc_{kind}/preprocessor_config.json")
+    processor = (CLIPImageProcessorPil if kind == "clip" else SiglipImageProcessorPil)(**settings)
+    ours = preprocessing(kind, "square", settings, 42)
+    draw = np.random.default_rng(0)
+    for _ in range(40):
+        height, width = draw.integers(5, 150, 2)
+        picture = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        theirs = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])
+        assert np.abs(ours(picture) - theirs).max() < 1e-6, (width, height)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

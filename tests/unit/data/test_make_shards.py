@@ -106,9 +106,12 @@ def test_links_may_be_followed(make: Callable[..., int], tmp_path: Path, encoded
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.png").write_bytes(encoded(4, 4))
     (tmp_path / "images" / "coco").symlink_to(tmp_path / "elsewhere")
-    write(tmp_path, [{"image": "coco/a.png", "conversations": TURNS}])
+    (tmp_path / "secret.png").write_bytes(encoded(4, 4))
+    names = ["coco/a.png", "../secret.png", str(tmp_path / "secret.png")]
+    write(tmp_path, [{"image": name, "conversations": TURNS} for name in names])
     assert make() == 2
     assert make("--follow-links") == 0
+    assert len(ShardReader(tmp_path / "out")) == 1
 
 
 def test_lengths_come_with_a_tokenizer(make: Callable[..., int], tmp_path: Path, golden_data: Path) -> None:

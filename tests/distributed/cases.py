@@ -1,0 +1,54 @@
+"""The table of layouts: each row must train as one process does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """`world` processes with `flags` on `data`; compared with one process on the same stage, data and family."""
+
+    name: str
+    world: int
+    flags: dict[str, Any] = field(default_factory=dict)
+    stage: str = "finetune"
+    data: str = "mixed"
+    family: str = "qwen2_siglip"
+    relative: float = 1e-5
+    """fp32 sums in another order: measured up to 4e-7 on losses and norms, 3e-6 of a family's largest gradient."""
+
+    @property
+    def reference(self) -> Case:
+        """The same work in one process."""
+        return Case("tp1", 1, stage=self.stage, data=self.data, family=self.family)
+
+
+def layout(tensor: int = 1, pipeline: int = 1, **more: Any) -> dict[str, Any]:
+    return {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, **more}
+
+
+CASES = [
+    Case("tp2", 2, layout(2)),
+    Case("tp2+sp", 2, layout(2, sequence_parallel=True)),
+    Case("pp2", 2, layout(1, 2)),
+    Case("pp3", 3, layout(1, 3)),
+    Case("pp2 uneven", 2, layout(1, 2, pipeline_layout="3,1")),
+    Case("tp2xpp2", 4, layout(2, 2)),
+    Case("tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True)),
+    Case("tp2xpp2 overlap", 4, layout(2, 2, overlap_grad_reduce=True)),
+    Case("dp2", 2),
+    Case("dp2 overlap", 2, layout(overlap_grad_reduce=True)),
+    Case("dp2 distributed optimizer", 2, layout(use_distributed_optimizer=True)),
+    Case("tp2xdp2 distributed optimizer", 4, layout(2, use_distributed_optimizer=True, overlap_grad_reduce=True)),
+    Case("tp2 recompute", 2, layout(2, recompute_granularity="full")),
+    Case("pp2 frozen LLM", 2, layout(1, 2), stage="pretrain"),
+    Case("pp3 frozen LLM, middle stage trains nothing", 3, layout(1, 3), stage="pretrain"),
+    Case("tp2xpp2 frozen LLM", 4, layout(2, 2, sequence_parallel=True), stage="pretrain"),
+    Case("pp2 text only", 2, layout(1, 2), data="text_only"),
+    Case("tp2 text only", 2, layout(2), data="text_only"),
+    Case("dp2, one rank has no image", 2, layout(overlap_grad_reduce=True), data="sparse"),
+    Case("tp2xpp2, one tensor rank has no image", 4, layout(2, 2), data="sparse"),
+    Case("llama + clip tp2xpp2", 4, layout(2, 2), family="llama_clip"),
+]

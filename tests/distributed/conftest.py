@@ -1,0 +1,130 @@
+"""Recorded models as base checkpoints, three small data sets, and runs that are made once and compared often."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ross_mcore import platform
+
+platform.prepare()
+
+from ross_mcore.config import Config  # noqa: E402
+from ross_mcore.data.llava import convert_records  # noqa: E402
+from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
+from tests.distributed.cases import Case  # noqa: E402
+from tests.distributed.harness import run_ranks  # noqa: E402
+from tests.recorded import GOLDEN, recorded_checkpoint  # noqa: E402
+
+ITERATIONS = 3
+
+
+def train_one_rank(flags: dict[str, Any]) -> None:
+    """What each rank runs."""
+    from ross_mcore.training.loop import train
+
+    status = train(Config.from_flat(**flags))
+    if status:
+        raise SystemExit(status)
+
+
+def records(kind: str) -> list[dict[str, Any]]:
+    """Sixteen conversations; every third of `mixed` and all but every sixth of `sparse` are text only."""
+    found = []
+    for number in range(16):
+        picture = {"mixed": number % 3 != 2, "sparse": number % 6 == 0, "text_only": False, "captions": True}[kind]
+        question = f"<image>\nWhat is in picture {number}?" if picture else f"How much is {number} and one?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"I see {number * 7} lines" * (1 + number % 3)}]
+        if kind == "mixed" and number % 2:
+            turns += [{"from": "human", "value": "And then?"}, {"from": "gpt", "value": "Nothing more"}]
+        record: dict[str, Any] = {"id": f"{kind}-{number}", "conversations": turns}
+        if picture:
+            record["image"] = f"img{number % 3}.png"
+        found.append(record)
+    return found
+
+
+@dataclass
+class Finished:
+    """A finished run: its folder and the objects of its metrics file."""
+
+    folder: Path
+    metrics: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="session")
+def base(workplace: Path) -> Callable[[str], Path]:
+    def get(family: str) -> Path:
+        root = workplace / f"base_{family}"
+        if not root.exists():
+            recorded_checkpoint(family, root)
+        return root
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shards(workplace: Path) -> Callable[[str], Path]:
+    def get(kind: str) -> Path:
+        folder = workplace / f"shards_{kind}"
+        if not folder.exists():
+            with ShardWriter(folder, max_samples=5) as writer:
+                convert_records(records(kind), GOLDEN / "data" / "images", writer)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], Path]) -> Callable[..., Finished]:
+    """Runs (or continues) a case in a folder of its own under `name`."""
+
+    def run(case: Case, name: str, **flags: Any) -> Finished:
+        folder = workplace / "runs" / name
+        data = "captions" if case.stage == "pretrain" else case.data
+        options = {
+            "load": str(base(case.family)),
+            "data_path": str(shards(data)),
+            "save": str(folder),
+            "training_stage": case.stage,
+            "seq_length": 256,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "train_iters": ITERATIONS,
+            "lr": 1e-3,
+            "lr_warmup_iters": 0,
+            "denoiser_lr": 2e-3,
+            "num_workers": 0,
+            "save_interval": 1,
+            "distributed_timeout_minutes": 1,
+            **case.flags,
+            **flags,
+        }
+        run_ranks(train_one_rank, case.world, options)
+        return Finished(folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference(start: Callable[..., Finished]) -> Callable[[Case], Finished]:
+    """The one-process run that a case is compared with; made once per stage, data and family."""
+    made: dict[Case, Finished] = {}
+
+    def get(case: Case) -> Finished:
+        key = case.reference.name, case.stage, case.data, case.family
+        if key not in made:
+            made[key] = start(case.reference, "reference_" + "_".join(key))
+        return made[key]
+
+    return get

@@ -1,0 +1,64 @@
+"""Several ranks on this machine, in processes of their own, each running one function."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+LIMIT_SECONDS = 120
+
+multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(rank: int, function: Callable[..., None], world: int, port: int, errors: Any, arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    try:
+        function(*arguments)
+    except BaseException:
+        errors.put((rank, traceback.format_exc()))
+        raise
+
+
+def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Runs `function(*arguments)` on `world` ranks; fails the test with every rank's traceback, or when ranks hang."""
+    context = multiprocessing.get_context("forkserver")
+    errors = context.SimpleQueue()
+    processes = torch.multiprocessing.start_processes(
+        _rank,
+        args=(function, world, _free_port(), errors, arguments),
+        nprocs=world,
+        join=False,
+        start_method="forkserver",
+    )
+    deadline = time.monotonic() + LIMIT_SECONDS
+    try:
+        while not processes.join(timeout=0.2):
+            if time.monotonic() > deadline:
+                alive = [i for i, process in enumerate(processes.processes) if process.is_alive()]
+                pytest.fail(f"ranks {alive} of {world} still run after {LIMIT_SECONDS} s", pytrace=False)
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+        found = []
+        while not errors.empty():
+            found.append(errors.get())
+        pytest.fail("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in found) or str(error), pytrace=False)
+    finally:
+        for process in processes.processes:
+            if process.is_alive():
+                process.kill()

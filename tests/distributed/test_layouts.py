@@ -1,0 +1,108 @@
+"""Every row of the table trains as one process does: same losses, same gradient norm, same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
+from tests.distributed.cases import CASES, Case, layout
+from tests.distributed.conftest import Finished
+
+FAMILIES = {
+    "embedding": "language_model.embedding",
+    "attention": "self_attention.linear_qkv.weight",
+    "attention bias": "self_attention.linear_qkv.bias",
+    "attention output": "self_attention.linear_proj",
+    "mlp": "mlp.linear_fc",
+    "norms": "norm",
+    "output": "language_model.output_layer",
+    "projector": "vision_projection",
+    "denoiser": "denoiser",
+}
+FIRST_MOMENT = "optimizer.state.exp_avg."
+
+
+def family_of(name: str) -> str:
+    if "norm" in name and "denoiser" not in name:
+        return "norms"
+    return next(family for family, part in FAMILIES.items() if part in name)
+
+
+def gradients(run: Finished, iteration: int = 1) -> dict[str, Tensor]:
+    """Whole gradients of a step, read from the checkpoint after it: Adam's first moment is then 0.1 times the
+    (clipped) gradient. So what is compared has gone through the real reduction, sharding and saving."""
+    folder = run.folder / f"iter_{iteration:07d}"
+    metadata = read_metadata(folder)
+    names = [name for name in tensor_shapes(metadata) if name.startswith(FIRST_MOMENT)]
+    return {name.removeprefix(FIRST_MOMENT): read_tensor(folder, metadata, name) for name in names}
+
+
+def assert_same(run: Finished, reference: Finished, relative: float, iterations: slice = slice(None)) -> None:
+    for ours, expected in zip(run.metrics[iterations], reference.metrics[iterations], strict=True):
+        for name in ("lm_loss", "vm_loss", "grad_norm"):
+            assert ours[name] == pytest.approx(expected[name], rel=relative), (name, ours["iteration"])
+        for name in ("sample_digest", "num_tokens", "num_images", "learning_rate", "consumed_samples"):
+            assert ours[name] == expected[name], name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_trains_like_one_process(
+    case: Case, start: Callable[..., Finished], reference: Callable[[Case], Finished]
+) -> None:
+    expected = reference(case)
+    run = start(case, case.name.replace(" ", "_"))
+    assert_same(run, expected, case.relative)
+    ours, theirs = gradients(run), gradients(expected)
+    assert set(ours) == set(theirs)
+    largest: dict[str, float] = {}
+    difference: dict[str, float] = {}
+    for name, gradient in theirs.items():
+        family = family_of(name)
+        assert ours[name].shape == gradient.shape, name
+        largest[family] = max(largest.get(family, 0.0), gradient.abs().max().item())
+        difference[family] = max(difference.get(family, 0.0), (ours[name] - gradient).abs().max().item())
+    for family in largest:
+        assert difference[family] <= case.relative * largest[family], (family, difference, largest)
+    if case.data == "text_only":
+        assert run.metrics[0]["num_images"] == 0 and run.metrics[0]["vm_loss"] == 0
+        assert largest["denoiser"] == largest["projector"] == 0
+    elif case.data == "sparse":
+        assert 1 in [entry["num_images"] for entry in run.metrics]
+    else:
+        assert largest["denoiser"] > 0 and largest["projector"] > 0
+
+
+RESUMES = [
+    ("same layout", Case("", 4, layout(2, 2)), Case("", 4, layout(2, 2))),
+    ("other layout", Case("", 4, layout(2, 2)), Case("", 3, layout(1, 3))),
+    ("more data parallelism", Case("", 2, layout(1, 2)), Case("", 2, layout(2))),
+    (
+        "distributed optimizer at another layout",
+        Case("", 4, layout(2, use_distributed_optimizer=True)),
+        Case("", 2, layout(1, 2, use_distributed_optimizer=True)),
+    ),
+    ("pretrain, a stage that trains nothing", Case("", 3, layout(1, 3), "pretrain"), Case("", 2, layout(2), "pretrain")),
+]
+
+
+@pytest.mark.parametrize(("name", "before", "after"), RESUMES, ids=[row[0] for row in RESUMES])
+def test_resumes(
+    name: str,
+    before: Case,
+    after: Case,
+    start: Callable[..., Finished],
+    reference: Callable[[Case], Finished],
+    workplace: Path,
+) -> None:
+    """Two iterations at one layout, the rest at another, against the uninterrupted one-process run."""
+    folder = "resume_" + name.replace(" ", "_").replace(",", "")
+    expected = reference(before)
+    run = start(before, folder, exit_duration_in_mins=1e-6)  # stops after its first step
+    assert len(run.metrics) == 1
+    run = start(after, folder, num_workers=1)
+    assert [entry["iteration"] for entry in run.metrics] == [1, 2, 3]
+    assert_same(run, expected, before.relative)

@@ -1,0 +1,182 @@
+"""tools/convert_hf_to_mcore.py: what it writes, and what it says instead of writing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint import folder, mapping
+from ross_mcore.checkpoint.convert import convert_out
+from ross_mcore.checkpoint.inventory import inventory
+from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
+
+from .conftest import Held
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+import convert_hf_to_mcore as tool  # noqa: E402
+
+SMALL = ["--denoiser-type", "denoiser_vit2x", "--denoiser-width", "16"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], save: Path, *more: str) -> int:
+    arguments = ["--language-model", folders["language"], "--vision-model", folders["vision"], "--save", save, *more]
+    if "pixel_decoder" in folders:
+        arguments += ["--pixel-decoder", folders["pixel_decoder"], *SMALL]
+    monkeypatch.setattr(sys, "argv", ["convert_hf_to_mcore.py", *map(str, arguments)])
+    return tool.main()
+
+
+def contents(checkpoint: folder.Checkpoint) -> dict[str, torch.Tensor]:
+    metadata = read_metadata(checkpoint.path)
+    return {name: read_tensor(checkpoint.path, metadata, name) for name in tensor_shapes(metadata)}
+
+
+def test_converted_checkpoint_holds_the_sources_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, source_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, source_folders, tmp_path / "base") == 0
+    checkpoint = folder.require_checkpoint(tmp_path / "base")
+    model = checkpoint.model_config()
+    tensors = contents(checkpoint)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == inventory(model)
+    language = {name: tensor for name, tensor in tensors.items() if name.startswith("language_model.")}
+    table = (*mapping.LANGUAGE, *mapping.OUTPUT_MATRIX[False])
+    back = dict(convert_out(table, Held(language), model.language))
+    theirs = load_file(source_folders["language"] / "model.safetensors")
+    assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
+    for name, tensor in load_file(source_folders["vision"] / "model.safetensors").items():
+        assert torch.equal(tensors[f"vision_model.tower.{name}"], tensor)
+    for name, tensor in load_file(source_folders["pixel_decoder"] / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(tensors[f"pixel_decoder.autoencoder.{name}"], tensor)
+    assert tensors["vision_projection.0.weight"].abs().max() <= 8**-0.5 and tensors["vision_projection.0.bias"].any()
+    assert not tensors["denoiser.final_layer.linear.weight"].any() and tensors["denoiser.pos_embed"].any()
+    assert (checkpoint.tokenizer / "tokenizer.json").is_file() and checkpoint.preprocessor_config.is_file()
+
+
+def test_same_seed_same_bytes(monkeypatch: pytest.MonkeyPatch, source_folders: dict[str, Path], tmp_path: Path) -> None:
+    results = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert run(monkeypatch, source_folders, tmp_path / name, "--seed", seed) == 0
+        results.append((tmp_path / name / "iter_0000000" / "__0_0.distcp").read_bytes())
+    assert results[0] == results[1] != results[2]
+
+
+def test_plain_llava_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, source_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    del source_folders["pixel_decoder"]
+    assert run(monkeypatch, source_folders, tmp_path / "base", "--dtype", "bfloat16") == 0
+    checkpoint = folder.require_checkpoint(tmp_path / "base")
+    assert checkpoint.model_config().denoiser is None
+    tensors = contents(checkpoint)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert not [name for name in tensors if name.startswith(("denoiser", "pixel_decoder"))]
+
+
+def test_two_shards_with_an_index(
+    monkeypatch: pytest.MonkeyPatch, source_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    path = source_folders["language"]
+    whole = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    weight_map = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(sorted(whole))}
+    for file in set(weight_map.values()):
+        save_file({name: whole[name] for name, where in weight_map.items() if where == file}, path / file)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert run(monkeypatch, source_folders, tmp_path / "base") == 0
+    index.write_text(json.dumps({"weight_map": {name: f"../{file}" for name, file in weight_map.items()}}))
+    assert run(monkeypatch, source_folders, tmp_path / "again") == 2
+    assert folder.find_checkpoint(tmp_path / "again") is None
+
+
+def harm_pickles(folders: dict[str, Path]) -> None:
+    (folders["language"] / "model.safetensors").rename(folders["language"] / "pytorch_model.bin")
+
+
+def harm_unknown(folders: dict[str, Path]) -> None:
+    path = folders["vision"] / "model.safetensors"
+    save_file({**load_file(path), "head.adapter": torch.zeros(2)}, path)
+
+
+def harm_shape(folders: dict[str, Path]) -> None:
+    config = json.loads((folders["language"] / "config.json").read_text())
+    (folders["language"] / "config.json").write_text(json.dumps({**config, "vocab_size": 149}))
+
+
+def harm_truncated(folders: dict[str, Path]) -> None:
+    path = folders["pixel_decoder"] / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def harm_tokenizer(folders: dict[str, Path]) -> None:
+    (folders["language"] / "tokenizer.json").unlink()
+
+
+def harm_processor(folders: dict[str, Path]) -> None:
+    (folders["vision"] / "preprocessor_config.json").unlink()
+
+
+def harm_family(folders: dict[str, Path]) -> None:
+    config = json.loads((folders["language"] / "config.json").read_text())
+    (folders["language"] / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+
+
+def harm_json(folders: dict[str, Path]) -> None:
+    (folders["pixel_decoder"] / "config.json").write_text("[1, 2")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (harm_pickles, "convert it to safetensors"),
+        (harm_unknown, "head.adapter"),
+        (harm_shape, "[150, 16], the architecture says [149, 16]"),
+        (harm_truncated, "not a whole safetensors file"),
+        (harm_tokenizer, "tokenizer.json"),
+        (harm_processor, "preprocessor_config.json"),
+        (harm_family, "mistral"),
+        (harm_json, "cannot be read"),
+    ],
+)
+def test_bad_source_is_named_and_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source_folders: dict[str, Path],
+    tmp_path: Path,
+    harm: object,
+    message: str,
+) -> None:
+    harm(source_folders)  # type: ignore[operator]
+    assert run(monkeypatch, source_folders, tmp_path / "base") == 2
+    said = capsys.readouterr().err
+    assert message.lower() in said.lower() and "Traceback" not in said
+    assert not list((tmp_path / "base").glob("*"))
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, convert_hf_to_mcore as tool\ntry: tool.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"],
+        capture_output=True,
+        text=True,
+        cwd=Path(tool.__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--language-model" in done.stdout and "iter_0000000" in done.stdout
+
+
+def test_model_config_survives(
+    monkeypatch: pytest.MonkeyPatch, source_folders: dict[str, Path], tmp_path: Path, model_config: ModelConfig
+) -> None:
+    assert run(monkeypatch, source_folders, tmp_path / "base") == 0
+    found = folder.require_checkpoint(tmp_path / "base").model_config()
+    assert found.language == model_config.language and found.vision.image_tokens == model_config.vision.image_tokens
+    assert found.pixel_decoder == model_config.pixel_decoder

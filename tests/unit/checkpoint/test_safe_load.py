@@ -1,0 +1,153 @@
+"""No file of a checkpoint can run code; every damaged one is named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+from ross_mcore.checkpoint.folder import CheckpointError
+from ross_mcore.checkpoint.safe_load import ALLOWED, read_common, read_metadata, read_tensor, tensor_shapes
+from ross_mcore.checkpoint.stream import TensorWriter
+from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, sharding_metadata
+
+
+class Payload:
+    """What a hostile pickle holds: on loading, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.target),))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    with TensorWriter(path) as writer:
+        writer.add("a.weight", torch.arange(6.0).view(2, 3))
+        writer.add("b", torch.tensor(3, dtype=torch.int64))
+        writer.add("c.view", torch.arange(100.0)[::7].to(torch.bfloat16))
+    return path
+
+
+def test_stream_round_trip(stored: Path) -> None:
+    metadata = read_metadata(stored)
+    assert tensor_shapes(metadata) == {"a.weight": (2, 3), "b": (), "c.view": (15,)}
+    assert torch.equal(read_tensor(stored, metadata, "a.weight"), torch.arange(6.0).view(2, 3))
+    assert read_tensor(stored, metadata, "b").item() == 3
+    assert torch.equal(read_tensor(stored, metadata, "c.view"), torch.arange(100.0)[::7].to(torch.bfloat16))
+    assert read_common(stored) == {"content_metadata": sharding_metadata()}
+
+
+def test_mcore_reads_what_the_stream_wrote(stored: Path) -> None:
+    """mcore's own (unsafe) readers accept the files: the format is theirs."""
+    with (stored / INDEX_FILE).open("rb") as stream:
+        assert isinstance(pickle.load(stream), Metadata)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_index_that_would_run_code_is_refused(stored: Path, tmp_path: Path, protocol: int) -> None:
+    metadata = read_metadata(stored)
+    metadata.planner_data = Payload(tmp_path / "evil")
+    (stored / INDEX_FILE).write_bytes(pickle.dumps(metadata, protocol=protocol))
+    with pytest.raises(CheckpointError, match=r"\.metadata is not the index.*mkdir.*refused"):
+        read_metadata(stored)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_common_state_that_would_run_code_is_refused(stored: Path, tmp_path: Path) -> None:
+    torch.save({"content_metadata": Payload(tmp_path / "evil")}, stored / COMMON_FILE)
+    with pytest.raises(CheckpointError, match=r"common\.pt was refused"):
+        read_common(stored)
+    (stored / COMMON_FILE).write_bytes(pickle.dumps(Payload(tmp_path / "evil")))
+    with pytest.raises(CheckpointError, match=r"common\.pt was refused"):
+        read_common(stored)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_tensor_that_would_run_code_is_refused(stored: Path, tmp_path: Path) -> None:
+    metadata = read_metadata(stored)
+    torch.save(Payload(tmp_path / "evil"), stored / "__0_1.distcp")
+    place = _StorageInfo("__0_1.distcp", 0, (stored / "__0_1.distcp").stat().st_size)
+    metadata.storage_data[MetadataIndex("b", torch.Size([]))] = place
+    with pytest.raises(CheckpointError, match=r"b cannot be read from __0_1\.distcp"):
+        read_tensor(stored, metadata, "b")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_class_cannot_be_changed_by_a_pickle(stored: Path) -> None:
+    # GLOBAL Metadata, BUILD with (None, {"version": 1}): sets an attribute of the class itself
+    name = "torch.distributed.checkpoint.metadata\nMetadata\n"
+    (stored / INDEX_FILE).write_bytes(b"\x80\x02c" + name.encode() + b"N}X\x07\x00\x00\x00versionK\x01s\x86b.")
+    before = Metadata.version
+    with pytest.raises(CheckpointError, match="change a class"):
+        read_metadata(stored)
+    assert Metadata.version is before
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "sub/file", "absent.distcp", ""])
+def test_index_that_points_elsewhere_is_refused(stored: Path, name: str) -> None:
+    (stored.parent / "secret").write_text("x")
+    metadata = read_metadata(stored)
+    for place in metadata.storage_data.values():
+        place.relative_path = name
+    (stored / INDEX_FILE).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="not a file beside it"):
+        read_metadata(stored)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", b"hello", b"\x80\x04N.", b"\x80\x04K\x01.", b"\x80\x05\x96" + b"\xff" * 8]
+)
+def test_damaged_index_is_named(stored: Path, content: bytes) -> None:
+    (stored / INDEX_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\.metadata is not the index"):
+        read_metadata(stored)
+
+
+def test_every_truncation_of_an_index_is_refused(stored: Path) -> None:
+    whole = (stored / INDEX_FILE).read_bytes()
+    for length in range(0, len(whole), 37):
+        (stored / INDEX_FILE).write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            read_metadata(stored)
+
+
+def test_damaged_tensor_file_is_named(stored: Path) -> None:
+    metadata = read_metadata(stored)
+    path = stored / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"c\.view cannot be read from __0_0\.distcp"):
+        read_tensor(stored, metadata, "c.view")
+    with pytest.raises(CheckpointError, match="no tensor d"):
+        read_tensor(stored, metadata, "d")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\.metadata is missing"):
+        read_metadata(tmp_path)
+    with pytest.raises(CheckpointError, match=r"common\.pt is missing"):
+        read_common(tmp_path)
+
+
+def test_allow_list_is_frozen() -> None:
+    """A longer list is a decision to be made on purpose."""
+    assert set(ALLOWED) == {
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch",
+        "torch.serialization",
+    }
+    assert ALLOWED["torch.serialization"] == {"_get_layout"}
+    assert ALLOWED["torch.distributed.checkpoint.filesystem"] == {"_StorageInfo"}
+    assert all(name == "Size" or isinstance(getattr(torch, name), torch.dtype) for name in ALLOWED["torch"])
+    assert len(ALLOWED["torch.distributed.checkpoint.metadata"]) == 8

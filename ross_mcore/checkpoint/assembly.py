@@ -66,6 +66,7 @@ def assemble(
                     writer.add(name, tensor)
                     missing.discard(name)
                     advance(tensor.numel())
+                    del tensor  # before the next one is made
             if missing:
                 raise ConversionError(f"nothing was given for {min(missing)} and {len(missing) - 1} more")
         return folder.publish(root, 0, partial, model)

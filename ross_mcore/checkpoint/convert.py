@@ -144,7 +144,7 @@ class Vocabulary(Row):
 
     def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor:
         missing_rows = language.padded_vocab_size - language.vocab_size
-        return torch.nn.functional.pad(theirs[0], (0, 0, 0, missing_rows))
+        return torch.nn.functional.pad(theirs[0], (0, 0, 0, missing_rows)) if missing_rows else theirs[0]
 
     def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]:
         return [ours[: language.vocab_size]]
@@ -238,12 +238,20 @@ def convert_in(
 ) -> Iterator[tuple[str, Tensor]]:
     """Our tensors, one after the other, in `dtype` (None: as they are). Raises ConversionError for a non-float."""
     for step in steps:
-        tensors = [source.read(name) for name in step.theirs]
-        for name, tensor in zip(step.theirs, tensors):
-            if tensor.dtype not in FLOATS:
-                raise ConversionError(f"tensor {name} is {tensor.dtype}; only plain floats can be converted")
-        ours = step.row.to_ours(tensors, language)
-        yield step.ours, ours if dtype is None else ours.to(dtype)
+        yield step.ours, _make(step, source, language, dtype)
+
+
+def _make(step: Step, source: Tensors, language: LanguageConfig, dtype: torch.dtype | None) -> Tensor:
+    """One of our tensors. The source tensors are let go before the change of dtype, which is what bounds memory."""
+
+    def read(name: str) -> Tensor:
+        tensor = source.read(name)
+        if tensor.dtype not in FLOATS:
+            raise ConversionError(f"tensor {name} is {tensor.dtype}; only plain floats can be converted")
+        return tensor
+
+    ours = step.row.to_ours([read(name) for name in step.theirs], language)
+    return ours if dtype is None else ours.to(dtype)
 
 
 def convert_out(

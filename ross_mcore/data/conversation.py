@@ -1,6 +1,6 @@
 """Conversations -> token ids and labels: templates and the token-by-token label masking of the reference.
 
-Behaviour: shared reference train.py:620-893 (LLaVA's preprocessing), confirmed token by token against recorded values.
+Behaviour: reference train.py:620-893 (LLaVA's preprocessing), confirmed token by token against recorded values.
 Ids hold one IMAGE_TOKEN_INDEX per image until `expand_images` gives every image its place in the row.
 Legend: L tokens of a row.
 """
@@ -85,7 +85,7 @@ class _Prompt:
 
     def present(self) -> int:
         """Ids that are not padding: a padding token in the text shortens the row (and so is a mismatch), as ever."""
-        return sum(token != self.tokenizer.pad_token_id for token in self.ids)
+        return len(self.ids) - self.ids.count(self.tokenizer.pad_token_id)
 
 
 def _mask_byte_pairs(prompt: _Prompt) -> tuple[list[int], bool]:

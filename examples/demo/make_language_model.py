@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scenes import HELD_OUT_PAIRS, TRAINING_PAIRS, Pair, ask, sample_quadrant, sample_scene, write_caption
-from scenes import QUESTION_KINDS
+from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, TRAINING_PAIRS, Pair, ask, sample_scene, write_caption
 from texts import END_OF_TURN, format_chat, sample_text
 
 if TYPE_CHECKING:
@@ -86,8 +85,8 @@ def measure_answers(
     rng = random.Random("language/quality")
     right = 0
     for number in range(count):
-        scene = sample_scene(rng, pairs)
-        rounds = [ask(scene, QUESTION_KINDS[number % len(QUESTION_KINDS)], sample_quadrant(scene, rng))]
+        scene = sample_scene(rng, rng.choice(pairs))
+        rounds = [ask(scene, QUESTION_KINDS[number % len(QUESTION_KINDS)])]
         text = format_chat(rounds, write_caption(scene))
         tokens = tokenizer(text, return_tensors="pt")["input_ids"]
         answer_tokens = len(tokenizer(f" {rounds[0][1]}{END_OF_TURN}")["input_ids"])

@@ -28,8 +28,8 @@ from scenes import (
     SHAPES,
     TRAINING_PAIRS,
     Scene,
+    sample_evaluation_scenes,
     sample_scene,
-    sample_scenes,
 )
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def main() -> None:
     tower.eval()
     for name, pairs in (("training", TRAINING_PAIRS), ("held-out", HELD_OUT_PAIRS)):
         with torch.no_grad():
-            values = compute_losses(tower, heads, sample_scenes(200, "tower/quality", pairs))
+            values = compute_losses(tower, heads, sample_evaluation_scenes(200 // (4 * len(pairs)), "tower/quality", pairs))
         print(f"{name} pairs: " + ", ".join(f"{key} {value.item():.4f}" for key, value in values.items()))
     tower.half().save_pretrained(arguments.out)
     side = {"height": PICTURE_PIXELS, "width": PICTURE_PIXELS}

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scenes import HELD_OUT_PAIRS, PICTURE_PIXELS, TRAINING_PAIRS, Scene, draw_scene, sample_scene, sample_scenes
+from scenes import HELD_OUT_PAIRS, PICTURE_PIXELS, TRAINING_PAIRS, Scene, draw_scene, sample_evaluation_scenes, sample_scene, sample_training_scenes
 from templates import share_named_rightly
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def main() -> None:
     vae = build_vae()
     train(vae, arguments)
     vae.eval()
-    normalise_latents(vae, sample_scenes(200, "vae/latents"))
+    normalise_latents(vae, sample_training_scenes(200, "vae/latents"))
     for name, pairs in (("training", TRAINING_PAIRS), ("held-out", HELD_OUT_PAIRS)):
-        psnr, share = measure_round_trip(vae, sample_scenes(200, "vae/quality", pairs))
+        psnr, share = measure_round_trip(vae, sample_evaluation_scenes(200 // (4 * len(pairs)), "vae/quality", pairs))
         print(f"{name} pairs: PSNR {psnr:.1f} dB, {share:.1%} of the shapes named rightly")
     vae.half().save_pretrained(arguments.out)
     print(f"{sum(p.numel() for p in vae.parameters())} parameters, {time.process_time() - start_seconds:.0f} CPU seconds")

@@ -29,7 +29,7 @@ GREY = (127, 127, 127)
 OVERSAMPLING = 4
 RADIUS_PIXELS = (10.0, 12.0)
 JITTER_PIXELS = 1.0
-FRACTIONS_OF_A_PIXEL = 4
+STEPS_PER_PIXEL = 4
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
@@ -40,10 +40,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 COUNTS = ("one", "two", "three", "four")
 NOTHING = "nothing"
 QUESTION_KINDS = ("colour", "shape", "count", "place")
+ARRANGEMENTS: dict[tuple[int, ...], str] = {
+    (0, 1): "top",
+    (2, 3): "bottom",
+    (0, 2): "left",
+    (1, 3): "right",
+    (0, 3): "diagonal",
+    (1, 2): "diagonal",
+    (0, 1, 2, 3): "everywhere",
+}
 
 Pair = tuple[str, str]
 ALL_PAIRS: tuple[Pair, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -97,33 +106,44 @@ class Scene:
         )
 
 
-def sample_scene(rng: random.Random, pairs: Sequence[Pair] = TRAINING_PAIRS) -> Scene:
-    """Draw a scene with the colour and shape of one of ``pairs``; every count from one to four is equally likely."""
+def sample_scene(rng: random.Random, pair: Pair | None = None, count: int | None = None) -> Scene:
+    """Draw a scene, by default with any of ``TRAINING_PAIRS`` and any count from one to four."""
 
-    def pixels(low: float, high: float) -> float:
-        return rng.randint(round(low * FRACTIONS_OF_A_PIXEL), round(high * FRACTIONS_OF_A_PIXEL)) / FRACTIONS_OF_A_PIXEL
+    def sample_pixels(low: float, high: float) -> float:
+        return rng.randint(round(low * STEPS_PER_PIXEL), round(high * STEPS_PER_PIXEL)) / STEPS_PER_PIXEL
 
-    colour, shape = rng.choice(pairs)
-    quadrants = tuple(sorted(rng.sample(range(len(PLACES)), rng.randint(1, len(PLACES)))))
-    radius = pixels(*RADIUS_PIXELS)
+    colour, shape = pair or rng.choice(TRAINING_PAIRS)
+    quadrants = tuple(sorted(rng.sample(range(len(PLACES)), count or rng.randint(1, len(PLACES)))))
+    radius = sample_pixels(*RADIUS_PIXELS)
     offsets = tuple(
-        (pixels(-JITTER_PIXELS, JITTER_PIXELS), pixels(-JITTER_PIXELS, JITTER_PIXELS)) for _ in quadrants
+        (sample_pixels(-JITTER_PIXELS, JITTER_PIXELS), sample_pixels(-JITTER_PIXELS, JITTER_PIXELS)) for _ in quadrants
     )
     return Scene(colour, shape, quadrants, radius, offsets)
 
 
-def sample_scenes(
-    count: int, key: str, pairs: Sequence[Pair] = TRAINING_PAIRS, exclude: Iterable[Scene] = ()
+def sample_training_scenes(count: int, key: str) -> list[Scene]:
+    """Draw ``count`` different scenes of the training pairs; the same ``key`` gives the same scenes."""
+    rng = random.Random(key)
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < count:
+        scenes[sample_scene(rng)] = None
+    return list(scenes)
+
+
+def sample_evaluation_scenes(
+    repeats: int, key: str, pairs: Sequence[Pair], exclude: Iterable[Scene] = ()
 ) -> list[Scene]:
-    """Draw ``count`` different scenes, none of them in ``exclude``; the same ``key`` gives the same scenes."""
+    """Draw ``repeats`` different scenes of each pair and count, none of them in ``exclude``."""
     rng = random.Random(key)
     seen = set(exclude)
     scenes: list[Scene] = []
-    while len(scenes) < count:
-        scene = sample_scene(rng, pairs)
-        if scene not in seen:
-            seen.add(scene)
-            scenes.append(scene)
+    for _ in range(repeats):
+        for pair in pairs:
+            for count in range(1, len(PLACES) + 1):
+                while (scene := sample_scene(rng, pair, count)) in seen:
+                    pass
+                seen.add(scene)
+                scenes.append(scene)
     return scenes
 
 
@@ -174,51 +194,38 @@ def plural(shape: str) -> str:
 
 
 def write_caption(scene: Scene) -> str:
-    """Describe a scene: ``three blue circles at the top left, top right and bottom left``."""
+    """Describe a scene: ``three blue circles at top-left, top-right and bottom-left``."""
     places = [PLACES[quadrant] for quadrant in scene.quadrants]
     listed = places[0] if len(places) == 1 else ", ".join(places[:-1]) + " and " + places[-1]
     noun = scene.shape if len(places) == 1 else plural(scene.shape)
-    return f"{COUNTS[len(places) - 1]} {scene.colour} {noun} at the {listed}"
+    return f"{COUNTS[len(places) - 1]} {scene.colour} {noun} at {listed}"
 
 
-def ask(scene: Scene, kind: str, quadrant: int = 0) -> tuple[str, str]:
+def ask(scene: Scene, kind: str) -> tuple[str, str]:
     """Return a question of one of ``QUESTION_KINDS`` and its answer of one word.
 
-    Args:
-        scene: The scene that is asked about.
-        kind: What is asked.
-        quadrant: Where the question of kind ``place`` looks; the other kinds ignore it.
+    How to ask for the place depends on the count: one shape has a corner, three leave a corner free.
     """
     if kind == "colour":
-        return "What colour are they?", scene.colour
+        return "What colour is this?", scene.colour
     if kind == "shape":
-        return "What shape are they?", scene.shape
+        return "What shape is this?", scene.shape
     if kind == "count":
         return "How many are there?", COUNTS[len(scene.quadrants) - 1]
     if kind == "place":
-        return f"What is at the {PLACES[quadrant]}?", scene.shape if quadrant in scene.quadrants else NOTHING
+        if len(scene.quadrants) == 1:
+            return "Where is it?", PLACES[scene.quadrants[0]]
+        if len(scene.quadrants) == 3:
+            return "Where is the gap?", next(
+                place for quadrant, place in enumerate(PLACES) if quadrant not in scene.quadrants
+            )
+        return "Where are they?", ARRANGEMENTS[scene.quadrants]
     raise ValueError(f"unknown kind of question {kind!r}, not one of {QUESTION_KINDS}")
 
 
-def sample_quadrant(scene: Scene, rng: random.Random) -> int:
-    """Draw the quadrant of a ``place`` question: an empty one a third of the time, where the scene has one."""
-    empty = [quadrant for quadrant in range(len(PLACES)) if quadrant not in scene.quadrants]
-    return rng.choice(empty if empty and rng.random() < 1 / 3 else scene.quadrants)
-
-
-def sample_chat(scene: Scene, rng: random.Random, rounds: int) -> list[tuple[str, str]]:
-    """Draw the questions and answers of a chat in any order: three about all shapes, the others about places.
-
-    Raises:
-        ValueError: More rounds than there are different questions.
-    """
-    questions = [(kind, 0) for kind in QUESTION_KINDS[:3]]
-    if not 1 <= rounds <= len(questions) + len(PLACES):
-        raise ValueError(f"{rounds} rounds, but there are {len(questions) + len(PLACES)} different questions")
-    places = rng.sample(range(len(PLACES)), max(0, rounds - len(questions)))
-    questions += [("place", quadrant) for quadrant in places]
-    rng.shuffle(questions)
-    return [ask(scene, kind, quadrant) for kind, quadrant in questions[:rounds]]
+def sample_chat(scene: Scene, rng: random.Random, rounds: int = len(QUESTION_KINDS)) -> list[tuple[str, str]]:
+    """Draw questions of different kinds with their answers, in any order."""
+    return [ask(scene, kind) for kind in rng.sample(QUESTION_KINDS, rounds)]
 
 
 def _turns(rounds: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
@@ -254,14 +261,13 @@ def chat_records(scenes: Sequence[Scene], folder: str, key: str, rounds: int) ->
     ]
 
 
-def question_records(scenes: Sequence[Scene], folder: str, key: str) -> list[dict[str, Any]]:
+def question_records(scenes: Sequence[Scene], folder: str) -> list[dict[str, Any]]:
     """Make one record per scene and kind of question, with ``question_kind`` and ``scene`` to split results by."""
-    rng = random.Random(key)
     return [
         {
             "id": f"{folder}-{number:05d}-{kind}",
             "image": picture_path(folder, number),
-            "conversations": _turns([ask(scene, kind, sample_quadrant(scene, rng))]),
+            "conversations": _turns([ask(scene, kind)]),
             "question_kind": kind,
             "scene": asdict(scene),
         }
@@ -271,15 +277,16 @@ def question_records(scenes: Sequence[Scene], folder: str, key: str) -> list[dic
 
 
 def guessing_rate(records: Sequence[dict[str, Any]]) -> float:
-    """Return the share of questions answered rightly by the best constant answer to each kind of question.
+    """Return the share of records answered rightly by the best constant answer to each question.
 
     Args:
         records: Records of one question each, as ``question_records`` makes them.
     """
     answers: dict[str, Counter[str]] = {}
     for record in records:
-        answers.setdefault(record["question_kind"], Counter())[record["conversations"][1]["value"]] += 1
-    return sum(counter.most_common(1)[0][1] for counter in answers.values()) / len(records)
+        question, answer = (turn["value"] for turn in record["conversations"])
+        answers.setdefault(question, Counter())[answer] += 1
+    return sum(max(counter.values()) for counter in answers.values()) / len(records)
 
 
 def picture_path(folder: str, number: int) -> str:
@@ -287,20 +294,20 @@ def picture_path(folder: str, number: int) -> str:
     return f"images/{folder}/{number:05d}.png"
 
 
-def write_dataset(out: Path, count: int, seed: int, eval_seed: int, eval_count: int, rounds: int) -> dict[str, Any]:
+def write_dataset(out: Path, count: int, seed: int, eval_seed: int, eval_repeats: int, rounds: int) -> dict[str, Any]:
     """Write the pictures and the five JSON files; return their sizes and guessing rates.
 
     Args:
         out: Folder to write; made if missing.
         count: Training scenes.
         seed: Seed of the training scenes and chats.
-        eval_seed: Seed of the evaluation pictures and questions.
-        eval_count: Held-out pictures of training pairs; half as many show held-out pairs.
+        eval_seed: Seed of the evaluation pictures.
+        eval_repeats: Held-out pictures of each training pair and count; each held-out pair and count gets twice as many.
         rounds: Rounds of a training chat.
     """
-    training = sample_scenes(count, f"train/{seed}")
-    heldout = sample_scenes(eval_count, f"heldout/{eval_seed}", exclude=training)
-    unseen = sample_scenes(eval_count // 2, f"unseen/{eval_seed}", pairs=HELD_OUT_PAIRS)
+    training = sample_training_scenes(count, f"train/{seed}")
+    heldout = sample_evaluation_scenes(eval_repeats, f"heldout/{eval_seed}", TRAINING_PAIRS, exclude=training)
+    unseen = sample_evaluation_scenes(2 * eval_repeats, f"unseen/{eval_seed}", HELD_OUT_PAIRS)
     for folder, scenes in (("train", training), ("heldout", heldout), ("unseen_pairs", unseen)):
         (out / "images" / folder).mkdir(parents=True, exist_ok=True)
         for number, scene in enumerate(scenes):
@@ -308,12 +315,12 @@ def write_dataset(out: Path, count: int, seed: int, eval_seed: int, eval_count: 
     grey_path = "images/grey.png"
     Image.new("RGB", (PICTURE_PIXELS, PICTURE_PIXELS), GREY).save(out / grey_path)
 
-    heldout_records = question_records(heldout, "heldout", f"questions/{eval_seed}")
+    heldout_records = question_records(heldout, "heldout")
     files = {
         "pretrain.json": caption_records(training, "train"),
         "finetune.json": chat_records(training, "train", f"chats/{seed}", rounds),
         "heldout.json": heldout_records,
-        "unseen_pairs.json": question_records(unseen, "unseen_pairs", f"questions/{eval_seed}"),
+        "unseen_pairs.json": question_records(unseen, "unseen_pairs"),
         "grey.json": [{**record, "image": grey_path} for record in heldout_records],
     }
     summary: dict[str, Any] = {}
@@ -340,12 +347,16 @@ def main() -> None:
         "--eval-seed",
         type=int,
         default=2,
-        help="seed of the evaluation pictures and questions; take a fresh one for figures that are to be published",
+        help="seed of the evaluation pictures; take a fresh one for figures that are to be published",
     )
     parser.add_argument(
-        "--eval-count", type=int, default=100, help="held-out pictures, four questions each; half as many unseen pairs"
+        "--eval-repeats",
+        type=int,
+        default=1,
+        help="held-out pictures of each pair and count, four questions each: 1 gives 100 pictures of training pairs "
+        "and 40 of held-out pairs",
     )
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of a training chat")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of a training chat, at most four")
     arguments = parser.parse_args()
     summary = write_dataset(**vars(arguments))
     print(json.dumps(summary, indent=2))

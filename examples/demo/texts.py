@@ -48,10 +48,10 @@ def format_chat(rounds: Sequence[tuple[str, str]], picture: str) -> str:
     return text
 
 
-def sample_text(rng: random.Random, rounds: int = 6) -> str:
+def sample_text(rng: random.Random) -> str:
     """Draw a caption or a chat about a scene that has one of the training pairs."""
     scene = sample_scene(rng)
     picture = rng.choice((list_patches(scene), write_caption(scene)))
     if rng.random() < 0.5:
         return format_caption(write_caption(scene), rng.choice(("", list_patches(scene))))
-    return format_chat(sample_chat(scene, rng, rounds), picture)
+    return format_chat(sample_chat(scene, rng), picture)

@@ -167,21 +167,25 @@ class RossModel(MegatronModule):
         mine = slice(share.start, share.stop)
         tokens = self.model.vision.image_tokens
         condition = image_tokens.gather(hidden, batch.image_rows[mine], batch.image_starts[mine], tokens)
-        shape = (1, self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
-        latents = [hidden.new_zeros(0, *shape[1:], dtype=torch.float32)]
-        for image, index in enumerate(share):
-            position, ordinal = int(batch.image_positions[index]), int(batch.image_ordinals[index])
-            one = condition[image : image + 1]
-            latents.append(
-                diffusion.sample(
-                    lambda x, timesteps, one=one: self.denoiser(x, timesteps, one),
-                    self.schedule,
-                    shape,
-                    steps=steps,
-                    generator=torch.Generator().manual_seed(diffusion.draw_seed(self.seed, position, ordinal)),
-                    temperature=temperature,
-                    device=hidden.device,
-                )
-            )
+        shape = (self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
+        generators = [
+            torch.Generator().manual_seed(diffusion.draw_seed(self.seed, position, ordinal))
+            for position, ordinal in zip(batch.image_positions[mine].tolist(), batch.image_ordinals[mine].tolist())
+        ]
+
+        def draw() -> Tensor:
+            drawn = [torch.randn(shape, generator=generator) for generator in generators]
+            return torch.stack(drawn) if drawn else torch.zeros(0, *shape)
+
+        latents = diffusion.sample(
+            lambda x, timesteps: self.denoiser(x, timesteps, condition),
+            self.schedule,
+            (len(share), *shape),
+            steps=steps,
+            start=draw(),
+            noises=(draw() for _ in range(steps)),
+            temperature=temperature,
+            device=hidden.device,
+        )
         originals = self.pixel_decoder.images_for_encoder(batch.pixels) / 2 + 0.5
-        return originals, self.pixel_decoder.decode(torch.cat(latents))
+        return originals, self.pixel_decoder.decode(latents)

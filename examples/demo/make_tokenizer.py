@@ -1,4 +1,4 @@
-"""Make the demo's tokenizer: a byte-level BPE of 484 entries with the splitting rules and special tokens of Qwen2.
+"""Make the demo's tokenizer: a byte-level BPE of 512 entries with the splitting rules and special tokens of Qwen2.
 
     python examples/demo/make_tokenizer.py --out examples/demo/weights/tokenizer
 """
@@ -57,7 +57,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write in the Hugging Face layout")
-    parser.add_argument("--vocabulary-size", type=int, default=484, help="entries, special tokens included")
+    parser.add_argument("--vocabulary-size", type=int, default=512, help="entries, special tokens included")
     parser.add_argument("--texts", type=int, default=2000, help="texts to learn the merges from")
     parser.add_argument("--seed", type=int, default=11, help="seed of the texts")
     arguments = parser.parse_args()

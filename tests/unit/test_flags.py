@@ -1,0 +1,124 @@
+"""Flags: the frozen list, YAML, refusals that name the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ross_mcore.config import SECTIONS, Config, ConfigError, check
+from ross_mcore.flags import build_parser, field_help, flag, parse
+
+FLAGS = """
+--tensor-model-parallel-size --pipeline-model-parallel-size --pipeline-layout --num-layers-per-virtual-pipeline-stage
+--sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --distributed-timeout-minutes
+--bf16 --fp8-format --transformer-impl --recompute-granularity
+--data-path --seq-length --template --image-aspect-ratio --supervise-final-eos --num-workers
+--training-stage --micro-batch-size --global-batch-size --train-iters --train-epochs --seed --max-bad-steps
+--exit-duration-in-mins
+--lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --projector-lr --denoiser-lr --vision-lr
+--weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad
+--load --save --finetune --save-interval --save-retain-interval --keep-last
+--log-interval --eval-interval --eval-images --tensorboard-dir
+""".split()
+"""Scripts out there use these names: a change here is a change for users."""
+
+COMPLETE = ["--load", "base", "--save", "run", "--data-path", "shards", "--train-iters", "10"]
+
+
+def refusal(arguments: list[str], data_parallel_size: int = 1, **platform: object) -> str:
+    options = {"backend": "gloo", "has_transformer_engine": False, **platform}
+    with pytest.raises(ConfigError) as error:
+        check(parse([*COMPLETE, *arguments]), data_parallel_size=data_parallel_size, **options)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+def test_the_list_of_flags_is_frozen() -> None:
+    names = [flag(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section)]
+    assert sorted(names) == sorted(FLAGS)
+
+
+def test_every_flag_has_help() -> None:
+    for section in SECTIONS.values():
+        assert field_help(section).keys() == {f.name for f in dataclasses.fields(section)}
+    assert "global gradient norm" in build_parser().format_help()
+
+
+def test_config_round_trips_through_its_flat_form() -> None:
+    config = parse([*COMPLETE, "--bf16", "--lr", "3e-4"])
+    assert Config.from_flat(**config.flat()) == config
+    assert config.execution.bf16 and config.optimizer.lr == 3e-4
+
+
+def test_flags_win_over_yaml_and_later_files_over_earlier(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("lr: 1e-3\nmicro-batch-size: 2\nbf16: true\nsave: null\n")
+    second.write_text("lr: 2e-3\n")
+    config = parse(["--config", str(first), "--config", str(second), "--micro-batch-size", "4", "--no-bf16"])
+    assert config.optimizer.lr == 2e-3
+    assert config.training.micro_batch_size == 4
+    assert not config.execution.bf16
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seq-lenght: 3", "did you mean seq_length"),
+        ("lr: [1, 2]", "must be a single value"),
+        ("template: chatml", "invalid choice"),
+        ("- lr", "expected a mapping"),
+        ("lr: {", "cannot be read"),
+        ("micro-batch-size: 0", "must be positive"),
+    ],
+)
+def test_bad_yaml_is_one_paragraph_naming_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--config", str(path)])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
+    assert "must be positive" in said or str(path) in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--train-iters", "3", "--train-epochs", "1"], "exclude each other"),
+        (["--lr-warmup-iters", "3", "--lr-warmup-fraction", "0.1"], "exclude each other"),
+        (["--adam-beta2", "1"], r"in \[0, 1\)"),
+        (["--min-lr", "1"], "above --lr"),
+        (["--keep-last", "0"], "must be positive"),
+    ],
+)
+def test_sections_validate_themselves(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert says.replace("\\", "") in capsys.readouterr().err
+
+
+def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:
+    assert "use --transformer-impl local" in refusal(["--transformer-impl", "transformer_engine"])
+    assert "needs --transformer-impl transformer_engine" in refusal(["--fp8-format", "hybrid"])
+    said = refusal(
+        ["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], has_transformer_engine=True
+    )
+    assert "needs --bf16" in said
+    assert "gloo" in refusal(["--num-layers-per-virtual-pipeline-stage", "1"])
+    assert "--tensor-model-parallel-size 2" in refusal(["--sequence-parallel"])
+    assert "a multiple of 4" in refusal(["--global-batch-size", "6", "--micro-batch-size", "2"], data_parallel_size=2)
+
+
+@pytest.mark.parametrize("missing", ["--load", "--save", "--data-path", "--train-iters"])
+def test_what_is_missing_is_named(missing: str) -> None:
+    at = COMPLETE.index(missing)
+    with pytest.raises(ConfigError, match=missing):
+        check(
+            parse(COMPLETE[:at] + COMPLETE[at + 2 :]), data_parallel_size=1, backend="gloo", has_transformer_engine=False
+        )

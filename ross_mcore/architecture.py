@@ -16,7 +16,8 @@ from typing import Any, Literal
 FORMAT = "ross_mcore"
 FORMAT_VERSION = 1
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded once, at conversion, so that one checkpoint fits every tensor-parallel degree dividing it."""
+"""The vocabulary is padded once, at conversion, so that one checkpoint fits every tensor-parallel degree dividing it.
+"""
 
 DENOISER_WIDTHS = {8: 1280, 12: 1536}
 """Width of `denoiser_vit{N}x` by depth N, 1024 otherwise (reference multimodal_projector/builder.py:47-66)."""

@@ -38,7 +38,8 @@ class ParallelOptions:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages (P). The vision tower is on the first, denoiser and VAE on the last."""
     pipeline_layout: str = "auto"
-    """Decoder layers of every stage: auto balances vision tower, VAE and denoiser against layers, even ignores them, or give them as 8,8,8,4."""
+    """Decoder layers of every stage: auto balances vision tower, VAE and denoiser against layers, even ignores them, or
+    give them as 8,8,8,4."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Interleaved schedule (virtual pipeline). Not available yet."""
     sequence_parallel: bool = False
@@ -59,7 +60,8 @@ class ExecutionOptions:
     """Precision and kernels"""
 
     bf16: bool = False
-    """Compute the vision tower and the language model in bfloat16, with fp32 master weights; the denoiser stays fp32."""
+    """Compute the vision tower and the language model in bfloat16, with fp32 master weights; the denoiser stays fp32.
+    """
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """FP8 linear layers in the language model. Needs --transformer-impl transformer_engine and --bf16."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
@@ -75,15 +77,19 @@ class DataOptions:
     data_path: str | None = None
     """Folder of tar shards with an index, written by tools/make_shards.py."""
     seq_length: int = 2048
-    """Longest row in tokens, image tokens included. Longer text is cut; a sample whose image would be cut is skipped."""
+    """Longest row in tokens, image tokens included. Longer text is cut; a sample whose image would be cut is skipped.
+    """
     template: Literal["plain", "qwen_2", "v1"] | None = None
-    """Conversation template. Default: plain for --training-stage pretrain, qwen_2 (Qwen2) or v1 (Llama) for finetune."""
+    """Conversation template. Default: plain for --training-stage pretrain, qwen_2 (Qwen2) or v1 (Llama) for finetune.
+    """
     image_aspect_ratio: Literal["square", "pad"] | None = None
-    """square: the image processor alone. pad: centre on a square first. Default: square for pretrain, pad for finetune."""
+    """square: the image processor alone. pad: centre on a square first. Default: square for pretrain, pad for finetune.
+    """
     supervise_final_eos: bool = True
     """Template qwen_2: supervise the last <|im_end|> too. The reference does not (--no-supervise-final-eos)."""
     num_workers: int = 2
-    """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process."""
+    """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process.
+    """
 
     def __post_init__(self) -> None:
         _positive(self, "seq_length")
@@ -95,7 +101,8 @@ class TrainingOptions:
     """Training"""
 
     training_stage: Literal["pretrain", "finetune"] = "pretrain"
-    """pretrain: projector and denoiser train, the language model is frozen. finetune: the language model trains as well."""
+    """pretrain: projector and denoiser train, the language model is frozen. finetune: the language model trains as
+    well."""
     micro_batch_size: int = 1
     """Rows a pipeline stage computes at once."""
     global_batch_size: int | None = None
@@ -169,9 +176,11 @@ class CheckpointOptions:
     """Checkpoints"""
 
     load: str | None = None
-    """Where to start from: a converted model, or a run. A run of the same training stage is continued exactly; weights of another stage start a new run."""
+    """Where to start from: a converted model, or a run. A run of the same training stage is continued exactly; weights
+    of another stage start a new run."""
     save: str | None = None
-    """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. If it already holds a checkpoint, the run continues from there."""
+    """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. If it already holds a checkpoint, the run continues
+    from there."""
     finetune: bool = False
     """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage."""
     save_interval: int | None = None

@@ -107,7 +107,7 @@ def answer(
 def reconstruct(
     trained: TrainedModel, pictures: Sequence[Tensor], *, steps: int = 50, temperature: float = 1.0, batch_size: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """pictures K x [3, H, W] in the tower's normalisation -> (originals, reconstructions), both [K, 3, Hd, Hd] in [0, 1].
+    """pictures K x [3, H, W], normalised for the tower -> (originals, reconstructions), [K, 3, Hd, Hd] in [0, 1].
 
     Each picture stands alone in a row without text, as in the pretraining template before the caption. Raises
     ArchitectureError for a model without a denoiser.

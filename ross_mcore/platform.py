@@ -21,7 +21,7 @@ import torch
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_gpu() -> bool:
     """Whether this process computes on a GPU."""
     return torch.cuda.is_available()
@@ -56,7 +56,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def prepare() -> None:
     """Makes megatron-core usable on this machine. Call once, before anything imports megatron.core."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\..*")

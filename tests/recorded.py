@@ -1,4 +1,4 @@
-"""The recorded models of tests/golden as checkpoints of this trainer, and a small data set in the recorded tokenizer."""
+"""The recorded models of tests/golden as checkpoints of this trainer."""
 
 from __future__ import annotations
 

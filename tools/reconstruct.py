@@ -17,7 +17,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("reconstruction.png"), help="the grid [%(default)s]")
     parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="pad", help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps of 1000 [%(default)s]")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="scale of their noise [%(default)s]")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="scale of their noise [%(default)s]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [%(default)s]")
     options = parser.parse_args()
     if not 1 <= options.steps <= 1000:

@@ -22,7 +22,6 @@ from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, TRAINING_PAIRS, Pair, ask, sa
 from texts import END_OF_TURN, format_chat, sample_text
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 IGNORED_LABEL = -100
@@ -60,7 +59,8 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments
     rng = random.Random(f"language/{arguments.seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / arguments.steps)))
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / arguments.steps))),
     )
     for step in track(range(arguments.steps), description="language model"):
         texts = [sample_text(rng) for _ in range(arguments.batch_size)]

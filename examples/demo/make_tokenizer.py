@@ -1,6 +1,6 @@
 """Make the demo's tokenizer: a byte-level BPE of 512 entries with the splitting rules and special tokens of Qwen2.
 
-    python examples/demo/make_tokenizer.py --out examples/demo/weights/tokenizer
+python examples/demo/make_tokenizer.py --out examples/demo/weights/tokenizer
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def label_patches(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
     return occupied * colour[:, None], occupied * shape[:, None]
 
 
-def compute_losses(tower: SiglipVisionModel, heads: torch.nn.ModuleDict, scenes: list[Scene]) -> dict[str, torch.Tensor]:
+def compute_losses(
+    tower: SiglipVisionModel, heads: torch.nn.ModuleDict, scenes: list[Scene]
+) -> dict[str, torch.Tensor]:
     """Return the four losses and, for colour and shape, the share of patches that are right."""
     import torch
     from torch.nn import functional
@@ -155,7 +157,9 @@ def main() -> None:
     tower.eval()
     for name, pairs in (("training", TRAINING_PAIRS), ("held-out", HELD_OUT_PAIRS)):
         with torch.no_grad():
-            values = compute_losses(tower, heads, sample_evaluation_scenes(200 // (4 * len(pairs)), "tower/quality", pairs))
+            values = compute_losses(
+                tower, heads, sample_evaluation_scenes(200 // (4 * len(pairs)), "tower/quality", pairs)
+            )
         print(f"{name} pairs: " + ", ".join(f"{key} {value.item():.4f}" for key, value in values.items()))
     tower.half().save_pretrained(arguments.out)
     side = {"height": PICTURE_PIXELS, "width": PICTURE_PIXELS}

@@ -18,7 +18,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scenes import HELD_OUT_PAIRS, PICTURE_PIXELS, TRAINING_PAIRS, Scene, draw_scene, sample_evaluation_scenes, sample_scene, sample_training_scenes
+from scenes import (
+    HELD_OUT_PAIRS,
+    PICTURE_PIXELS,
+    TRAINING_PAIRS,
+    Scene,
+    draw_scene,
+    sample_evaluation_scenes,
+    sample_scene,
+    sample_training_scenes,
+)
 from templates import share_named_rightly
 
 if TYPE_CHECKING:
@@ -62,7 +71,8 @@ def train(vae: AutoencoderKL, arguments: argparse.Namespace) -> None:
     rng = random.Random(f"vae/{arguments.seed}")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / arguments.steps)))
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / arguments.steps))),
     )
     for step in track(range(arguments.steps), description="pixel decoder"):
         pixels = stack_pictures([sample_scene(rng) for _ in range(arguments.batch_size)])
@@ -112,7 +122,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="pictures per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--kl-weight", type=float, default=3e-4, help="weight of the KL divergence")
-    parser.add_argument("--latent-noise", type=float, default=0.1, help="standard deviation of the noise on the latents")
+    parser.add_argument(
+        "--latent-noise", type=float, default=0.1, help="standard deviation of the noise on the latents"
+    )
     parser.add_argument("--seed", type=int, default=21, help="seed of the weights and the pictures")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()
@@ -130,7 +142,9 @@ def main() -> None:
         psnr, share = measure_round_trip(vae, sample_evaluation_scenes(200 // (4 * len(pairs)), "vae/quality", pairs))
         print(f"{name} pairs: PSNR {psnr:.1f} dB, {share:.1%} of the shapes named rightly")
     vae.half().save_pretrained(arguments.out)
-    print(f"{sum(p.numel() for p in vae.parameters())} parameters, {time.process_time() - start_seconds:.0f} CPU seconds")
+    print(
+        f"{sum(p.numel() for p in vae.parameters())} parameters, {time.process_time() - start_seconds:.0f} CPU seconds"
+    )
 
 
 if __name__ == "__main__":

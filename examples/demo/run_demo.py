@@ -65,8 +65,10 @@ def run(command: Sequence[str | Path]) -> None:
 def _shown(command: Sequence[str | Path]) -> str:
     """The command as a person would type it."""
     words = [str(word).removeprefix(f"{ROOT}/") for word in command]
-    return shlex.join(words).replace(f"{sys.executable} -m torch.distributed.run", "torchrun", 1).replace(
-        sys.executable, "python", 1
+    return (
+        shlex.join(words)
+        .replace(f"{sys.executable} -m torch.distributed.run", "torchrun", 1)
+        .replace(sys.executable, "python", 1)
     )
 
 
@@ -163,7 +165,9 @@ def accuracy(trained: TrainedModel, records: list[dict[str, Any]], folder: Path)
     return sum(right) / len(right), answers
 
 
-def reconstruct_scenes(trained: TrainedModel, records: list[dict[str, Any]], data: Path, output: Path) -> dict[str, float]:
+def reconstruct_scenes(
+    trained: TrainedModel, records: list[dict[str, Any]], data: Path, output: Path
+) -> dict[str, float]:
     """Draws the grid; share of shapes and colours named rightly in samples, and after a mere VAE round trip."""
     import torch
     from scenes import Scene
@@ -215,7 +219,9 @@ def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]
         trained = load_model(out / stage)
         for name, records in sets.items():
             share, answers = accuracy(trained, records, data)
-            entry = summary["accuracy"].setdefault(name, {"questions": len(records), "guessing": guessing_rate(records)})
+            entry = summary["accuracy"].setdefault(
+                name, {"questions": len(records), "guessing": guessing_rate(records)}
+            )
             entry[moment] = share
             if name == "heldout" and moment == "after":
                 summary["examples"] = [
@@ -225,7 +231,7 @@ def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]
                         "answer": given,
                         "right": record["conversations"][1]["value"],
                     }
-                    for record, given in list(zip(records, answers))[: PICTURES_SHOWN]
+                    for record, given in list(zip(records, answers))[:PICTURES_SHOWN]
                 ]
     summary["named_rightly"] = reconstruct_scenes(trained, sets["heldout"], data, out / "reconstruction.png")
     for stage in ("pretrain", "finetune"):
@@ -252,9 +258,7 @@ def checks(summary: dict[str, Any]) -> dict[str, bool]:
     accuracies, named, resume = summary["accuracy"], summary["named_rightly"], summary["resume"]
     grey = accuracies["grey"]
     return {
-        "both losses fall in both stages": all(
-            entry["last"] < entry["first"] for entry in summary["losses"].values()
-        ),
+        "both losses fall in both stages": all(entry["last"] < entry["first"] for entry in summary["losses"].values()),
         f"held-out pictures above {LEAST_HELD_OUT:.0%}": accuracies["heldout"]["after"] > LEAST_HELD_OUT,
         f"unseen colour-shape pairs above {LEAST_UNSEEN:.0%}": accuracies["unseen_pairs"]["after"] > LEAST_UNSEEN,
         "blanked picture no better than guessing": grey["after"] <= grey["guessing"] + GUESSING_MARGIN,
@@ -285,7 +289,9 @@ def show(summary: dict[str, Any], out: Path) -> None:
         table.add_row(title, str(entry["questions"]), *shares)
     console.print(table)
     for example in summary["examples"][:4]:
-        console.print(f"  {example['image']}: {example['question']} -> [bold]{example['answer']}[/] ({example['right']})")
+        console.print(
+            f"  {example['image']}: {example['question']} -> [bold]{example['answer']}[/] ({example['right']})"
+        )
     named = summary["named_rightly"]
     table = Table("reconstruction", "shapes and colours named rightly by the nearest of 31 templates")
     table.add_row("sampled from the image states", f"{named['samples']:.1%}")
@@ -300,9 +306,13 @@ def show(summary: dict[str, Any], out: Path) -> None:
         table.add_row(step, f"{seconds:.0f}")
     table.add_row("total", f"{sum(summary['seconds'].values()):.0f}")
     console.print(table)
-    console.print("Pre-trained before the demo, by the scripts beside it: the VAE on such pictures, the vision tower on")
+    console.print(
+        "Pre-trained before the demo, by the scripts beside it: the VAE on such pictures, the vision tower on"
+    )
     console.print("such pictures with their labels, the language model on text about such scenes without pictures.")
-    console.print(f"Open: {out}/reconstruction.png (pictures over what the image states reconstruct), {out}/summary.json,")
+    console.print(
+        f"Open: {out}/reconstruction.png (pictures over what the image states reconstruct), {out}/summary.json,"
+    )
     console.print(f"      tensorboard --logdir {out}")
 
 
@@ -311,7 +321,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything [%(default)s]")
     parser.add_argument("--ranks", type=int, default=4, help="processes; a multiple of 4 [%(default)s]")
     parser.add_argument("--eval-seed", type=int, default=20, help="draws the held-out pictures [%(default)s]")
-    parser.add_argument("--short", action="store_true", help="a dozen steps a stage: runs every step, checks no accuracy")
+    parser.add_argument(
+        "--short", action="store_true", help="a dozen steps a stage: runs every step, checks no accuracy"
+    )
     options = parser.parse_args()
     out = options.out.resolve()
     if out.exists():
@@ -349,7 +361,9 @@ def main() -> int:
     summary["seconds"] = {step: round(seconds, 1) for step, seconds in clock.seconds.items()}
     summary["checks"] = checks(summary)
     if options.short:  # too few steps to learn anything: what is left are the checks of the machinery
-        summary["checks"] = {name: ok for name, ok in summary["checks"].items() if "resumed" in name or "restart" in name}
+        summary["checks"] = {
+            name: ok for name, ok in summary["checks"].items() if "resumed" in name or "restart" in name
+        }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     show(summary, out)
     return 0 if all(summary["checks"].values()) else 1

@@ -121,7 +121,9 @@ def parse_layers(text: str, num_layers: int, stages: int) -> tuple[int, ...]:
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise LayoutError(f"--pipeline-layout {text!r}: expected auto, even or layers per stage such as 8,8,8,4") from None
+        raise LayoutError(
+            f"--pipeline-layout {text!r}: expected auto, even or layers per stage such as 8,8,8,4"
+        ) from None
     if len(counts) != stages or sum(counts) != num_layers:
         raise LayoutError(
             f"--pipeline-layout {text}: {len(counts)} stages with {sum(counts)} layers in all; "

@@ -71,4 +71,3 @@ def reconstruction_grid(
     if not sum(map(len, originals)):
         return None
     return picture_grid([torch.cat(originals), torch.cat(pictures)])
-

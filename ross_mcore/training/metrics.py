@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +89,7 @@ class MetricsLog:
             kept = [entry for entry in read_metrics(self.path) if entry.get("iteration", 0) <= iteration]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-            os.replace(partial, self.path)
+            partial.replace(self.path)
         self._stream: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(tensorboard), purge_step=iteration + 1)
 
@@ -116,7 +115,7 @@ class MetricsLog:
 
 
 def picture_grid(rows: list[Tensor], gap: int = 2) -> Tensor:
-    """Rows of [K, 3, H, W] pictures in [0, 1] -> one picture [3, R * (H + gap) + gap, K * (W + gap) + gap], white gaps."""
+    """Rows of [K, 3, H, W] pictures in [0, 1] -> one picture [3, R (H + gap) + gap, K (W + gap) + gap], white gaps."""
     if len({tuple(row.shape) for row in rows}) != 1:
         raise ValueError(f"rows of a grid differ in shape: {[list(row.shape) for row in rows]}")
     count, channels, height, width = rows[0].shape

@@ -39,7 +39,10 @@ def records(kind: str) -> list[dict[str, Any]]:
     for number in range(16):
         picture = {"mixed": number % 3 != 2, "sparse": number % 6 == 0, "text_only": False, "captions": True}[kind]
         question = f"<image>\nWhat is in picture {number}?" if picture else f"How much is {number} and one?"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"I see {number * 7} lines" * (1 + number % 3)}]
+        turns = [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": f"I see {number * 7} lines" * (1 + number % 3)},
+        ]
         if kind == "mixed" and number % 2:
             turns += [{"from": "human", "value": "And then?"}, {"from": "gpt", "value": "Nothing more"}]
         record: dict[str, Any] = {"id": f"{kind}-{number}", "conversations": turns}

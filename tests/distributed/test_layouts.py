@@ -85,7 +85,11 @@ RESUMES = [
         Case("", 4, layout(2, use_distributed_optimizer=True)),
         Case("", 2, layout(1, 2, use_distributed_optimizer=True)),
     ),
-    ("pretrain, a stage that trains nothing", Case("", 3, layout(1, 3), "pretrain"), Case("", 2, layout(2), "pretrain")),
+    (
+        "pretrain, a stage that trains nothing",
+        Case("", 3, layout(1, 3), "pretrain"),
+        Case("", 2, layout(2), "pretrain"),
+    ),
 ]
 
 

@@ -27,7 +27,7 @@ def recorded() -> Callable[[str], tuple[dict[str, Tensor], dict[str, str]]]:
 
     def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(GOLDEN / name, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
         return {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}, metadata
 

@@ -108,7 +108,9 @@ def losses(
         draws = draws_of(tensors, tape, blank_rows)
         latents = model.pixel_decoder.encode(torch.zeros(len(blank_rows), 3, side, side), draws.posterior_noise)
         condition = torch.zeros(len(blank_rows), tokens, model.model.language.hidden_size)
-        vm_sum = vm_sum + diffusion.reconstruction_losses(model.denoiser, model.schedule, condition, latents, draws).sum()
+        vm_sum = (
+            vm_sum + diffusion.reconstruction_losses(model.denoiser, model.schedule, condition, latents, draws).sum()
+        )
     labels = (batch.labels != -100).sum().clamp(min=1)
     return lm_sum / labels, vm_sum / rows
 

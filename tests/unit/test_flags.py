@@ -95,9 +95,7 @@ def test_bad_yaml_is_one_paragraph_naming_the_file(
         (["--keep-last", "0"], "must be positive"),
     ],
 )
-def test_sections_validate_themselves(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
+def test_sections_validate_themselves(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
     assert says.replace("\\", "") in capsys.readouterr().err
@@ -106,9 +104,7 @@ def test_sections_validate_themselves(
 def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:
     assert "use --transformer-impl local" in refusal(["--transformer-impl", "transformer_engine"])
     assert "needs --transformer-impl transformer_engine" in refusal(["--fp8-format", "hybrid"])
-    said = refusal(
-        ["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], has_transformer_engine=True
-    )
+    said = refusal(["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], has_transformer_engine=True)
     assert "needs --bf16" in said
     assert "gloo" in refusal(["--num-layers-per-virtual-pipeline-stage", "1"])
     assert "--tensor-model-parallel-size 2" in refusal(["--sequence-parallel"])
@@ -120,5 +116,8 @@ def test_what_is_missing_is_named(missing: str) -> None:
     at = COMPLETE.index(missing)
     with pytest.raises(ConfigError, match=missing):
         check(
-            parse(COMPLETE[:at] + COMPLETE[at + 2 :]), data_parallel_size=1, backend="gloo", has_transformer_engine=False
+            parse(COMPLETE[:at] + COMPLETE[at + 2 :]),
+            data_parallel_size=1,
+            backend="gloo",
+            has_transformer_engine=False,
         )

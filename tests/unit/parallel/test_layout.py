@@ -80,11 +80,13 @@ def test_the_encoder_and_the_denoiser_weigh_in_the_balance() -> None:
 
 
 def test_stages_cover_the_layers() -> None:
-    layout = make_layout(
-        ROSS_7B, world_size=12, tensor_parallel=2, pipeline_parallel=3, pipeline_layout="10,11,7"
-    )
+    layout = make_layout(ROSS_7B, world_size=12, tensor_parallel=2, pipeline_parallel=3, pipeline_layout="10,11,7")
     assert layout.data_parallel == 2
-    assert [list(layout.stage(i).layers) for i in range(3)] == [list(range(10)), list(range(10, 21)), list(range(21, 28))]
+    assert [list(layout.stage(i).layers) for i in range(3)] == [
+        list(range(10)),
+        list(range(10, 21)),
+        list(range(21, 28)),
+    ]
     assert [layout.stage(i).reads_data for i in range(3)] == [True, False, True]
     rows = layout.megatron_pipeline_layout()
     assert rows is not None and rows[0][0] == "embedding" and rows[-1][-1] == "loss"
@@ -110,4 +112,9 @@ def test_what_does_not_fit_is_refused_with_the_remedy(change: dict, says: str) -
 def test_a_vocabulary_that_tensor_parallelism_cannot_split_is_refused() -> None:
     odd = replace(ROSS_7B, language=replace(QWEN2_7B, num_attention_heads=30, num_key_value_heads=6))
     with pytest.raises(LayoutError, match="rows of the padded vocabulary"):
-        make_layout(replace(odd, language=replace(odd.language, vocab_size=32000)), world_size=6, tensor_parallel=6, pipeline_parallel=1)
+        make_layout(
+            replace(odd, language=replace(odd.language, vocab_size=32000)),
+            world_size=6,
+            tensor_parallel=6,
+            pipeline_parallel=1,
+        )

@@ -1,0 +1,126 @@
+"""The lines a person reads while a run trains."""
+
+from __future__ import annotations
+
+import torch
+
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.config import Config
+from ross_mcore.data.loader import Step
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.parallel.layout import Layout
+from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration, step_flops
+from ross_mcore.training.state import TrainState
+from ross_mcore.training.stop import StopRequest
+
+
+class Console:
+    """The lines a person reads. Only the rank that holds the log prints."""
+
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        config: Config,
+        model_config: ModelConfig,
+        layout: Layout,
+        rows_per_step: int,
+        train_iters: int,
+    ) -> None:
+        self.log, self.config, self.model_config, self.layout = log, config, model_config, layout
+        self.rows_per_step, self.train_iters = rows_per_step, train_iters
+        self._window: list[tuple[StepMetrics, int]] = []
+        self.skipped = 0
+
+    def say(self, text: str) -> None:
+        if self.log is not None:
+            print(text, flush=True)
+
+    def start(self, start: Checkpoint, resume: bool, state: TrainState, dataset: ShardDataset) -> None:
+        layout, stages = self.layout, []
+        for index in range(layout.pipeline_parallel):
+            stage = layout.stage(index)
+            parts = (["vision, projector"] if stage.is_first else []) + [f"{len(stage.layers)} layers"]
+            parts += ["VAE, denoiser"] if stage.is_last and self.model_config.denoiser else []
+            stages.append(" + ".join(parts))
+        where = f"continues from iteration {state.iteration}" if resume else "starts from the weights"
+        self.say(
+            f"{self.config.training.training_stage}: {where} of {start.path}\n"
+            f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
+            f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(stages)}\n"
+            f"data: {len(dataset)} samples, {self.rows_per_step} a step, {self.train_iters} iterations"
+        )
+        if self.log is not None:
+            self.log.text("options", "\n".join(f"    {k}: {v}" for k, v in self.config.flat().items()))
+
+    def step(self, metrics: StepMetrics, row_tokens: int, step: Step) -> None:
+        self._window.append((metrics, row_tokens))
+        self.skipped += metrics.skipped_samples
+        for warning in step.warnings:
+            self.say(f"iteration {metrics.iteration}: {warning}")
+        for sample in (sample for rows in step for sample in rows if sample.problem):
+            self.say(f"iteration {metrics.iteration}: sample {sample.key} skipped: {sample.problem}")
+        if not metrics.applied:
+            keys = [sample.key for rows in step for sample in rows]
+            self.say(
+                f"iteration {metrics.iteration}: update skipped, lm_loss {metrics.lm_loss}, vm_loss {metrics.vm_loss}, "
+                f"gradient norm {metrics.grad_norm}; samples {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}"
+            )
+        last = metrics.iteration == self.train_iters
+        if metrics.iteration % self.config.logging.log_interval and not last:
+            return
+        count = len(self._window)
+        seconds = sum(m.step_seconds for m, _ in self._window)
+        tokens = sum(t for _, t in self._window)
+
+        def mean(name: str) -> float:
+            return sum(getattr(m, name) for m, _ in self._window) / count
+
+        flops = step_flops(
+            self.model_config,
+            llm_trains=self.config.training.training_stage == "finetune",
+            vision_trains=self.config.optimizer.vision_lr is not None,
+            row_tokens=tokens,
+            rows=count * self.rows_per_step,
+            labels=sum(m.num_tokens for m, _ in self._window),
+            images=sum(m.num_images for m, _ in self._window),
+        )
+        devices = torch.distributed.get_world_size()
+        remaining = (self.train_iters - metrics.iteration) * seconds / count
+        scalars = {
+            "lm_loss": mean("lm_loss"),
+            "vm_loss": mean("vm_loss"),
+            "loss": mean("loss"),
+            "grad_norm": mean("grad_norm"),
+            "learning_rate": metrics.learning_rate,
+            "throughput/tokens_per_second": tokens / seconds,
+            "throughput/samples_per_second": count * self.rows_per_step / seconds,
+            "throughput/teraflops_per_device": flops / seconds / devices / 1e12,
+            "throughput/data_share": sum(m.data_seconds for m, _ in self._window) / seconds,
+        }
+        self.say(
+            f"iteration {metrics.iteration:>{len(str(self.train_iters))}}/{self.train_iters} | "
+            f"samples {metrics.consumed_samples} | "
+            f"lm_loss {scalars['lm_loss']:.4f} | vm_loss {scalars['vm_loss']:.4f} | "
+            f"lr {metrics.learning_rate:.2e} | grad norm {scalars['grad_norm']:.3f} | "
+            f"{scalars['throughput/tokens_per_second']:,.0f} tokens/s | "
+            f"{scalars['throughput/samples_per_second']:.1f} samples/s | "
+            f"{scalars['throughput/teraflops_per_device']:.3f} TFLOP/s/device | ETA {duration(remaining)}"
+        )
+        if self.log is not None:
+            self.log.scalars(metrics.iteration, scalars)
+        self._window.clear()
+
+    def saved(self, state: TrainState) -> None:
+        self.say(f"saved iteration {state.iteration} under {self.config.checkpoint.save}")
+
+    def stopped(self, state: TrainState, stop: StopRequest) -> None:
+        self.say(
+            f"stopped by {stop.reason or 'another rank'} after iteration {state.iteration}; the same command continues "
+            f"from there, at any layout (--load {self.config.checkpoint.save} does too)"
+        )
+
+    def finished(self, state: TrainState) -> None:
+        skipped = f"; {self.skipped} samples were skipped" if self.skipped else ""
+        self.say(f"finished {state.iteration} iterations, {state.consumed_samples} samples{skipped}")

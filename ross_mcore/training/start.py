@@ -1,0 +1,113 @@
+"""From options to a model that is ready to train: where to start, where things are, what is read, what is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+
+from ross_mcore import config as options
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint.sharded import (
+    Checkpoint,
+    find_checkpoint,
+    load_model_weights,
+    require_checkpoint,
+    sharding_metadata,
+)
+from ross_mcore.config import Config, ConfigError
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.models.language import Execution
+from ross_mcore.models.ross import RossModel
+from ross_mcore.parallel.groups import Groups
+from ross_mcore.parallel.layout import Layout, make_layout
+from ross_mcore.training.optimizer import build_optimizer, set_trainable
+from ross_mcore.training.step import finalize_gradients
+
+
+def starting_point(config: Config) -> tuple[Checkpoint, bool]:
+    """The checkpoint to start from, and whether to continue its run (True) or take its weights alone (False)."""
+    checkpoint = config.checkpoint
+    if not checkpoint.load or not checkpoint.save:
+        raise ConfigError(f"--{'save' if checkpoint.load else 'load'} is missing; see pretrain_ross.py --help")
+    own = find_checkpoint(Path(checkpoint.save))
+    if own is not None:
+        if own.train_state().get("training_stage") != config.training.training_stage:
+            raise ConfigError(
+                f"--save {checkpoint.save} holds a run of training stage "
+                f"{own.train_state().get('training_stage')!r}; give another folder"
+            )
+        return own, True
+    found = require_checkpoint(Path(checkpoint.load))
+    same_stage = found.train_state().get("training_stage") == config.training.training_stage
+    return found, same_stage and not checkpoint.finetune
+
+
+def place(config: Config, model_config: ModelConfig) -> Layout:
+    """The layout of this run, after every check that needs nothing built."""
+    parallel = config.parallel
+    layout = make_layout(
+        model_config,
+        world_size=torch.distributed.get_world_size(),
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        pipeline_parallel=parallel.pipeline_model_parallel_size,
+        pipeline_layout=parallel.pipeline_layout,
+        llm_trains=config.training.training_stage == "finetune",
+        vision_trains=config.optimizer.vision_lr is not None,
+    )
+    options.check(
+        config,
+        data_parallel_size=layout.data_parallel,
+        backend=platform.backend(),
+        has_transformer_engine=platform.has_transformer_engine(),
+    )
+    return layout
+
+
+def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint) -> ShardDataset:
+    """The shards of --data-path, read as this run's model and stage need them."""
+    return ShardDataset(
+        Path(config.data.data_path or ""),
+        load_tokenizer(start.tokenizer),
+        model_config,
+        template=config.template(model_config),
+        image_aspect_ratio=config.image_aspect_ratio,
+        seq_length=config.data.seq_length,
+        supervise_final_eos=config.data.supervise_final_eos,
+    )
+
+
+def build(
+    config: Config, model_config: ModelConfig, groups: Groups, weights: Checkpoint | None
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """This stage's part of the model, wrapped for data parallelism, and its optimizer; `weights` are loaded first."""
+    execution = Execution(
+        transformer_impl=config.execution.transformer_impl,
+        dtype=torch.bfloat16 if config.execution.bf16 else torch.float32,
+        sequence_parallel=config.parallel.sequence_parallel,
+        fp8_format=config.execution.fp8_format,
+        recompute_granularity=config.execution.recompute_granularity,
+    )
+    train_vision = config.optimizer.vision_lr is not None
+    ross = RossModel(model_config, groups, execution, seed=config.training.seed, train_vision=train_vision)
+    if weights is not None:
+        ross.load_state_dict(load_model_weights(weights, ross.sharded_state_dict(metadata=sharding_metadata())))
+    set_trainable(ross, config.training.training_stage, train_vision)
+    model = DistributedDataParallel(
+        config=ross.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        ),
+        module=ross,
+    )
+    optimizer = build_optimizer(model, config)
+    ross.config.finalize_model_grads_func = finalize_gradients
+    if config.parallel.overlap_grad_reduce:
+        ross.config.no_sync_func = model.no_sync
+    return model, optimizer

@@ -1,0 +1,77 @@
+"""What a run is beside its options: weights, moments and a few numbers; how they are saved and restored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint.sharded import Checkpoint, load_training_state, save_checkpoint, sharding_metadata
+from ross_mcore.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All a run needs beside weights and moments: everything else is a function of these numbers and the options."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    bad_steps_in_a_row: int = 0
+    training_stage: str = ""
+    seed: int = 0
+    data_fingerprint: str = ""
+
+    def refuse_other(self, started: TrainState) -> None:
+        """Raises ConfigError unless `self` (from a checkpoint) continues the run that `started` describes."""
+        for name, flag in (("seed", "--seed"), ("data_fingerprint", "--data-path")):
+            before, now = getattr(self, name), getattr(started, name)
+            if before != now:
+                raise ConfigError(
+                    f"the checkpoint was trained with {name} {before!r} and this run has {now!r} ({flag}), so it "
+                    "cannot be continued exactly; give the same, or start a new run from its weights with --finetune"
+                )
+
+
+def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+    """Model and optimizer as a checkpoint holds them."""
+    weights = model.module.sharded_state_dict(metadata=sharding_metadata())
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata()),
+    }
+
+
+def restore(
+    start: Checkpoint, model: DistributedDataParallel, optimizer: MegatronOptimizer, started: TrainState
+) -> TrainState:
+    """Loads weights, moments and the loop's state. Raises ConfigError when seed or data are not the run's own."""
+    loaded = load_training_state(start, sharded_state(model, optimizer, is_loading=True))
+    state = TrainState(**loaded["train_state"])
+    state.refuse_other(started)
+    model.module.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return state
+
+
+def save(
+    config: Config,
+    state: TrainState,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    model_config: ModelConfig,
+    assets: Checkpoint,
+) -> None:
+    """Writes a checkpoint of this iteration under --save, with tokenizer and image processor beside the weights."""
+    save_checkpoint(
+        Path(config.checkpoint.save or ""),
+        state.iteration,
+        {**sharded_state(model, optimizer, is_loading=False), "train_state": asdict(state)},
+        model_config,
+        assets=assets.path,
+        keep_last=config.checkpoint.keep_last,
+        save_retain_interval=config.checkpoint.save_retain_interval,
+    )

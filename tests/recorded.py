@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ross_mcore.architecture import (
     DenoiserConfig,
@@ -63,6 +64,27 @@ def recorded_checkpoint(family: str, root: Path) -> Checkpoint:
         fresh=(),
         tokenizer=GOLDEN / "data" / TOKENIZERS[family],
         preprocessor_config=GOLDEN / tower / "preprocessor_config.json",
+    )
+
+
+def tied_checkpoint(root: Path) -> Checkpoint:
+    """The recorded Qwen2 model with its output matrix tied to the embedding (no recorded values exist for it)."""
+    family = "qwen2_siglip"
+    config = recorded_config(family)
+    config = replace(config, language=replace(config.language, tie_word_embeddings=True))
+    tensors = load_file(GOLDEN / f"model_{family}" / "hf_checkpoint" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    folder = root.with_name(root.name + "_source")
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    table = (*mapping.ROSS, *mapping.PROJECTOR[False], *mapping.OUTPUT_MATRIX[True])
+    return assemble(
+        root,
+        config,
+        [Part(folder, ("",), table)],
+        fresh=(),
+        tokenizer=GOLDEN / "data" / TOKENIZERS[family],
+        preprocessor_config=GOLDEN / "components" / "tiny_siglip" / "preprocessor_config.json",
     )
 
 

@@ -16,13 +16,15 @@ class Case:
     stage: str = "finetune"
     data: str = "mixed"
     family: str = "qwen2_siglip"
+    common: tuple[tuple[str, Any], ...] = ()
+    """Flags that the reference run has as well."""
     relative: float = 1e-5
     """fp32 sums in another order: measured up to 4e-7 on losses and norms, 3e-6 of a family's largest gradient."""
 
     @property
     def reference(self) -> Case:
         """The same work in one process."""
-        return Case("tp1", 1, stage=self.stage, data=self.data, family=self.family)
+        return Case("tp1", 1, stage=self.stage, data=self.data, family=self.family, common=self.common)
 
 
 def layout(tensor: int = 1, pipeline: int = 1, **more: Any) -> dict[str, Any]:
@@ -50,5 +52,23 @@ CASES = [
     Case("tp2 text only", 2, layout(2), data="text_only"),
     Case("dp2, one rank has no image", 2, layout(overlap_grad_reduce=True), data="sparse"),
     Case("tp2xpp2, one tensor rank has no image", 4, layout(2, 2), data="sparse"),
+    Case("pp2 tied embeddings", 2, layout(1, 2), family="tied"),
+    Case("tp2xpp2+sp tied embeddings", 4, layout(2, 2, sequence_parallel=True), family="tied"),
+    Case("tp2 tied embeddings", 2, layout(2), family="tied"),
+    Case("tp2xpp2 vision tower trains", 4, layout(2, 2), common=(("vision_lr", 1e-4),)),
+    Case(
+        "dp2 text only, vision tower trains",
+        2,
+        layout(overlap_grad_reduce=True),
+        "finetune",
+        "text_only",
+        common=(("vision_lr", 1e-4),),
+    ),
+    Case(
+        "no denoiser learning rate of its own, clipping off, tp2",
+        2,
+        layout(2),
+        common=(("denoiser_lr", None), ("clip_grad", 0.0)),
+    ),
     Case("llama + clip tp2xpp2", 4, layout(2, 2), family="llama_clip"),
 ]

@@ -19,7 +19,7 @@ from ross_mcore.data.llava import convert_records  # noqa: E402
 from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
 from tests.distributed.cases import Case  # noqa: E402
 from tests.distributed.harness import run_ranks  # noqa: E402
-from tests.recorded import GOLDEN, recorded_checkpoint  # noqa: E402
+from tests.recorded import GOLDEN, recorded_checkpoint, tied_checkpoint  # noqa: E402
 
 ITERATIONS = 3
 
@@ -70,7 +70,7 @@ def base(workplace: Path) -> Callable[[str], Path]:
     def get(family: str) -> Path:
         root = workplace / f"base_{family}"
         if not root.exists():
-            recorded_checkpoint(family, root)
+            tied_checkpoint(root) if family == "tied" else recorded_checkpoint(family, root)
         return root
 
     return get
@@ -110,6 +110,7 @@ def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], 
             "num_workers": 0,
             "save_interval": 1,
             "distributed_timeout_minutes": 1,
+            **dict(case.common),
             **case.flags,
             **flags,
         }
@@ -122,12 +123,12 @@ def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], 
 @pytest.fixture(scope="session")
 def reference(start: Callable[..., Finished]) -> Callable[[Case], Finished]:
     """The one-process run that a case is compared with; made once per stage, data and family."""
-    made: dict[Case, Finished] = {}
+    made: dict[str, Finished] = {}
 
     def get(case: Case) -> Finished:
-        key = case.reference.name, case.stage, case.data, case.family
+        key = f"reference {case.stage} {case.data} {case.family} {case.common}"
         if key not in made:
-            made[key] = start(case.reference, "reference_" + "_".join(key))
+            made[key] = start(case.reference, key)
         return made[key]
 
     return get

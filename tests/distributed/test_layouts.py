@@ -21,13 +21,14 @@ FAMILIES = {
     "norms": "norm",
     "output": "language_model.output_layer",
     "projector": "vision_projection",
+    "vision tower": "vision_model",
     "denoiser": "denoiser",
 }
 FIRST_MOMENT = "optimizer.state.exp_avg."
 
 
 def family_of(name: str) -> str:
-    if "norm" in name and "denoiser" not in name:
+    if "norm" in name and "language_model" in name:
         return "norms"
     return next(family for family, part in FAMILIES.items() if part in name)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, TRAINING_PAIRS, Pair, ask, sample_scene, write_caption
-from texts import END_OF_TURN, format_chat, sample_text
+from texts import END_OF_TURN, format_chat, sample_text, tokenize_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
@@ -55,6 +55,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments
     """Predict every next token of freshly drawn texts."""
     import torch
     from rich.progress import track
+    from torch.nn.utils.rnn import pad_sequence
 
     rng = random.Random(f"language/{arguments.seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -63,10 +64,10 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments
         lambda step: min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / arguments.steps))),
     )
     for step in track(range(arguments.steps), description="language model"):
-        texts = [sample_text(rng) for _ in range(arguments.batch_size)]
-        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
-        loss = model(**batch, labels=labels).loss
+        texts = [torch.tensor(tokenize_pieces(tokenizer, sample_text(rng))) for _ in range(arguments.batch_size)]
+        tokens = pad_sequence(texts, batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad_sequence(texts, batch_first=True, padding_value=IGNORED_LABEL)
+        loss = model(input_ids=tokens, labels=labels).loss  # padding only trails, so causal attention needs no mask
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -87,8 +88,7 @@ def measure_answers(
     for number in range(count):
         scene = sample_scene(rng, rng.choice(pairs))
         rounds = [ask(scene, QUESTION_KINDS[number % len(QUESTION_KINDS)])]
-        text = format_chat(rounds, write_caption(scene))
-        tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+        tokens = torch.tensor([tokenize_pieces(tokenizer, format_chat(rounds, write_caption(scene)))])
         answer_tokens = len(tokenizer(f" {rounds[0][1]}{END_OF_TURN}")["input_ids"])
         with torch.no_grad():
             scores = model(input_ids=tokens).logits[0, -answer_tokens - 1 : -1]

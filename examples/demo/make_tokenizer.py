@@ -1,4 +1,4 @@
-"""Make the demo's tokenizer: a byte-level BPE of 512 entries with the splitting rules and special tokens of Qwen2.
+"""Make the demo's tokenizer: a byte-level BPE of 476 entries with the splitting rules and special tokens of Qwen2.
 
 python examples/demo/make_tokenizer.py --out examples/demo/weights/tokenizer
 """
@@ -9,11 +9,11 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from texts import END_OF_TURN, PADDING, SYSTEM, sample_text
+from texts import END_OF_TURN, PADDING, SYSTEM, sample_text, tokenize_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = (PADDING, "<|im_start|>", END_OF_TURN)
 
 
-def make_tokenizer(texts: Iterator[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """Learn the merges from ``texts`` and return a ``Qwen2Tokenizer`` of exactly ``vocabulary_size`` entries."""
+def make_tokenizer(texts: Iterable[Sequence[str]], vocabulary_size: int) -> PreTrainedTokenizerBase:
+    """Learn the merges from the pieces of ``texts`` and return a ``Qwen2Tokenizer``.
+
+    Raises:
+        ValueError: The texts do not hold enough merges for ``vocabulary_size`` entries.
+    """
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -32,8 +36,9 @@ def make_tokenizer(texts: Iterator[str], vocabulary_size: int) -> PreTrainedToke
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size - len(SPECIAL_TOKENS), initial_alphabet=byte_alphabet, show_progress=False
     )
-    # Special tokens never reach the merges: the tokenizer cuts them out first.
-    backend.train_from_iterator((text.replace(END_OF_TURN, "") for text in texts), trainer)
+    # A tokenizer cuts its text at special tokens before it merges, so the merges are learned between them.
+    parts = (part for pieces in texts for piece in pieces for part in piece.split(END_OF_TURN))
+    backend.train_from_iterator(parts, trainer)
     merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
     entries = [*byte_alphabet, *map("".join, merges), *SPECIAL_TOKENS]
     vocabulary = {token: number for number, token in enumerate(entries)}
@@ -57,7 +62,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write in the Hugging Face layout")
-    parser.add_argument("--vocabulary-size", type=int, default=512, help="entries, special tokens included")
+    parser.add_argument("--vocabulary-size", type=int, default=476, help="entries, special tokens included")
     parser.add_argument("--texts", type=int, default=2000, help="texts to learn the merges from")
     parser.add_argument("--seed", type=int, default=11, help="seed of the texts")
     arguments = parser.parse_args()
@@ -66,7 +71,7 @@ def main() -> None:
     rng = random.Random(f"tokenizer/{arguments.seed}")
     tokenizer = make_tokenizer((sample_text(rng) for _ in range(arguments.texts)), arguments.vocabulary_size)
     tokenizer.save_pretrained(arguments.out)
-    lengths = [len(tokenizer(sample_text(rng))["input_ids"]) for _ in range(200)]
+    lengths = [len(tokenize_pieces(tokenizer, sample_text(rng))) for _ in range(200)]
     print(f"{time.process_time() - start_seconds:.0f} CPU seconds, {len(tokenizer)} entries")
     print(f"system prompt {len(tokenizer(SYSTEM)['input_ids'])} tokens, longest of 200 texts {max(lengths)} tokens")
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from scenes import NOTHING, Scene, sample_chat, sample_scene, write_caption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -34,24 +38,28 @@ def list_patches(scene: Scene) -> str:
     return " " + " ".join(words)
 
 
-def format_caption(caption: str, picture: str = "") -> str:
+def format_caption(caption: str, picture: str = "") -> tuple[str, ...]:
     """Lay out a caption as template ``plain`` does, after ``picture`` in the place of the image."""
-    return f"{picture}{caption}\n"
+    return picture, f"{caption}\n"
 
 
-def format_chat(rounds: Sequence[tuple[str, str]], picture: str) -> str:
+def format_chat(rounds: Sequence[tuple[str, str]], picture: str) -> tuple[str, ...]:
     """Lay out a chat as template ``qwen_2`` does, with ``picture`` in the place of the image."""
-    text = SYSTEM + " "
-    for number, (question, answer) in enumerate(rounds):
-        shown = f"{picture}\n" if number == 0 else ""
-        text += f"USER: {shown}{question} ASSISTANT: {answer}{END_OF_TURN}"
-    return text
+    turns = [f"{question} ASSISTANT: {answer}{END_OF_TURN}" for question, answer in rounds]
+    return f"{SYSTEM} USER: ", picture, "\n" + "USER: ".join(turns)
 
 
-def sample_text(rng: random.Random) -> str:
-    """Draw a caption or a chat about a scene that has one of the training pairs."""
+def sample_text(rng: random.Random) -> tuple[str, ...]:
+    """Draw a caption or a chat about a scene that has one of the training pairs.
+
+    The text comes in pieces that are tokenised one by one, because training cuts its text at the image.
+    """
     scene = sample_scene(rng)
-    picture = rng.choice((list_patches(scene), write_caption(scene)))
     if rng.random() < 0.5:
         return format_caption(write_caption(scene), rng.choice(("", list_patches(scene))))
-    return format_chat(sample_chat(scene, rng), picture)
+    return format_chat(sample_chat(scene, rng), rng.choice((list_patches(scene), write_caption(scene))))
+
+
+def tokenize_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:
+    """Tokenise the pieces of a text one by one and join their tokens."""
+    return [token for piece in pieces for token in tokenizer(piece)["input_ids"]]

@@ -15,6 +15,7 @@ Shapes: B pictures, P = 64 pixels, T = 16 patches in row-major order.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import subprocess
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stamps import PICTURE_PIXELS, QUESTION, read_captions
 
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-PARTS = ("tokenizer", "language_model", "pixel_decoder", "vision_model")
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+PARTS = ("text", "tower", "vae")
+SETTINGS = ("vae_steps", "vae_lr", "kl_weight", "latent_noise", "tower_steps", "seed")
+COMPLETE = "complete.txt"
+"""Written last; holds the fingerprint of what the parts were made of."""
 VOCABULARY_SIZE = 768
 WIDTH = 128
 PATCH_PIXELS = 16
@@ -139,7 +144,7 @@ def write_pixel_decoder(pixels: Tensor, out: Path, arguments: argparse.Namespace
         return error + arguments.kl_weight * divergence, line
 
     minimise(
-        loss_of, list(vae.parameters()), pixels, name="VAE", steps=arguments.vae_steps, batch_size=8, lr=arguments.vae_lr
+        loss_of, list(vae.parameters()), pixels, name="VAE", steps=arguments.vae_steps, batch_size=4, lr=arguments.vae_lr
     )
     vae.eval()
     with torch.no_grad():
@@ -188,14 +193,28 @@ def write_vision_model(pixels: Tensor, out: Path, arguments: argparse.Namespace)
     return f"vision tower: {sum(parameter.numel() for parameter in tower.parameters()):,} parameters"
 
 
-def make(part: str, data: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """Make one of `vae`, `tower` or `text` in this process."""
+def fingerprint(data: Path, arguments: argparse.Namespace) -> str:
+    """16 hex digits that change with the pictures, the captions, the settings and this script."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(json.dumps([settings(arguments), read_captions(data)]).encode("utf-8"))
+    for name in sorted(read_captions(data)):
+        digest.update((data / "images" / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the parts depend on, beside the pictures."""
+    return {name: getattr(arguments, name) for name in SETTINGS}
+
+
+def make(part: str, arguments: argparse.Namespace) -> str:
+    """Make one of PARTS in this process; returns a line about it."""
     import torch
 
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+    sys.path.append(str(DEMO))
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
-    began = time.perf_counter()
+    began, data, out = time.perf_counter(), arguments.data, arguments.out
     if part == "vae":
         line = write_pixel_decoder(read_pictures(data), out / "pixel_decoder", arguments)
     elif part == "tower":
@@ -204,4 +223,55 @@ def make(part: str, data: Path, out: Path, arguments: argparse.Namespace) -> Non
         tokenizer = write_tokenizer(list(read_captions(data).values()), out / "tokenizer")
         count = write_language_model(tokenizer, out / "language_model")
         line = f"tokenizer: {len(tokenizer)} entries; language model: {count:,} parameters, random"
-    print(f"{line}; {time.perf_counter() - began:.0f} s", flush=True)
+    return f"{line}; {time.perf_counter() - began:.0f} s"
+
+
+def make_all(arguments: argparse.Namespace) -> list[str]:
+    """Make all parts: the VAE here, the others in a second process meanwhile; returns a line about each."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings(arguments).items()]
+    folders = ["--data", str(arguments.data), "--out", str(arguments.out)]
+    command = [sys.executable, str(Path(__file__).resolve()), *folders, *options, "--only", "text", "tower"]
+    others = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        lines = [make("vae", arguments)]
+        output, _ = others.communicate()
+    finally:
+        others.kill()
+    if others.returncode:
+        raise SystemExit(f"make_parts: `{' '.join(command[1:])}` ended with status {others.returncode}")
+    return [*output.splitlines(), *lines]
+
+
+def main() -> None:
+    """Make the parts from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="what stamps.py wrote")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the four parts, each in the library's layout")
+    add("--only", choices=PARTS, nargs="+", help="make these, in this process; by default all")
+    add("--vae-steps", type=int, default=2000, metavar="N", help="training steps of 4 pictures [%(default)s]")
+    add("--vae-lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the VAE [%(default)s]")
+    add("--kl-weight", type=float, default=1e-4, metavar="X", help="weight of the KL divergence [%(default)s]")
+    add("--latent-noise", type=float, default=0.1, metavar="X", help="deviation of the noise on the latents [%(default)s]")
+    add("--tower-steps", type=int, default=1000, metavar="N", help="training steps of 16 pictures [%(default)s]")
+    add("--seed", type=int, default=0, help="of weights, batches and noise [%(default)s]")
+    arguments = parser.parse_args()
+    if arguments.only:
+        for part in arguments.only:
+            print(make(part, arguments), flush=True)
+        return
+    complete, made_of = arguments.out / COMPLETE, fingerprint(arguments.data, arguments)
+    if complete.exists() and complete.read_text(encoding="utf-8").strip() == made_of:
+        print(f"{arguments.out} holds the parts made of these pictures; remove it to make them again")
+        return
+    complete.unlink(missing_ok=True)
+    for line in make_all(arguments):
+        print(line)
+    complete.write_text(made_of + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,9 @@ from ross_mcore.parallel import split
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import share_of
 
+LATENT_BOUND = 4.0
+"""Standard deviations within which sampled latents are kept; the VAE's scaling makes them of unit variance."""
+
 
 class RossModel(MegatronModule):
     """Vision tower and projector on the first stage, decoder layers on all, denoiser and VAE on the last.
@@ -185,6 +188,7 @@ class RossModel(MegatronModule):
             start=draw(),
             noises=(draw() for _ in range(steps)),
             temperature=temperature,
+            clip=LATENT_BOUND,
             device=hidden.device,
         )
         originals = self.pixel_decoder.images_for_encoder(batch.pixels) / 2 + 0.5

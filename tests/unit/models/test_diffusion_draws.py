@@ -122,7 +122,7 @@ def test_sampler_options():
     assert torch.equal(run(), sample(denoise, schedule, shape, steps=5, start=start, noises=noises))
     assert not torch.equal(run(), run(temperature=0.5))
     assert run(temperature=0.0).std() < run().std()
-    assert run(clip_denoised=True).abs().max() <= 1
+    assert run(clip=1.0).abs().max() <= 1
     with pytest.raises(ValueError, match="start has shape"):
         sample(denoise, schedule, shape, steps=5, start=torch.zeros(1, 1, 4, 4))
 

@@ -241,11 +241,7 @@ class Config:
 
     def template(self, model: ModelConfig) -> str:
         """The conversation template, by default that of the stage and the language model's family."""
-        if self.data.template:
-            return self.data.template
-        if self.training.training_stage == "pretrain":
-            return "plain"
-        return "qwen_2" if model.language.model_type == "qwen2" else "v1"
+        return self.data.template or default_template(self.training.training_stage, model)
 
     @property
     def image_aspect_ratio(self) -> str:
@@ -261,6 +257,13 @@ SECTIONS = {
     "checkpoint": CheckpointOptions,
     "logging": LoggingOptions,
 }
+
+
+def default_template(training_stage: str, model: ModelConfig) -> str:
+    """`plain` before the language model trains, then what the reference's scripts use for its family."""
+    if training_stage != "finetune":
+        return "plain"
+    return {"qwen2": "qwen_2", "llama": "v1"}[model.language.model_type]
 
 
 def check(config: Config, *, data_parallel_size: int, backend: str, has_transformer_engine: bool) -> None:

@@ -19,8 +19,10 @@ from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample, collate
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
+from ross_mcore.config import default_template
 from ross_mcore.data.conversation import expand_images, tokenize_prompt
-from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
+from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
+from ross_mcore.data.shards import MAX_IMAGE_BYTES
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel
@@ -40,6 +42,11 @@ class TrainedModel:
     model: RossModel
     tokenizer: PreTrainedTokenizerBase
     image_processor: dict[str, Any] | None
+
+    @property
+    def template(self) -> str:
+        """The conversation template of the stage that the checkpoint comes from."""
+        return default_template(self.checkpoint.train_state().get("training_stage", ""), self.config)
 
     def preprocessing(self, aspect_ratio: ImageAspectRatio) -> ImagePreprocessing:
         return ImagePreprocessing.for_tower(self.config.vision, aspect_ratio, self.image_processor)
@@ -109,14 +116,14 @@ def reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """pictures K x [3, H, W], normalised for the tower -> (originals, reconstructions), [K, 3, Hd, Hd] in [0, 1].
 
-    Each picture stands alone in a row without text, as in the pretraining template before the caption. Raises
-    ArchitectureError for a model without a denoiser.
+    Each picture stands where training showed it, in the prompt of `trained.template`; what follows it cannot reach its
+    states. Raises ArchitectureError for a model without a denoiser.
     """
     _ = trained.config.decode_image_size
     originals, reconstructions = [], []
     for start in range(0, len(pictures), batch_size):
         rows = [
-            _row([{"from": "human", "value": "<image>"}], pixels, trained, "plain", start + place)
+            _row([{"from": "human", "value": "<image>"}], pixels, trained, trained.template, start + place)
             for place, pixels in enumerate(pictures[start : start + batch_size])
         ]
         batch = collate(rows, max(row.tokens.numel() for row in rows), trained.config.vision.image_size)
@@ -130,6 +137,8 @@ def reconstruct(
 
 def read_picture(path: Path, preprocessing: ImagePreprocessing) -> Tensor:
     """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError, OSError."""
+    if Path(path).stat().st_size > MAX_IMAGE_BYTES:
+        raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
     picture, _ = decode_image(Path(path).read_bytes())
     return torch.from_numpy(preprocessing(picture))
 

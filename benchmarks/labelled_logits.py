@@ -47,7 +47,9 @@ def main() -> None:
             step().backward()
             taken.append(time.perf_counter() - began)
     slow, fast = (statistics.median(taken) for taken in times.values())
-    print(f"forward and backward: {slow * 1e3:.1f} ms everywhere, {fast * 1e3:.1f} ms where labelled: {slow / fast:.1f}x")
+    print(
+        f"forward and backward: {slow * 1e3:.1f} ms everywhere, {fast * 1e3:.1f} ms where labelled: {slow / fast:.1f}x"
+    )
     print(f"logits held: {positions / labelled:.1f}x fewer bytes ({labelled} of {positions} positions)")
 
 

@@ -44,8 +44,8 @@ class ParallelOptions:
     """Interleaved schedule (virtual pipeline). Not available yet."""
     sequence_parallel: bool = False
     """Split norms and residuals over the sequence within a tensor-parallel group."""
-    use_distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel ranks."""
+    use_distributed_optimizer: bool | None = None
+    """Shard optimizer state over data-parallel ranks. Default: with --bf16, where it cannot be turned off."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     distributed_timeout_minutes: float = 10.0
@@ -60,7 +60,7 @@ class ExecutionOptions:
     """Precision and kernels"""
 
     bf16: bool = False
-    """Compute the vision tower and the language model in bfloat16, with fp32 master weights; the denoiser stays fp32.
+    """Weights in bfloat16 with fp32 masters; vision tower and language model compute in it, denoiser and VAE stay fp32.
     """
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """FP8 linear layers in the language model. Needs --transformer-impl transformer_engine and --bf16."""
@@ -239,6 +239,11 @@ class Config:
         """Flag names to values, the inverse of `from_flat`."""
         return {name: value for part in vars(self).values() for name, value in vars(part).items()}
 
+    @property
+    def use_distributed_optimizer(self) -> bool:
+        chosen = self.parallel.use_distributed_optimizer
+        return self.execution.bf16 if chosen is None else chosen
+
     def template(self, model: ModelConfig) -> str:
         """The conversation template, by default that of the stage and the language model's family."""
         return self.data.template or default_template(self.training.training_stage, model)
@@ -284,6 +289,11 @@ def check(config: Config, *, data_parallel_size: int, backend: str, has_transfor
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size 2 or more; remove it")
+    if execution.bf16 and not config.use_distributed_optimizer:
+        raise ConfigError(
+            "--no-use-distributed-optimizer with --bf16: checkpoints of mcore's other mixed-precision optimizer do not "
+            "load at another layout; remove the flag"
+        )
     if execution.transformer_impl == "transformer_engine" and not has_transformer_engine:
         raise ConfigError(
             "--transformer-impl transformer_engine: Transformer Engine is not installed; install it with "

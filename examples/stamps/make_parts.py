@@ -144,7 +144,13 @@ def write_pixel_decoder(pixels: Tensor, out: Path, arguments: argparse.Namespace
         return error + arguments.kl_weight * divergence, line
 
     minimise(
-        loss_of, list(vae.parameters()), pixels, name="VAE", steps=arguments.vae_steps, batch_size=4, lr=arguments.vae_lr
+        loss_of,
+        list(vae.parameters()),
+        pixels,
+        name="VAE",
+        steps=arguments.vae_steps,
+        batch_size=4,
+        lr=arguments.vae_lr,
     )
     vae.eval()
     with torch.no_grad():
@@ -250,12 +256,20 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="what stamps.py wrote")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the four parts, each in the library's layout")
+    add(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the four parts, each in the library's layout"
+    )
     add("--only", choices=PARTS, nargs="+", help="make these, in this process; by default all")
     add("--vae-steps", type=int, default=2000, metavar="N", help="training steps of 4 pictures [%(default)s]")
     add("--vae-lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the VAE [%(default)s]")
     add("--kl-weight", type=float, default=1e-4, metavar="X", help="weight of the KL divergence [%(default)s]")
-    add("--latent-noise", type=float, default=0.1, metavar="X", help="deviation of the noise on the latents [%(default)s]")
+    add(
+        "--latent-noise",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="deviation of the noise on the latents [%(default)s]",
+    )
     add("--tower-steps", type=int, default=1000, metavar="N", help="training steps of 16 pictures [%(default)s]")
     add("--seed", type=int, default=0, help="of weights, batches and noise [%(default)s]")
     arguments = parser.parse_args()

@@ -65,8 +65,9 @@ class RossModel(MegatronModule):
                 execution.dtype
             )
         if stage.is_last and model.denoiser and model.pixel_decoder:
-            # the denoiser computes in fp32 whatever the precision of the run (reference ross_arch.py:466-512)
+            # stored like the rest, with fp32 masters under bf16, but computed in fp32 (reference ross_arch.py:466-512)
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
+            self.denoiser.to(execution.dtype)
             self.schedule = diffusion.Schedule.cosine()
             if with_pixel_decoder:
                 self.pixel_decoder = PixelDecoder(

@@ -62,7 +62,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
         adam_eps=options.adam_eps,
         clip_grad=options.clip_grad,
         bf16=config.execution.bf16,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=config.use_distributed_optimizer,
     )
     overrides: dict[Any, Any] = dict(get_standard_config_overrides(mcore))
     for part, multiplier in rate_multipliers(options).items():

@@ -101,7 +101,7 @@ def build(
         config=ross.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            use_distributed_optimizer=config.use_distributed_optimizer,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         ),
         module=ross,

@@ -19,7 +19,7 @@ class Case:
     common: tuple[tuple[str, Any], ...] = ()
     """Flags that the reference run has as well."""
     relative: float = 1e-5
-    """fp32 sums in another order: measured up to 4e-7 on losses and norms, 3e-6 of a family's largest gradient."""
+    """fp32 sums in another order: measured up to 4e-7 on losses and norms, 8e-7 of a family's largest gradient."""
 
     @property
     def reference(self) -> Case:
@@ -70,5 +70,10 @@ CASES = [
         layout(2),
         common=(("denoiser_lr", None), ("clip_grad", 0.0)),
     ),
+    # bf16 keeps 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
+    # and norms, 1.5e-2 of a family's largest gradient
+    Case("bf16 dp2", 2, common=(("bf16", True),), relative=3e-2),
+    Case("bf16 tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), common=(("bf16", True),), relative=3e-2),
+    Case("bf16 pp3 frozen LLM", 3, layout(1, 3), stage="pretrain", common=(("bf16", True),), relative=3e-2),
     Case("llama + clip tp2xpp2", 4, layout(2, 2), family="llama_clip"),
 ]

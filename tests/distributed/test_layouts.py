@@ -91,6 +91,11 @@ RESUMES = [
         Case("", 3, layout(1, 3), "pretrain"),
         Case("", 2, layout(2), "pretrain"),
     ),
+    (
+        "bf16 at another layout",
+        Case("", 4, layout(2, 2), common=(("bf16", True),), relative=3e-2),
+        Case("", 2, common=(("bf16", True),)),
+    ),
 ]
 
 

@@ -106,6 +106,7 @@ def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:
     assert "needs --transformer-impl transformer_engine" in refusal(["--fp8-format", "hybrid"])
     said = refusal(["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], has_transformer_engine=True)
     assert "needs --bf16" in said
+    assert "remove the flag" in refusal(["--bf16", "--no-use-distributed-optimizer"])
     assert "gloo" in refusal(["--num-layers-per-virtual-pipeline-stage", "1"])
     assert "--tensor-model-parallel-size 2" in refusal(["--sequence-parallel"])
     assert "a multiple of 4" in refusal(["--global-batch-size", "6", "--micro-batch-size", "2"], data_parallel_size=2)

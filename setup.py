@@ -18,7 +18,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",
-        "transformers>=5.0",
+        "transformers>=5.23",
         "diffusers>=0.36",
         "webdataset>=1.0",
         "tokenizers",

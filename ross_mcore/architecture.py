@@ -44,7 +44,6 @@ class LanguageConfig:
     rope_theta: float
     tie_word_embeddings: bool
     qkv_bias: bool
-    initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -95,7 +94,6 @@ class LanguageConfig:
                 rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=family == "qwen2",
-                initializer_range=float(config.get("initializer_range", 0.02)),
             )
         except KeyError as missing:
             raise ArchitectureError(f"the language model's config.json has no key {missing}") from None

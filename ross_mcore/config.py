@@ -246,7 +246,11 @@ class Config:
 
     def template(self, model: ModelConfig) -> str:
         """The conversation template, by default that of the stage and the language model's family."""
-        return self.data.template or default_template(self.training.training_stage, model)
+        if self.data.template:
+            return self.data.template
+        if self.training.training_stage == "pretrain":
+            return "plain"
+        return {"qwen2": "qwen_2", "llama": "v1"}[model.language.model_type]
 
     @property
     def image_aspect_ratio(self) -> str:
@@ -264,23 +268,21 @@ SECTIONS = {
 }
 
 
-def default_template(training_stage: str, model: ModelConfig) -> str:
-    """`plain` before the language model trains, then what the reference's scripts use for its family."""
-    if training_stage != "finetune":
-        return "plain"
-    return {"qwen2": "qwen_2", "llama": "v1"}[model.language.model_type]
+def require_complete(config: Config) -> None:
+    """Raises ConfigError unless the options say where to start, what to train on, where to save, and how long."""
+    for value, flag in (
+        (config.checkpoint.load, "--load"),
+        (config.checkpoint.save, "--save"),
+        (config.data.data_path, "--data-path"),
+        (config.training.train_iters or config.training.train_epochs, "--train-iters or --train-epochs"),
+    ):
+        if not value:
+            raise ConfigError(f"{flag} is missing; see pretrain_ross.py --help")
 
 
 def check(config: Config, *, data_parallel_size: int, backend: str, has_transformer_engine: bool) -> None:
     """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy."""
-    parallel, execution, training, checkpoint = config.parallel, config.execution, config.training, config.checkpoint
-    for name in ("load", "save"):
-        if not getattr(checkpoint, name):
-            raise ConfigError(f"--{name} is missing; see pretrain_ross.py --help")
-    if not config.data.data_path:
-        raise ConfigError("--data-path is missing; make shards with tools/make_shards.py")
-    if training.train_iters is None and training.train_epochs is None:
-        raise ConfigError("give --train-iters or --train-epochs")
+    parallel, execution, training = config.parallel, config.execution, config.training
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
         on_gloo = " (and on gloo mcore's interleaved schedule gives wrong numbers)" if backend == "gloo" else ""
         raise ConfigError(
@@ -297,7 +299,7 @@ def check(config: Config, *, data_parallel_size: int, backend: str, has_transfor
     if execution.transformer_impl == "transformer_engine" and not has_transformer_engine:
         raise ConfigError(
             "--transformer-impl transformer_engine: Transformer Engine is not installed; install it with "
-            "pip install 'ross_mcore[gpu]' on a machine with a CUDA GPU, or use --transformer-impl local"
+            "pip install '.[gpu]' in this repository on a machine with a CUDA GPU, or use --transformer-impl local"
         )
     if execution.fp8_format is not None and execution.transformer_impl != "transformer_engine":
         raise ConfigError(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ross_mcore.config import SECTIONS, Config, ConfigError
+from ross_mcore.config import SECTIONS, Config, ConfigError, require_complete
 
 DESCRIPTION = """\
 Train a ROSS model: a vision tower, a projector and a Qwen2 or Llama language model on lm_loss, and a denoiser that
@@ -85,19 +85,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """Command line and YAML -> Config; prints one paragraph and exits 2 when something is wrong."""
+EXCLUSIVE = (("train_iters", "train_epochs"), ("lr_warmup_iters", "lr_warmup_fraction"))
+"""Options of which a source gives one; on the command line one replaces the other of a YAML file."""
+
+
+def parse(argv: Sequence[str] | None = None, complete: bool = True) -> Config:
+    """Command line and YAML -> Config; prints one paragraph and exits 2 when something is wrong or missing.
+
+    `complete=False` accepts options that do not make a whole run yet.
+    """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
     files = given.pop("config")
     try:
+        if unknown:
+            raise ConfigError(f"unrecognized argument {unknown[0]}{_hint(unknown[0].split('=')[0].lstrip('-'))}")
         merged: dict[str, Any] = {}
-        for path in files:
-            merged.update(read_yaml(path, parser))
-        merged.update(given)
-        return Config.from_flat(**merged)
+        for source in (*(read_yaml(path, parser) for path in files), given):
+            for pair in EXCLUSIVE:
+                if any(source.get(name) is not None for name in pair):
+                    for name in pair:
+                        merged.pop(name, None)
+            merged.update(source)
+        config = Config.from_flat(**merged)
+        if complete:
+            require_complete(config)
+        return config
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _hint(name: str) -> str:
+    """`; did you mean --seq-length?` for a name that is close to a flag's."""
+    known = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean {flag(close[0])}?" if close else ""
 
 
 class _Refusing(argparse.ArgumentParser):
@@ -124,9 +147,7 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"--config {path}: unknown option {key!r}{hint}")
+            raise ConfigError(f"--config {path}: unknown option {key!r}{_hint(name)}")
         if isinstance(value, bool):
             tokens.append(flag(name) if value else "--no-" + flag(name)[2:])
         elif isinstance(value, (str, int, float)):

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from ross_mcore.architecture import ModelConfig
 
+TRAINED, PASSED_THROUGH, BEFORE_GRADIENT = 3, 2, 1
+"""Forwards that a part's step costs: one forward and two in backward; one in backward where it is frozen but lets the
+gradient through; none where it is frozen and no gradient passes (tower, VAE)."""
+
 
 @dataclass(frozen=True)
 class ForwardFlops:
@@ -49,6 +53,20 @@ def forward_flops(model: ModelConfig, tokens: float, labelled_tokens: float, ima
         pixel_decoder=images * _encoder_flops(model) if model.pixel_decoder else 0.0,
         denoiser=images * _denoiser_flops(model) if model.denoiser else 0.0,
     )
+
+
+def step_flops(parts: ForwardFlops, num_layers: int, llm_trains: bool, vision_trains: bool) -> float:
+    """Operations of one sample's step (recomputation not counted), given its forward operations."""
+    first, layer, last = stage_flops(parts, llm_trains, vision_trains)
+    return first + num_layers * layer + last
+
+
+def stage_flops(parts: ForwardFlops, llm_trains: bool, vision_trains: bool) -> tuple[float, float, float]:
+    """A step's operations of one sample: beside layers on the first stage, of one layer, beside layers on the last."""
+    language = TRAINED if llm_trains else PASSED_THROUGH
+    first = parts.vision_model * (TRAINED if vision_trains else BEFORE_GRADIENT) + TRAINED * parts.vision_projection
+    last = language * parts.output_layer + BEFORE_GRADIENT * parts.pixel_decoder + TRAINED * parts.denoiser
+    return first, language * parts.layer, last
 
 
 def _denoiser_flops(model: ModelConfig) -> float:

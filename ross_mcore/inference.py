@@ -5,7 +5,6 @@ Legend: B prompts, S tokens, K pictures, H W pixels of the tower's input, Hd sid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample, collate
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
-from ross_mcore.config import default_template
 from ross_mcore.data.conversation import expand_images, tokenize_prompt
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.shards import MAX_IMAGE_BYTES
@@ -45,11 +43,13 @@ class TrainedModel:
 
     @property
     def template(self) -> str:
-        """The conversation template of the stage that the checkpoint comes from."""
-        return default_template(self.checkpoint.train_state().get("training_stage", ""), self.config)
+        """The conversation template that the checkpoint was trained with (`plain` for a converted model)."""
+        return self.checkpoint.train_state().get("template", "plain")
 
-    def preprocessing(self, aspect_ratio: ImageAspectRatio) -> ImagePreprocessing:
-        return ImagePreprocessing.for_tower(self.config.vision, aspect_ratio, self.image_processor)
+    def preprocessing(self, aspect_ratio: ImageAspectRatio | None = None) -> ImagePreprocessing:
+        """Of pictures, by default as the checkpoint was trained."""
+        trained = self.checkpoint.train_state().get("image_aspect_ratio", "square")
+        return ImagePreprocessing.for_tower(self.config.vision, aspect_ratio or trained, self.image_processor)
 
 
 def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainedModel:
@@ -65,9 +65,7 @@ def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     model = RossModel(config, groups.initialize(layout, seed, timeout_minutes=10), Execution(dtype=dtype), seed=seed)
     model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))
     model.requires_grad_(False).eval()
-    processor = checkpoint.preprocessor_config
-    image_processor = json.loads(processor.read_text(encoding="utf-8")) if processor.exists() else None
-    return TrainedModel(checkpoint, config, model, tokenizer, image_processor)
+    return TrainedModel(checkpoint, config, model, tokenizer, checkpoint.image_processor())
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ import torch
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
 
 
+class PlatformError(RuntimeError):
+    """This machine cannot run what was asked; the message says what to change."""
+
+
 @functools.cache
 def has_gpu() -> bool:
     """Whether this process computes on a GPU."""
@@ -41,15 +45,6 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def peak_memory_bytes() -> int:
-    """Largest memory this process has held: allocated GPU memory, or resident memory on the CPU."""
-    if has_gpu():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def synchronize() -> None:
     """Waits for the device, so that a clock read afterwards is true."""
     if has_gpu():
@@ -63,7 +58,10 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core\..*")
     # mcore 0.16.1 calls collectives by names that newer torch calls deprecated
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
-    if not has_gpu():
+    if has_gpu():
+        # overlap of tensor-parallel communication relies on kernels starting in the order they were issued
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
         _stand_in_for_cuda()
 
 
@@ -72,7 +70,13 @@ def initialize_process_group(timeout_minutes: float) -> None:
     if torch.distributed.is_initialized():
         return
     if has_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= count:
+            raise PlatformError(
+                f"process {local_rank} of this machine has no GPU: there are {count}. Start at most {count} processes "
+                'a machine, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to run on the CPU'
+            )
+        torch.cuda.set_device(local_rank)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend(), timeout=timeout)

@@ -15,7 +15,7 @@ def main() -> int:
     parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="a run or one of its checkpoints")
     parser.add_argument("--image", type=Path, required=True, nargs="+", metavar="FILE", help="PNG, JPEG or WebP")
     parser.add_argument("--output", type=Path, default=Path("reconstruction.png"), help="the grid [%(default)s]")
-    parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="pad", help="[%(default)s]")
+    parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), help="[as the run was trained]")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps of 1000 [%(default)s]")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="scale of their noise [%(default)s]"

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from make_vae import stack_pictures
+from make_vae import stack_pictures, stack_pixels
 from scenes import (
     COLOURS,
     HELD_OUT_PAIRS,
@@ -28,8 +28,11 @@ from scenes import (
     SHAPES,
     TRAINING_PAIRS,
     Scene,
+    draw_scene,
     sample_evaluation_scenes,
+    sample_paint,
     sample_scene,
+    sample_training_scenes,
 )
 
 if TYPE_CHECKING:
@@ -88,21 +91,32 @@ def label_patches(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compute_losses(
-    tower: SiglipVisionModel, heads: torch.nn.ModuleDict, scenes: list[Scene]
+    tower: SiglipVisionModel, heads: torch.nn.ModuleDict, scenes: list[Scene], paint_rng: random.Random | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the four losses and, for colour and shape, the share of patches that are right."""
+    """Return the four losses and, for colour and shape, the share of patches that are right.
+
+    Args:
+        tower: The model.
+        heads: What ``build_heads`` built.
+        scenes: B scenes.
+        paint_rng: Paints half of the scenes in colours without a name, which have no colour label: so the tower learns
+            what a shape is whatever its colour.
+    """
     import torch
     from torch.nn import functional
 
-    pixels = stack_pictures(scenes)
+    named = len(scenes) if paint_rng is None else len(scenes) // 2
+    pictures = [draw_scene(scene) for scene in scenes[:named]]
+    pictures += [draw_scene(scene, sample_paint(paint_rng, scene.shape)) for scene in scenes[named:] if paint_rng]
+    pixels = stack_pixels(pictures)
     features = tower(pixels, output_hidden_states=True).hidden_states[SELECT_LAYER]
     colour, shape = label_patches(scenes)
     position = torch.arange(features.shape[1]).expand(len(scenes), -1)
     values: dict[str, torch.Tensor] = {}
-    for name, labels in (("colour", colour), ("shape", shape), ("position", position)):
-        logits = heads[name](features).flatten(0, 1)
-        values[name] = functional.cross_entropy(logits, labels.flatten(), label_smoothing=LABEL_SMOOTHING)
-        values[f"{name}_right"] = (logits.argmax(dim=1) == labels.flatten()).float().mean()
+    for name, labels, rows in (("colour", colour, named), ("shape", shape, None), ("position", position, None)):
+        logits, labels = heads[name](features[:rows]).flatten(0, 1), labels[:rows].flatten()
+        values[name] = functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        values[f"{name}_right"] = (logits.argmax(dim=1) == labels).float().mean()
     patches = functional.unfold(pixels, PATCH_PIXELS, stride=PATCH_PIXELS).transpose(1, 2)
     values["pixels"] = functional.mse_loss(heads["pixels"](features), patches)
     return values
@@ -121,7 +135,7 @@ def train(tower: SiglipVisionModel, arguments: argparse.Namespace) -> torch.nn.M
         optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
     )
     for step in track(range(arguments.steps), description="vision tower"):
-        values = compute_losses(tower, heads, [sample_scene(rng) for _ in range(arguments.batch_size)])
+        values = compute_losses(tower, heads, [sample_scene(rng) for _ in range(arguments.batch_size)], rng)
         loss = values["colour"] + values["shape"] + 0.5 * values["position"] + 4 * values["pixels"]
         optimizer.zero_grad()
         loss.backward()
@@ -133,6 +147,26 @@ def train(tower: SiglipVisionModel, arguments: argparse.Namespace) -> torch.nn.M
     return heads
 
 
+def scale_features(tower: SiglipVisionModel, target: float) -> None:
+    """Bring the root mean square of the selected features to ``target`` without changing what they say.
+
+    Everything that is added to the residual stream is scaled by one factor; the layer norms in front of attention and
+    MLP take it out again. Features of real towers are large, too, and small ones drown in the language model's layers.
+    """
+    import torch
+
+    pixels = stack_pictures(sample_training_scenes(200, "tower/scale"))
+    with torch.no_grad():
+        features = tower(pixels, output_hidden_states=True).hidden_states[SELECT_LAYER]
+        factor = target / features.square().mean().sqrt().item()
+        outputs = [tower.embeddings.patch_embedding, tower.embeddings.position_embedding]
+        for layer in tower.encoder.layers:
+            outputs += [layer.self_attn.out_proj, layer.mlp.fc2]
+        for module in outputs:
+            for parameter in module.parameters():
+                parameter.mul_(factor)
+
+
 def main() -> None:
     """Make the vision tower from the command line."""
     parser = argparse.ArgumentParser(
@@ -142,6 +176,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--feature-scale", type=float, default=10.0, help="root mean square of the features")
     parser.add_argument("--seed", type=int, default=31, help="seed of the weights and the pictures")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()
@@ -161,6 +196,7 @@ def main() -> None:
                 tower, heads, sample_evaluation_scenes(200 // (4 * len(pairs)), "tower/quality", pairs)
             )
         print(f"{name} pairs: " + ", ".join(f"{key} {value.item():.4f}" for key, value in values.items()))
+    scale_features(tower, arguments.feature_scale)
     tower.half().save_pretrained(arguments.out)
     side = {"height": PICTURE_PIXELS, "width": PICTURE_PIXELS}
     processor = SiglipImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)

@@ -33,6 +33,7 @@ from templates import share_named_rightly
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
+    from PIL import Image
 
 
 def build_vae() -> AutoencoderKL:
@@ -56,10 +57,15 @@ def build_vae() -> AutoencoderKL:
 
 def stack_pictures(scenes: list[Scene]) -> torch.Tensor:
     """Draw scenes as pixels [B, 3, P, P] from -1 to 1."""
+    return stack_pixels([draw_scene(scene) for scene in scenes])
+
+
+def stack_pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """Turn pictures into pixels [B, 3, P, P] from -1 to 1."""
     import numpy as np
     import torch
 
-    pixels = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

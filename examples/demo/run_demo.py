@@ -330,6 +330,7 @@ def main() -> int:
         shutil.rmtree(out)
     iterations = 12 if options.short else None
     clock = Clock()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # four ranks, and not four GPUs
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a rank: there are more ranks than cores
     sys.path[:0] = [str(HERE)]
     try:

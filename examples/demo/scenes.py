@@ -32,12 +32,12 @@ JITTER_PIXELS = 1.0
 STEPS_PER_PIXEL = 4
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 35, 35),
-    "green": (30, 165, 60),
-    "blue": (40, 80, 230),
-    "yellow": (250, 205, 20),
-    "purple": (170, 50, 200),
-    "black": (20, 20, 20),
+    "red": (235, 20, 20),
+    "green": (0, 185, 60),
+    "blue": (20, 50, 240),
+    "yellow": (255, 220, 0),
+    "pink": (255, 70, 210),
+    "black": (0, 0, 0),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
@@ -61,7 +61,7 @@ HELD_OUT_PAIRS: tuple[Pair, ...] = (
     ("green", "square"),
     ("blue", "triangle"),
     ("yellow", "cross"),
-    ("purple", "ring"),
+    ("pink", "ring"),
 )
 TRAINING_PAIRS: tuple[Pair, ...] = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 
@@ -147,6 +147,19 @@ def sample_evaluation_scenes(
     return scenes
 
 
+def sample_paint(rng: random.Random, shape: str) -> tuple[int, int, int]:
+    """Draw a colour without a name, but none whose nearest name is that of a held-out pair with ``shape``."""
+    while True:
+        paint = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        if (nearest_colour(paint), shape) not in HELD_OUT_PAIRS:
+            return paint
+
+
+def nearest_colour(paint: tuple[int, int, int]) -> str:
+    """Return the key of ``COLOURS`` that is nearest to a colour."""
+    return min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLOURS[name], paint, strict=True)))
+
+
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: Any) -> None:
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
@@ -168,8 +181,13 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radiu
         raise ValueError(f"unknown shape {shape!r}")
 
 
-def draw_scene(scene: Scene) -> Image.Image:
-    """Draw a scene with smooth edges: an RGB picture of ``PICTURE_PIXELS`` square."""
+def draw_scene(scene: Scene, paint: tuple[int, int, int] | None = None) -> Image.Image:
+    """Draw a scene with smooth edges: an RGB picture of ``PICTURE_PIXELS`` square.
+
+    Args:
+        scene: What to draw.
+        paint: Used instead of the scene's own colour.
+    """
     side = PICTURE_PIXELS * OVERSAMPLING
     picture = Image.new("RGB", (side, side), GROUND)
     draw = ImageDraw.Draw(picture)
@@ -183,7 +201,7 @@ def draw_scene(scene: Scene) -> Image.Image:
             x * OVERSAMPLING,
             y * OVERSAMPLING,
             scene.radius * OVERSAMPLING,
-            COLOURS[scene.colour],
+            paint or COLOURS[scene.colour],
         )
     return picture.reduce(OVERSAMPLING)
 

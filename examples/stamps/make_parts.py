@@ -32,12 +32,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-DEMO = Path(__file__).resolve().parents[1] / "demo"
 PARTS = ("text", "tower", "vae")
 SETTINGS = ("vae_steps", "vae_lr", "kl_weight", "latent_noise", "tower_steps", "seed")
 COMPLETE = "complete.txt"
 """Written last; holds the fingerprint of what the parts were made of."""
-VOCABULARY_SIZE = 768
+VOCABULARY_LIMIT = 4000
 WIDTH = 128
 PATCH_PIXELS = 16
 TOWER_LAYERS = 2
@@ -57,12 +56,21 @@ def read_pictures(data: Path) -> Tensor:
 
 
 def write_tokenizer(captions: Sequence[str], out: Path) -> PreTrainedTokenizerBase:
-    """Learn and save the tokenizer; the system prompt counts as often as there are chats."""
-    from make_tokenizer import make_tokenizer
-    from texts import format_chat
+    """Learn the tokenizer from chats about the pictures, with Qwen2's rules, and save it.
 
-    chats = [format_chat([(QUESTION, caption)], picture="") for caption in captions]
-    tokenizer = make_tokenizer(iter(chats), VOCABULARY_SIZE)
+    Every merge there is is learned, so that each word is one token, its leading space included.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    from ross_mcore.data.conversation import TEMPLATES
+
+    template = TEMPLATES["qwen_2"]
+    chats = [f"{template.system}USER: {QUESTION} ASSISTANT: {caption}" for caption in captions]
+    byte_alphabet = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = {"eos_token": template.round_end, "pad_token": "<|endoftext|>", "unk_token": None}
+    blank = Qwen2Tokenizer(vocab=byte_alphabet, merges=[], **special)
+    tokenizer = blank.train_new_from_iterator(chats, VOCABULARY_LIMIT, show_progress=False)
     tokenizer.save_pretrained(out)
     return tokenizer
 
@@ -129,9 +137,21 @@ def minimise(
 def write_pixel_decoder(pixels: Tensor, out: Path, arguments: argparse.Namespace) -> str:
     """Train the VAE on squared error + KL divergence, bring its latents to mean 0 and variance 1, and save it."""
     import torch
-    from make_vae import build_vae
+    from diffusers import AutoencoderKL
 
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 32, 32),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,  # as many groups as channels would normalise every channel alone, and lose colours
+        sample_size=PICTURE_PIXELS,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).to(memory_format=torch.channels_last)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
 
     def loss_of(batch: Tensor) -> tuple[Tensor, str]:
@@ -216,8 +236,10 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def make(part: str, arguments: argparse.Namespace) -> str:
     """Make one of PARTS in this process; returns a line about it."""
     import torch
+    from transformers.utils import logging
 
-    sys.path.append(str(DEMO))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     began, data, out = time.perf_counter(), arguments.data, arguments.out
@@ -232,20 +254,21 @@ def make(part: str, arguments: argparse.Namespace) -> str:
     return f"{line}; {time.perf_counter() - began:.0f} s"
 
 
-def make_all(arguments: argparse.Namespace) -> list[str]:
-    """Make all parts: the VAE here, the others in a second process meanwhile; returns a line about each."""
+def make_all(arguments: argparse.Namespace) -> None:
+    """Make all parts, the tower in a second process beside the VAE, and print a line about each."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings(arguments).items()]
     folders = ["--data", str(arguments.data), "--out", str(arguments.out)]
-    command = [sys.executable, str(Path(__file__).resolve()), *folders, *options, "--only", "text", "tower"]
-    others = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(Path(__file__).resolve()), *folders, *options, "--only", "tower"]
+    print(make("text", arguments), flush=True)
+    tower = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        lines = [make("vae", arguments)]
-        output, _ = others.communicate()
+        print(make("vae", arguments), flush=True)
+        output, _ = tower.communicate()
     finally:
-        others.kill()
-    if others.returncode:
-        raise SystemExit(f"make_parts: `{' '.join(command[1:])}` ended with status {others.returncode}")
-    return [*output.splitlines(), *lines]
+        tower.kill()
+    if tower.returncode:
+        raise SystemExit(f"make_parts: `{' '.join(command[1:])}` ended with status {tower.returncode}")
+    print(output.splitlines()[-1], flush=True)
 
 
 def main() -> None:
@@ -282,8 +305,7 @@ def main() -> None:
         print(f"{arguments.out} holds the parts made of these pictures; remove it to make them again")
         return
     complete.unlink(missing_ok=True)
-    for line in make_all(arguments):
-        print(line)
+    make_all(arguments)
     complete.write_text(made_of + "\n", encoding="utf-8")
 
 

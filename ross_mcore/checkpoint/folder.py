@@ -68,6 +68,10 @@ class Checkpoint:
         """Reads the architecture. Raises ArchitectureError naming the file."""
         return read_model_config(self.path)
 
+    def image_processor(self) -> dict[str, Any] | None:
+        """The image processor's configuration, None where none was saved. Raises CheckpointError."""
+        return _read_json(self.preprocessor_config) if self.preprocessor_config.exists() else None
+
     def train_state(self) -> dict[str, Any]:
         """Reads the loop's own state, empty where none was saved (a converted model). Raises CheckpointError."""
         path = self.path / TRAIN_STATE

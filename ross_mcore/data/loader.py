@@ -157,9 +157,13 @@ class StepLoader:
         warnings = [warning for micro_batch in packed for warning in micro_batch.warnings]
         return Step([micro_batch.unpack() for micro_batch in packed], positions, warnings)
 
+    def keys(self, step: Step) -> list[str]:
+        """Ids of the samples of the step's whole global batch, in order; read from the index alone."""
+        return self.dataset.keys(self.order.sample_at(step.positions))
+
     def digest(self, step: Step) -> str:
-        """The step's `sample_digest`, over its whole global batch; read from the index alone."""
-        return sample_digest(self.dataset.keys(self.order.sample_at(step.positions)))
+        """The step's `sample_digest`, over its whole global batch."""
+        return sample_digest(self.keys(step))
 
     def state_dict(self) -> dict[str, int]:
         """Samples of the steps handed out so far; what workers have prefetched does not count."""

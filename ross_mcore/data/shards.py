@@ -49,6 +49,10 @@ SAMPLE_ROW = np.dtype(
 IMAGE_ROW = np.dtype([("offset", "<u8"), ("size", "<u4")])
 
 
+class ShardReadError(OSError):
+    """The file system failed. Unlike bad data, another rank may not see it, so it ends the run instead of a row."""
+
+
 class ShardError(ValueError):
     """A data set folder, shard or member that cannot be used; the message names the file and what to do."""
 
@@ -139,7 +143,7 @@ class ShardReader:
             self._handles.move_to_end(shard)
             data = os.pread(self._handles[shard], size, offset)
         except OSError as error:
-            raise ShardError(f"{self.folder / name}: {error}") from None
+            raise ShardReadError(f"{self.folder / name}: {error}") from None
         if len(data) != size:
             raise ShardError(f"{self.folder / name} is truncated: {len(data)} of {size} bytes at {offset}")
         return data

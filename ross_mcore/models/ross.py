@@ -49,7 +49,6 @@ class RossModel(MegatronModule):
         *,
         seed: int = 0,
         train_vision: bool = False,
-        with_pixel_decoder: bool = True,
     ) -> None:
         super().__init__(config=transformer_config(model.language, groups, execution))
         stage = groups.stage
@@ -69,10 +68,9 @@ class RossModel(MegatronModule):
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
             self.denoiser.to(execution.dtype)
             self.schedule = diffusion.Schedule.cosine()
-            if with_pixel_decoder:
-                self.pixel_decoder = PixelDecoder(
-                    model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
-                )
+            self.pixel_decoder = PixelDecoder(
+                model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
+            )
         self.to(platform.device())
         for part in ("vision_model", "vision_projection", "denoiser"):
             if hasattr(self, part):

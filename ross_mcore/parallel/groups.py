@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
 from ross_mcore.parallel.layout import Layout, Stage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,34 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def largest_over_ranks(values: list[int], device: torch.device) -> list[int]:
-    """Maximum of each value over all processes."""
-    tensor = torch.tensor(values, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
+class RankError(RuntimeError):
+    """An action that failed on some rank; the message names the rank and what it said."""
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; when it fails on any, raises on all, after all have tried. Collective.
+
+    A rank raises its own error where it has one, RankError with the first rank's message otherwise. The action must not
+    communicate.
+    """
+    result: Any = None
+    problem: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        problem = error
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        raise RankError(f"{messages[failed[0]]} (rank {failed[0]})")
+    return result
+
+
+def same_on_all_ranks(value: T) -> bool:
+    """Whether every rank has an equal value. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)

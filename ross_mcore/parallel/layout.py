@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.flops import forward_flops
+from ross_mcore.flops import forward_flops, stage_flops
 
 TYPICAL_TEXT_TOKENS = 300
 """Text tokens of a typical instruction sample: what stage balance is computed for when nothing better is known."""
@@ -83,15 +83,10 @@ class Layout:
 
 
 def stage_extra_costs(model: ModelConfig, llm_trains: bool, vision_trains: bool, tokens: int) -> tuple[float, float]:
-    """What the first and the last stage do beside decoder layers, in units of one decoder layer's step time.
-
-    A trained part costs three forwards (one forward, two in backward); a frozen part inside the gradient's way two; a
-    frozen part before it (tower, VAE) one.
-    """
-    parts = forward_flops(model, tokens, labelled_tokens=tokens / 4)
-    layer = parts.layer * (3 if llm_trains else 2)
-    first = parts.vision_model * (3 if vision_trains else 1) + 3 * parts.vision_projection
-    last = parts.output_layer * (3 if llm_trains else 2) + parts.pixel_decoder + 3 * parts.denoiser
+    """What the first and the last stage do beside decoder layers, in units of one decoder layer's step time."""
+    first, layer, last = stage_flops(
+        forward_flops(model, tokens, labelled_tokens=tokens / 4), llm_trains, vision_trains
+    )
     return first / layer, last / layer
 
 

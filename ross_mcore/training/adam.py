@@ -39,6 +39,11 @@ class PlainAdam(torch.optim.Optimizer):
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
                 continue
+            decay = group["weight_decay"]
+            if self.adam_w_mode and decay:
+                for parameter in params:
+                    parameter.mul_(1 - group["lr"] * decay)
+                decay = 0.0
             for parameter in params:
                 if not self.state[parameter]:
                     moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -50,13 +55,12 @@ class PlainAdam(torch.optim.Optimizer):
                 [self.state[parameter]["exp_avg_sq"] for parameter in params],
                 [],
                 [torch.tensor(float(taken)) for _ in params],
-                decoupled_weight_decay=self.adam_w_mode,
                 amsgrad=False,
                 maximize=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 lr=group["lr"],
-                weight_decay=group["weight_decay"],
+                weight_decay=decay,
                 eps=group["eps"],
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ross_mcore import platform
@@ -10,10 +12,21 @@ from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.loader import Step
 from ross_mcore.data.sample import ShardDataset
+from ross_mcore.flops import forward_flops, step_flops
+from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout
-from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration, step_flops
+from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration
 from ross_mcore.training.state import TrainState
 from ross_mcore.training.stop import StopRequest
+
+
+def report_data_problems(iteration: int, step: Step, groups: Groups) -> None:
+    """Prints what was skipped or blanked in this rank's part of a step; ranks that hold the same rows say it once."""
+    for warning in step.warnings:
+        print(f"iteration {iteration}: {warning}", flush=True)
+    if groups.tensor_rank == 0:
+        for sample in (sample for rows in step for sample in rows if sample.problem):
+            print(f"iteration {iteration}: sample {sample.key} skipped: {sample.problem}", flush=True)
 
 
 class Console:
@@ -54,18 +67,14 @@ class Console:
         if self.log is not None:
             self.log.text("options", "\n".join(f"    {k}: {v}" for k, v in self.config.flat().items()))
 
-    def step(self, metrics: StepMetrics, row_tokens: int, step: Step) -> None:
+    def step(self, metrics: StepMetrics, row_tokens: int, keys: list[str]) -> None:
+        """One iteration; `keys` are the ids of its samples where they must be named."""
         self._window.append((metrics, row_tokens))
         self.skipped += metrics.skipped_samples
-        for warning in step.warnings:
-            self.say(f"iteration {metrics.iteration}: {warning}")
-        for sample in (sample for rows in step for sample in rows if sample.problem):
-            self.say(f"iteration {metrics.iteration}: sample {sample.key} skipped: {sample.problem}")
         if not metrics.applied:
-            keys = [sample.key for rows in step for sample in rows]
             self.say(
                 f"iteration {metrics.iteration}: update skipped, lm_loss {metrics.lm_loss}, vm_loss {metrics.vm_loss}, "
-                f"gradient norm {metrics.grad_norm}; samples {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}"
+                f"gradient norm {metrics.grad_norm}; samples of the step: {', '.join(keys)}"
             )
         last = metrics.iteration == self.train_iters
         if metrics.iteration % self.config.logging.log_interval and not last:
@@ -75,16 +84,16 @@ class Console:
         tokens = sum(t for _, t in self._window)
 
         def mean(name: str) -> float:
-            return sum(getattr(m, name) for m, _ in self._window) / count
+            values = [getattr(m, name) for m, _ in self._window if m.applied]
+            return sum(values) / len(values) if values else math.nan
 
-        flops = step_flops(
-            self.model_config,
+        rows = count * self.rows_per_step
+        labels, images = (sum(getattr(m, name) for m, _ in self._window) for name in ("num_tokens", "num_images"))
+        flops = rows * step_flops(
+            forward_flops(self.model_config, tokens / rows, labels / rows, images / rows),
+            self.model_config.language.num_hidden_layers,
             llm_trains=self.config.training.training_stage == "finetune",
             vision_trains=self.config.optimizer.vision_lr is not None,
-            row_tokens=tokens,
-            rows=count * self.rows_per_step,
-            labels=sum(m.num_tokens for m, _ in self._window),
-            images=sum(m.num_images for m, _ in self._window),
         )
         devices = torch.distributed.get_world_size()
         remaining = (self.train_iters - metrics.iteration) * seconds / count
@@ -95,7 +104,7 @@ class Console:
             "grad_norm": mean("grad_norm"),
             "learning_rate": metrics.learning_rate,
             "throughput/tokens_per_second": tokens / seconds,
-            "throughput/samples_per_second": count * self.rows_per_step / seconds,
+            "throughput/samples_per_second": rows / seconds,
             "throughput/teraflops_per_device": flops / seconds / devices / 1e12,
             "throughput/data_share": sum(m.data_seconds for m, _ in self._window) / seconds,
         }

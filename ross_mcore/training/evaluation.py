@@ -17,6 +17,9 @@ from ross_mcore.parallel.split import gather_shares
 from ross_mcore.training.metrics import picture_grid
 from ross_mcore.training.step import agree_on_step, run_schedule
 
+SEARCHED_SAMPLES = 100_000
+"""How far from the start a first picture is looked for."""
+
 
 @torch.no_grad()
 def reconstruction_grid(
@@ -30,9 +33,12 @@ def reconstruction_grid(
 ) -> Tensor | None:
     """Originals over reconstructions [3, H, W] in [0, 1] on the last stage, None elsewhere. Collective.
 
-    The pictures are those of the first `--eval-images` samples in the order of the shards; every data-parallel replica
-    computes the same ones.
+    The pictures are those of `--eval-images` samples in the order of the shards, from the first that has one; every
+    data-parallel replica computes the same ones.
     """
+    has_picture = dataset.reader.samples["num_images"][:SEARCHED_SAMPLES] > 0
+    if not has_picture.any():
+        return None
     rows = config.training.micro_batch_size
     count = -(-config.logging.eval_images // rows)
     micro_batches = None
@@ -42,6 +48,7 @@ def reconstruction_grid(
             SampleOrder(len(dataset), seed=0, shuffle=False),
             global_batch_size=count * rows,
             micro_batch_size=rows,
+            consumed_samples=int(has_picture.argmax()),
             tp_rank=groups.tensor_rank,
             tp_size=groups.layout.tensor_parallel,
         ) as loader:
@@ -68,6 +75,4 @@ def reconstruction_grid(
         original, picture = model.module.reconstruct(states, batch)
         originals.append(gather_shares(original.contiguous(), batch.num_images, groups.tensor))
         pictures.append(gather_shares(picture.contiguous(), batch.num_images, groups.tensor))
-    if not sum(map(len, originals)):
-        return None
     return picture_grid([torch.cat(originals), torch.cat(pictures)])

@@ -15,20 +15,32 @@ from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import SampleOrder
-from ross_mcore.data.shards import ShardError
+from ross_mcore.data.shards import ShardError, ShardReadError
 from ross_mcore.data.tokenizer import TokenizerError
 from ross_mcore.parallel import groups as process_groups
+from ross_mcore.parallel.groups import RankError
 from ross_mcore.parallel.layout import LayoutError
-from ross_mcore.training.console import Console
+from ross_mcore.training.console import Console, report_data_problems
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.metrics import MetricsLog, StepMetrics
-from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_learning_rate
+from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
 from ross_mcore.training.start import build, open_dataset, place, starting_point
 from ross_mcore.training.state import TrainState, restore, save
 from ross_mcore.training.step import agree_on_step, combine_losses, run_schedule
 from ross_mcore.training.stop import StopRequest
 
-USER_ERRORS = (ArchitectureError, CheckpointError, ConfigError, LayoutError, ShardError, TokenizerError)
+USER_ERRORS = (
+    ArchitectureError,
+    CheckpointError,
+    ConfigError,
+    LayoutError,
+    platform.PlatformError,
+    RankError,
+    ShardError,
+    ShardReadError,
+    TokenizerError,
+)
+"""What bad input raises; a start that fails does so on every rank, and the first one speaks."""
 
 
 class TrainingError(RuntimeError):
@@ -43,8 +55,7 @@ def train(config: Config) -> int:
         process_groups.destroy()
         return 0
     except (*USER_ERRORS, TrainingError) as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, USER_ERRORS):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ShardReadError):
             print(f"pretrain_ross.py: error: {error}", file=sys.stderr, flush=True)
         return 2
 
@@ -54,9 +65,9 @@ def _train(config: Config, stop: StopRequest) -> None:
     device = platform.device()
     start, resume = starting_point(config)
     model_config = start.model_config()
-    layout = place(config, model_config)
+    layout = process_groups.together(lambda: place(config, model_config))
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
-    dataset = open_dataset(config, model_config, start)
+    dataset = process_groups.together(lambda: open_dataset(config, model_config, start))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
     train_iters = config.training.train_iters or math.ceil(
         (config.training.train_epochs or 0) * len(dataset) / rows_per_step
@@ -67,6 +78,10 @@ def _train(config: Config, stop: StopRequest) -> None:
         training_stage=config.training.training_stage,
         seed=config.training.seed,
         data_fingerprint=dataset.reader.fingerprint,
+        global_batch_size=rows_per_step,
+        seq_length=config.data.seq_length,
+        template=dataset.template,
+        image_aspect_ratio=config.image_aspect_ratio,
     )
     if resume:
         state = restore(start, model, optimizer, state)
@@ -90,14 +105,14 @@ def _train(config: Config, stop: StopRequest) -> None:
 
     row_multiple = 8 * (layout.tensor_parallel if config.parallel.sequence_parallel else 1)
     micro_batches_per_step = rows_per_step // (layout.data_parallel * config.training.micro_batch_size)
-    saved_at = state.iteration if resume else -1
+    saved = resume and start.path.parent == save_folder  # a finished run that is continued elsewhere is saved there
     while state.iteration < train_iters:
         began = time.perf_counter()
         micro_batches = next(loader) if groups.stage.reads_data else None
         data_seconds = time.perf_counter() - began
         size = agree_on_step(micro_batches, bool(stop), groups, row_multiple, device)
         rate = learning_rate(state.iteration, train_iters, config.optimizer)
-        set_learning_rate(optimizer, rate)
+        set_hyperparameters(optimizer, state.iteration, train_iters, config.optimizer)
 
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -123,6 +138,8 @@ def _train(config: Config, stop: StopRequest) -> None:
             consumed_samples=state.consumed_samples + rows_per_step,
             bad_steps_in_a_row=0 if applied else state.bad_steps_in_a_row + 1,
         )
+        if micro_batches is not None and groups.stage.is_last:
+            report_data_problems(state.iteration, micro_batches, groups)
         if log is not None and micro_batches is not None:
             metrics = StepMetrics(
                 iteration=state.iteration,
@@ -141,7 +158,7 @@ def _train(config: Config, stop: StopRequest) -> None:
                 applied=applied,
             )
             log.write(metrics)
-            say.step(metrics, size.row_tokens, micro_batches)
+            say.step(metrics, size.row_tokens, [] if applied else loader.keys(micro_batches))
         if state.bad_steps_in_a_row >= config.training.max_bad_steps:
             raise TrainingError(
                 f"iteration {state.iteration}: the loss or the gradient was not finite {state.bad_steps_in_a_row} "
@@ -156,14 +173,15 @@ def _train(config: Config, stop: StopRequest) -> None:
         interval = config.checkpoint.save_interval
         if (interval and state.iteration % interval == 0) or size.stop or state.iteration == train_iters:
             save(config, state, model, optimizer, model_config, start)
-            saved_at = state.iteration
+            saved = True
             say.saved(state)
         if size.stop:
             say.stopped(state, stop)
             break
     else:
-        if saved_at != state.iteration:
+        if not saved:
             save(config, state, model, optimizer, model_config, start)
+            say.saved(state)
         say.finished(state)
     loader.close()
     if log is not None:

@@ -1,8 +1,9 @@
-"""Where figures go: the console line, `metrics.jsonl`, TensorBoard, and pictures beside what the model sees in them."""
+"""Where figures go: `metrics.jsonl` and TensorBoard, and how pictures are laid out beside their reconstructions."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,6 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-
-from ross_mcore.architecture import ModelConfig
-from ross_mcore.flops import forward_flops
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -22,9 +20,10 @@ class StepMetrics:
     """One line of metrics.jsonl.
 
     lm_loss, vm_loss, loss: means over the step's labels and images; grad_norm: before clipping; learning_rate: of this
-    step, before any group's multiplier; num_tokens: labels; num_images: images; sample_digest: of the step's sample ids
+    step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the step's sample ids
     in global order; skipped_samples: empty rows; applied: false when the update was skipped because a loss or the
-    gradient was not finite; step_seconds: whole step, of which data_seconds waiting for the loader.
+    gradient was not finite (such figures are null); step_seconds: the whole step, of which data_seconds
+    waiting for the loader.
     """
 
     iteration: int
@@ -41,23 +40,6 @@ class StepMetrics:
     data_seconds: float
     skipped_samples: int
     applied: bool
-
-
-def step_flops(
-    model: ModelConfig, *, llm_trains: bool, vision_trains: bool, row_tokens: int, rows: int, labels: int, images: int
-) -> float:
-    """Operations a step needs (recomputation not counted): forward, and backward where a gradient flows."""
-    if not rows:
-        return 0.0
-    parts = forward_flops(model, row_tokens / rows, labels / rows, images / rows)
-    language = 3 if llm_trains else 2
-    return rows * (
-        parts.vision_model * (3 if vision_trains else 1)
-        + 3 * parts.vision_projection
-        + language * (model.language.num_hidden_layers * parts.layer + parts.output_layer)
-        + parts.pixel_decoder
-        + 3 * parts.denoiser
-    )
 
 
 def duration(seconds: float) -> str:
@@ -94,7 +76,11 @@ class MetricsLog:
         self._board = SummaryWriter(str(tensorboard), purge_step=iteration + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        self._stream.write(json.dumps(asdict(metrics)) + "\n")
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(metrics).items()
+        }
+        self._stream.write(json.dumps(finite) + "\n")
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -35,21 +35,27 @@ def set_trainable(model: RossModel, training_stage: str, train_vision: bool) -> 
         model.vision_model.requires_grad_(False)
 
 
-def rate_multipliers(options: OptimizerOptions) -> dict[str, float]:
-    """Part of the model -> its peak rate over `--lr`; parts at `--lr` are left out."""
-    rates = {
+PART_TAGS = {"vision_model": 2.0, "vision_projection": 3.0, "denoiser": 4.0}
+"""Part of the model -> the `lr_mult` of its parameter groups, 1 for the language model.
+
+Nothing multiplies by it. mcore matches the groups of a checkpoint with those of a run by `lr_mult` and `wd_mult`
+(optimizer/optimizer.py:96), so they must name a part whatever its learning rate is.
+"""
+
+
+def peak_rates(options: OptimizerOptions) -> dict[float, float]:
+    """Tag of a part -> its peak learning rate."""
+    own = {
+        "vision_model": options.vision_lr,
         "vision_projection": options.projector_lr,
         "denoiser": options.denoiser_lr,
-        "vision_model": options.vision_lr,
     }
-    return {part: rate / options.lr for part, rate in rates.items() if rate is not None and rate != options.lr}
+    rates = {tag: options.lr if own[part] is None else own[part] for part, tag in PART_TAGS.items()}
+    return {1.0: options.lr, **rates}
 
 
 def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
-    """mcore's optimizer (AdamW, fp32 masters under bf16, sharded when asked) with one group per rate.
-
-    Groups differ in `lr_mult`, which mcore matches groups by when it loads a checkpoint (optimizer/optimizer.py:96).
-    """
+    """mcore's optimizer (AdamW, fp32 masters under bf16, sharded when asked), with groups of its own for every part."""
     adam.give_to_mcore()
     options = config.optimizer
     mcore = OptimizerConfig(
@@ -65,8 +71,8 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
         use_distributed_optimizer=config.use_distributed_optimizer,
     )
     overrides: dict[Any, Any] = dict(get_standard_config_overrides(mcore))
-    for part, multiplier in rate_multipliers(options).items():
-        overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": multiplier}
+    for part, tag in PART_TAGS.items():
+        overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
     return get_megatron_optimizer(mcore, [model], config_overrides=overrides)
 
 
@@ -77,27 +83,35 @@ def warmup_iterations(options: OptimizerOptions, train_iters: int) -> int:
     return math.ceil(fraction * train_iters)
 
 
-def learning_rate(iteration: int, train_iters: int, options: OptimizerOptions) -> float:
-    """PURE: the rate of the step that follows `iteration` finished steps, before any group's multiplier.
+def learning_rate(iteration: int, train_iters: int, options: OptimizerOptions, peak: float | None = None) -> float:
+    """PURE: the rate, with `peak` (default `--lr`), of the step that follows `iteration` finished steps.
 
     Linear from 0 over the warm-up (so the first step has rate 0, as in HF's schedules), then the decay to `min_lr`.
     """
+    peak = options.lr if peak is None else peak
     warmup = warmup_iterations(options, train_iters)
     if iteration < warmup:
-        return options.lr * iteration / warmup
+        return peak * iteration / warmup
     progress = min(1.0, (iteration - warmup) / max(1, train_iters - warmup))
     remaining = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
         "constant": 1.0,
     }[options.lr_decay_style]
-    return options.min_lr + (options.lr - options.min_lr) * remaining
+    lowest = min(options.min_lr, peak)
+    return lowest + (peak - lowest) * remaining
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
-    """Gives every group its rate: `rate` times the group's multiplier."""
+def set_hyperparameters(
+    optimizer: MegatronOptimizer, iteration: int, train_iters: int, options: OptimizerOptions
+) -> None:
+    """Gives every group what the options say for this step, whatever a loaded checkpoint had."""
+    peaks = peak_rates(options)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_mult"]
+        group["lr"] = learning_rate(iteration, train_iters, options, peaks[group["lr_mult"]])
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+        group["betas"] = (options.adam_beta1, options.adam_beta2)
+        group["eps"] = options.adam_eps
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

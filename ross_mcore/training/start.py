@@ -23,6 +23,7 @@ from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel
+from ross_mcore.parallel import groups as groups_of_ranks
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout, make_layout
 from ross_mcore.training.optimizer import build_optimizer, set_trainable
@@ -30,19 +31,28 @@ from ross_mcore.training.step import finalize_gradients
 
 
 def starting_point(config: Config) -> tuple[Checkpoint, bool]:
-    """The checkpoint to start from, and whether to continue its run (True) or take its weights alone (False)."""
+    """The checkpoint to start from, and whether to continue its run (True) or take its weights alone (False).
+
+    Collective. Raises ConfigError when ranks see different checkpoints, CheckpointError when there is none.
+    """
+    found = groups_of_ranks.together(lambda: _starting_point(config))
+    if not groups_of_ranks.same_on_all_ranks((str(found[0].path), found[1])):
+        raise ConfigError(
+            f"ranks see different checkpoints: --save {config.checkpoint.save} and --load {config.checkpoint.load} "
+            "must lie on a file system that all nodes share"
+        )
+    return found
+
+
+def _starting_point(config: Config) -> tuple[Checkpoint, bool]:
     checkpoint = config.checkpoint
-    if not checkpoint.load or not checkpoint.save:
-        raise ConfigError(f"--{'save' if checkpoint.load else 'load'} is missing; see pretrain_ross.py --help")
-    own = find_checkpoint(Path(checkpoint.save))
+    own = find_checkpoint(Path(checkpoint.save or ""))
     if own is not None:
-        if own.train_state().get("training_stage") != config.training.training_stage:
-            raise ConfigError(
-                f"--save {checkpoint.save} holds a run of training stage "
-                f"{own.train_state().get('training_stage')!r}; give another folder"
-            )
+        stage = own.train_state().get("training_stage")
+        if stage != config.training.training_stage:
+            raise ConfigError(f"--save {checkpoint.save} holds a run of training stage {stage!r}; give another folder")
         return own, True
-    found = require_checkpoint(Path(checkpoint.load))
+    found = require_checkpoint(Path(checkpoint.load or ""))
     same_stage = found.train_state().get("training_stage") == config.training.training_stage
     return found, same_stage and not checkpoint.finetune
 
@@ -78,6 +88,7 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint) -
         image_aspect_ratio=config.image_aspect_ratio,
         seq_length=config.data.seq_length,
         supervise_final_eos=config.data.supervise_final_eos,
+        image_processor=start.image_processor(),
     )
 
 

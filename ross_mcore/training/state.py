@@ -24,16 +24,27 @@ class TrainState:
     training_stage: str = ""
     seed: int = 0
     data_fingerprint: str = ""
+    global_batch_size: int = 0
+    seq_length: int = 0
+    template: str = ""
+    image_aspect_ratio: str = ""
 
     def refuse_other(self, started: TrainState) -> None:
         """Raises ConfigError unless `self` (from a checkpoint) continues the run that `started` describes."""
-        for name, flag in (("seed", "--seed"), ("data_fingerprint", "--data-path")):
+        flags = {"data_fingerprint": "--data-path"}
+        for name in RUN_IDENTITY:
             before, now = getattr(self, name), getattr(started, name)
             if before != now:
+                flag = flags.get(name, "--" + name.replace("_", "-"))
                 raise ConfigError(
                     f"the checkpoint was trained with {name} {before!r} and this run has {now!r} ({flag}), so it "
-                    "cannot be continued exactly; give the same, or start a new run from its weights with --finetune"
+                    "cannot be continued exactly; give the same, or start a new run from its weights with --finetune "
+                    "and a --save folder of its own"
                 )
+
+
+RUN_IDENTITY = ("seed", "data_fingerprint", "global_batch_size", "seq_length", "template", "image_aspect_ratio")
+"""What decides which samples a step trains on and how they read: a run that goes on must not change it."""
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:

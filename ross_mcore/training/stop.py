@@ -7,6 +7,9 @@ import time
 from types import FrameType
 from typing import Any
 
+REPEAT_SECONDS = 2.0
+"""A second Ctrl-C later than this aborts at once; before, it is the launcher passing on the first one."""
+
 
 class StopRequest:
     """Set by SIGTERM, SIGINT or the time limit; the loop finishes its step, saves and returns."""
@@ -15,6 +18,7 @@ class StopRequest:
         self.reason: str | None = None
         self._deadline = None if exit_duration_in_mins is None else time.monotonic() + 60 * exit_duration_in_mins
         self._former: dict[int, Any] = {}
+        self._interrupted_at: float | None = None
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -26,6 +30,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._interrupted_at is not None and now - self._interrupted_at > REPEAT_SECONDS:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self._interrupted_at is None:
+            self._interrupted_at = now
         self.reason = signal.Signals(number).name
 
     def __bool__(self) -> bool:

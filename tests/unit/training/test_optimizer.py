@@ -14,7 +14,13 @@ platform.prepare()
 
 from ross_mcore.config import OptimizerOptions  # noqa: E402
 from ross_mcore.training.adam import PlainAdam  # noqa: E402
-from ross_mcore.training.optimizer import learning_rate, rate_multipliers, warmup_iterations  # noqa: E402
+from ross_mcore.training.optimizer import (  # noqa: E402
+    PART_TAGS,
+    learning_rate,
+    peak_rates,
+    set_hyperparameters,
+    warmup_iterations,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -33,10 +39,10 @@ def test_schedule_is_the_recorded_one(run: dict) -> None:
     """The reference's HF cosine schedule with ceil(3%) warm-up, two groups; equal but for the order of operations."""
     options = OptimizerOptions(lr=run["base"], denoiser_lr=run["second_group"], lr_warmup_fraction=0.03)
     assert warmup_iterations(options, run["total_steps"]) == run["warmup"]
-    multiplier = rate_multipliers(options)["denoiser"]
+    second = peak_rates(options)[PART_TAGS["denoiser"]]
     for step, recorded in enumerate(run["lr_used_at_step"]):
-        rate = learning_rate(step, run["total_steps"], options)
-        assert [rate, rate * multiplier] == pytest.approx(recorded, rel=1e-12, abs=1e-18)
+        rates = [learning_rate(step, run["total_steps"], options, peak) for peak in (None, second)]
+        assert rates == pytest.approx(recorded, rel=1e-12, abs=1e-18)
 
 
 @given(st.integers(1, 10_000), st.floats(0, 0.99))
@@ -45,9 +51,23 @@ def test_warmup_never_exceeds_the_run(train_iters: int, fraction: float) -> None
     assert 0 <= warmup_iterations(options, train_iters) <= train_iters
 
 
-def test_rates_of_parts_are_multipliers_of_the_common_rate() -> None:
-    options = OptimizerOptions(lr=1e-3, projector_lr=1e-3, denoiser_lr=1e-4)
-    assert rate_multipliers(options) == {"denoiser": pytest.approx(0.1)}
+def test_every_part_has_a_rate_and_norms_have_no_decay() -> None:
+    """Also with `--lr 0`, where only the denoiser trains, and over what a checkpoint had."""
+    options = OptimizerOptions(lr=0.0, denoiser_lr=1e-4, weight_decay=0.1, lr_warmup_iters=0, adam_beta2=0.5)
+    groups = [
+        {"lr_mult": tag, "wd_mult": wd_mult, "lr": 7.0, "weight_decay": 7.0, "betas": (0, 0), "eps": 7.0}
+        for tag in (1.0, *PART_TAGS.values())
+        for wd_mult in (1.0, 0.0)
+    ]
+
+    class Optimizer:
+        param_groups = groups
+
+    set_hyperparameters(Optimizer(), 0, 10, options)  # type: ignore[arg-type]
+    rates = {group["lr_mult"]: group["lr"] for group in groups}
+    assert rates == {1.0: 0.0, **dict.fromkeys(PART_TAGS.values(), 0.0), PART_TAGS["denoiser"]: 1e-4}
+    assert {(group["wd_mult"], group["weight_decay"]) for group in groups} == {(1.0, 0.1), (0.0, 0.0)}
+    assert all(group["betas"] == (0.9, 0.5) and group["eps"] == 1e-8 for group in groups)
 
 
 def test_plain_adam_is_torchs_adamw() -> None:

@@ -29,6 +29,7 @@ from scenes import (
     TRAINING_PAIRS,
     Scene,
     draw_scene,
+    nearest_colour,
     sample_evaluation_scenes,
     sample_paint,
     sample_scene,
@@ -76,7 +77,7 @@ def build_heads() -> torch.nn.ModuleDict:
     return nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in sizes.items()})
 
 
-def label_patches(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+def label_patches(scenes: list[Scene], colours: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the colour and the shape in each patch's quadrant [B, T]; 0 means empty."""
     import torch
 
@@ -84,7 +85,7 @@ def label_patches(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     quadrant_of_patch = (row * 2 // side * 2 + column * 2 // side).flatten()
     occupied = torch.tensor([[quadrant in scene.quadrants for quadrant in range(len(PLACES))] for scene in scenes])
-    colour = torch.tensor([list(COLOURS).index(scene.colour) + 1 for scene in scenes])
+    colour = torch.tensor([list(COLOURS).index(name) + 1 for name in colours])
     shape = torch.tensor([SHAPES.index(scene.shape) + 1 for scene in scenes])
     occupied = occupied[:, quadrant_of_patch]
     return occupied * colour[:, None], occupied * shape[:, None]
@@ -99,24 +100,24 @@ def compute_losses(
         tower: The model.
         heads: What ``build_heads`` built.
         scenes: B scenes.
-        paint_rng: Paints half of the scenes in colours without a name, which have no colour label: so the tower learns
-            what a shape is whatever its colour.
+        paint_rng: Paints half of the scenes in any colour, labelled with the nearest name: so the tower learns what a
+            shape is whatever its colour, and the other way round.
     """
     import torch
     from torch.nn import functional
 
-    named = len(scenes) if paint_rng is None else len(scenes) // 2
-    pictures = [draw_scene(scene) for scene in scenes[:named]]
-    pictures += [draw_scene(scene, sample_paint(paint_rng, scene.shape)) for scene in scenes[named:] if paint_rng]
-    pixels = stack_pixels(pictures)
+    paints = [COLOURS[scene.colour] for scene in scenes]
+    if paint_rng is not None:
+        paints[::2] = [sample_paint(paint_rng, scene.shape) for scene in scenes[::2]]
+    pixels = stack_pixels([draw_scene(scene, paint) for scene, paint in zip(scenes, paints, strict=True)])
     features = tower(pixels, output_hidden_states=True).hidden_states[SELECT_LAYER]
-    colour, shape = label_patches(scenes)
+    colour, shape = label_patches(scenes, [nearest_colour(paint) for paint in paints])
     position = torch.arange(features.shape[1]).expand(len(scenes), -1)
     values: dict[str, torch.Tensor] = {}
-    for name, labels, rows in (("colour", colour, named), ("shape", shape, None), ("position", position, None)):
-        logits, labels = heads[name](features[:rows]).flatten(0, 1), labels[:rows].flatten()
-        values[name] = functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        values[f"{name}_right"] = (logits.argmax(dim=1) == labels).float().mean()
+    for name, labels in (("colour", colour), ("shape", shape), ("position", position)):
+        logits = heads[name](features).flatten(0, 1)
+        values[name] = functional.cross_entropy(logits, labels.flatten(), label_smoothing=LABEL_SMOOTHING)
+        values[f"{name}_right"] = (logits.argmax(dim=1) == labels.flatten()).float().mean()
     patches = functional.unfold(pixels, PATCH_PIXELS, stride=PATCH_PIXELS).transpose(1, 2)
     values["pixels"] = functional.mse_loss(heads["pixels"](features), patches)
     return values

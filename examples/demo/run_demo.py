@@ -184,7 +184,7 @@ def reconstruct_scenes(
     with torch.no_grad():
         decoder = trained.model.pixel_decoder
         round_trip = decoder.decode(decoder.encode(torch.stack(pixels), None))
-    shown = slice(0, PICTURES_SHOWN)
+    shown = slice(0, None, max(1, len(scenes) // PICTURES_SHOWN))
     as_picture(picture_grid([originals[shown], samples[shown]])).save(output)
     return {
         "samples": share_named_rightly([as_picture(image) for image in samples], scenes),
@@ -194,6 +194,18 @@ def reconstruct_scenes(
 
 def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def first_and_last_losses(out: Path) -> dict[str, dict[str, float]]:
+    """Losses of each stage at its first step, and averaged over its last ones."""
+    losses = {}
+    for stage in ("pretrain", "finetune"):
+        entries = metrics_of(out / stage)
+        window = max(1, min(20, len(entries) // 4))
+        for name in ("lm_loss", "vm_loss"):
+            values = [entry[name] for entry in entries]
+            losses[f"{stage} {name}"] = {"first": values[0], "last": sum(values[-window:]) / window}
+    return losses
 
 
 def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]:
@@ -214,7 +226,7 @@ def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]
         name: json.loads((data / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("heldout", "unseen_pairs", "grey")
     }
-    summary: dict[str, Any] = {"accuracy": {}, "losses": {}}
+    summary: dict[str, Any] = {"accuracy": {}}
     for moment, stage in (("before", "pretrain"), ("after", "finetune")):
         trained = load_model(out / stage)
         for name, records in sets.items():
@@ -234,15 +246,7 @@ def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]
                     for record, given in list(zip(records, answers))[:PICTURES_SHOWN]
                 ]
     summary["named_rightly"] = reconstruct_scenes(trained, sets["heldout"], data, out / "reconstruction.png")
-    for stage in ("pretrain", "finetune"):
-        entries = metrics_of(out / stage)
-        window = max(1, min(20, len(entries) // 4))
-        for name in ("lm_loss", "vm_loss"):
-            values = [entry[name] for entry in entries]
-            summary["losses"][f"{stage} {name}"] = {
-                "first": values[0],
-                "last": sum(values[-window:]) / window,
-            }
+    summary["losses"] = first_and_last_losses(out)
     groups.destroy()
     summary["resume"] = {
         "stopped_after_iteration": interrupted_at,
@@ -351,7 +355,7 @@ def main() -> int:
             run(training_command("pretrain", out / "base", out, options.ranks, iterations))
         with clock.measure("finetune, 4 ranks, stopped in the middle and resumed"):
             command = training_command("finetune", out / "pretrain", out, options.ranks, iterations)
-            train_iters = iterations or _train_iters(HERE / "finetune.yaml")
+            train_iters = iterations or read_train_iters(HERE / "finetune.yaml")
             interrupted_at = train_and_interrupt(command, out / "finetune", train_iters // 2)
             run(command)
         with clock.measure("answers, reconstruction and resume check, 1 process"):
@@ -370,7 +374,8 @@ def main() -> int:
     return 0 if all(summary["checks"].values()) else 1
 
 
-def _train_iters(recipe: Path) -> int:
+def read_train_iters(recipe: Path) -> int:
+    """Iterations of a recipe."""
     import yaml
 
     return int(yaml.safe_load(recipe.read_text(encoding="utf-8"))["train-iters"])

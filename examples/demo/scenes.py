@@ -320,7 +320,7 @@ def write_dataset(out: Path, count: int, seed: int, eval_seed: int, eval_repeats
         count: Training scenes.
         seed: Seed of the training scenes and chats.
         eval_seed: Seed of the evaluation pictures.
-        eval_repeats: Held-out pictures of each training pair and count; each held-out pair and count gets twice as many.
+        eval_repeats: Held-out pictures of each training pair and count; each held-out pair and count twice as many.
         rounds: Rounds of a training chat.
     """
     training = sample_training_scenes(count, f"train/{seed}")

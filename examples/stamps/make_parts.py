@@ -219,12 +219,13 @@ def write_vision_model(pixels: Tensor, out: Path, arguments: argparse.Namespace)
     return f"vision tower: {sum(parameter.numel() for parameter in tower.parameters()):,} parameters"
 
 
-def fingerprint(data: Path, arguments: argparse.Namespace) -> str:
+def fingerprint(arguments: argparse.Namespace) -> str:
     """16 hex digits that change with the pictures, the captions, the settings and this script."""
+    captions = read_captions(arguments.data)
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(json.dumps([settings(arguments), read_captions(data)]).encode("utf-8"))
-    for name in sorted(read_captions(data)):
-        digest.update((data / "images" / name).read_bytes())
+    digest.update(json.dumps([settings(arguments), captions]).encode("utf-8"))
+    for name in captions:
+        digest.update((arguments.data / "images" / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -271,36 +272,30 @@ def make_all(arguments: argparse.Namespace) -> None:
     print(output.splitlines()[-1], flush=True)
 
 
-def main() -> None:
-    """Make the parts from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or `arguments` in its place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="what stamps.py wrote")
-    add(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the four parts, each in the library's layout"
-    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the parts, each in its library's layout")
     add("--only", choices=PARTS, nargs="+", help="make these, in this process; by default all")
     add("--vae-steps", type=int, default=2000, metavar="N", help="training steps of 4 pictures [%(default)s]")
     add("--vae-lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the VAE [%(default)s]")
     add("--kl-weight", type=float, default=1e-4, metavar="X", help="weight of the KL divergence [%(default)s]")
-    add(
-        "--latent-noise",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="deviation of the noise on the latents [%(default)s]",
-    )
+    add("--latent-noise", type=float, default=0.1, metavar="X", help="noise the decoder learns from [%(default)s]")
     add("--tower-steps", type=int, default=1000, metavar="N", help="training steps of 16 pictures [%(default)s]")
     add("--seed", type=int, default=0, help="of weights, batches and noise [%(default)s]")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Make the parts from the command line."""
+    arguments = parse_arguments()
     if arguments.only:
         for part in arguments.only:
             print(make(part, arguments), flush=True)
         return
-    complete, made_of = arguments.out / COMPLETE, fingerprint(arguments.data, arguments)
+    complete, made_of = arguments.out / COMPLETE, fingerprint(arguments)
     if complete.exists() and complete.read_text(encoding="utf-8").strip() == made_of:
         print(f"{arguments.out} holds the parts made of these pictures; remove it to make them again")
         return

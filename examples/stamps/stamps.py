@@ -62,7 +62,7 @@ def fetch_stamps(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     if not list(cache.glob(f"{PACKAGE}_*.deb")):
         print(f"downloading Debian's {PACKAGE}, 161 MB; the pictures are under the GPL, version 2", flush=True)
-        _run(["apt-get", "-qq", "download", PACKAGE], cache)
+        _run(["apt-get", "download", PACKAGE], cache)
     partial = cache / "unpacked.partial"
     shutil.rmtree(partial, ignore_errors=True)
     print("unpacking", flush=True)
@@ -72,13 +72,14 @@ def fetch_stamps(cache: Path) -> Path:
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
+    """Runs a command in `folder`; what it writes to the console is seen, its errors become part of a StampsError."""
     remedy = (
         f"On Debian or Ubuntu run `apt-get update` and try again. Elsewhere take the package from "
         f"https://packages.debian.org/{PACKAGE} or from tuxpaint.org, unpack it, and give its stamps folder, "
         f"{INSIDE_PACKAGE}, with --stamps-dir DIR"
     )
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
     except FileNotFoundError:
         raise StampsError(f"this machine has no {command[0]}, which fetches the pictures. {remedy}") from None
     if done.returncode:

@@ -19,6 +19,8 @@ import run_stamps  # noqa: E402
 import stamps  # noqa: E402
 from stamps import PICTURE_PIXELS, Stamp, StampsError  # noqa: E402
 
+from ross_mcore.flags import parse  # noqa: E402
+
 
 def write_stamp(folder: Path, path: str, text: str | None, size: tuple[int, int] = (20, 10)) -> None:
     picture = folder / path
@@ -135,25 +137,35 @@ def test_a_failed_fetch_names_the_remedy(tmp_path: Path, program: str, expected:
 
 
 def test_training_commands_follow_the_recipes(tmp_path: Path) -> None:
-    command = [str(word) for word in run_stamps.training_command("finetune", tmp_path / "pretrain", tmp_path, 40)]
+    command = [str(word) for word in run_stamps.training_command("finetune", tmp_path / "pretrain", tmp_path)]
     assert command[command.index("--nproc-per-node") + 1] == "4"
     assert command[command.index("--save") + 1] == str(tmp_path / "finetune")
-    recipe = run_stamps.HERE / "finetune.yaml"
-    assert run_stamps.train_iterations(recipe, None) > 100
-    assert run_stamps.train_iterations(recipe, 40) == 40
+    arguments = command[command.index("pretrain_ross.py") + 1 :]
+    config = parse(arguments)
+    layout = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    assert (config.training.training_stage, *layout) == ("finetune", 2, 2)
+    assert config.training.train_iters == run_stamps.read_train_iters(run_stamps.HERE / "finetune.yaml")
 
 
 def test_checks_fail_where_they_should() -> None:
+    resume = {"stopped_after_iteration": 20, "iterations": 40, "iterations_logged": 40, "same_samples": True}
+    loss = {"first": 5.0, "last": 0.1}
     summary = {
-        "captions": {"pictures": 150, "exact": 140},
-        "losses": {"finetune": {"lm_loss": {"first": 5.0, "last": 0.1}, "vm_loss": {"first": 0.3, "last": 0.2}}},
-        "resume": {"stopped_after_iteration": 20, "iterations": 40, "same_samples": True},
+        "captions": 150,
+        "captions_reproduced_exactly": 120,
+        "losses": {"finetune lm_loss": loss, "finetune vm_loss": dict(loss)},
+        "resume": resume,
     }
-    assert all(run_stamps.checks(summary, 120).values())
-    assert list(run_stamps.checks(summary, 141).values()) == [False, True, True, True]
-    summary["losses"]["finetune"]["vm_loss"]["last"] = 0.4
-    summary["resume"] = {"stopped_after_iteration": 40, "iterations": 40, "same_samples": False}
-    assert list(run_stamps.checks(summary, 120).values()) == [True, False, False, False]
+    assert list(run_stamps.checks(summary).values()) == [True, True, True, True]
+    summary["captions_reproduced_exactly"] = 119
+    assert list(run_stamps.checks(summary).values()) == [False, True, True, True]
+    summary["losses"]["finetune vm_loss"]["last"] = 5.1
+    assert list(run_stamps.checks(summary).values()) == [False, False, True, True]
+    for wrong in ({"same_samples": False}, {"iterations_logged": 39}):
+        summary["resume"] = resume | wrong
+        assert list(run_stamps.checks(summary).values())[2:] == [True, False]
+    summary["resume"] = resume | {"stopped_after_iteration": 40}
+    assert list(run_stamps.checks(summary).values())[2:] == [False, True]
 
 
 def test_parts_are_remade_when_pictures_or_settings_change(tmp_path: Path) -> None:

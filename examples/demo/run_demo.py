@@ -184,7 +184,7 @@ def reconstruct_scenes(
     with torch.no_grad():
         decoder = trained.model.pixel_decoder
         round_trip = decoder.decode(decoder.encode(torch.stack(pixels), None))
-    shown = slice(0, None, max(1, len(scenes) // PICTURES_SHOWN))
+    shown = slice(0, None, len(scenes) // PICTURES_SHOWN | 1)  # odd: four counts take turns
     as_picture(picture_grid([originals[shown], samples[shown]])).save(output)
     return {
         "samples": share_named_rightly([as_picture(image) for image in samples], scenes),

@@ -283,7 +283,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--vae-steps", type=int, default=2000, metavar="N", help="training steps of 4 pictures [%(default)s]")
     add("--vae-lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the VAE [%(default)s]")
     add("--kl-weight", type=float, default=1e-4, metavar="X", help="weight of the KL divergence [%(default)s]")
-    add("--latent-noise", type=float, default=0.1, metavar="X", help="noise the decoder learns from [%(default)s]")
+    add("--latent-noise", type=float, default=0.5, metavar="X", help="noise the decoder learns from [%(default)s]")
     add("--tower-steps", type=int, default=1000, metavar="N", help="training steps of 16 pictures [%(default)s]")
     add("--seed", type=int, default=0, help="of weights, batches and noise [%(default)s]")
     return parser.parse_args(arguments)

@@ -18,7 +18,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="new folder for shards, index and skipped.jsonl")
     parser.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="most samples in a shard")
     parser.add_argument("--max-shard-bytes", type=int, default=1 << 30, metavar="BYTES", help="most bytes in a shard")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder: stores text lengths, which packing needs")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer folder: stores text lengths in the index and lists records that do not fit the template",
+    )
     parser.add_argument("--template", help="conversation template the lengths are for (plain, qwen_2, v1)")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="threads that check pictures")
     parser.add_argument("--follow-links", action="store_true", help="let links lead out of the image folder")

@@ -284,9 +284,8 @@ def check(config: Config, *, data_parallel_size: int, backend: str, has_transfor
     """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy."""
     parallel, execution, training = config.parallel, config.execution, config.training
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
-        on_gloo = " (and on gloo mcore's interleaved schedule gives wrong numbers)" if backend == "gloo" else ""
         raise ConfigError(
-            f"--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not available yet{on_gloo}; "
+            f"--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not available yet (here on {backend}); "
             "remove the flag and balance stages with --pipeline-layout"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:

@@ -285,7 +285,7 @@ def check(config: Config, *, data_parallel_size: int, backend: str, has_transfor
     parallel, execution, training = config.parallel, config.execution, config.training
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
         raise ConfigError(
-            f"--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not available yet (here on {backend}); "
+            f"--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not available yet (on {backend}); "
             "remove the flag and balance stages with --pipeline-layout"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:

@@ -1,7 +1,8 @@
 """What travels from the data room to the model: samples of one row each, and the micro-batch made of them.
 
 Legend: B rows, S tokens a row, I images in the micro-batch, J images that this tensor-parallel rank holds pixels of,
-H W pixels. Only torch is imported here, so that data and models can share the types without knowing each other.
+K blank rows, H W pixels. Only torch is imported here, so that data and models can share the types without knowing each
+other.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Batch:
     tokens [B, S] int64, zero at image positions and padding; labels [B, S] int64, *shifted*: labels[b, s] is what
     position s must predict; image_rows [I], image_starts [I] int64: where each image's tokens begin;
     image_positions [I] int64: stream position of the image's sample, and image_ordinals [I]: which of its images, the
-    two of them the key of its random draws; pixels [J, 3, H, W] float32: this rank's share of the I images, in order.
+    two of them the key of its random draws; blank_positions [K] int64: stream positions of the rows without a picture
+    that the reconstruction loss is to cover as well (none unless asked for, see collate); pixels [J, 3, H, W] float32:
+    this rank's share of the I images, in order.
     """
 
     tokens: Tensor
@@ -50,6 +53,7 @@ class Batch:
     image_starts: Tensor
     image_positions: Tensor
     image_ordinals: Tensor
+    blank_positions: Tensor
     pixels: Tensor
 
     @property
@@ -58,15 +62,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the keys of the random draws stay on the CPU, where draws are made."""
-        kept = ("image_positions", "image_ordinals")
+        kept = ("image_positions", "image_ordinals", "blank_positions")
         moved = {n: v if n in kept else v.to(device, non_blocking=True) for n, v in vars(self).items()}
         return Batch(**moved)
 
 
-def collate(samples: list[Sample], seq_length: int, image_size: int) -> Batch:
+def blank_rows(samples: list[Sample]) -> list[Sample]:
+    """The samples that have text but no picture."""
+    return [sample for sample in samples if not sample.image_starts and sample.problem is None]
+
+
+def collate(samples: list[Sample], seq_length: int, image_size: int, with_blank_rows: bool = False) -> Batch:
     """Pads samples to `seq_length` tokens and stacks the pixels that are present.
 
-    Raises ValueError when a sample is longer than `seq_length`, or when tokens and labels differ in length.
+    `with_blank_rows` fills `Batch.blank_positions`, as `--vm-loss-rows all` wants it. Raises ValueError when a sample
+    is longer than `seq_length`, or when tokens and labels differ in length.
     """
     tokens = torch.zeros(len(samples), seq_length, dtype=torch.int64)
     labels = torch.full((len(samples), seq_length), IGNORE_INDEX, dtype=torch.int64)
@@ -90,5 +100,13 @@ def collate(samples: list[Sample], seq_length: int, image_size: int) -> Batch:
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
-    stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size)
-    return Batch(tokens, labels, integers(rows), integers(starts), integers(positions), integers(ordinals), stacked)
+    return Batch(
+        tokens,
+        labels,
+        image_rows=integers(rows),
+        image_starts=integers(starts),
+        image_positions=integers(positions),
+        image_ordinals=integers(ordinals),
+        blank_positions=integers([sample.position for sample in blank_rows(samples)] if with_blank_rows else []),
+        pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size),
+    )

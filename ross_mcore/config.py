@@ -111,6 +111,12 @@ class TrainingOptions:
     """Optimizer steps of the whole run; or give --train-epochs."""
     train_epochs: float | None = None
     """Passes over the data; or give --train-iters."""
+    loss_normalization: Literal["global", "microbatch"] = "global"
+    """global: each loss is a mean over all labels, or images, of the step, however it is split. microbatch: the
+    reference's mean over micro-batches of each one's own mean, which weighs a label more where there are few."""
+    vm_loss_rows: Literal["images", "all"] = "images"
+    """images: vm_loss is over the pictures. all: as in the reference, rows without a picture are denoised too, from the
+    mean colour under a zero condition, unless no row has a picture."""
     seed: int = 42
     """Data order, timesteps, diffusion and posterior noise all follow from it, in every layout."""
     max_bad_steps: int = 10
@@ -147,6 +153,8 @@ class OptimizerOptions:
     """Train the vision tower as well, at this peak rate. Default: the tower is frozen."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; biases and norms have none."""
+    decay_norm_weights: bool = False
+    """Decay the norms' weights in the language model too, as the reference does for Qwen2 (but not for Llama)."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999

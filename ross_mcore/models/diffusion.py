@@ -178,6 +178,10 @@ class Draws:
     timesteps: Tensor
     noise: Tensor
 
+    def __getitem__(self, images: slice | Sequence[int]) -> Draws:
+        """The draws of some of the images."""
+        return Draws(*(value[images] for value in vars(self).values()))
+
     def to(self, device: torch.device | str) -> Draws:
         return Draws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 

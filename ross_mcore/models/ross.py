@@ -1,7 +1,7 @@
 """The whole model, of which each rank builds only its pipeline stage's parts.
 
 Legend: B rows, S tokens a row, D hidden size, I images of the micro-batch, J images of this tensor-parallel rank's
-share, N tokens an image. Hidden states travel as [S, B, D], or [S/T, B, D] under sequence parallelism.
+share, K blank rows, N tokens an image. Hidden states travel as [S, B, D], or [S/T, B, D] under sequence parallelism.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class RossModel(MegatronModule):
     ) -> Tensor:
         """One micro-batch through this stage; middle stages take no batch.
 
-        `draws` replays recorded randomness for this rank's share of the images; by default it is keyed (`keyed_draws`).
+        `draws` replays recorded randomness for the I images and then the K blank rows, the same on every
+        tensor-parallel rank; by default it is keyed (`keyed_draws`).
         """
         if (self.pre_process or self.post_process) and batch is None:
             raise ValueError("the first and the last pipeline stage need the batch")
@@ -131,27 +132,37 @@ class RossModel(MegatronModule):
         return (losses * supervised.weights).sum()
 
     def _vm_sum(self, hidden: Tensor, batch: Batch, draws: Draws | None) -> Tensor:
-        """Sum of the reconstruction losses over the images; each tensor-parallel rank computes its share."""
+        """Sum of the reconstruction losses over images and blank rows; each tensor-parallel rank computes its share.
+
+        A blank row is a picture of the mean colour (zero in normalised space) under a zero condition, as in the
+        reference (ross_arch.py:466-512).
+        """
         if not hasattr(self, "denoiser"):
             return hidden.new_zeros((), dtype=torch.float32)
-        share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
-        mine = slice(share.start, share.stop)
+        rank, size = self.groups.tensor_rank, self.groups.tensor.size()
+        share = share_of(batch.num_images, rank, size)
+        blank = share_of(batch.blank_positions.numel(), rank, size)
+        mine, blanks = slice(share.start, share.stop), slice(blank.start, blank.stop)
         if draws is None:
             draws = diffusion.keyed_draws(
                 self.seed,
-                batch.image_positions[mine],
-                batch.image_ordinals[mine],
+                torch.cat([batch.image_positions[mine], batch.blank_positions[blanks]]),
+                torch.cat([batch.image_ordinals[mine], torch.zeros(len(blank), dtype=torch.int64)]),
                 self.denoiser.config.draws,
                 self.pixel_decoder.latent_shape,
                 self.denoiser.grid,
             )
+        else:
+            draws = draws[[*share, *(batch.num_images + place for place in blank)]]
         draws = draws.to(hidden.device)
-        latents = self.pixel_decoder.encode(batch.pixels, draws.posterior_noise)
+        pixels = torch.cat([batch.pixels, batch.pixels.new_zeros(len(blank), *batch.pixels.shape[1:])])
+        latents = self.pixel_decoder.encode(pixels, draws.posterior_noise)
         # a rank without images runs the denoiser on nothing: gradients are then zero, and no rank waits for another
         hidden = split.enter_share(hidden, self.groups.tensor)
         condition = image_tokens.gather(
             hidden, batch.image_rows[mine], batch.image_starts[mine], self.model.vision.image_tokens
         )
+        condition = torch.cat([condition, condition.new_zeros(len(blank), *condition.shape[1:])])
         losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, draws)
         return split.sum_shares(losses.sum(), self.groups.tensor)
 

@@ -104,7 +104,6 @@ def _train(config: Config, stop: StopRequest) -> None:
     say.start(start, resume, state, dataset)
 
     row_multiple = 8 * (layout.tensor_parallel if config.parallel.sequence_parallel else 1)
-    micro_batches_per_step = rows_per_step // (layout.data_parallel * config.training.micro_batch_size)
     saved = resume and start.path.parent == save_folder  # a finished run that is continued elsewhere is saved there
     while state.iteration < train_iters:
         began = time.perf_counter()
@@ -116,16 +115,16 @@ def _train(config: Config, stop: StopRequest) -> None:
 
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        sums = run_schedule(
+        parts = run_schedule(
             model,
             micro_batches,
             size,
-            num_micro_batches=micro_batches_per_step,
-            micro_batch_size=config.training.micro_batch_size,
+            groups,
+            config.training,
             image_size=model_config.vision.image_size,
             device=device,
         )
-        losses = combine_losses(sums, size, groups, device)
+        losses = combine_losses(parts, groups, device)
         norm = gradient_norm(optimizer)
         applied = math.isfinite(losses.loss) and math.isfinite(norm)
         if applied:

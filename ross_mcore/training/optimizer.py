@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
+from torch import Tensor
 
 from ross_mcore.config import Config, OptimizerOptions
 from ross_mcore.models.ross import RossModel
@@ -54,6 +55,16 @@ def peak_rates(options: OptimizerOptions) -> dict[float, float]:
     return {1.0: options.lr, **rates}
 
 
+def _no_decay(decay_norm_weights: bool) -> ParamKey:
+    """What weight decay leaves alone: biases and other vectors; on request not the language model's norms."""
+
+    def matches(parameter: Tensor, name: str) -> bool:
+        norm = name.endswith(("norm.weight", "layer_norm_weight")) and "language_model." in name
+        return parameter.dim() == 1 and not (norm and decay_norm_weights)
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="no weight decay", fn=matches))
+
+
 def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
     """mcore's optimizer (AdamW, fp32 masters under bf16, sharded when asked), with groups of its own for every part."""
     adam.give_to_mcore()
@@ -70,7 +81,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
         bf16=config.execution.bf16,
         use_distributed_optimizer=config.use_distributed_optimizer,
     )
-    overrides: dict[Any, Any] = dict(get_standard_config_overrides(mcore))
+    overrides: dict[Any, Any] = {_no_decay(options.decay_norm_weights): {"wd_mult": 0.0}}
     for part, tag in PART_TAGS.items():
         overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
     return get_megatron_optimizer(mcore, [model], config_overrides=overrides)

@@ -1,11 +1,11 @@
-"""One optimizer step: agree on its size, run the schedule, and divide both losses by their global denominators."""
+"""One optimizer step: agree on its size, run the schedule, and give every micro-batch its weight in both losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,9 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ross_mcore.batch import IGNORE_INDEX, Batch, Sample, collate
+from ross_mcore.batch import IGNORE_INDEX, Batch, Sample, blank_rows, collate
+from ross_mcore.config import TrainingOptions
+from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
 
 MicroBatches = list[list[Sample]]
@@ -23,13 +25,15 @@ MicroBatches = list[list[Sample]]
 class StepSize:
     """What all ranks know about a step before it starts.
 
-    seq_length: tokens of every row of the step; label_tokens, images: the denominators of the two losses, over all
-    ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows; stop: some rank was asked to stop.
+    seq_length: tokens of every row of the step; label_tokens, images, blank_rows (rows without a picture): what the two
+    losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows; stop: some rank
+    was asked to stop.
     """
 
     seq_length: int
     label_tokens: int
     images: int
+    blank_rows: int
     row_tokens: int
     skipped_samples: int
     stop: bool
@@ -59,72 +63,109 @@ def agree_on_step(
     counted = samples if counts else []
     mine = [
         max((sample.tokens.numel() for sample in samples), default=0),
-        sum(int((sample.labels[1:] != IGNORE_INDEX).sum()) for sample in counted),
-        sum(len(sample.image_starts) for sample in counted),
+        int(stop),
+        _labels(counted),
+        _images(counted),
+        len(blank_rows(counted)),
         sum(sample.tokens.numel() for sample in counted),
         sum(sample.problem is not None for sample in counted),
-        int(stop),
     ]
     everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(everyone, torch.tensor([mine], dtype=torch.int64, device=device))
-    longest, stopped = int(everyone[:, 0].max()), bool(everyone[:, 5].max())
-    totals = everyone[:, 1:5].sum(0).tolist()
+    longest, stopped = int(everyone[:, 0].max()), bool(everyone[:, 1].max())
+    totals = everyone[:, 2:].sum(0).tolist()
     seq_length = max(1, -(-longest // row_multiple)) * row_multiple
     return StepSize(seq_length, *totals, stop=stopped)
 
 
-def _loss(sums: Tensor, label_tokens: int, images: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of one micro-batch -> its part of the global mean. mcore divides nothing further (the second entry is 0)."""
-    part = sums[0] / max(1, label_tokens) + sums[1] / max(1, images)
-    return part, torch.zeros((), dtype=torch.int, device=sums.device), sums.detach()
+def _labels(samples: list[Sample]) -> int:
+    return sum(int((sample.labels[1:] != IGNORE_INDEX).sum()) for sample in samples)
+
+
+def _images(samples: list[Sample]) -> int:
+    return sum(len(sample.image_starts) for sample in samples)
+
+
+def loss_weights(labels: int, images: int, blanks: int = 0, parts: int = 1) -> tuple[float, float]:
+    """What the sums of cross-entropies and of reconstruction losses are multiplied by, in one of `parts` equal parts.
+
+    A loss over nothing weighs nothing, where the reference's lm_loss is NaN; and blank rows alone are nothing, as in
+    the reference (ross_arch.py:505-512).
+    """
+    return (1 / (parts * labels) if labels else 0.0, 1 / (parts * (images + blanks)) if images else 0.0)
+
+
+def _micro_batch_weights(
+    rows: list[Sample], size: StepSize, options: TrainingOptions, parts: int
+) -> tuple[float, float]:
+    everywhere = options.vm_loss_rows == "all"
+    if options.loss_normalization == "global":
+        return loss_weights(size.label_tokens, size.images, size.blank_rows if everywhere else 0)
+    return loss_weights(_labels(rows), _images(rows), len(blank_rows(rows)) if everywhere else 0, parts)
+
+
+def _loss(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of one micro-batch -> its part of the loss. mcore divides nothing further (the second entry is 0)."""
+    parts = sums * sums.new_tensor(weights)
+    return parts.sum(), torch.zeros((), dtype=torch.int, device=sums.device), parts.detach()
 
 
 def run_schedule(
     model: DistributedDataParallel,
     micro_batches: MicroBatches | None,
     size: StepSize,
+    groups: Groups,
+    options: TrainingOptions,
     *,
-    num_micro_batches: int,
-    micro_batch_size: int,
     image_size: int,
     device: torch.device,
-    output: str = "losses",
+    output: Literal["losses", "hidden"] = "losses",
     forward_only: bool = False,
+    num_micro_batches: int | None = None,
+    draws: Sequence[Draws] | None = None,
 ) -> list[Any]:
     """Runs all micro-batches through mcore's schedule and leaves the reduced gradients in the model.
 
-    Returns what the last stage computed per micro-batch (sums of the losses, or hidden states with
-    `output="hidden"`), and nothing on other stages.
+    Returns what the last stage computed per micro-batch (its parts [2] of the two losses, or hidden states with
+    `output="hidden"`), and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
+    given; `draws` replays recorded randomness, one entry a micro-batch (see RossModel.forward).
     """
+    count = num_micro_batches or micro_batches_per_step(options, groups)
 
-    def batches() -> Iterator[Batch | None]:
-        for index in range(num_micro_batches):
-            rows = micro_batches[index] if micro_batches is not None else None
-            yield None if rows is None else collate(rows, size.seq_length, image_size).to(device)
-
-    def forward_step(iterator: Iterator[Batch | None], stage: torch.nn.Module) -> tuple[Tensor, Any]:
-        result = stage(next(iterator), output=output)
-        if output == "losses":
-            return result, partial(_loss, label_tokens=size.label_tokens, images=size.images)
-        return result, lambda hidden, non_loss_data=True: hidden
+    def forward_step(numbers: Iterator[int], stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        number = next(numbers)
+        rows = micro_batches[number] if micro_batches is not None else None
+        batch: Batch | None = None
+        if rows is not None:
+            batch = collate(rows, size.seq_length, image_size, options.vm_loss_rows == "all").to(device)
+        result = stage(batch, output=output, draws=None if draws is None else draws[number])
+        if output != "losses":
+            return result, lambda hidden, non_loss_data=True: hidden
+        parts = count * groups.layout.data_parallel
+        weights = _micro_batch_weights(rows, size, options, parts) if rows is not None else (0.0, 0.0)
+        return result, partial(_loss, weights=weights)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches(),
+        data_iterator=iter(range(count)),
         model=[model],
-        num_microbatches=num_micro_batches,
+        num_microbatches=count,
         seq_length=size.seq_length,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=options.micro_batch_size,
         forward_only=forward_only,
         collect_non_loss_data=output != "losses",
     )
 
 
-def combine_losses(sums: list[Tensor], size: StepSize, groups: Groups, device: torch.device) -> Losses:
-    """Per-micro-batch sums of the last stage -> the step's losses, on every rank."""
-    mine = torch.stack(sums).double().sum(0).tolist() if sums and groups.tensor_rank == 0 else [0.0, 0.0]
-    lm_sum, vm_sum = sum_over_ranks(mine, device)
-    return Losses(lm_sum / max(1, size.label_tokens), vm_sum / max(1, size.images))
+def micro_batches_per_step(options: TrainingOptions, groups: Groups) -> int:
+    """Micro-batches that one data-parallel rank computes for an optimizer step."""
+    return (options.global_batch_size or 0) // (options.micro_batch_size * groups.layout.data_parallel) or 1
+
+
+def combine_losses(parts: list[Tensor], groups: Groups, device: torch.device) -> Losses:
+    """The last stage's parts of every micro-batch -> the step's losses, on every rank."""
+    mine = torch.stack(parts).double().sum(0).tolist() if parts and groups.tensor_rank == 0 else [0.0, 0.0]
+    return Losses(*sum_over_ranks(mine, device))
 
 
 def finalize_gradients(model: list[DistributedDataParallel], _: Tensor | None = None, **options: Any) -> None:

@@ -31,6 +31,13 @@ def layout(tensor: int = 1, pipeline: int = 1, **more: Any) -> dict[str, Any]:
     return {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, **more}
 
 
+REFERENCE_ARITHMETIC = (
+    ("loss_normalization", "microbatch"),
+    ("vm_loss_rows", "all"),
+    ("weight_decay", 0.1),
+    ("decay_norm_weights", True),
+)
+
 CASES = [
     Case("tp2", 2, layout(2)),
     Case("tp2+sp", 2, layout(2, sequence_parallel=True)),
@@ -69,6 +76,10 @@ CASES = [
         2,
         layout(2),
         common=(("denoiser_lr", None), ("clip_grad", 0.0)),
+    ),
+    Case("reference arithmetic tp2xpp2", 4, layout(2, 2), common=REFERENCE_ARITHMETIC),
+    Case(
+        "reference arithmetic tp2xdp2, one rank has no image", 4, layout(2), data="sparse", common=REFERENCE_ARITHMETIC
     ),
     # bf16 keeps 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
     # and norms, 1.5e-2 of a family's largest gradient

@@ -7,31 +7,61 @@ from ross_mcore import platform
 
 platform.prepare()
 
-from ross_mcore.training.step import StepSize, _loss, combine_losses  # noqa: E402
+from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
+from ross_mcore.config import TrainingOptions  # noqa: E402
+from ross_mcore.training.step import StepSize, _loss, _micro_batch_weights, combine_losses, loss_weights  # noqa: E402
 
 
-def test_each_loss_has_its_own_global_denominator() -> None:
+def test_each_loss_has_its_own_weight() -> None:
     """Gradients of the two sums: 1 / labels and 1 / images, whatever this micro-batch holds."""
     sums = torch.tensor([6.0, 8.0], requires_grad=True)
-    part, divide_by, log = _loss(sums, label_tokens=3, images=4)
+    part, divide_by, log = _loss(sums, loss_weights(labels=3, images=4))
     part.backward()
     assert part.item() == 6 / 3 + 8 / 4
     assert sums.grad is not None and torch.equal(sums.grad, torch.tensor([1 / 3, 1 / 4]))
-    assert divide_by.item() == 0 and not log.requires_grad
+    assert divide_by.item() == 0 and log.tolist() == [2.0, 2.0] and not log.requires_grad
 
 
-def test_nothing_to_learn_from_is_zero_and_keeps_its_graph() -> None:
-    sums = torch.zeros(2, requires_grad=True)
-    part, _, _ = _loss(sums, label_tokens=0, images=0)
+@pytest.mark.parametrize("blanks", [0, 3])
+def test_nothing_to_learn_from_is_zero_and_keeps_its_graph(blanks: int) -> None:
+    sums = torch.tensor([0.0, 5.0 * blanks], requires_grad=True)
+    part, _, _ = _loss(sums, loss_weights(labels=0, images=0, blanks=blanks))
     assert part.item() == 0 and part.requires_grad
 
 
-def test_losses_are_means_over_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def rows(*kinds: str) -> list[Sample]:
+    """`i`: a picture and two labels; `t`: text with three labels; `s`: skipped."""
+
+    def sample(kind: str) -> Sample:
+        labels = torch.tensor([IGNORE_INDEX, *([1] * {"i": 2, "t": 3, "s": 0}[kind])])
+        return Sample(kind, 0, labels, labels, [0] * (kind == "i"), problem="bad" if kind == "s" else None)
+
+    return [sample(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("normalization", "vm_rows", "expected"),
+    [
+        ("global", "images", (1 / 20, 1 / 4)),
+        ("global", "all", (1 / 20, 1 / (4 + 3))),
+        ("microbatch", "images", (1 / (8 * (2 + 3)), 1 / (8 * 1))),
+        ("microbatch", "all", (1 / (8 * (2 + 3)), 1 / (8 * 2))),
+    ],
+)
+def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
+    """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
+    size = StepSize(8, label_tokens=20, images=4, blank_rows=3, row_tokens=9, skipped_samples=1, stop=False)
+    options = TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows)  # type: ignore[arg-type]
+    assert _micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
+    without_picture = _micro_batch_weights(rows("t", "s"), size, options, parts=8)
+    assert without_picture[1] == (expected[1] if normalization == "global" else 0)
+
+
+def test_losses_are_the_sum_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnlyRank:
         tensor_rank = 0
 
     monkeypatch.setattr("ross_mcore.training.step.sum_over_ranks", lambda values, device: values)
-    size = StepSize(seq_length=8, label_tokens=5, images=2, row_tokens=9, skipped_samples=0, stop=False)
-    sums = [torch.tensor([4.0, 1.0]), torch.tensor([6.0, 2.0])]
-    losses = combine_losses(sums, size, OnlyRank(), torch.device("cpu"))  # type: ignore[arg-type]
+    parts = [torch.tensor([0.5, 0.25]), torch.tensor([1.5, 1.25])]
+    losses = combine_losses(parts, OnlyRank(), torch.device("cpu"))  # type: ignore[arg-type]
     assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)

@@ -14,19 +14,22 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.convert import AnyRow, ConversionError, convert_in, plan
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.checkpoint.huggingface import SafetensorsFolder, copy_tokenizer
+from ross_mcore.checkpoint.huggingface import RossFolder, copy_tokenizer, open_ross, open_tensors
 from ross_mcore.checkpoint.inventory import inventory
+from ross_mcore.checkpoint.mapping import ross_table
 from ross_mcore.checkpoint.stream import TensorWriter
+
+KEPT_IN_FLOAT32 = ("denoiser.", "pixel_decoder.")
+"""What computes in float32 in every run, and is stored so."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors whose names (ours) begin with `prefixes`, from one folder, by one table, stored in one dtype."""
+    """Tensors whose names (ours) begin with `prefixes`, from one folder or adapter file, by one table."""
 
     path: Path
     prefixes: tuple[str, ...]
     table: Sequence[AnyRow]
-    dtype: torch.dtype | None = None
 
 
 def assemble(
@@ -36,20 +39,22 @@ def assemble(
     fresh: Iterable[tuple[str, Tensor]],
     tokenizer: Path,
     preprocessor_config: Path,
+    dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
 ) -> Checkpoint:
     """Writes iteration 0 of `root`: the parts, the tensors of `fresh`, tokenizer and image processor.
 
-    `advance` is called with the number of parameters after each tensor. Nothing is built and nothing is held but the
-    tensor at hand. Raises ConversionError naming folder and tensor, or CheckpointError; leaves nothing half-written.
+    dtype: of all but KEPT_IN_FLOAT32; None keeps each tensor's own, those included. `advance` is called with the number
+    of parameters after each tensor. Nothing is built and nothing is held but the tensor at hand.
+    Raises ConversionError naming folder and tensor, or CheckpointError; leaves nothing half-written.
     """
     shapes = inventory(model)
     plans = []
     for part in parts:
-        source = SafetensorsFolder(part.path)
+        source = open_tensors(part.path)
         wanted = {name: shape for name, shape in shapes.items() if name.startswith(part.prefixes)}
         try:
-            plans.append((plan(part.table, source, wanted, model.language), source, part.dtype))
+            plans.append((plan(part.table, source, wanted, model.language), source))
         except ConversionError as error:
             raise ConversionError(f"{part.path}: {error}") from None
     missing = set(shapes)
@@ -58,11 +63,13 @@ def assemble(
         copy_tokenizer(tokenizer, partial / folder.TOKENIZER)
         shutil.copyfile(preprocessor_config, partial / folder.PREPROCESSOR)
         with TensorWriter(partial) as writer:
-            streams = [convert_in(steps, source, model.language, dtype) for steps, source, dtype in plans]
+            streams = [convert_in(steps, source, model.language) for steps, source in plans]
             for stream in (*streams, fresh):
                 for name, tensor in stream:
                     if shapes.get(name) != tuple(tensor.shape):
                         raise ConversionError(f"{name} has shape {list(tensor.shape)}, expected {shapes.get(name)}")
+                    if dtype is not None:
+                        tensor = tensor.to(torch.float32 if name.startswith(KEPT_IN_FLOAT32) else dtype)
                     writer.add(name, tensor)
                     missing.discard(name)
                     advance(tensor.numel())
@@ -73,3 +80,40 @@ def assemble(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def import_ross(
+    root: Path,
+    source: Path | RossFolder,
+    tokenizer: Path | None = None,
+    base: Path | None = None,
+    dtype: torch.dtype | None = None,
+    advance: Callable[[int], None] = lambda parameters: None,
+) -> Checkpoint:
+    """Writes iteration 0 of `root`: a full checkpoint of the reference implementation, nothing dropped.
+
+    source: its folder (`base`: see `open_ross`), or what `open_ross` made of it. tokenizer: a folder, where the
+    checkpoint has none. dtype, advance: see `assemble`. Raises ArchitectureError, ConversionError or CheckpointError;
+    leaves nothing half-written.
+    """
+    ross = source if isinstance(source, RossFolder) else open_ross(source, base)
+    model = ross.model_config()
+    if model.denoiser:
+        names = list(open_tensors(ross.path).names())
+        for part in ("model.mm_inv_projector.", "model.pixel_decoder."):
+            if not any(name.startswith(part) for name in names):
+                raise ConversionError(
+                    f"{ross.path / 'config.json'} says ross_enable, but there are no tensors {part}*: the reference's "
+                    "from_pretrained drops them, so what it saves again has lost them. Take the checkpoint that its "
+                    "training wrote, or set ross_enable to false to go on without denoiser and VAE"
+                )
+    return assemble(
+        root,
+        model,
+        [Part(ross.path, ("",), ross_table(model))],
+        fresh=(),
+        tokenizer=tokenizer or ross.path,
+        preprocessor_config=ross.vision_model / "preprocessor_config.json",
+        dtype=dtype,
+        advance=advance,
+    )

@@ -233,25 +233,17 @@ def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: Lan
     return [steps[ours] for ours in shapes]
 
 
-def convert_in(
-    steps: Iterable[Step], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, one after the other, in `dtype` (None: as they are). Raises ConversionError for a non-float."""
+def convert_in(steps: Iterable[Step], source: Tensors, language: LanguageConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, one after the other. Raises ConversionError for one that is not a plain float."""
     for step in steps:
-        yield step.ours, _make(step, source, language, dtype)
+        yield step.ours, step.row.to_ours([_read(source, name) for name in step.theirs], language)
 
 
-def _make(step: Step, source: Tensors, language: LanguageConfig, dtype: torch.dtype | None) -> Tensor:
-    """One of our tensors. The source tensors are let go before the change of dtype, which is what bounds memory."""
-
-    def read(name: str) -> Tensor:
-        tensor = source.read(name)
-        if tensor.dtype not in FLOATS:
-            raise ConversionError(f"tensor {name} is {tensor.dtype}; only plain floats can be converted")
-        return tensor
-
-    ours = step.row.to_ours([read(name) for name in step.theirs], language)
-    return ours if dtype is None else ours.to(dtype)
+def _read(source: Tensors, name: str) -> Tensor:
+    tensor = source.read(name)
+    if tensor.dtype not in FLOATS:
+        raise ConversionError(f"tensor {name} is {tensor.dtype}; only plain floats can be converted")
+    return tensor
 
 
 def convert_out(

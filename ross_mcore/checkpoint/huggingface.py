@@ -1,20 +1,31 @@
-"""Reading the local folders that Hugging Face and diffusers write: configurations, and tensors when they are asked for.
+"""Reading what Hugging Face, diffusers and the reference implementation write: configurations, tensors when asked for.
 
-Only JSON and safetensors are read. Nothing is downloaded and nothing of a folder is executed.
+Only JSON, safetensors and, with `weights_only`, stage-1 adapters are read. Nothing is downloaded or executed.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ross_mcore.architecture import ArchitectureError, LanguageConfig, PixelDecoderConfig, VisionConfig
-from ross_mcore.checkpoint.convert import ConversionError
+from ross_mcore.architecture import (
+    ArchitectureError,
+    DenoiserConfig,
+    LanguageConfig,
+    ModelConfig,
+    PixelDecoderConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+from ross_mcore.checkpoint.convert import ConversionError, Tensors
 
 STEMS = ("model", "diffusion_pytorch_model")
 TOKENIZER_FILES = (
@@ -98,6 +109,101 @@ def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
     return PixelDecoderConfig(_without_origin(config))
 
 
+@dataclass(frozen=True)
+class RossFolder:
+    """A full checkpoint of the reference implementation, and where the parts that its config.json points to lie."""
+
+    path: Path
+    config: dict[str, Any]
+    vision_model: Path
+    pixel_decoder: Path | None
+    """None for the LLaVA baseline, which has `ross_enable` false."""
+
+    def model_config(self) -> ModelConfig:
+        """The architecture. Raises ArchitectureError or ConversionError naming the file and the key."""
+        config, file = self.config, self.path / "config.json"
+        for key, only in (("mm_use_im_start_end", False), ("s2", False), ("mm_patch_merge_type", "flat")):
+            if config.get(key, only) not in (only, None):
+                raise ArchitectureError(f"{file}: {key}={config[key]!r} is not implemented; only {only!r}")
+        vision = read_vision_config(self.vision_model)
+        if vision.model_type == "clip_vision_model":  # the reference's SigLIP reads layer -2 whatever the file says
+            if config.get("mm_vision_select_feature", "patch") != "patch":
+                raise ArchitectureError(f"{file}: mm_vision_select_feature must be 'patch'")
+            vision = read_vision_config(self.vision_model, int(config.get("mm_vision_select_layer", -2)))
+        try:
+            model = ModelConfig(
+                language=read_language_config(self.path),
+                vision=vision,
+                projector=ProjectorConfig(str(config.get("mm_projector_type", "linear"))),
+                denoiser=self.pixel_decoder
+                and DenoiserConfig.from_type(str(config.get("mm_inv_projector_type")), config.get("mm_inv_width")),
+                pixel_decoder=self.pixel_decoder and read_pixel_decoder_config(self.pixel_decoder),
+            )
+        except (ArchitectureError, TypeError) as error:
+            raise ArchitectureError(f"{file}: {error}") from None
+        for key, ours in ross_facts(model).items():
+            if config.get(key) not in (ours, None):
+                raise ArchitectureError(
+                    f"{file}: {key} is {config[key]}, but the folders of tower and VAE say {ours}. Give the folders "
+                    "that this model was trained with"
+                )
+        return model
+
+
+def ross_facts(model: ModelConfig) -> dict[str, Any]:
+    """What a config.json of the reference repeats of its tower and VAE (ARCH:75-136)."""
+    facts: dict[str, Any] = {
+        "image_embed_len": model.vision.image_tokens,
+        "image_mean": list(model.vision.image_mean),
+        "image_std": list(model.vision.image_std),
+        "mm_hidden_size": model.vision.hidden_size,
+    }
+    if model.pixel_decoder:
+        facts["decode_image_size"] = model.decode_image_size
+        facts["mm_inv_hidden_size"] = model.pixel_decoder.token_channels
+    return facts
+
+
+def open_ross(
+    folder: Path, base: Path | None = None, vision_model: Path | None = None, pixel_decoder: Path | None = None
+) -> RossFolder:
+    """Finds the folders of tower and VAE: those given, or what config.json says.
+
+    A path of config.json is taken from `base`, as it is, from the checkpoint's folder and from the folders around it;
+    its last name inside the checkpoint's folder serves as well. Raises ConversionError naming key and remedy.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+
+    def find(key: str, flag: str) -> Path:
+        said = config.get(key)
+        if not isinstance(said, str) or not said:
+            raise ConversionError(f"{folder / 'config.json'} has no {key}; give the folder with {flag}")
+        around = folder.resolve()
+        starts = [*([base] if base else []), Path(), around, *around.parents]
+        for candidate in (*(start / said for start in starts), around / Path(said).name):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise ConversionError(
+            f"{folder / 'config.json'}: {key} {said!r} is not a folder with a config.json, as it is or seen from the "
+            f"checkpoint; say where it lies with {flag}"
+        )
+
+    return RossFolder(
+        folder,
+        config,
+        vision_model or find("mm_vision_tower", "--vision-model"),
+        (pixel_decoder or find("mm_pixel_decoder", "--pixel-decoder")) if config.get("ross_enable") else None,
+    )
+
+
+def read_ross_config(
+    folder: Path, base: Path | None = None, vision_model: Path | None = None, pixel_decoder: Path | None = None
+) -> ModelConfig:
+    """The architecture of a full checkpoint of the reference implementation; see `open_ross` for the arguments."""
+    return open_ross(folder, base, vision_model, pixel_decoder).model_config()
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer's files. Raises ConversionError when `source` has none."""
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
@@ -111,6 +217,41 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
     """Keys that begin with an underscore say which library version wrote the folder, and where it lay."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def open_tensors(path: Path) -> Tensors:
+    """A folder of safetensors, or a stage-1 adapter file. Raises ConversionError naming it."""
+    return AdapterFile(path) if Path(path).is_file() else SafetensorsFolder(path)
+
+
+class AdapterFile:
+    """`mm_projector.bin` or `mm_inv_projector.bin`, as stage 1 of the reference (or of LLaVA) saves them.
+
+    A name is taken from its last part on, as the reference does: `model.mm_projector.0.weight`, whatever came before.
+    Raises ConversionError when the file is not a plain dictionary of tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # UnpicklingError, EOFError, RuntimeError of the zip reader ...
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ConversionError(f"{path} was refused: {type(error).__name__}: {reason}") from None
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ConversionError(f"{path} is not a dictionary of tensors")
+        self._tensors: dict[str, Tensor] = {
+            re.sub(r"^.*?(mm_projector|mm_inv_projector)\.", r"model.\1.", str(name)): tensor
+            for name, tensor in state.items()
+        }
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 class SafetensorsFolder:

@@ -1,4 +1,4 @@
-"""TABLE ONLY: names in Hugging Face, diffusers and ROSS checkpoints, and the names under which we store those tensors.
+"""TABLES: names in Hugging Face, diffusers and ROSS checkpoints, and the names under which we store those tensors.
 
 `{layer}` stands for a number, `{name}` for any rest. A source tensor is taken by the first row that knows its name, and
 so is a tensor of ours on the way out. Our names are those in the checkpoint (see inventory.py): mcore stores the norms
@@ -7,6 +7,7 @@ before attention and MLP under the names of the Transformer Engine layers they a
 
 from __future__ import annotations
 
+from ross_mcore.architecture import LanguageConfig, ModelConfig
 from ross_mcore.checkpoint.convert import QKV, AnyRow, Equal, GatedMLP, Ignored, Same, Vocabulary
 
 _OURS = "language_model.decoder.layers.{layer}."
@@ -58,18 +59,37 @@ VISION: tuple[AnyRow, ...] = (
 PIXEL_DECODER: tuple[AnyRow, ...] = (Same("pixel_decoder.autoencoder.{name}", "{name}"),)
 """A diffusers AutoencoderKL folder."""
 
-ROSS: tuple[AnyRow, ...] = (
-    *LANGUAGE,
-    Ignored("model.vision_tower.vision_tower.vision_model.embeddings.position_ids", "a constant"),
-    Same("vision_model.tower.{name}", "model.vision_tower.vision_tower.vision_model.{name}"),
-    Same("vision_model.tower.{name}", "model.vision_tower.vision_tower.{name}"),
-    Same("denoiser.{name}", "model.mm_inv_projector.net.{name}"),
-    Same("pixel_decoder.autoencoder.{name}", "model.pixel_decoder.pixel_decoder.{name}"),
-)
-"""A full checkpoint of the reference implementation (stage-1 adapters have the same names), but for two parts."""
+DENOISER: tuple[AnyRow, ...] = (Same("denoiser.{name}", "model.mm_inv_projector.net.{name}"),)
 
 PROJECTOR: dict[bool, tuple[AnyRow, ...]] = {
     False: (Same("vision_projection.{name}", "model.mm_projector.{name}"),),
     True: (Same("vision_projection.0.{name}", "model.mm_projector.{name}"),),
 }
 """By whether `projector_type` is `linear`, which the reference makes a bare Linear and we a sequence of one."""
+
+_TOWER = "model.vision_tower.vision_tower."
+ROSS: tuple[AnyRow, ...] = (
+    *LANGUAGE,
+    Ignored(_TOWER + "vision_model.embeddings.position_ids", "a constant that old checkpoints store"),
+    Ignored(_TOWER + "embeddings.position_ids", "a constant that old checkpoints store"),
+    Same("vision_model.tower.{name}", _TOWER + "vision_model.{name}"),
+    Same("vision_model.tower.{name}", _TOWER + "{name}"),
+    *DENOISER,
+    Same("pixel_decoder.autoencoder.{name}", "model.pixel_decoder.pixel_decoder.{name}"),
+)
+"""A full checkpoint of the reference implementation, but for projector and output matrix."""
+
+
+def language_table(language: LanguageConfig) -> tuple[AnyRow, ...]:
+    """The rows of a decoder."""
+    return (*LANGUAGE, *OUTPUT_MATRIX[language.tie_word_embeddings])
+
+
+def projector_table(model: ModelConfig) -> tuple[AnyRow, ...]:
+    """The rows of a projector, in a full checkpoint and in a stage-1 adapter."""
+    return PROJECTOR[model.projector.projector_type == "linear"]
+
+
+def ross_table(model: ModelConfig) -> tuple[AnyRow, ...]:
+    """The rows of a full checkpoint of the reference implementation."""
+    return (*ROSS, *projector_table(model), *OUTPUT_MATRIX[model.language.tie_word_embeddings])

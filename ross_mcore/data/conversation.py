@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
 IMAGE_TOKEN_INDEX = -200
 IMAGE_PLACEHOLDER = "<image>"
+IMAGE_PLACEHOLDER_IN_TEXT = "<im_start><image><im_end>"
 ROLES = {"human": "USER", "gpt": "ASSISTANT"}
-ANSWER_START = " ASSISTANT: "
+HEADERS = {
+    "human": "<|start_header_id|>user<|end_header_id|>\n\n",
+    "gpt": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+END_OF_TURN = "<|eot_id|>"
+
+Turn = tuple[str, str | None]
+"""(role, text) of a turn; the text is None where an answer is to be generated."""
 
 
 class ConversationError(ValueError):
@@ -45,17 +53,27 @@ class Tokenized:
     def image_spans(self) -> int:
         return self.input_ids.count(IMAGE_TOKEN_INDEX)
 
+    @property
+    def label_tokens(self) -> int:
+        """Labels that a loss can use: none for the first token, which nothing predicts, nor for an image."""
+        return sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in self.labels[1:])
+
 
 @dataclass(frozen=True)
 class Template:
     """How turns are written out, and which function finds the answers among the tokens.
 
-    `system` opens the prompt and `round_end` closes every answer; `mask` returns the labels of one conversation.
+    `system` opens the prompt, `answer_start` stands before and `round_end` after every answer. `write` gives the text
+    of a conversation, `mask` its labels and whether they are a mismatch. A `round_end` that is not `tokenized` marks
+    where rounds end and is taken out of a conversation before that becomes tokens.
     """
 
     system: str
+    answer_start: str
     round_end: str
+    write: Callable[[list[Turn], Template], str]
     mask: Callable[[_Prompt], tuple[list[int], bool]]
+    tokenized: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,21 +84,21 @@ class _Prompt:
     ids: list[int]
     has_image: bool
     tokenizer: PreTrainedTokenizerBase
-    round_end: str
+    style: Template
     max_length: int
     supervise_final_eos: bool
-
-    def encode(self, text: str) -> list[int]:
-        return encode_with_images(text, self.tokenizer) if self.has_image else encode(text, self.tokenizer)
 
     def rounds(self) -> list[tuple[list[int], list[int]]]:
         """(ids of the round, ids of the round up to the answer), as far as rounds are well-formed."""
         found = []
-        for text in self.text.split(self.round_end):
-            parts = text.split(ANSWER_START)
+        for text in self.text.split(self.style.round_end):
+            parts = text.split(self.style.answer_start)
             if len(parts) != 2:
                 break
-            found.append((self.encode(text), self.encode(parts[0] + ANSWER_START)))
+            instruction = parts[0] + self.style.answer_start
+            found.append(
+                (_encode(text, self.has_image, self.tokenizer), _encode(instruction, self.has_image, self.tokenizer))
+            )
         return found
 
     def present(self) -> int:
@@ -115,17 +133,38 @@ def _mask_sentencepiece(prompt: _Prompt) -> tuple[list[int], bool]:
 
     The constants of the reference count pieces: an instruction tokenised alone ends in one piece that the answer
     merges with and starts with BOS (-2); after `</s>` a non-legacy tokenizer writes USER as one piece fewer (-1).
+    With another tokenizer they fit a single round only (v1_qwen2). Raises ConversationError when no text shows the
+    picture.
     """
-    ids, labels, start = prompt.ids, list(prompt.ids), 1
-    labels[:1] = [IGNORE_INDEX] * min(1, len(ids))
+    if prompt.has_image and IMAGE_PLACEHOLDER not in prompt.text:
+        raise ConversationError("a picture but no <image> in the text")
+    shorter = int(not getattr(prompt.tokenizer, "legacy", False))
+    return _mask_by_count(prompt, first_token=1, before_answer=2, later_rounds=shorter)
+
+
+def _mask_headers(prompt: _Prompt) -> tuple[list[int], bool]:
+    """Labels for a Llama 3 tokenizer: a round tokenised alone gets a BOS, of which the row has the first only."""
+    return _mask_by_count(prompt, first_token=0, before_answer=0, later_rounds=1)
+
+
+def _mask_by_count(
+    prompt: _Prompt, *, first_token: int, before_answer: int, later_rounds: int
+) -> tuple[list[int], bool]:
+    """Labels from the number of tokens that a round, and its part before the answer, have when tokenised alone.
+
+    `first_token`: where the first round starts; `before_answer`: tokens to take off the part before an answer;
+    `later_rounds`: tokens that rounds after the first have fewer in the row than alone.
+    """
+    labels, start = list(prompt.ids), first_token
+    labels[:start] = [IGNORE_INDEX] * len(labels[:start])
     for number, (whole, instruction) in enumerate(prompt.rounds()):
-        shorter = int(number > 0 and not getattr(prompt.tokenizer, "legacy", False))
-        answer = start + len(instruction) - 2 - shorter
+        shorter = later_rounds if number else 0
+        answer = start + len(instruction) - before_answer - shorter
         labels[start:answer] = [IGNORE_INDEX] * len(labels[start:answer])
         start += len(whole) - shorter
     labels[start:] = [IGNORE_INDEX] * len(labels[start:])
     if start < prompt.max_length and start != prompt.present():
-        return [IGNORE_INDEX] * len(ids), True
+        return [IGNORE_INDEX] * len(labels), True
     return labels, False
 
 
@@ -133,6 +172,38 @@ def _mask_caption(prompt: _Prompt) -> tuple[list[int], bool]:
     """Labels for `plain`: everything after BOS and the image."""
     start = len(encode_with_images(IMAGE_PLACEHOLDER, prompt.tokenizer))
     return [IGNORE_INDEX] * start + prompt.ids[start:], False
+
+
+def _write_caption(turns: list[Turn], style: Template) -> str:
+    """`<image>` and the caption, of which the instruction keeps nothing else."""
+    if turns[-1][1] is None:
+        return IMAGE_PLACEHOLDER
+    if len(turns) != 2 or IMAGE_PLACEHOLDER not in (turns[0][1] or ""):
+        raise ConversationError("plain takes two turns, the first with <image>")
+    return f"{IMAGE_PLACEHOLDER}{turns[1][1]}{style.round_end}"
+
+
+def _write_dialogue(turns: list[Turn], style: Template) -> str:
+    """`<system> USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon alone."""
+    ends = {"human": " ", "gpt": style.round_end}
+    written = [f"{ROLES[role]}: {text}{ends[role]}" if text else f"{ROLES[role]}:" for role, text in _dialogue(turns)]
+    return style.system + "".join(written)
+
+
+def _write_headers(turns: list[Turn], style: Template) -> str:
+    """A header, the text and `<|eot_id|>` for every turn; only an answer to be generated is its header alone."""
+    ends = {"human": END_OF_TURN, "gpt": END_OF_TURN + style.round_end}
+    return style.system + "".join(
+        HEADERS[role] if text is None else f"{HEADERS[role]}{text}{ends[role]}" for role, text in _dialogue(turns)
+    )
+
+
+def _dialogue(turns: list[Turn]) -> list[Turn]:
+    """The turns from the human's first on. Raises ConversationError unless they alternate."""
+    turns = turns[1:] if turns[0][0] != "human" else turns
+    if any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
+        raise ConversationError("the turns do not alternate between human and gpt")
+    return turns
 
 
 def _system(human: str) -> str:
@@ -143,11 +214,16 @@ def _system(human: str) -> str:
 
 
 TEMPLATES = {
-    "plain": Template("", "\n", _mask_caption),
-    "qwen_2": Template(_system("human"), "<|im_end|>", _mask_byte_pairs),
-    "v1": Template(_system("user"), "</s>", _mask_sentencepiece),
+    "plain": Template("", "", "\n", _write_caption, _mask_caption),
+    "qwen_2": Template(_system("human"), " ASSISTANT: ", "<|im_end|>", _write_dialogue, _mask_byte_pairs),
+    "v1": Template(_system("user"), " ASSISTANT: ", "</s>", _write_dialogue, _mask_sentencepiece),
+    "llama3": Template("", HEADERS["gpt"], "<|eot_conversation|>", _write_headers, _mask_headers, tokenized=False),
+    "v1_qwen2": Template(_system("human"), " ASSISTANT: ", "<|im_end|>", _write_dialogue, _mask_sentencepiece),
 }
-"""Reference conversation.py:264-520. llama3 (header tokens) and v1_qwen2 belong here when they are implemented."""
+"""Reference conversation.py:264-520 and the dispatch of train.py:881-893."""
+
+TRAINING_TEMPLATES = tuple(name for name in TEMPLATES if name != "v1_qwen2")
+"""What to train with. The labels of v1_qwen2 are all ignored beyond one round; its prompts are those of qwen_2."""
 
 
 def tokenize_conversation(
@@ -157,49 +233,75 @@ def tokenize_conversation(
     template: str,
     max_length: int,
     supervise_final_eos: bool = True,
+    mm_use_im_start_end: bool = False,
 ) -> Tokenized:
     """Ids and labels of a LLaVA conversation, a list of {"from": "human" | "gpt", "value": text}.
 
     `has_image` (not the text) says whether `<image>` means a picture. As in the reference, only rows without a picture
     are cut to `max_length` here. `supervise_final_eos=False` gives the reference's labels for `qwen_2`.
+    `mm_use_im_start_end` as in `write_prompt`.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
     style = TEMPLATES[template]
-    turns = _checked_turns(conversations)
-    if has_image:
-        turns = [(role, _normalise_images(text)) for role, text in turns]
-    if template == "plain":
-        text = _write_caption(turns)
-    else:
-        text = _write_dialogue(turns, style)
-        if has_image and template == "v1" and IMAGE_PLACEHOLDER not in text:
-            raise ConversationError("a picture but no <image> in the text")
-    if has_image or template == "plain":
-        ids = encode_with_images(text, tokenizer)
-    else:
-        ids = encode(text, tokenizer)[:max_length]
-    prompt = _Prompt(text, ids, has_image, tokenizer, style.round_end, max_length, supervise_final_eos)
+    text = write_prompt(conversations, has_image, template, mm_use_im_start_end=mm_use_im_start_end)
+    shows_image = has_image or template == "plain"
+    ids = _encode(text if style.tokenized else text.replace(style.round_end, ""), shows_image, tokenizer)
+    if not shows_image:
+        ids = ids[:max_length]
+    prompt = _Prompt(text, ids, has_image, tokenizer, style, max_length, supervise_final_eos)
     labels, mismatch = style.mask(prompt)
     return Tokenized(ids, labels, mismatch)
 
 
 def tokenize_prompt(
-    conversations: Any, has_image: bool, tokenizer: PreTrainedTokenizerBase, template: str
+    conversations: Any,
+    has_image: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    mm_use_im_start_end: bool = False,
 ) -> list[int]:
     """Ids to generate from: a conversation whose last turn is the human's, with the answer's role written after it.
 
-    `plain` takes one turn and gives the image alone. Raises ConversationError and KeyError as `tokenize_conversation`.
+    `plain` gives the image alone. In later rounds of `llama3` the reference leaves `<|eot_conversation|>` as text in
+    what it generates from, though not in what it trains on; so does this. Raises as `write_prompt`.
+    """
+    text = write_prompt(conversations, has_image, template, True, mm_use_im_start_end)
+    return _encode(text, has_image or template == "plain", tokenizer)
+
+
+def write_prompt(
+    conversations: Any,
+    has_image: bool,
+    template: str,
+    generation: bool = False,
+    mm_use_im_start_end: bool = False,
+) -> str:
+    """The text of a conversation, one `<image>` a picture; with `generation`, up to where the next answer begins.
+
+    `mm_use_im_start_end` puts the plain text `<im_start>` and `<im_end>` around every `<image>`.
+    Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
     style = TEMPLATES[template]
-    turns = _checked_turns(conversations)
+    checked = _checked_turns(conversations)
     if has_image:
-        turns = [(role, _normalise_images(text)) for role, text in turns]
-    if template == "plain":
-        return encode_with_images(IMAGE_PLACEHOLDER, tokenizer)
-    if turns[-1][0] != "human":
-        raise ConversationError("nothing to answer: the last turn is not the human's")
-    text = _write_dialogue([*turns, ("gpt", "")], style)
-    return encode_with_images(text, tokenizer) if has_image else encode(text, tokenizer)
+        placeholder = IMAGE_PLACEHOLDER_IN_TEXT if mm_use_im_start_end else IMAGE_PLACEHOLDER
+        checked = [(role, _normalise_images(text, placeholder)) for role, text in checked]
+    turns: list[Turn] = [*checked]
+    if generation:
+        if turns[-1][0] != "human":
+            raise ConversationError("nothing to answer: the last turn is not the human's")
+        turns.append(("gpt", None))
+    return style.write(turns, style)
+
+
+def count_words(conversations: Any) -> int:
+    """Words of all turns, split at white space: the length by which the reference's sampler groups samples.
+
+    Turns that have no text count nothing, so that any record has a length.
+    """
+    turns = conversations if isinstance(conversations, list) else []
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
+    return sum(len(text.split()) for text in texts if isinstance(text, str))
 
 
 def expand_images(
@@ -218,6 +320,10 @@ def expand_images(
             tokens_out.append(token)
             labels_out.append(label)
     return np.array(tokens_out, np.int64), np.array(labels_out, np.int64), starts
+
+
+def _encode(text: str, has_image: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return encode_with_images(text, tokenizer) if has_image else encode(text, tokenizer)
 
 
 def encode_with_images(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -249,26 +355,10 @@ def _checked_turns(conversations: Any) -> list[tuple[str, str]]:
     return turns
 
 
-def _normalise_images(text: str) -> str:
+def _normalise_images(text: str, placeholder: str) -> str:
     """A turn shows its picture once, on a line of its own at the start (reference: preprocess_multimodal)."""
     if IMAGE_PLACEHOLDER not in text:
         return text
-    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
-
-
-def _write_caption(turns: list[tuple[str, str]]) -> str:
-    if len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0][1]:
-        raise ConversationError("plain takes two turns, the first with <image>")
-    return f"{IMAGE_PLACEHOLDER}{turns[1][1]}\n"
-
-
-def _write_dialogue(turns: list[tuple[str, str]], style: Template) -> str:
-    """`<system> USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon alone."""
-    turns = turns[1:] if turns[0][0] != "human" else turns
-    if any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
-        raise ConversationError("the turns do not alternate between human and gpt")
-    written = [style.system]
-    for place, (role, text) in enumerate(turns):
-        end = (" ", style.round_end)[place % 2]
-        written.append(f"{ROLES[role]}: {text}{end}" if text else f"{ROLES[role]}:")
-    return "".join(written)
+    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip().replace(
+        IMAGE_PLACEHOLDER, placeholder
+    )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LLAMA3_END_OF_TEXT = "<|end_of_text|>"
+
 
 class TokenizerError(ValueError):
     """A tokenizer folder that cannot be used; the message names it."""
@@ -18,7 +20,8 @@ class TokenizerError(ValueError):
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder, padded on the right; nothing is downloaded and no code of the folder runs.
 
-    A Llama tokenizer has no padding token: like the reference, it gets its unknown token. Raises TokenizerError.
+    A Llama tokenizer has no padding token: like the reference, it gets its unknown token, or, in Llama 3, the end of
+    text, since what ends its turns must not count as padding. Raises TokenizerError.
     """
     from transformers import AutoTokenizer  # a second to import
 
@@ -36,7 +39,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         _follow_sentencepiece(tokenizer, pieces)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        end_of_text = LLAMA3_END_OF_TEXT if LLAMA3_END_OF_TEXT in tokenizer.get_vocab() else tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.unk_token or end_of_text
     return tokenizer
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,44 @@ from typing import Any
 import pytest
 
 from ross_mcore.data.conversation import (
-    TEMPLATES,
+    TRAINING_TEMPLATES,
     ConversationError,
     Tokenized,
     expand_images,
     tokenize_conversation,
     tokenize_prompt,
+    write_prompt,
 )
 from ross_mcore.data.tokenizer import load_tokenizer
 
-FOLDERS = {"qwen": "tok_qwen2", "llama_legacyF": "tok_llama_legacyF", "llama_legacyT": "tok_llama_legacyT"}
+FOLDERS = {
+    "qwen": "tok_qwen2",
+    "llama_legacyF": "tok_llama_legacyF",
+    "llama_legacyT": "tok_llama_legacyT",
+    "llama3": "tok_llama3",
+}
 CASES = [
     "qwen|plain",
     "qwen|qwen_2",
     "qwen|qwen_2|maxlen100",
+    "qwen|qwen_2|im_start_end",
+    "qwen|v1_qwen2",
     "llama_legacyF|plain",
     "llama_legacyF|v1",
     "llama_legacyF|v1|maxlen100",
+    "llama_legacyF|v1|im_start_end",
     "llama_legacyT|v1",
+    "llama3|plain",
+    "llama3|llama3",
 ]
-"""tokenizer | template | the maximum length, 256 unless said."""
+"""tokenizer | template | what was set: im_start_end, or the maximum length where it is not 256."""
+TURNS = [
+    {"from": "human", "value": "<image>\nQ1?"},
+    {"from": "gpt", "value": "A1."},
+    {"from": "human", "value": "Q2?"},
+    {"from": "gpt", "value": "A2."},
+]
+"""What the reference's prompts were recorded with."""
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +64,15 @@ def conversations(recorded_json: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def tokenize(sample: dict[str, Any], tokenizer: Any, case: str, supervise_final_eos: bool = False) -> Tokenized:
-    _, template, *limit = case.split("|")
-    length = int(limit[0].removeprefix("maxlen")) if limit else 256
+    _, template, *settings = case.split("|")
     return tokenize_conversation(
-        sample["conversations"], "image" in sample, tokenizer, template, length, supervise_final_eos
+        sample["conversations"],
+        "image" in sample,
+        tokenizer,
+        template,
+        max_length=100 if "maxlen100" in settings else 256,
+        supervise_final_eos=supervise_final_eos,
+        mm_use_im_start_end="im_start_end" in settings,
     )
 
 
@@ -57,9 +82,9 @@ def test_tokens_and_labels_are_the_reference_s(
 ) -> None:
     tokenizer = tokenizers[case.split("|")[0]]
     expected = conversations["tokenized"][case]["samples"]
-    samples = recorded_json("data/samples.json")
-    assert len(samples) == len(expected) == 22
-    for sample in samples:
+    samples = {sample["id"]: sample for sample in recorded_json("data/samples.json")}
+    assert len(samples) == 22 and len(expected) == (4 if "im_start_end" in case else 22)
+    for sample in map(samples.__getitem__, expected):
         wanted = expected[sample["id"]]
         if "error" in wanted:
             with pytest.raises(ConversationError):
@@ -101,25 +126,46 @@ def test_nothing_is_supervised_past_the_last_answer_found(tokenizers: dict[str, 
     assert not found.mismatch and found.labels[end - 1] != -100 and set(found.labels[end:]) == {-100}
 
 
-@pytest.mark.parametrize("case", ["qwen|qwen_2", "llama_legacyF|v1"])
+@pytest.mark.parametrize("case", ["qwen|qwen_2", "qwen|v1_qwen2", "llama_legacyF|v1", "llama3|llama3"])
 def test_prompts_to_generate_from(case: str, tokenizers: dict[str, Any], conversations: dict[str, Any]) -> None:
     name, template = case.split("|")
-    turns = [
-        {"from": "human", "value": "<image>\nQ1?"},
-        {"from": "gpt", "value": "A1."},
-        {"from": "human", "value": "Q2?"},
-    ]
-    wanted = conversations["prompts"]["_generation_ids"][case]
-    assert tokenize_prompt(turns, True, tokenizers[name], template) == wanted
+    prompts = conversations["prompts"]
+    assert write_prompt(TURNS, True, template) == prompts[template]["full"]
+    assert write_prompt(TURNS[:3], True, template, generation=True) == prompts[template]["generation"]
+    assert tokenize_prompt(TURNS[:3], True, tokenizers[name], template) == prompts["_generation_ids"][case]
 
 
-@pytest.mark.parametrize("template", ["qwen_2", "v1"])
-def test_system_texts_and_separators(template: str, conversations: dict[str, Any]) -> None:
-    recorded = conversations["prompts"][template]["full"]
-    style = TEMPLATES[template]
-    assert recorded == (
-        f"{style.system}USER: <image>\nQ1? ASSISTANT: A1.{style.round_end}USER: Q2? ASSISTANT: A2.{style.round_end}"
-    )
+def test_a_prompt_for_a_caption_is_the_image(tokenizers: dict[str, Any]) -> None:
+    assert tokenize_prompt(TURNS[:1], True, tokenizers["qwen"], "plain") == [-200]
+    assert tokenize_prompt(TURNS[:1], True, tokenizers["llama3"], "plain") == [507, -200]
+    assert write_prompt(TURNS[:2], True, "plain") == "<image>A1.\n"
+
+
+def test_there_is_nothing_to_generate_after_an_answer() -> None:
+    with pytest.raises(ConversationError, match="nothing to answer"):
+        write_prompt(TURNS, True, "llama3", generation=True)
+
+
+def test_what_one_trains_with_has_labels_in_every_round(
+    tokenizers: dict[str, Any], conversations: dict[str, Any]
+) -> None:
+    """And the one template that is left out does not."""
+    fitting = {"plain": "qwen", "qwen_2": "qwen", "v1": "llama_legacyF", "llama3": "llama3"}
+    assert set(TRAINING_TEMPLATES) == set(fitting)
+    for template, name in fitting.items():
+        turns = TURNS[:2] if template == "plain" else TURNS
+        assert tokenize_conversation(turns, True, tokenizers[name], template, 256).label_tokens > 1
+    assert tokenize_conversation(TURNS, True, tokenizers["qwen"], "v1_qwen2", 256).label_tokens == 0
+
+
+def test_what_ends_the_turns_of_llama3_is_no_padding(golden: Path, tmp_path: Path) -> None:
+    """The chat models name `<|eot_id|>` their end of sequence; as padding it would make every row a mismatch."""
+    folder = shutil.copytree(golden / "data" / FOLDERS["llama3"], tmp_path / "tokenizer")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|eot_id|>"}))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|eot_id|>", "<|end_of_text|>")
+    assert not tokenize_conversation(TURNS, True, tokenizer, "llama3", 256).mismatch
 
 
 def test_images_take_their_place() -> None:

@@ -147,6 +147,7 @@ def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Che
             fresh,
             tokenizer=options.tokenizer or language,
             preprocessor_config=vision / "preprocessor_config.json",
+            generation_config=language / huggingface.GENERATION_CONFIG,
             dtype=dtype,
             advance=advance,
         )

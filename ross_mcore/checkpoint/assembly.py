@@ -14,7 +14,7 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.convert import AnyRow, ConversionError, convert_in, plan
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.checkpoint.huggingface import RossFolder, copy_tokenizer, open_ross, open_tensors
+from ross_mcore.checkpoint.huggingface import GENERATION_CONFIG, RossFolder, copy_tokenizer, open_ross, open_tensors
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.mapping import ross_table
 from ross_mcore.checkpoint.stream import TensorWriter
@@ -39,11 +39,13 @@ def assemble(
     fresh: Iterable[tuple[str, Tensor]],
     tokenizer: Path,
     preprocessor_config: Path,
+    generation_config: Path,
     dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
 ) -> Checkpoint:
     """Writes iteration 0 of `root`: the parts, the tensors of `fresh`, tokenizer and image processor.
 
+    generation_config: a file that is kept beside the tokenizer where it exists, for the way back to Hugging Face.
     dtype: of all but KEPT_IN_FLOAT32; None keeps each tensor's own, those included. `advance` is called with the number
     of parameters after each tensor. Nothing is built and nothing is held but the tensor at hand.
     Raises ConversionError naming folder and tensor, or CheckpointError; leaves nothing half-written.
@@ -61,6 +63,8 @@ def assemble(
     partial = folder.begin(root, 0)
     try:
         copy_tokenizer(tokenizer, partial / folder.TOKENIZER)
+        if generation_config.is_file():
+            shutil.copyfile(generation_config, partial / folder.TOKENIZER / GENERATION_CONFIG)
         shutil.copyfile(preprocessor_config, partial / folder.PREPROCESSOR)
         with TensorWriter(partial) as writer:
             streams = [convert_in(steps, source, model.language) for steps, source in plans]
@@ -114,6 +118,7 @@ def import_ross(
         fresh=(),
         tokenizer=tokenizer or ross.path,
         preprocessor_config=ross.vision_model / "preprocessor_config.json",
+        generation_config=ross.path / GENERATION_CONFIG,
         dtype=dtype,
         advance=advance,
     )

@@ -246,23 +246,36 @@ def _read(source: Tensors, name: str) -> Tensor:
     return tensor
 
 
+def plan_out(table: Sequence[AnyRow], names: Iterable[str]) -> list[Step]:
+    """How to make their tensors from ours; reads nothing. Raises ConversionError naming one that no row takes."""
+    rows = [row for row in table if isinstance(row, Row)]
+    steps = []
+    for name in names:
+        found = next(((row, values) for row in rows if (values := match(row.ours, name)) is not None), None)
+        if found is None:
+            raise ConversionError(f"tensor {name} is not known to this conversion")
+        row, values = found
+        steps.append(Step(row, name, tuple(pattern.format(**values) for pattern in row.theirs)))
+    return steps
+
+
 def convert_out(
     table: Sequence[AnyRow], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors made from ours, one family after the other, in `dtype` (None: as they are).
+    """Their tensors made from all of ours, one family after the other, in `dtype` (None: as they are).
 
-    Raises ConversionError naming a tensor of ours that no row takes.
+    Raises ConversionError naming a tensor of ours that no row takes, or a value that float16 is too small for.
     """
-    rows = [row for row in table if isinstance(row, Row)]
-    steps = []
-    for name in source.names():
-        for row in rows:
-            values = match(row.ours, name)
-            if values is not None:
-                steps.append(Step(row, name, tuple(pattern.format(**values) for pattern in row.theirs)))
-                break
-        else:
-            raise ConversionError(f"tensor {name} is not known to this conversion")
+    yield from convert_steps(plan_out(table, source.names()), source, language, dtype)
+
+
+def convert_steps(
+    steps: Iterable[Step], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """`convert_out` of what `plan_out` has planned."""
     for step in steps:
         for name, tensor in zip(step.theirs, step.row.to_theirs(source.read(step.ours), language)):
-            yield name, (tensor if dtype is None else tensor.to(dtype)).contiguous()
+            converted = tensor if dtype is None else tensor.to(dtype)
+            if dtype == torch.float16 and tensor.isfinite().all() and not converted.isfinite().all():
+                raise ConversionError(f"{name} has {tensor.abs().max():.3g}, too large for float16; take bfloat16")
+            yield name, converted.contiguous()

@@ -243,6 +243,15 @@ def publish(
     return inspect(target)
 
 
+def rename_into_place(partial: Path, target: Path) -> None:
+    """Makes a finished folder appear under its name at once, its files safe from a power cut. Raises OSError."""
+    for path in (path for path in partial.rglob("*") if path.is_file()):
+        _sync(path)
+    _sync(partial)
+    partial.rename(target)
+    _sync(target.parent)
+
+
 def _copy_assets(sources: list[Path], target: Path) -> None:
     """Copies tokenizer and image processor from the first of `sources` that has both."""
     for source in sources:

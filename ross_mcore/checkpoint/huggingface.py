@@ -26,6 +26,7 @@ from ross_mcore.architecture import (
     VisionConfig,
 )
 from ross_mcore.checkpoint.convert import ConversionError, Tensors
+from ross_mcore.checkpoint.export_config import ross_facts
 
 STEMS = ("model", "diffusion_pytorch_model")
 TOKENIZER_FILES = (
@@ -39,6 +40,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+GENERATION_CONFIG = "generation_config.json"
+"""Sampling defaults and the ids that end an answer; kept with the tokenizer, whose ids it holds."""
 VISION_DEFAULTS = {
     # what a configuration may leave out: transformers' defaults of these fields
     "siglip_vision_model": {"patch_size": 16, "image_size": 224},
@@ -150,20 +153,6 @@ class RossFolder:
         return model
 
 
-def ross_facts(model: ModelConfig) -> dict[str, Any]:
-    """What a config.json of the reference repeats of its tower and VAE (ARCH:75-136)."""
-    facts: dict[str, Any] = {
-        "image_embed_len": model.vision.image_tokens,
-        "image_mean": list(model.vision.image_mean),
-        "image_std": list(model.vision.image_std),
-        "mm_hidden_size": model.vision.hidden_size,
-    }
-    if model.pixel_decoder:
-        facts["decode_image_size"] = model.decode_image_size
-        facts["mm_inv_hidden_size"] = model.pixel_decoder.token_channels
-    return facts
-
-
 def open_ross(
     folder: Path, base: Path | None = None, vision_model: Path | None = None, pixel_decoder: Path | None = None
 ) -> RossFolder:
@@ -209,7 +198,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
         raise ConversionError(f"{source} has no tokenizer.json, tokenizer.model or vocab.json; say where one is")
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for path in files:
         shutil.copyfile(path, target / path.name)
 

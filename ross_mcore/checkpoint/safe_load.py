@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStora
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ross_mcore.checkpoint.folder import CheckpointError
-from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE
+from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, OPTIMIZER_PREFIX
 
 ALLOWED = {
     # plain descriptions of tensors and of byte ranges: dataclasses and enums without side effects
@@ -141,6 +142,31 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{name} cannot be read from {file} in {folder}: {reason}") from None
     return whole
+
+
+class StoredTensors:
+    """The model of a checkpoint, tensor by tensor, each put together when asked for. Raises as `read_tensor` does.
+
+    `shapes` are those of the model's tensors; `trained` are the names of those that have optimizer state.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._metadata = folder, read_metadata(folder)
+        stored = tensor_shapes(self._metadata)
+        self.shapes = {name: shape for name, shape in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
+        self.trained = {own for own in self.shapes if f"{OPTIMIZER_PREFIX}state.exp_avg.{own}" in stored}
+
+    def names(self) -> Iterable[str]:
+        return self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
+
+    def read(self, name: str) -> Tensor:
+        return read_tensor(self._folder, self._metadata, name)
 
 
 class Reader(FileSystemReader):

@@ -63,7 +63,7 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, require_checkpoint
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
-from ross_mcore.checkpoint.torch_dist import COMMON_FILE, SHARDING, sharding_metadata
+from ross_mcore.checkpoint.torch_dist import COMMON_FILE, OPTIMIZER_PREFIX, SHARDING, sharding_metadata
 
 __all__ = [
     "Checkpoint",
@@ -76,7 +76,6 @@ __all__ = [
     "sharding_metadata",
 ]
 
-OPTIMIZER_PREFIX = "optimizer."
 T = TypeVar("T")
 
 

@@ -15,6 +15,8 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+OPTIMIZER_PREFIX = "optimizer."
+"""What the names of optimizer state begin with; the others are the model's."""
 SHARDING = {
     # the only distributed-optimizer format of 0.16.1 that every other layout can read
     "distrib_optim_sharding_type": "fully_reshardable",

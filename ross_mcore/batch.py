@@ -34,6 +34,11 @@ class Sample:
     pixels: list[Tensor | None] = field(default_factory=list)
     problem: str | None = None
 
+    @property
+    def label_tokens(self) -> int:
+        """Labels that a loss is over; none is for the first token, which nothing predicts."""
+        return int((self.labels[1:] != IGNORE_INDEX).sum())
+
 
 @dataclass
 class Batch:

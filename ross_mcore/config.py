@@ -79,9 +79,11 @@ class DataOptions:
     seq_length: int = 2048
     """Longest row in tokens, image tokens included. Longer text is cut; a sample whose image would be cut is skipped.
     """
-    template: Literal["plain", "qwen_2", "v1"] | None = None
+    template: Literal["plain", "qwen_2", "v1", "llama3"] | None = None
     """Conversation template. Default: plain for --training-stage pretrain, qwen_2 (Qwen2) or v1 (Llama) for finetune.
-    """
+    llama3 fits the tokenizer of Llama 3."""
+    mm_use_im_start_end: bool = False
+    """Write <im_start> and <im_end>, as plain text, around every picture (not in template plain)."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """square: the image processor alone. pad: centre on a square first. Default: square for pretrain, pad for finetune.
     """

@@ -21,15 +21,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="tokenizer folder: stores text lengths in the index and lists records that do not fit the template",
+        help="tokenizer folder: counts tokens and labels into the index and lists records that do not fit the template",
     )
-    parser.add_argument("--template", help="conversation template the lengths are for (plain, qwen_2, v1)")
+    parser.add_argument("--template", help="conversation template the counts are for (plain, qwen_2, v1, llama3)")
+    parser.add_argument("--mm-use-im-start-end", action="store_true", help="count as for training with this flag")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="threads that check pictures")
     parser.add_argument("--follow-links", action="store_true", help="let links lead out of the image folder")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a data set already")
     options = parser.parse_args(arguments)
     if (options.tokenizer is None) != (options.template is None):
         parser.error("--tokenizer and --template come together: lengths depend on both")
+    if options.mm_use_im_start_end and options.template is None:
+        parser.error("--mm-use-im-start-end needs --tokenizer and --template: it changes what they count")
     if min(options.shard_size, options.max_shard_bytes, options.num_workers) < 1:
         parser.error("--shard-size, --max-shard-bytes and --num-workers must be at least 1")
     if not options.image_folder.is_dir():
@@ -42,7 +45,7 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.conversation import TEMPLATES
+    from ross_mcore.data.conversation import TRAINING_TEMPLATES
     from ross_mcore.data.llava import RecordsError, convert_records, read_records
     from ross_mcore.data.shard_writer import ShardWriter
     from ross_mcore.data.shards import LengthSource, ShardError
@@ -52,10 +55,10 @@ def main() -> int:
     try:
         tokenizer = source = None
         if options.template is not None:
-            if options.template not in TEMPLATES:
-                raise TokenizerError(f"--template {options.template} is not one of {', '.join(TEMPLATES)}")
+            if options.template not in TRAINING_TEMPLATES:
+                raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
             tokenizer = load_tokenizer(options.tokenizer)
-            source = LengthSource(fingerprint_tokenizer(tokenizer), options.template)
+            source = LengthSource(fingerprint_tokenizer(tokenizer), options.template, options.mm_use_im_start_end)
         count, records = read_records(options.data)
         columns = TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         writer = ShardWriter(
@@ -73,6 +76,7 @@ def main() -> int:
                 writer,
                 tokenizer,
                 options.template,
+                mm_use_im_start_end=options.mm_use_im_start_end,
                 follow_links=options.follow_links,
                 num_workers=options.num_workers,
                 progress=lambda: bar.advance(task),
@@ -81,8 +85,8 @@ def main() -> int:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {done.samples} samples, {done.images} pictures, of {count} records")
-    if done.unlocated:
-        print(f"{done.unlocated} samples without any label: their answers could not be located among their tokens")
+    if done.ignored:
+        print(f"{done.ignored} samples without any label: their answers could not be located among their tokens")
     for reason, number in done.skipped.most_common():
         print(f"skipped {number}: {reason} (see {options.out / 'skipped.jsonl'})")
     return 0

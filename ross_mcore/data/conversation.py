@@ -322,6 +322,15 @@ def expand_images(
     return np.array(tokens_out, np.int64), np.array(labels_out, np.int64), starts
 
 
+def cut_row(
+    tokens: NDArray[np.int64], labels: NDArray[np.int64], starts: list[int], image_tokens: int, max_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """An expanded row's first `max_length` tokens and labels. Raises ConversationError when that cuts a picture."""
+    if starts and starts[-1] + image_tokens > max_length:
+        raise ConversationError(f"the cut at {max_length} tokens would go through a picture")
+    return tokens[:max_length], labels[:max_length]
+
+
 def _encode(text: str, has_image: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return encode_with_images(text, tokenizer) if has_image else encode(text, tokenizer)
 

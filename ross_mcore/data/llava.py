@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ross_mcore.data.conversation import ConversationError, Tokenized, tokenize_conversation
+from ross_mcore.data.conversation import ConversationError, Tokenized, count_words, tokenize_conversation
 from ross_mcore.data.image import FORMATS, ImageError, decode_image
 from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, UNKNOWN_LENGTH
+from ross_mcore.data.shards import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,11 +39,11 @@ class SkippedRecord(ValueError):
 
 @dataclass
 class Conversion:
-    """What became of the records. `unlocated`: samples stored although no answer was found among their tokens."""
+    """What became of the records. `ignored`: samples stored although they have no label under the template."""
 
     samples: int = 0
     images: int = 0
-    unlocated: int = 0
+    ignored: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
 
@@ -81,6 +81,7 @@ def convert_records(
     tokenizer: PreTrainedTokenizerBase | None = None,
     template: str | None = None,
     *,
+    mm_use_im_start_end: bool = False,
     follow_links: bool = False,
     num_workers: int = 1,
     progress: Callable[[], None] = lambda: None,
@@ -88,7 +89,7 @@ def convert_records(
     """Writes every usable record, in order, and the others with their reasons to skipped.jsonl beside the shards.
 
     A sample's key is its record's number in the file, which is unique where ids need not be. Pictures are read and
-    decoded once, by `num_workers` threads. With a tokenizer and a template the samples' lengths are measured.
+    decoded once, by `num_workers` threads. With a tokenizer and a template the samples' tokens and labels are counted.
     Raises RecordsError when no record is usable.
     """
     done = Conversion()
@@ -98,13 +99,15 @@ def convert_records(
         number, record, pictures = waiting.popleft()
         progress()
         try:
-            images, text_tokens, spans = pictures.result(), UNKNOWN_LENGTH, None
+            images, measured = pictures.result(), {}
             if tokenizer is not None and template is not None:
-                row = _tokenize(record, len(images), tokenizer, template)
-                text_tokens, spans = len(row.input_ids) - row.image_spans, row.image_spans
-                done.unlocated += row.mismatch
+                row = _tokenize(record, len(images), tokenizer, template, mm_use_im_start_end)
+                measured = {"text_tokens": len(row.input_ids) - row.image_spans, "image_spans": row.image_spans}
+                measured["label_tokens"] = row.label_tokens
+                done.ignored += row.label_tokens == 0
             key = f"{number:09d}"
-            writer.write(key, _encode({"id": key, **record}), images, text_tokens, spans)
+            words = count_words(record["conversations"])
+            writer.write(key, _encode({"id": key, **record}), images, text_words=words, **measured)
             done.samples += 1
             done.images += len(images)
         except SkippedRecord as error:
@@ -139,9 +142,14 @@ def _encode(record: dict[str, Any]) -> bytes:
     return encoded
 
 
-def _tokenize(record: Any, num_images: int, tokenizer: PreTrainedTokenizerBase, template: str) -> Tokenized:
+def _tokenize(
+    record: Any, num_images: int, tokenizer: PreTrainedTokenizerBase, template: str, mm_use_im_start_end: bool
+) -> Tokenized:
+    turns, has_image = record["conversations"], num_images > 0
     try:
-        row = tokenize_conversation(record["conversations"], num_images > 0, tokenizer, template, NO_LIMIT)
+        row = tokenize_conversation(
+            turns, has_image, tokenizer, template, NO_LIMIT, mm_use_im_start_end=mm_use_im_start_end
+        )
     except ConversationError as error:
         raise SkippedRecord(str(error)) from None
     if row.image_spans not in (0, num_images):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +19,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.batch import IGNORE_INDEX, Sample
-from ross_mcore.data.conversation import TEMPLATES, ConversationError, expand_images, tokenize_conversation
+from ross_mcore.batch import Sample
+from ross_mcore.data.conversation import TRAINING_TEMPLATES, ConversationError, expand_images, tokenize_conversation
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
-from ross_mcore.data.shards import ShardError, ShardReader
+from ross_mcore.data.shards import LengthSource, ShardError, ShardReader
+from ross_mcore.data.tokenizer import fingerprint_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NOTHING_TO_LEARN = "no picture and no label: nothing to learn"
+PROBED_SAMPLES = 512
+"""How many samples are tokenized to see whether a template fits, where the index does not say."""
+
+
+@dataclass(frozen=True)
+class IgnoredLabels:
+    """How many samples, of `looked_at`, have no label at all, and the keys of the first few.
+
+    `from_index`: counted when the shards were made, over all samples; otherwise tokenized now, spread over the data.
+    """
+
+    looked_at: int
+    ignored: int
+    keys: list[str]
+    from_index: bool
+
+    @property
+    def share(self) -> float:
+        return self.ignored / self.looked_at
 
 
 class ShardDataset:
     """The samples of a data set folder, as rows of at most `seq_length` tokens.
 
-    `template` and `supervise_final_eos` as in `tokenize_conversation`, `image_aspect_ratio` as in
-    `ImagePreprocessing`. Raises ShardError, KeyError or ValueError for a folder, template or setting that cannot be
+    `template`, `supervise_final_eos` and `mm_use_im_start_end` as in `tokenize_conversation`, `image_aspect_ratio` as
+    in `ImagePreprocessing`. Raises ShardError, KeyError or ValueError for a folder, template or setting that cannot be
     used; reading a sample never raises for bad data.
     """
 
@@ -45,14 +68,16 @@ class ShardDataset:
         seq_length: int,
         supervise_final_eos: bool = True,
         image_processor: dict[str, Any] | None = None,
+        mm_use_im_start_end: bool = False,
     ) -> None:
-        if template not in TEMPLATES:
-            raise KeyError(f"template {template!r} is not one of {', '.join(TEMPLATES)}")
+        if template not in TRAINING_TEMPLATES:
+            raise KeyError(f"template {template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
         self.reader = ShardReader(path)
         self.tokenizer = tokenizer
         self.template = template
         self.seq_length = seq_length
         self.supervise_final_eos = supervise_final_eos
+        self.mm_use_im_start_end = mm_use_im_start_end
         self.image_tokens = model_config.vision.image_tokens
         self.preprocessing = ImagePreprocessing.for_tower(model_config.vision, image_aspect_ratio, image_processor)
 
@@ -74,6 +99,25 @@ class ShardDataset:
         if wanted_pixels:
             self.decode(sample, sample_number, range(len(sample.pixels)))
         return sample
+
+    def ignored_labels(self) -> IgnoredLabels:
+        """How many samples have no label: a template that does not fit the tokenizer or the data shows here.
+
+        From the index where it was made with this tokenizer and this template, else from PROBED_SAMPLES samples.
+        """
+        source = LengthSource(fingerprint_tokenizer(self.tokenizer), self.template, self.mm_use_im_start_end)
+        from_index = self.reader.length_source == source
+        if from_index:
+            looked_at = len(self)
+            ignored = np.flatnonzero(self.reader.samples["label_tokens"] == 0).tolist()
+        else:
+            numbers = np.unique(np.linspace(0, len(self) - 1, min(len(self), PROBED_SAMPLES)).round().astype(np.int64))
+            looked_at, ignored = len(numbers), [number for number in numbers.tolist() if self._is_ignored(number)]
+        return IgnoredLabels(looked_at, len(ignored), self.keys(ignored[:5]), from_index)
+
+    def _is_ignored(self, sample_number: int) -> bool:
+        sample = self.get(sample_number, position=0)
+        return sample.problem == NOTHING_TO_LEARN or (sample.problem is None and not sample.label_tokens)
 
     def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[str]:
         """Fills in `sample.pixels` at `ordinals`; returns a warning for each picture that had to be left blank."""
@@ -100,6 +144,7 @@ class ShardDataset:
             self.template,
             self.seq_length,
             self.supervise_final_eos,
+            self.mm_use_im_start_end,
         )
         if tokenized.image_spans not in (0, num_images):  # an image that the text never shows is not trained on
             raise ConversationError(f"{tokenized.image_spans} <image> in the text, {num_images} pictures")
@@ -107,10 +152,11 @@ class ShardDataset:
         if starts and starts[-1] + self.image_tokens > self.seq_length:
             raise ConversationError(f"the cut at {self.seq_length} tokens would go through a picture")
         tokens, labels = tokens[: self.seq_length], labels[: self.seq_length]
-        if not starts and not (labels != IGNORE_INDEX).any():
-            raise ConversationError("no picture and no label: nothing to learn")
         pixels: list[Tensor | None] = [None] * len(starts)
-        return Sample(key, position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
+        sample = Sample(key, position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
+        if not starts and not sample.label_tokens:
+            raise ConversationError(NOTHING_TO_LEARN)
+        return sample
 
 
 def skipped_sample(key: str, position: int, problem: str) -> Sample:

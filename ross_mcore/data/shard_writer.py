@@ -9,7 +9,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -100,7 +100,7 @@ class ShardWriter:
         self._samples: list[NDArray[np.void]] = []
         self._images: list[NDArray[np.void]] = []
         self._num_images = self._key_bytes = self._shard_bytes = 0
-        self._pending: list[tuple[str, int, int, int]] = []
+        self._pending: list[tuple[str, dict[str, int]]] = []
         self._content = hashlib.sha256()
         self._tar: Any = None
         self._stream: BinaryIO | None = None
@@ -116,10 +116,13 @@ class ShardWriter:
         key: str,
         record: bytes,
         images: Sequence[tuple[str, bytes]] = (),
+        *,
+        text_words: int = 0,
         text_tokens: int = UNKNOWN_LENGTH,
+        label_tokens: int = UNKNOWN_LENGTH,
         image_spans: int | None = None,
     ) -> None:
-        """Appends a sample; `record` is a JSON object in UTF-8, `images` are (suffix, encoded bytes).
+        """Appends a sample; `record` is a JSON object in UTF-8, `images` are (suffix, encoded bytes), see SAMPLE_ROW.
 
         Raises ShardError for what a reader would refuse.
         """
@@ -143,8 +146,14 @@ class ShardWriter:
         for part in (key.encode(), record, *(data for _, data in images)):
             self._content.update(len(part).to_bytes(8, "little") + part)
         self._shard_bytes += size
-        spans = len(images) if image_spans is None else image_spans
-        self._pending.append((key, len(images), text_tokens, spans))
+        facts = {
+            "num_images": len(images),
+            "text_words": text_words,
+            "text_tokens": text_tokens,
+            "label_tokens": label_tokens,
+            "image_spans": len(images) if image_spans is None else image_spans,
+        }
+        self._pending.append((key, facts))
 
     def _shard_path(self) -> Path:
         return self.folder / f"shard-{len(self._shards):05d}.tar"
@@ -155,16 +164,17 @@ class ShardWriter:
         self._tar.close()
         _sync_and_close(self._stream)
         members = scan_shard(path)
-        if [(m.key, len(m.images)) for m in members] != [(key, images) for key, images, _, _ in self._pending]:
+        if [(m.key, len(m.images)) for m in members] != [(key, facts["num_images"]) for key, facts in self._pending]:
             raise ShardError(f"{path}: the tar does not hold the {len(self._pending)} samples written; a key twice?")
         rows = np.zeros(len(members), SAMPLE_ROW)
-        for row, member, (key, num_images, text_tokens, spans) in zip(rows, members, self._pending, strict=True):
+        for row, member, (key, facts) in zip(rows, members, self._pending, strict=True):
             row["json_offset"], row["json_size"] = member.record
             row["key_offset"], row["first_image"] = self._key_bytes, self._num_images
-            row["shard"], row["num_images"] = number, num_images
-            row["text_tokens"], row["image_spans"] = text_tokens, spans
+            row["shard"] = number
+            for name, value in facts.items():
+                row[name] = value
             self._key_bytes += self._keys.write(f"{key}\n".encode())
-            self._num_images += num_images
+            self._num_images += facts["num_images"]
         self._samples.append(rows)
         self._images.append(np.array([place for member in members for place in member.images], IMAGE_ROW))
         self._shards.append({"name": path.name, "bytes": path.stat().st_size, "samples": len(members)})
@@ -188,7 +198,7 @@ class ShardWriter:
             "num_samples": sum(shard["samples"] for shard in self._shards),
             "num_images": self._num_images,
             "fingerprint": self._content.hexdigest()[:16],
-            "lengths": None if source is None else {"tokenizer": source.tokenizer, "template": source.template},
+            "lengths": None if source is None else asdict(source),
             "shards": self._shards,
         }
         with (self.folder / "index.json").open("w", encoding="utf-8") as stream:

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = "ross_mcore shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: label_tokens and text_words."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_RECORD_BYTES = 16 << 20
 MAX_IMAGE_BYTES = 64 << 20
@@ -41,7 +42,9 @@ SAMPLE_ROW = np.dtype(
         ("first_image", "<u8"),
         ("json_size", "<u4"),
         ("shard", "<u4"),
+        ("text_words", "<u4"),  # words of all turns, see conversation.count_words
         ("text_tokens", "<i4"),  # tokens of the row without its images; UNKNOWN_LENGTH when not measured
+        ("label_tokens", "<i4"),  # labels of the row, 0 when all are ignored; UNKNOWN_LENGTH when not measured
         ("num_images", "<u2"),  # pictures in the tar
         ("image_spans", "<u2"),  # image placeholders in the text: a row is text_tokens + image_spans * image_tokens
     ]
@@ -59,10 +62,11 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class LengthSource:
-    """What `text_tokens` was measured with: other tokens or another template make the lengths worthless."""
+    """What text_tokens and label_tokens were measured with: other tokens or another text make them worthless."""
 
     tokenizer: str
     template: str
+    mm_use_im_start_end: bool = False
 
 
 class ShardReader:
@@ -154,8 +158,13 @@ class ShardReader:
             index = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ShardError(f"{path}: {error}; make a data set with tools/make_shards.py") from None
-        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != FORMAT_VERSION:
-            raise ShardError(f"{path} is not a version {FORMAT_VERSION} index; make it again with tools/make_shards.py")
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise ShardError(f"{path} is not the index of a data set; make one with tools/make_shards.py")
+        if index.get("version") != FORMAT_VERSION:
+            raise ShardError(
+                f"{path} is a version {index.get('version')} index and this program reads version {FORMAT_VERSION}; "
+                "make the data set again with tools/make_shards.py"
+            )
         try:
             if sum(int(shard["samples"]) for shard in index["shards"]) != index["num_samples"] or not index["shards"]:
                 raise ShardError(f"{path}: the shards' samples do not add up to num_samples={index['num_samples']}")

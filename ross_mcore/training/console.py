@@ -11,13 +11,15 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.loader import Step
-from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.sample import IgnoredLabels, ShardDataset
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration
 from ross_mcore.training.state import TrainState
 from ross_mcore.training.stop import StopRequest
+
+IGNORED_SHARE_TO_WARN = 0.01
 
 
 def report_data_problems(iteration: int, step: Step, groups: Groups) -> None:
@@ -27,6 +29,18 @@ def report_data_problems(iteration: int, step: Step, groups: Groups) -> None:
     if groups.tensor_rank == 0:
         for sample in (sample for rows in step for sample in rows if sample.problem):
             print(f"iteration {iteration}: sample {sample.key} skipped: {sample.problem}", flush=True)
+
+
+def ignored_warning(found: IgnoredLabels, template: str) -> str | None:
+    """What to say when more than IGNORED_SHARE_TO_WARN of the samples have no label."""
+    if found.share <= IGNORED_SHARE_TO_WARN:
+        return None
+    how = "by the index" if found.from_index else f"of {found.looked_at} tokenized, spread over the data"
+    return (
+        f"warning: {found.share:.1%} of the samples have no label ({found.ignored} {how}), so nothing is learned from "
+        f"their text; the first are {', '.join(found.keys)}. Usually --template {template} does not fit the tokenizer "
+        "or the data, so that the answers are not found among the tokens"
+    )
 
 
 class Console:
@@ -44,7 +58,7 @@ class Console:
         self.log, self.config, self.model_config, self.layout = log, config, model_config, layout
         self.rows_per_step, self.train_iters = rows_per_step, train_iters
         self._window: list[tuple[StepMetrics, int]] = []
-        self.skipped = 0
+        self.skipped = self.ignored = 0
 
     def say(self, text: str) -> None:
         if self.log is not None:
@@ -65,12 +79,15 @@ class Console:
             f"data: {len(dataset)} samples, {self.rows_per_step} a step, {self.train_iters} iterations"
         )
         if self.log is not None:
+            if warning := ignored_warning(dataset.ignored_labels(), dataset.template):
+                self.say(warning)
             self.log.text("options", "\n".join(f"    {k}: {v}" for k, v in self.config.flat().items()))
 
     def step(self, metrics: StepMetrics, row_tokens: int, keys: list[str]) -> None:
         """One iteration; `keys` are the ids of its samples where they must be named."""
         self._window.append((metrics, row_tokens))
         self.skipped += metrics.skipped_samples
+        self.ignored += metrics.ignored_samples
         if not metrics.applied:
             self.say(
                 f"iteration {metrics.iteration}: update skipped, lm_loss {metrics.lm_loss}, vm_loss {metrics.vm_loss}, "
@@ -132,4 +149,5 @@ class Console:
 
     def finished(self, state: TrainState) -> None:
         skipped = f"; {self.skipped} samples were skipped" if self.skipped else ""
-        self.say(f"finished {state.iteration} iterations, {state.consumed_samples} samples{skipped}")
+        ignored = f"; {self.ignored} samples had no label" if self.ignored else ""
+        self.say(f"finished {state.iteration} iterations, {state.consumed_samples} samples{skipped}{ignored}")

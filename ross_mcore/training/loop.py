@@ -154,6 +154,7 @@ def _train(config: Config, stop: StopRequest) -> None:
                 step_seconds=time.perf_counter() - began,
                 data_seconds=data_seconds,
                 skipped_samples=size.skipped_samples,
+                ignored_samples=size.ignored_samples,
                 applied=applied,
             )
             log.write(metrics)

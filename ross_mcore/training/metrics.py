@@ -21,9 +21,9 @@ class StepMetrics:
 
     lm_loss, vm_loss, loss: means over the step's labels and images; grad_norm: before clipping; learning_rate: of this
     step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the step's sample ids
-    in global order; skipped_samples: empty rows; applied: false when the update was skipped because a loss or the
-    gradient was not finite (such figures are null); step_seconds: the whole step, of which data_seconds
-    waiting for the loader.
+    in global order; skipped_samples: empty rows; ignored_samples: rows without any label; applied: false when the
+    update was skipped because a loss or the gradient was not finite (such figures are null); step_seconds: the whole
+    step, of which data_seconds waiting for the loader.
     """
 
     iteration: int
@@ -39,6 +39,7 @@ class StepMetrics:
     step_seconds: float
     data_seconds: float
     skipped_samples: int
+    ignored_samples: int
     applied: bool
 
 

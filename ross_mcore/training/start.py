@@ -89,6 +89,7 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint) -
         seq_length=config.data.seq_length,
         supervise_final_eos=config.data.supervise_final_eos,
         image_processor=start.image_processor(),
+        mm_use_im_start_end=config.data.mm_use_im_start_end,
     )
 
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ross_mcore.batch import IGNORE_INDEX, Batch, Sample, blank_rows, collate
+from ross_mcore.batch import Batch, Sample, blank_rows, collate
 from ross_mcore.config import TrainingOptions
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
@@ -26,8 +26,8 @@ class StepSize:
     """What all ranks know about a step before it starts.
 
     seq_length: tokens of every row of the step; label_tokens, images, blank_rows (rows without a picture): what the two
-    losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows; stop: some rank
-    was asked to stop.
+    losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows;
+    ignored_samples: rows without any label, of which only the picture is learned; stop: some rank was asked to stop.
     """
 
     seq_length: int
@@ -36,6 +36,7 @@ class StepSize:
     blank_rows: int
     row_tokens: int
     skipped_samples: int
+    ignored_samples: int
     stop: bool
 
 
@@ -69,6 +70,7 @@ def agree_on_step(
         len(blank_rows(counted)),
         sum(sample.tokens.numel() for sample in counted),
         sum(sample.problem is not None for sample in counted),
+        sum(sample.problem is None and not sample.label_tokens for sample in counted),
     ]
     everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(everyone, torch.tensor([mine], dtype=torch.int64, device=device))
@@ -79,7 +81,7 @@ def agree_on_step(
 
 
 def _labels(samples: list[Sample]) -> int:
-    return sum(int((sample.labels[1:] != IGNORE_INDEX).sum()) for sample in samples)
+    return sum(sample.label_tokens for sample in samples)
 
 
 def _images(samples: list[Sample]) -> int:
@@ -123,12 +125,14 @@ def run_schedule(
     forward_only: bool = False,
     num_micro_batches: int | None = None,
     draws: Sequence[Draws] | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> list[Any]:
     """Runs all micro-batches through mcore's schedule and leaves the reduced gradients in the model.
 
     Returns what the last stage computed per micro-batch (its parts [2] of the two losses, or hidden states with
     `output="hidden"`), and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
-    given; `draws` replays recorded randomness, one entry a micro-batch (see RossModel.forward).
+    given; `draws` replays recorded randomness, one entry a micro-batch (see RossModel.forward); `scales` multiply
+    lm_loss and vm_loss, so that one of them can be had alone.
     """
     count = num_micro_batches or micro_batches_per_step(options, groups)
 
@@ -143,7 +147,7 @@ def run_schedule(
             return result, lambda hidden, non_loss_data=True: hidden
         parts = count * groups.layout.data_parallel
         weights = _micro_batch_weights(rows, size, options, parts) if rows is not None else (0.0, 0.0)
-        return result, partial(_loss, weights=weights)
+        return result, partial(_loss, weights=(weights[0] * scales[0], weights[1] * scales[1]))
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,

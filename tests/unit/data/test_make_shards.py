@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ross_mcore.data.shards import ShardReader
+from ross_mcore.data.shards import UNKNOWN_LENGTH, ShardReader
 
 TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
@@ -121,6 +121,40 @@ def test_lengths_come_with_a_tokenizer(make: Callable[..., int], tmp_path: Path,
     assert len(reader) == len(reader.index["shards"]) == 2
     assert reader.length_source is not None and reader.length_source.template == "qwen_2"
     assert 0 < reader.samples[0]["text_tokens"] < reader.samples[1]["text_tokens"]
+    assert 0 < reader.samples[0]["label_tokens"] < reader.samples[1]["label_tokens"]
+    assert reader.samples["text_words"].tolist() == [2, 4]
+
+
+def test_words_are_counted_without_a_tokenizer(make: Callable[..., int], tmp_path: Path) -> None:
+    write(tmp_path, [{"conversations": [{"from": "system", "value": " a  b\n\tc "}, {"from": "gpt"}, 3]}])
+    assert make() == 0
+    rows = ShardReader(tmp_path / "out").samples
+    assert rows["text_words"].tolist() == [3] and rows["label_tokens"].tolist() == [UNKNOWN_LENGTH]
+
+
+def test_samples_without_labels_are_counted(
+    make: Callable[..., int], tmp_path: Path, golden_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unanswered = [TEXT[0], {"from": "gpt", "value": ""}]
+    write(tmp_path, [{"conversations": TEXT}, {"conversations": unanswered}])
+    assert make("--tokenizer", str(golden_data / "tok_qwen2"), "--template", "qwen_2") == 0
+    assert ShardReader(tmp_path / "out").samples["label_tokens"].tolist()[1] == 0
+    assert "1 samples without any label" in capsys.readouterr().out
+
+
+def test_counts_follow_the_text_around_pictures(
+    make: Callable[..., int], tmp_path: Path, golden_data: Path, encoded: Any
+) -> None:
+    (tmp_path / "images" / "a.png").write_bytes(encoded(4, 4))
+    write(tmp_path, [{"image": "a.png", "conversations": TURNS}])
+    counted = ("--tokenizer", str(golden_data / "tok_qwen2"), "--template", "qwen_2", "--overwrite")
+    assert make(*counted) == 0
+    plain = ShardReader(tmp_path / "out")
+    assert make(*counted, "--mm-use-im-start-end") == 0
+    wrapped = ShardReader(tmp_path / "out")
+    assert wrapped.samples[0]["text_tokens"] > plain.samples[0]["text_tokens"]
+    assert wrapped.length_source != plain.length_source and wrapped.length_source.mm_use_im_start_end
+    assert make("--mm-use-im-start-end", "--overwrite") == 2
 
 
 def test_json_lines_with_a_damaged_line(make: Callable[..., int], tmp_path: Path) -> None:
@@ -139,6 +173,7 @@ def test_json_lines_with_a_damaged_line(make: Callable[..., int], tmp_path: Path
         ("[1, 2]", [], "2 x the record is not a JSON object"),
         ("[1]", ["--tokenizer", "nowhere", "--template", "plain"], "nowhere"),
         ("[1]", ["--tokenizer", "nowhere", "--template", "chatml"], "chatml"),
+        ("[1]", ["--tokenizer", "nowhere", "--template", "v1_qwen2"], "v1_qwen2 is not one of"),
         ("[1]", ["--template", "plain"], "come together"),
         ("[1]", ["--shard-size", "0"], "at least 1"),
         ("[1]", ["--image-folder", "nowhere"], "not a folder"),

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_mcore.batch import IGNORE_INDEX, collate
-from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shards import ShardReader
+from ross_mcore.data.llava import convert_records
+from ross_mcore.data.sample import IgnoredLabels, ShardDataset
+from ross_mcore.data.shard_writer import ShardWriter
+from ross_mcore.data.shards import LengthSource, ShardReader
+from ross_mcore.data.tokenizer import fingerprint_tokenizer
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red car."}]
 
@@ -147,3 +150,63 @@ def test_an_unknown_template_is_refused(shards: Path, tokenizer: Any, model_conf
 
 def test_records_are_the_json_members(shards: Path) -> None:
     assert json.loads(ShardReader(shards).record_bytes(4))["id"] == "r4"
+
+
+UNANSWERED = [TURNS[0], {"from": "gpt", "value": ""}]
+
+
+@pytest.fixture
+def half_unanswered(tmp_path: Path, encoded: Any, tokenizer: Any) -> Callable[..., Path]:
+    """half_unanswered(count, source) -> `count` samples, all with a picture; every second has an empty answer."""
+
+    def build(count: int, source: LengthSource | None = None) -> Path:
+        (tmp_path / "a.png").write_bytes(encoded(4, 4))
+        records = [{"image": "a.png", "conversations": UNANSWERED if n % 2 else TURNS} for n in range(count)]
+        with ShardWriter(tmp_path / "half", length_source=source) as writer:
+            convert_records(records, tmp_path, writer, *((tokenizer, "qwen_2") if source else ()))
+        return tmp_path / "half"
+
+    return build
+
+
+def test_a_sample_without_labels_is_trained_on_for_its_picture(
+    half_unanswered: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    dataset = open_dataset(half_unanswered(2))
+    answered, unanswered = dataset.get(0, 0), dataset.get(1, 1)
+    assert answered.label_tokens > 0 == unanswered.label_tokens
+    assert unanswered.problem is None and len(unanswered.image_starts) == 1
+
+
+def test_ignored_labels_are_counted_from_the_index_where_it_fits(
+    half_unanswered: Callable[..., Path], open_dataset: Callable[..., ShardDataset], tokenizer: Any
+) -> None:
+    fitting = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2")
+    dataset = open_dataset(half_unanswered(13, fitting))
+    for shard in dataset.reader.index["shards"]:
+        (dataset.reader.folder / shard["name"]).write_bytes(b"")  # the index has to be enough
+    found = dataset.ignored_labels()
+    assert found == IgnoredLabels(13, 6, [f"{n:09d}" for n in (1, 3, 5, 7, 9)], from_index=True)
+    assert found.share == 6 / 13
+    dataset.mm_use_im_start_end = True
+    assert not dataset.ignored_labels().from_index
+
+
+@pytest.mark.parametrize("source", [None, LengthSource("another", "qwen_2"), LengthSource("another", "v1")])
+def test_ignored_labels_are_found_by_tokenizing_otherwise(
+    source: LengthSource | None,
+    half_unanswered: Callable[..., Path],
+    open_dataset: Callable[..., ShardDataset],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = open_dataset(half_unanswered(13, source))
+    assert dataset.ignored_labels() == IgnoredLabels(13, 6, [f"{n:09d}" for n in (1, 3, 5, 7, 9)], from_index=False)
+    monkeypatch.setattr("ross_mcore.data.sample.PROBED_SAMPLES", 5)
+    assert dataset.ignored_labels() == IgnoredLabels(5, 2, [f"{n:09d}" for n in (3, 9)], from_index=False)
+
+
+@pytest.mark.parametrize(("record", "share"), [({"conversations": [{"from": "human", "value": "x"}]}, 1), (b"[]", 0)])
+def test_text_that_is_skipped_for_want_of_labels_counts_and_bad_data_does_not(
+    record: Any, share: int, one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    assert open_dataset(one_sample(record)).ignored_labels().share == share

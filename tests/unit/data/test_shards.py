@@ -57,9 +57,11 @@ def test_text_lengths_are_in_the_index(shards: Path, tokenizer: Any) -> None:
     assert reader.length_source is not None and reader.length_source.template == "qwen_2"
     for number in range(len(reader)):
         record = json.loads(reader.record_bytes(number))
-        ids = tokenize_conversation(record["conversations"], "image" in record, tokenizer, "qwen_2", 999).input_ids
+        tokenized = tokenize_conversation(record["conversations"], "image" in record, tokenizer, "qwen_2", 999)
         row = reader.samples[number]
-        assert row["text_tokens"] + row["image_spans"] == len(ids)
+        assert row["text_tokens"] + row["image_spans"] == len(tokenized.input_ids)
+        assert row["label_tokens"] == sum(label >= 0 for label in tokenized.labels) > 3
+        assert row["text_words"] == sum(len(turn["value"].split()) for turn in record["conversations"])
         assert row["image_spans"] == ("image" in record)
 
 
@@ -143,7 +145,7 @@ def test_a_key_twice_is_refused(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda f: (f / "index.json").write_text("{"), "index.json"),
-        (lambda f: (f / "index.json").write_text('{"format": "other"}'), "version"),
+        (lambda f: (f / "index.json").write_text('{"format": "other"}'), "not the index"),
         (lambda f: _edit(f, lambda i: i["shards"][0].update(name="../x.tar")), "plain file name"),
         (lambda f: _edit(f, lambda i: i.update(num_samples=7)), "add up"),
         (lambda f: _edit(f, lambda i: i.pop("num_images")), "malformed"),
@@ -160,6 +162,14 @@ def test_a_damaged_data_set_is_refused_by_name(encoded: Any, tmp_path: Path, dam
         writer.write("k", b"{}", [("png", encoded(4, 4))])
     damage(tmp_path / "out")
     with pytest.raises(ShardError, match=message):
+        ShardReader(tmp_path / "out")
+
+
+def test_an_older_index_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "out") as writer:
+        writer.write("k", b"{}")
+    _edit(tmp_path / "out", lambda index: index.update(version=1))
+    with pytest.raises(ShardError, match="version 1 index and this program reads version 2; make .*make_shards"):
         ShardReader(tmp_path / "out")
 
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from ross_mcore import platform
 
@@ -9,7 +13,14 @@ platform.prepare()
 
 from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
 from ross_mcore.config import TrainingOptions  # noqa: E402
-from ross_mcore.training.step import StepSize, _loss, _micro_batch_weights, combine_losses, loss_weights  # noqa: E402
+from ross_mcore.training.step import (  # noqa: E402
+    StepSize,
+    _loss,
+    _micro_batch_weights,
+    agree_on_step,
+    combine_losses,
+    loss_weights,
+)
 
 
 def test_each_loss_has_its_own_weight() -> None:
@@ -30,11 +41,11 @@ def test_nothing_to_learn_from_is_zero_and_keeps_its_graph(blanks: int) -> None:
 
 
 def rows(*kinds: str) -> list[Sample]:
-    """`i`: a picture and two labels; `t`: text with three labels; `s`: skipped."""
+    """`i`: a picture and two labels; `t`: text with three labels; `s`: skipped; `n`: a picture, every label ignored."""
 
     def sample(kind: str) -> Sample:
-        labels = torch.tensor([IGNORE_INDEX, *([1] * {"i": 2, "t": 3, "s": 0}[kind])])
-        return Sample(kind, 0, labels, labels, [0] * (kind == "i"), problem="bad" if kind == "s" else None)
+        labels = torch.tensor([IGNORE_INDEX, *([1] * {"i": 2, "t": 3, "s": 0, "n": 0}[kind])])
+        return Sample(kind, 0, labels, labels, [0] * (kind in "in"), problem="bad" if kind == "s" else None)
 
     return [sample(kind) for kind in kinds]
 
@@ -50,7 +61,7 @@ def rows(*kinds: str) -> list[Sample]:
 )
 def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
     """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
-    size = StepSize(8, label_tokens=20, images=4, blank_rows=3, row_tokens=9, skipped_samples=1, stop=False)
+    size = StepSize(8, 20, images=4, blank_rows=3, row_tokens=9, skipped_samples=1, ignored_samples=0, stop=False)
     options = TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows)  # type: ignore[arg-type]
     assert _micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
     without_picture = _micro_batch_weights(rows("t", "s"), size, options, parts=8)
@@ -65,3 +76,28 @@ def test_losses_are_the_sum_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = [torch.tensor([0.5, 0.25]), torch.tensor([1.5, 1.25])]
     losses = combine_losses(parts, OnlyRank(), torch.device("cpu"))  # type: ignore[arg-type]
     assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)
+
+
+@pytest.fixture
+def only_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("only_rank")
+def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
+    groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
+    micro_batches = [rows("i", "n", "s"), rows("t", "n", "n")]
+    size = agree_on_step(micro_batches, False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+    assert (size.skipped_samples, size.ignored_samples) == (1, 3)
+    assert (size.label_tokens, size.images, size.blank_rows) == (2 + 3, 4, 1)
+
+
+def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
+    size = StepSize(8, 0, images=1, blank_rows=0, row_tokens=1, skipped_samples=0, ignored_samples=1, stop=False)
+    for normalization in ("global", "microbatch"):
+        options = TrainingOptions(loss_normalization=normalization)  # type: ignore[arg-type]
+        weights = _micro_batch_weights(rows("n"), size, options, parts=1)
+        total, _, parts = _loss(torch.tensor([0.0, 3.0]), weights)
+        assert parts.tolist() == [0, 3] and total == 3

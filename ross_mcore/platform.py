@@ -32,7 +32,9 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: its own GPU, or the CPU."""
+    """The device of this process: its own GPU, or the CPU; under `with torch.device("meta")` none, for shapes alone."""
+    if torch.get_default_device().type == "meta":
+        return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
@@ -117,6 +119,9 @@ def _stand_in_for_cuda() -> None:
 
         return call
 
+    # `with torch.device("meta")` knows factories by identity, which it lists at its first use: before they are wrapped
+    with cpu:
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, remapped(getattr(torch, name)))
     # x.cuda(): models/common/language_module

@@ -1,22 +1,40 @@
 """The global order of samples: a pure function of (seed, epoch, position), the same in every layout.
 
 The training stream is an endless sequence of positions 0, 1, 2, ...; position p lies in epoch p // N at place p % N,
-and each epoch is a keyed permutation of the N samples. The permutation is computed, never stored: a balanced Feistel
-network over the smallest even number of bits that holds N, walked along its cycle until it lands below N (Black and
-Rogaway 2002, "Ciphers with arbitrary finite domains"). Only fixed 64-bit integer arithmetic is used, so an order does
-not depend on the version of numpy's generators. Legend: P positions.
+and each epoch is a permutation of the N samples.
+
+SampleOrder computes a place when it is asked for: a balanced Feistel network over the smallest even number of bits that
+holds N, walked along its cycle until it lands below N (Black and Rogaway 2002, "Ciphers with arbitrary finite
+domains"). Only fixed 64-bit integer arithmetic is used, so an order does not depend on the version of a generator.
+ModalityLengthOrder is the reference's sampler, which has to lay out a whole epoch with torch's generator.
+Legend: P positions, N samples.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 ROUNDS = 8
+
+
+class Order(Protocol):
+    """What a loader needs of an order."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """Sample numbers [P] at stream positions [P]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,10 +51,7 @@ class SampleOrder:
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
-        stream = np.atleast_1d(np.asarray(positions, dtype=np.int64))
-        if stream.size and stream.min() < 0:
-            raise ValueError(f"position {stream.min()} is before the start of the stream")
-        epoch, place = np.divmod(stream, self.num_samples)
+        epoch, place = _epochs_and_places(positions, self.num_samples)
         if not self.shuffle:
             return place
         size = np.uint64(self.num_samples)
@@ -47,6 +62,119 @@ class SampleOrder:
         while (outside := number >= size).any():
             number[outside] = _feistel(number[outside], keys[:, outside], half_bits)
         return number.astype(np.int64)
+
+
+class ModalityLengthOrder:
+    """The reference's order by modality and length: a step is all pictures or all text, of samples of like length.
+
+    `lengths` [N]: words of every sample, negative without a picture. Samples are drawn for whole global batches, so
+    that an order depends on (lengths, global_batch_size, seed, epoch) and on no layout. The reference further deals
+    the rows of each global batch out to its devices; which rows a step has is the same (as long as epochs begin with
+    a step), and here they stand by falling length. Exceptions are the last batch of each modality, full or not: they
+    are put together at the end of the epoch.
+
+    An epoch is laid out when its first position is asked for, and kept: O(N) once an epoch and process, 8 N bytes.
+    """
+
+    def __init__(self, lengths: ArrayLike, global_batch_size: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.global_batch_size, self.seed = global_batch_size, seed
+        if not self.lengths.size:
+            raise ValueError("an order needs at least one sample, not 0")
+        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self.lengths.size
+
+    def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
+        epochs, places = _epochs_and_places(positions, self.num_samples)
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            numbers[here] = self._permutation(epoch)[places[here]]
+        return numbers
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
+            order = modality_length_order(self.lengths.tolist(), self.global_batch_size, 1, generator)
+            self._epoch = epoch, np.array(order, np.int64)
+        return self._epoch[1]
+
+    def _epoch_seed(self, epoch: int) -> int:
+        """`seed` itself in the first epoch, as the reference has it, and numbers unrelated to each other later on."""
+        if epoch == 0:
+            return self.seed
+        return int(_mix(_mix(np.full(1, self.seed % 2**64, np.uint64)) ^ np.uint64(epoch))[0])
+
+
+def modality_length_order(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
+) -> list[int]:
+    """The reference's LengthGroupedSampler with group_by_modality (ross_trainer.py:60-130): sample numbers [N].
+
+    `lengths`: a positive number for a sample with a picture, a negative one without; `world_size`: devices times
+    accumulation steps, so that a megabatch of batch_size * world_size samples is one optimizer step. Each modality is
+    shuffled and cut into megabatches; the last of each, full or not, are merged, sorted by number and put at the end;
+    the others are shuffled among each other. Raises ValueError for a length of zero.
+    """
+    if 0 in lengths:
+        raise ValueError(f"sample {lengths.index(0)} has length 0, so its modality is unknown")
+    with_picture = [number for number, length in enumerate(lengths) if length > 0]
+    text_alone = [number for number, length in enumerate(lengths) if length < 0]
+    if not with_picture or not text_alone:
+        return list(chain.from_iterable(_length_grouped(lengths, batch_size, world_size, generator)))
+    megabatches: list[list[int]] = []
+    left: list[int] = []
+    for numbers in (with_picture, text_alone):
+        sizes = [abs(lengths[number]) for number in numbers]
+        grouped = [
+            [numbers[place] for place in group] for group in _length_grouped(sizes, batch_size, world_size, generator)
+        ]
+        megabatches += grouped[:-1]
+        left += grouped[-1]
+    shuffled = torch.randperm(len(megabatches), generator=generator).tolist()
+    return [*chain.from_iterable(megabatches[place] for place in shuffled), *sorted(left)]
+
+
+def _length_grouped(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Random megabatches of numbers below len(lengths), each shared out evenly to `world_size` devices."""
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    megabatches = []
+    for start in range(0, len(shuffled), batch_size * world_size):
+        falling = sorted(shuffled[start : start + batch_size * world_size], key=lambda number: -lengths[number])
+        parts = _even_parts(falling, lengths, world_size)
+        megabatches.append(list(chain.from_iterable(parts)))
+    return megabatches
+
+
+def _even_parts(numbers: list[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`numbers` in `count` parts of one size and about one total length: each goes to the shortest part so far.
+
+    Numbers that cannot be shared out evenly go to the parts in turn.
+    """
+    if len(numbers) % count:
+        return [numbers[part::count] for part in range(count)]
+    parts: list[list[int]] = [[] for _ in range(count)]
+    totals: list[float] = [0] * count
+    for number in numbers:
+        shortest = totals.index(min(totals))
+        parts[shortest].append(number)
+        full = len(parts[shortest]) == len(numbers) // count
+        totals[shortest] = math.inf if full else totals[shortest] + lengths[number]
+    return parts
+
+
+def _epochs_and_places(positions: ArrayLike, num_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Stream positions [P] -> (epoch [P], place in the epoch [P]). Raises ValueError for a negative position."""
+    stream = np.atleast_1d(np.asarray(positions, dtype=np.int64))
+    if stream.size and stream.min() < 0:
+        raise ValueError(f"position {stream.min()} is before the start of the stream")
+    return np.divmod(stream, num_samples)
 
 
 def _feistel(value: NDArray[np.uint64], keys: NDArray[np.uint64], half_bits: np.uint64) -> NDArray[np.uint64]:

@@ -1,0 +1,372 @@
+"""examples/recipes against the reference's scripts, and the published models built at full size on the meta device.
+
+Every recipe is placed on a simulated world of eight ranks: torch's fake process groups give each rank its place without
+the other seven, and the meta device gives it its tensors without their memory.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ross_mcore import config as options
+from ross_mcore import flags
+from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
+from ross_mcore.config import Config
+from ross_mcore.parallel.layout import Layout, make_layout
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "examples" / "recipes"
+PUBLISHED = ROOT / "tests" / "published"
+sys.path.insert(0, str(ROOT / "tools"))
+import convert_hf_to_mcore  # noqa: E402
+import make_shards  # noqa: E402
+
+WORLD = 8
+LANGUAGE = {"qwen2": "qwen2-7b-instruct", "vicuna": "vicuna-13b-v1.5"}
+VISION = {"clip": "clip-vit-large-patch14-336", "siglip": "siglip-so400m-patch14-384"}
+PARAMETERS = {
+    "qwen2": 7_615_616_512,
+    "vicuna": 13_015_864_320,
+    "clip": 303_507_456,
+    "siglip": 428_225_600,
+    "pixel_decoder": 83_819_683,
+}
+"""As published: Qwen2-7B 7.62B, Vicuna-13B 13.0B, CLIP-L/336's tower 303.5M, SigLIP-SO400M's 428.2M, FLUX VAE 83.8M."""
+DENOISER_PARAMETERS = {
+    ("clip", "qwen2"): 64_474_176,
+    ("clip", "vicuna"): 66_047_040,
+    ("siglip", "qwen2"): 64_630_848,
+    ("siglip", "vicuna"): 66_203_712,
+}
+"""The reference's denoiser: 64.63M with SigLIP and Qwen2, 66.05M with CLIP and Vicuna."""
+
+ALIKE = {
+    "sequence_parallel": True,
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "bf16": True,
+    "recompute_granularity": "full",
+    "num_workers": 4,
+    "train_epochs": 1.0,
+    "seed": 42,
+    "lr_decay_style": "cosine",
+    "lr_warmup_fraction": 0.03,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_eps": 1e-8,
+    "clip_grad": 0.0,
+    "keep_last": 1,
+    "log_interval": 1,
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {"image_aspect_ratio": "square", "global_batch_size": 256, "lr": 1e-3},
+    "finetune": {"image_aspect_ratio": "pad", "global_batch_size": 128, "lr": 2e-5},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One script of the reference: where it lies, what differs from its likes, and the layout chosen for it."""
+
+    folder: str
+    name: str
+    seq_length: int
+    template: str
+    save_interval: int
+    tensor: int
+    pipeline: int
+    micro_batch_size: int
+    denoiser_lr: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def path(self) -> Path:
+        return RECIPES / self.folder / f"{self.name}.yaml"
+
+    @property
+    def parts(self) -> list[str]:
+        """Training stage, vision tower, language model."""
+        return self.name.split("_")
+
+    def options(self) -> dict[str, Any]:
+        """All that the file says."""
+        own = {
+            "training_stage": self.parts[0],
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "micro_batch_size": self.micro_batch_size,
+            "seq_length": self.seq_length,
+            "template": self.template,
+            "save_interval": self.save_interval,
+        }
+        rate = {} if self.denoiser_lr is None else {"denoiser_lr": self.denoiser_lr}
+        return {**ALIKE, **STAGES[self.parts[0]], **own, **rate}
+
+
+TABLE = (
+    Recipe("train_ross", "pretrain_clip_qwen2", 8192, "plain", 24000, 2, 1, 16),
+    Recipe("train_ross", "pretrain_clip_vicuna", 8192, "plain", 24000, 2, 1, 16),
+    Recipe("train_ross", "pretrain_siglip_qwen2", 8192, "plain", 24000, 2, 1, 8, denoiser_lr=1e-4),
+    Recipe("train_ross", "pretrain_siglip_vicuna", 8192, "plain", 24000, 2, 1, 8, denoiser_lr=1e-4),
+    Recipe("train_ross", "finetune_clip_qwen2", 32768, "qwen_2", 24000, 2, 2, 2),
+    Recipe("train_ross", "finetune_clip_vicuna", 32768, "v1", 24000, 4, 2, 4),
+    Recipe("train_ross", "finetune_siglip_qwen2", 32768, "qwen_2", 100, 2, 2, 2),
+    Recipe("train_ross", "finetune_siglip_vicuna", 4096, "v1", 100, 4, 2, 4),
+    Recipe("train_llava", "pretrain_clip_qwen2", 8192, "plain", 24000, 2, 1, 16),
+    Recipe("train_llava", "pretrain_siglip_qwen2", 8192, "plain", 24000, 2, 1, 16),
+    Recipe("train_llava", "finetune_clip_qwen2", 32768, "qwen_2", 24000, 2, 2, 2),
+    Recipe("train_llava", "finetune_siglip_qwen2", 32768, "qwen_2", 24000, 2, 2, 2),
+)
+
+every_recipe = pytest.mark.parametrize("recipe", TABLE, ids=str)
+
+
+def read_config(recipe: Recipe, *more: str) -> Config:
+    return flags.parse(["--config", str(recipe.path), *more], complete=False)
+
+
+def read_model(recipe: Recipe) -> ModelConfig:
+    """The model that the header's conversion describes, from its parts' published config.json."""
+    from ross_mcore.checkpoint import huggingface
+
+    _, vision, language = recipe.parts
+    ross = recipe.folder == "train_ross"
+    return ModelConfig(
+        language=huggingface.read_language_config(PUBLISHED / LANGUAGE[language]),
+        vision=huggingface.read_vision_config(PUBLISHED / VISION[vision]),
+        projector=ProjectorConfig("mlp2x_gelu"),
+        denoiser=DenoiserConfig.from_type("denoiser_vit3x") if ross else None,
+        pixel_decoder=huggingface.read_pixel_decoder_config(PUBLISHED / "flux.1-dev-vae") if ross else None,
+    )
+
+
+def place(recipe: Recipe, config: Config, model: ModelConfig) -> Layout:
+    return make_layout(
+        model,
+        world_size=WORLD,
+        tensor_parallel=config.parallel.tensor_model_parallel_size,
+        pipeline_parallel=config.parallel.pipeline_model_parallel_size,
+        pipeline_layout=config.parallel.pipeline_layout,
+        llm_trains=config.training.training_stage == "finetune",
+    )
+
+
+def test_there_is_one_recipe_for_every_script() -> None:
+    assert {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*/*.yaml")} == {
+        str(recipe) for recipe in TABLE
+    }
+
+
+@every_recipe
+def test_options(recipe: Recipe) -> None:
+    assert flags.read_yaml(str(recipe.path), flags.build_parser()) == recipe.options()
+    config, model = read_config(recipe), read_model(recipe)
+    layout = place(recipe, config, model)
+    options.check(config, data_parallel_size=layout.data_parallel, backend="gloo", has_transformer_engine=False)
+    assert config.template(model) == recipe.template
+
+
+def test_reference_mode() -> None:
+    for recipe in TABLE:
+        config = read_config(recipe, "--config", str(RECIPES / "reference_mode.yaml"))
+        assert config.training.loss_normalization == "microbatch"
+        assert config.training.vm_loss_rows == "all"
+        assert config.data.supervise_final_eos is False
+
+
+def header(recipe: Recipe) -> str:
+    lines = recipe.path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.removeprefix("#") for line in lines if line.startswith("#"))
+
+
+def commands(recipe: Recipe) -> Iterator[list[str]]:
+    """The header's indented commands, as a shell would split them."""
+    for command in re.findall(r"^   (?:torchrun|python) (?:.*\\\n)*.*$", header(recipe), re.MULTILINE):
+        yield shlex.split(command.replace("\\\n", " "))
+
+
+@every_recipe
+def test_the_commands_in_the_header_are_accepted(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, vision, language = recipe.parts
+    assert f"scripts/{recipe}.sh" in header(recipe)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for pictures in ("LLaVA-Pretrain/images", "Cambrian-10M"):
+        (tmp_path / pictures).mkdir(parents=True)
+    train, *tools = commands(recipe)
+
+    assert train[:4] == ["torchrun", "--nproc-per-node", str(WORLD), "pretrain_ross.py"]
+    config = flags.parse(train[4:])
+    assert config == read_config(recipe, *train[-6:])
+    assert config.checkpoint.save == f"runs/{recipe.folder.removeprefix('train_')}/{recipe.name}"
+    if stage == "pretrain":
+        converted = convert_hf_to_mcore.parse_arguments(tools.pop(0)[2:])
+        assert str(converted.save) == config.checkpoint.load
+        assert (converted.pixel_decoder is not None) == (recipe.folder == "train_ross")
+        assert (str(converted.language_model).lower(), str(converted.vision_model)) == (
+            LANGUAGE[language],
+            VISION[vision],
+        )
+    else:
+        before = next(other for other in TABLE if str(other) == f"{recipe.folder}/pretrain_{vision}_{language}")
+        assert flags.parse(next(commands(before))[4:]).checkpoint.save == config.checkpoint.load
+    (shards,) = tools
+    made = make_shards.parse_arguments(shards[2:])
+    assert str(made.out) == config.data.data_path and made.template == recipe.template
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank of the simulated world built."""
+
+    number: int
+    pipeline_rank: int
+    shards: dict[str, tuple[tuple[int, ...], int]]
+    """Name in the checkpoint -> global shape, and elements of it that this rank is the one to write."""
+    weight_bytes: int
+    trained: int
+    """Parameters that train."""
+
+
+def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
+    """Of every recipe's world, the ranks of the first data-parallel copy: the other copies are the same.
+
+    To be called in a process of its own, because it fakes the process groups.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ross_mcore import platform
+
+    platform.prepare()
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from ross_mcore.checkpoint.sharded import sharding_metadata
+    from ross_mcore.models.language import Execution
+    from ross_mcore.models.ross import RossModel
+    from ross_mcore.parallel import groups
+    from ross_mcore.training.optimizer import set_trainable
+
+    torch.set_num_threads(1)
+    new_group = dist.new_group
+    # mcore asks for gloo groups beside the default ones by name; they would wait for the other ranks
+    dist.new_group = lambda *args, **options: new_group(*args, **{**options, "backend": "fake"})
+
+    def build(recipe: Recipe, config: Config, rank: int) -> Rank | None:
+        model = read_model(recipe)
+        dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
+        try:
+            here = groups.initialize(place(recipe, config, model), seed=0, timeout_minutes=1)
+            if here.data_rank > 0:
+                return None
+            recompute = config.execution.recompute_granularity
+            execution = Execution(dtype=torch.bfloat16, sequence_parallel=True, recompute_granularity=recompute)
+            with torch.device("meta"):
+                ross = RossModel(model, here, execution)
+                set_trainable(ross, config.training.training_stage, train_vision=False)
+                state = ross.sharded_state_dict(metadata=sharding_metadata())
+                apply_factories(state)
+        finally:
+            groups.destroy()
+        assert {parameter.device.type for parameter in ross.parameters()} == {"meta"}
+        written: Counter[str] = Counter()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in nested_values(state):
+            if isinstance(part, ShardedTensor):
+                shapes[part.key] = tuple(part.global_shape)
+                written[part.key] += math.prod(part.local_shape) if not any(part.replica_id) else 0
+        return Rank(
+            rank,
+            here.pipeline_rank,
+            {key: (shape, written[key]) for key, shape in shapes.items()},
+            sum(parameter.numel() * parameter.element_size() for parameter in ross.parameters()),
+            sum(parameter.numel() for parameter in ross.parameters() if parameter.requires_grad),
+        )
+
+    worlds = {}
+    for recipe in recipes:
+        config = read_config(recipe)
+        built = [build(recipe, config, rank) for rank in range(WORLD)]
+        worlds[str(recipe)] = [rank for rank in built if rank is not None]
+    return worlds
+
+
+@pytest.fixture(scope="module")
+def worlds() -> dict[str, list[Rank]]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(build_worlds, (TABLE,))
+
+
+def within(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
+
+
+@every_recipe
+def test_eight_ranks_hold_the_published_model(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
+    from ross_mcore.checkpoint.inventory import inventory
+
+    model = read_model(recipe)
+    shapes = {name: shape for rank in worlds[str(recipe)] for name, (shape, _) in rank.shards.items()}
+    assert shapes == inventory(model)
+    written: Counter[str] = Counter()
+    for rank in worlds[str(recipe)]:
+        written.update({name: count for name, (_, count) in rank.shards.items()})
+    assert written == {name: math.prod(shape) for name, shape in shapes.items()}, "each element is written once"
+
+    _, vision, language = recipe.parts
+    assert within(shapes, "language_model.") == PARAMETERS[language]
+    assert within(shapes, "vision_model.") == PARAMETERS[vision]
+    ross = recipe.folder == "train_ross"
+    assert within(shapes, "pixel_decoder.") == (PARAMETERS["pixel_decoder"] if ross else 0)
+    assert within(shapes, "denoiser.") == (DENOISER_PARAMETERS[vision, language] if ross else 0)
+
+
+@every_recipe
+def test_stages_host_what_the_layout_says(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
+    layout = place(recipe, read_config(recipe), read_model(recipe))
+    assert len(worlds[str(recipe)]) == recipe.tensor * recipe.pipeline
+    ross = recipe.folder == "train_ross"
+    for rank in worlds[str(recipe)]:
+        stage = layout.stage(rank.pipeline_rank)
+        layers = {int(found[1]) for name in rank.shards if (found := re.search(r"decoder\.layers\.(\d+)\.", name))}
+        assert layers == set(stage.layers)
+        hosts = {name.split(".")[1 if name.startswith("language_model.") else 0] for name in rank.shards}
+        expected = {"decoder"}
+        if stage.is_first:
+            expected |= {"vision_model", "vision_projection", "embedding"}
+        if stage.is_last:
+            expected |= {"output_layer"} | ({"denoiser", "pixel_decoder"} if ross else set())
+        assert hosts == expected
+        print(
+            f"{recipe} rank {rank.number}: stage {stage.index}, {len(layers)} layers, {rank.weight_bytes / 1e9:.2f} GB"
+        )
+
+
+@every_recipe
+def test_memory_in_the_header(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
+    """Weights, gradients and optimizer state of the fullest stage, in GB."""
+    found = re.search(r"weights ([\d.]+), gradients ([\d.]+),\s+optimizer ([\d.]+) GB", header(recipe))
+    assert found
+    data_parallel = place(recipe, read_config(recipe), read_model(recipe)).data_parallel
+    fixed = [(rank.weight_bytes, 4 * rank.trained, 12 * rank.trained / data_parallel) for rank in worlds[str(recipe)]]
+    assert [float(figure) for figure in found.groups()] in [
+        pytest.approx([part / 1e9 for part in parts], abs=0.06) for parts in fixed
+    ]

@@ -87,6 +87,9 @@ class DataOptions:
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """square: the image processor alone. pad: centre on a square first. Default: square for pretrain, pad for finetune.
     """
+    sampler: Literal["shuffle", "modality_length"] = "shuffle"
+    """shuffle: every epoch in random order. modality_length: the reference's group_by_modality_length; the samples of a
+    step all have a picture or all have none, and are of like length."""
     supervise_final_eos: bool = True
     """Template qwen_2: supervise the last <|im_end|> too. The reference does not (--no-supervise-final-eos)."""
     num_workers: int = 2

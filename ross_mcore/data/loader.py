@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ross_mcore.batch import Sample
-from ross_mcore.data.order import SampleOrder, micro_batch_positions, sample_digest
+from ross_mcore.data.order import Order, micro_batch_positions, sample_digest
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.parallel.layout import share_of
 
@@ -75,9 +75,7 @@ class _MicroBatch:
 class _MicroBatches(Dataset[_MicroBatch]):
     """What a worker holds: stream positions of one micro-batch -> the micro-batch."""
 
-    def __init__(
-        self, dataset: ShardDataset, order: SampleOrder, tp_rank: int, tp_size: int, needs_pixels: bool
-    ) -> None:
+    def __init__(self, dataset: ShardDataset, order: Order, tp_rank: int, tp_size: int, needs_pixels: bool) -> None:
         self.dataset, self.order = dataset, order
         self.tp_rank, self.tp_size, self.needs_pixels = tp_rank, tp_size, needs_pixels
 
@@ -113,7 +111,7 @@ class StepLoader:
     def __init__(
         self,
         dataset: ShardDataset,
-        order: SampleOrder,
+        order: Order,
         *,
         global_batch_size: int,
         micro_batch_size: int,

@@ -100,6 +100,14 @@ class ShardDataset:
             self.decode(sample, sample_number, range(len(sample.pixels)))
         return sample
 
+    def modality_lengths(self) -> NDArray[np.int64]:
+        """Words of every sample [N], negative without a picture (the reference's modality_lengths); from the index.
+
+        A sample without a word, which the reference refuses, counts as one word.
+        """
+        words = np.maximum(self.reader.samples["text_words"].astype(np.int64), 1)
+        return np.where(self.reader.samples["num_images"] > 0, words, -words)
+
     def ignored_labels(self) -> IgnoredLabels:
         """How many samples have no label: a template that does not fit the tokenizer or the data shows here.
 

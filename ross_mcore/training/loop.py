@@ -14,7 +14,6 @@ from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.data.loader import StepLoader
-from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.shards import ShardError, ShardReadError
 from ross_mcore.data.tokenizer import TokenizerError
 from ross_mcore.parallel import groups as process_groups
@@ -24,7 +23,7 @@ from ross_mcore.training.console import Console, report_data_problems
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.metrics import MetricsLog, StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
-from ross_mcore.training.start import build, open_dataset, place, starting_point
+from ross_mcore.training.start import build, open_dataset, place, sample_order, starting_point
 from ross_mcore.training.state import TrainState, restore, save
 from ross_mcore.training.step import agree_on_step, combine_losses, run_schedule
 from ross_mcore.training.stop import StopRequest
@@ -82,12 +81,14 @@ def _train(config: Config, stop: StopRequest) -> None:
         seq_length=config.data.seq_length,
         template=dataset.template,
         image_aspect_ratio=config.image_aspect_ratio,
+        sampler=config.data.sampler,
+        mm_use_im_start_end=config.data.mm_use_im_start_end,
     )
     if resume:
         state = restore(start, model, optimizer, state)
     loader = StepLoader(
         dataset,
-        SampleOrder(len(dataset), config.training.seed),
+        sample_order(config, dataset, rows_per_step),
         global_batch_size=rows_per_step,
         micro_batch_size=config.training.micro_batch_size,
         dp_rank=groups.data_rank,

@@ -19,6 +19,7 @@ from ross_mcore.checkpoint.sharded import (
     sharding_metadata,
 )
 from ross_mcore.config import Config, ConfigError
+from ross_mcore.data.order import ModalityLengthOrder, Order, SampleOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.language import Execution
@@ -91,6 +92,13 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint) -
         image_processor=start.image_processor(),
         mm_use_im_start_end=config.data.mm_use_im_start_end,
     )
+
+
+def sample_order(config: Config, dataset: ShardDataset, global_batch_size: int) -> Order:
+    """The order that --sampler names."""
+    if config.data.sampler == "modality_length":
+        return ModalityLengthOrder(dataset.modality_lengths(), global_batch_size, config.training.seed)
+    return SampleOrder(len(dataset), config.training.seed)
 
 
 def build(

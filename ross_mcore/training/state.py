@@ -28,6 +28,8 @@ class TrainState:
     seq_length: int = 0
     template: str = ""
     image_aspect_ratio: str = ""
+    sampler: str = "shuffle"
+    mm_use_im_start_end: bool = False
 
     def refuse_other(self, started: TrainState) -> None:
         """Raises ConfigError unless `self` (from a checkpoint) continues the run that `started` describes."""
@@ -43,7 +45,16 @@ class TrainState:
                 )
 
 
-RUN_IDENTITY = ("seed", "data_fingerprint", "global_batch_size", "seq_length", "template", "image_aspect_ratio")
+RUN_IDENTITY = (
+    "seed",
+    "data_fingerprint",
+    "global_batch_size",
+    "seq_length",
+    "template",
+    "image_aspect_ratio",
+    "sampler",
+    "mm_use_im_start_end",
+)
 """What decides which samples a step trains on and how they read: a run that goes on must not change it."""
 
 

@@ -38,6 +38,8 @@ REFERENCE_ARITHMETIC = (
     ("decay_norm_weights", True),
 )
 
+BY_MODALITY = (("sampler", "modality_length"), ("mm_use_im_start_end", True))
+
 CASES = [
     Case("tp2", 2, layout(2)),
     Case("tp2+sp", 2, layout(2, sequence_parallel=True)),
@@ -81,6 +83,7 @@ CASES = [
     Case(
         "reference arithmetic tp2xdp2, one rank has no image", 4, layout(2), data="sparse", common=REFERENCE_ARITHMETIC
     ),
+    Case("by modality and length, other micro-batches", 4, layout(2, micro_batch_size=1), common=BY_MODALITY),
     # bf16 keeps 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
     # and norms, 1.5e-2 of a family's largest gradient
     Case("bf16 dp2", 2, common=(("bf16", True),), relative=3e-2),

@@ -15,7 +15,7 @@ import torch
 
 from ross_mcore.batch import Sample, collate
 from ross_mcore.data.loader import Step, StepLoader
-from ross_mcore.data.order import SampleOrder
+from ross_mcore.data.order import ModalityLengthOrder, SampleOrder
 from ross_mcore.data.sample import ShardDataset
 
 
@@ -43,6 +43,22 @@ def contents(sample: Sample) -> tuple:
 
 def flat(found: list[Step]) -> list[tuple]:
     return [contents(sample) for step in found for micro_batch in step for sample in micro_batch]
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch_size": 4}, {"micro_batch_size": 1, "num_workers": 2}])
+def test_the_modality_order_is_the_same_in_every_split(
+    open_dataset: Callable[..., ShardDataset], settings: dict[str, int]
+) -> None:
+    """Five steps cross an epoch, of which every process lays out its own copy."""
+    dataset = open_dataset()
+
+    def read(**sizes: int) -> list[Step]:
+        order = ModalityLengthOrder(dataset.modality_lengths(), 8, 5)
+        return steps(StepLoader(dataset, order, global_batch_size=8, **sizes), 5)  # type: ignore[arg-type]
+
+    whole = read(micro_batch_size=8)
+    assert flat(read(**settings)) == flat(whole)
+    assert len({bool(sample.image_starts) for sample in whole[0][0]}) == 1
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ross_mcore.data.order import SampleOrder, micro_batch_positions, sample_digest
+from ross_mcore.data.order import (
+    ModalityLengthOrder,
+    SampleOrder,
+    micro_batch_positions,
+    modality_length_order,
+    sample_digest,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,5 +100,76 @@ def test_digest() -> None:
     assert sample_digest(["b", "a"]) != sample_digest(["a", "b"])
 
 
+def recorded_orders() -> list[dict[str, Any]]:
+    """What the reference's LengthGroupedSampler gave."""
+    path = Path(__file__).parents[2] / "golden" / "data" / "sampler.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", recorded_orders())
+def test_modality_and_length_order_is_the_reference_s(case: dict[str, Any]) -> None:
+    lengths, batch, world, seed = (case[name] for name in ("lengths", "batch_size", "world_size", "torch_seed"))
+    assert modality_length_order(lengths, batch, world, torch.Generator().manual_seed(seed)) == case["indices"]
+
+
+@pytest.mark.parametrize("case", recorded_orders())
+def test_steps_of_the_first_epoch_have_the_reference_s_rows(case: dict[str, Any]) -> None:
+    """The reference with its devices, and ours without: the same samples in every step, wherever they stand in it."""
+    size, rows = len(case["lengths"]), case["batch_size"] * case["world_size"]
+    found = ModalityLengthOrder(case["lengths"], rows, case["torch_seed"]).sample_at(range(size)).tolist()
+    for start in range(0, size, rows):
+        assert sorted(found[start : start + rows]) == sorted(case["indices"][start : start + rows])
+
+
+LENGTHS = st.lists(st.integers(-60, 60).filter(bool), min_size=1, max_size=150)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=LENGTHS, rows=st.integers(1, 12), seed=st.integers(-(2**63), 2**63), epoch=st.integers(0, 10**6))
+def test_epochs_by_modality_are_permutations_of_pure_steps(
+    lengths: list[int], rows: int, seed: int, epoch: int
+) -> None:
+    size, values = len(lengths), np.array(lengths)
+    numbers = ModalityLengthOrder(lengths, rows, seed).sample_at(np.arange(size) + epoch * size)
+    assert np.array_equal(np.sort(numbers), np.arange(size))
+    both = (values > 0).any() and (values < 0).any()
+    full = sum((count - 1) // rows for count in ((values > 0).sum(), (values < 0).sum()) if count)
+    for step in range(full if both else size // rows):
+        signs = values[numbers[step * rows : (step + 1) * rows]]
+        assert (signs > 0).all() or (signs < 0).all()
+        assert (np.diff(np.abs(signs) if both else signs) <= 0).all()
+    if both:
+        assert (np.diff(numbers[full * rows :]) > 0).all()
+
+
+def test_a_modality_order_is_the_same_from_wherever_it_is_asked() -> None:
+    lengths = [(-1) ** n * (n + 1) for n in range(50)]
+    whole = ModalityLengthOrder(lengths, 4, 9).sample_at(range(200))
+    assert len({tuple(whole[start : start + 50]) for start in (0, 50, 100, 150)}) == 4
+    again = ModalityLengthOrder(lengths, 4, 9)
+    assert again.num_samples == 50
+    assert again.sample_at(range(90, 110)).tolist() == whole[90:110].tolist()
+    assert again.sample_at([3]).tolist() == [whole[3]]
+    assert ModalityLengthOrder(lengths, 4, 10).sample_at(range(200)).tolist() != whole.tolist()
+    assert whole[50:58].tolist() == SECOND_EPOCH  # changing these numbers changes every run that is resumed
+
+
+def test_laying_out_an_epoch_takes_time_in_proportion() -> None:
+    lengths = np.arange(1, 200_001)
+    began = time.perf_counter()
+    ModalityLengthOrder(lengths, 128, 0).sample_at([0])
+    assert time.perf_counter() - began < 5
+
+
+def test_what_is_no_modality_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="sample 1 has length 0"):
+        modality_length_order([3, 0, -2], 2, 1, torch.Generator())
+    with pytest.raises(ValueError, match="at least one"):
+        ModalityLengthOrder([], 2, 1)
+    with pytest.raises(ValueError, match="before the start"):
+        ModalityLengthOrder([1], 2, 1).sample_at([-1])
+
+
 RECORDED = [8, 2, 6, 1, 7, 4, 5, 9, 0, 3, 4, 3, 8, 6, 9, 2, 5, 7, 0, 1]
 RECORDED_LARGE = [791974193, 885724410, 975560554]
+SECOND_EPOCH = [49, 35, 17, 15, 48, 40, 34, 6]

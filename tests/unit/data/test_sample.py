@@ -210,3 +210,20 @@ def test_text_that_is_skipped_for_want_of_labels_counts_and_bad_data_does_not(
     record: Any, share: int, one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
 ) -> None:
     assert open_dataset(one_sample(record)).ignored_labels().share == share
+
+
+def test_modality_lengths_are_the_reference_s(
+    golden_data: Path, tmp_path: Path, open_dataset: Callable[..., ShardDataset]
+) -> None:
+    records = json.loads((golden_data / "samples.json").read_text(encoding="utf-8"))
+    recorded = json.loads((golden_data / "images.json").read_text(encoding="utf-8"))["modality_lengths"]
+    with ShardWriter(tmp_path / "all") as writer:
+        done = convert_records(records, golden_data / "images", writer)
+    assert done.samples == len(recorded) == 22
+    assert open_dataset(tmp_path / "all").modality_lengths().tolist() == recorded
+
+
+def test_a_sample_without_a_word_has_a_length_all_the_same(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    assert open_dataset(one_sample({"conversations": []})).modality_lengths().tolist() == [-1]

@@ -182,10 +182,12 @@ def test_options(recipe: Recipe) -> None:
 
 def test_reference_mode() -> None:
     for recipe in TABLE:
-        config = read_config(recipe, "--config", str(RECIPES / "reference_mode.yaml"))
+        sampler = ["--sampler", "modality_length"] if recipe.parts[0] == "finetune" else []
+        config = read_config(recipe, "--config", str(RECIPES / "reference_mode.yaml"), *sampler)
         assert config.training.loss_normalization == "microbatch"
         assert config.training.vm_loss_rows == "all"
         assert config.data.supervise_final_eos is False
+        assert config.data.sampler == ("modality_length" if sampler else "shuffle")
 
 
 def header(recipe: Recipe) -> str:

@@ -197,13 +197,14 @@ class Export:
     def _write_shard(self, path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         shard = {}
         for name, tensor in tensors:
-            shard[name] = _own(tensor)
+            shard[name] = tensor
             self.advance(tensor.numel())
             del tensor  # before the next one is made
         try:
             save_file(shard, path, metadata={"format": "pt"})
         except SafetensorError as error:  # what the library makes of a full disk
             raise CheckpointError(f"{path} was not written: {error}") from None
+        shutil.copymode(path.with_name("config.json"), path)  # safetensors lets nobody else read its files
 
     def _dtype(self, prefix: str) -> str:
         """`torch_dtype` of the part whose tensors (ours) begin with `prefix`, which is that of its first one."""
@@ -251,7 +252,7 @@ def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """`tensor` in storage of its own: a view would keep (and torch.save would write) all that lies behind it."""
+    """`tensor` in storage of its own: torch.save would write all that lies behind a view."""
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 

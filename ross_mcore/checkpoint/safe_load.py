@@ -16,16 +16,16 @@ dist_checkpointing/strategies/common.py. No class is added to what weights_only 
 from __future__ import annotations
 
 import importlib
-import io
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, OPTIMIZER_PREFIX
@@ -123,15 +123,18 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
     item = metadata.state_dict_metadata.get(name)
     if not isinstance(item, TensorStorageMetadata):
         raise CheckpointError(f"{folder} has no tensor {name}")
-    whole = torch.empty(item.size, dtype=item.properties.dtype)
+    whole: Tensor | None = None
     file = "its files"
     try:
         for chunk in item.chunks:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             file = place.relative_path
             with (Path(folder) / file).open("rb") as stream:
-                stream.seek(place.offset)
-                piece = torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
+                view = _create_file_view(stream, place.offset, place.length)
+                piece = torch.load(view, map_location="cpu", weights_only=True)
+            if piece.shape == item.size and piece.dtype == item.properties.dtype:
+                return piece  # the only one: a checkpoint of one rank needs no second copy
+            whole = torch.empty(item.size, dtype=item.properties.dtype) if whole is None else whole
             target = whole
             for axis, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes)):
                 target = target.narrow(axis, start, length)
@@ -141,7 +144,7 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
     except Exception as error:  # a damaged file can raise anything
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{name} cannot be read from {file} in {folder}: {reason}") from None
-    return whole
+    return cast(Tensor, whole)  # a tensor without pieces was refused by read_metadata
 
 
 class StoredTensors:

@@ -1,4 +1,4 @@
-"""Recorded values of the reference implementation, and how closely this one must follow them."""
+"""Recorded values of the reference implementation."""
 
 from __future__ import annotations
 
@@ -38,23 +38,3 @@ def recorded() -> Callable[[str], tuple[dict[str, Tensor], dict[str, str]]]:
 def recorded_json() -> Callable[[str], dict[str, Any]]:
     """recorded_json("model_.../config.json") -> the file's contents."""
     return lambda name: json.loads((GOLDEN / name).read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="session")
-def assert_close() -> Callable[..., None]:
-    """assert_close(name, actual, expected, tolerance): the largest difference over the largest recorded magnitude.
-
-    1e-5 is what reordered float32 sums leave: eps is 1.2e-7, a network a few layers deep adds up some tens of terms of
-    it. A wrong constant, order or layout is off by 1e-3 at the least. Errors are printed with `pytest -s`.
-    """
-
-    def compare(name: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-        if actual.shape != expected.shape:
-            raise AssertionError(f"{name}: shape {list(actual.shape)}, recorded {list(expected.shape)}")
-        scale = expected.abs().max().item()
-        error = (actual.detach().double() - expected.double()).abs().max().item() / (scale or 1.0)
-        print(f"{name}: {error:.1e}")
-        if not error <= tolerance:
-            raise AssertionError(f"{name}: relative error {error:.2e} exceeds {tolerance:.0e}")
-
-    return compare

@@ -1,4 +1,4 @@
-"""The latent target of an image against the reference's compute_vm_loss with the same tiny VAE."""
+"""The VAE with recorded weights, beyond what the recorded values say (those are in test_recorded.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ross_mcore.architecture import PixelDecoderConfig
 from ross_mcore.models.pixel_decoder import PixelDecoder, group_latents, ungroup_latents
+from ross_mcore.parity.rows import compare
 
 
 @pytest.fixture(scope="module", params=["siglip", "clip"])
@@ -27,25 +28,16 @@ def case(request, recorded, recorded_json, golden):
     return decoder, tensors
 
 
-def test_latent_target(case, assert_close):
-    decoder, tensors = case
-    assert_close("images", decoder.images_for_encoder(tensors["images"]), tensors["images_vae"])
-    assert_close("mode", decoder.encode(tensors["images"], None), tensors["z_q_mode"])
-    assert_close("sample", decoder.encode(tensors["images"], tensors["posterior_noise"]), tensors["z_q_sampled"])
-    assert tuple(tensors["posterior_noise"].shape[1:]) == decoder.latent_shape
-
-
-def test_grouping(case, assert_close):
+def test_ungrouping_inverts_grouping(case):
     _, tensors = case
-    assert_close("grouped", group_latents(tensors["group_demo_in"]), tensors["group_demo_out"], 0)
-    assert_close("ungrouped", ungroup_latents(tensors["group_demo_out"]), tensors["group_demo_in"], 0)
+    assert torch.equal(ungroup_latents(group_latents(tensors["group_demo_in"])), tensors["group_demo_in"])
 
 
-def test_decode_inverts_the_scaling(case, assert_close):
+def test_decode_inverts_the_scaling(case):
     """The reference never decodes; the VAE itself, fed the unscaled posterior mean, must give the same picture."""
     decoder, tensors = case
     expected = (decoder.autoencoder.decode(tensors["post_mean"]).sample / 2 + 0.5).clamp(0, 1)
-    assert_close("picture", decoder.decode(tensors["z_q_mode"]), expected)
+    assert compare("vae", "picture", decoder.decode(tensors["z_q_mode"]), expected).status == "ok"
 
 
 def test_frozen_float32_and_empty(case):

@@ -1,0 +1,294 @@
+"""Rows of what reaches the model: tokens and labels, prompts, pictures, batches, the order of samples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ross_mcore.architecture import VisionConfig
+from ross_mcore.batch import Sample, collate
+from ross_mcore.data.conversation import (
+    TEMPLATES,
+    ConversationError,
+    Tokenized,
+    count_words,
+    expand_images,
+    tokenize_conversation,
+    tokenize_prompt,
+    write_prompt,
+)
+from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
+from ross_mcore.data.order import modality_length_order
+from ross_mcore.data.tokenizer import encode, load_tokenizer
+from ross_mcore.parity.golden import Golden
+from ross_mcore.parity.rows import Row, compare, compare_exactly, failed, instead, unsupported
+
+CONVERSATIONS = "data/conversations.json"
+ASPECT_RATIOS = get_args(ImageAspectRatio)
+
+
+class Conversations:
+    """The recorded conversations, and ours under the same settings. A case is `tokenizer|template[|variant]`."""
+
+    def __init__(self, golden: Golden) -> None:
+        self.golden = golden
+        self.recorded: dict[str, Any] = golden.json(CONVERSATIONS)["tokenized"]
+        self.samples = {sample["id"]: sample for sample in golden.json("data/samples.json")}
+        self._tokenizers: dict[str, Any] = {}
+
+    def tokenizer(self, case: str) -> Any:
+        name = case.split("|")[0]
+        if name not in self._tokenizers:
+            self._tokenizers[name] = load_tokenizer(self.golden.tokenizer_folder(name))
+        return self._tokenizers[name]
+
+    def max_length(self, case: str) -> int:
+        """The recorded `model_max_length`; a variant that records none has that of its plain case."""
+        plain = "|".join(case.split("|")[:2])
+        return next(
+            int(self.recorded[key]["model_max_length"])
+            for key in (case, plain)
+            if "model_max_length" in self.recorded[key]
+        )
+
+    def ours(self, case: str, sample: dict[str, Any]) -> Tokenized:
+        _, template, *variants = case.split("|")
+        return tokenize_conversation(
+            sample["conversations"],
+            "image" in sample,
+            self.tokenizer(case),
+            template,
+            self.max_length(case),
+            supervise_final_eos=False,
+            mm_use_im_start_end="im_start_end" in variants,
+        )
+
+
+def conversation_rows(golden: Golden) -> Iterator[Row]:
+    """Tokens, labels and the mismatch warning of every conversation, template and tokenizer."""
+    if not golden.has(CONVERSATIONS):
+        return
+    conversations = Conversations(golden)
+    for case, table in conversations.recorded.items():
+        template = case.split("|")[1]
+        for name, recorded in table["samples"].items():
+            title = f"{case} {name}"
+            if template not in TEMPLATES:
+                yield unsupported("conversations", title, f"template {template}")
+                continue
+            try:
+                found = conversations.ours(case, conversations.samples[name])
+            except ConversationError as error:
+                reason = f"skipped: {error}"
+                made = instead if "error" in recorded else failed
+                yield made("conversations", title, reason, recorded.get("error", "tokens"))
+                continue
+            if "error" in recorded:
+                yield instead("conversations", title, f"{len(found.input_ids)} tokens", recorded["error"])
+                continue
+            warned = "mismatch" in (recorded.get("printed") or "")
+            yield compare_exactly(
+                "conversations",
+                title,
+                [*found.input_ids, *found.labels, found.mismatch],
+                [*recorded["input_ids"], *recorded["labels"], warned],
+                "tokens and labels",
+            )
+
+
+def prompt_rows(golden: Golden) -> Iterator[Row]:
+    """The text of every template, the ids to generate from, and how plain text is split."""
+    if not golden.has(CONVERSATIONS):
+        return
+    conversations, prompts = Conversations(golden), golden.json(CONVERSATIONS)["prompts"]
+    turns = _recorded_turns(prompts)
+    for template, recorded in prompts.items():
+        if template.startswith("_"):
+            continue
+        if template not in TEMPLATES:
+            yield unsupported("prompts", template, f"template {template}")
+            continue
+        for key, generation, spoken in (("full", False, turns), ("generation", True, turns[:-1])):
+            if recorded.get(key) is None:
+                yield instead("prompts", f"{template} {key}", _said(spoken, template, generation), recorded["error"])
+            else:
+                text = write_prompt(spoken, True, template, generation)
+                yield compare_exactly("prompts", f"{template} {key}", text, recorded[key], "characters")
+    for case, ids in prompts.get("_generation_ids", {}).items():
+        template = case.split("|")[1]
+        if template not in TEMPLATES:
+            yield unsupported("prompts", f"ids {case}", f"template {template}")
+            continue
+        ours = tokenize_prompt(turns[:-1], True, conversations.tokenizer(case), template)
+        yield compare_exactly("prompts", f"ids {case}", ours, ids, "tokens")
+    for key in prompts:
+        name = re.fullmatch(r"_(\w+)_slow_vs_fast", key)
+        for entry in prompts[key] if name else []:
+            ours = encode(entry["text"], conversations.tokenizer(name[1] if name else ""))
+            yield compare_exactly("prompts", f"text {entry['text'][:40]!r}", ours, entry["slow"], "tokens")
+
+
+def _recorded_turns(prompts: dict[str, Any]) -> list[dict[str, str]]:
+    """The conversation that all prompts were written from, read back from the one whose turns are marked with ###."""
+    text = next(p["full"] for p in prompts.values() if isinstance(p, dict) and "###Human: " in (p.get("full") or ""))
+    found = re.findall(r"###(Human|Assistant): (.*?)(?=###)", text, re.DOTALL)
+    return [{"from": {"Human": "human", "Assistant": "gpt"}[who], "value": said} for who, said in found]
+
+
+def _said(turns: list[dict[str, str]], template: str, generation: bool) -> str:
+    try:
+        return f"writes {len(write_prompt(turns, True, template, generation))} characters"
+    except ConversationError as error:
+        return f"refuses: {error}"
+
+
+def preprocessing(processor: dict[str, Any], aspect_ratio: ImageAspectRatio, size: int) -> ImagePreprocessing:
+    """A recorded image processor at another size."""
+    crop = "CLIP" in processor["image_processor_type"]
+    tower = {"model_type": f"{'clip' if crop else 'siglip'}_vision_model", "image_size": size, "num_hidden_layers": 2}
+    vision = VisionConfig(tower, processor["image_mean"], processor["image_std"])
+    square = {"height": size, "width": size}
+    sizes = {"size": {"shortest_edge": size} if crop else square, "crop_size": square}
+    return ImagePreprocessing.for_tower(vision, aspect_ratio, processor | sizes)
+
+
+def _processor_size(processor: dict[str, Any]) -> int:
+    size = processor["size"]
+    return int(size.get("shortest_edge") or size["height"])
+
+
+def _picture(golden: Golden, name: str) -> Image.Image:
+    (path,) = golden.names(f"data/images/{name}.*")
+    return decode_image((golden.folder / path).read_bytes())[0]
+
+
+def image_rows(golden: Golden) -> Iterator[Row]:
+    """What the towers see, at the recorded size and at full size, padded and not; exactly equal.
+
+    Recorded names: train.<processor>.<aspect>.<image>, real.<...>.<image>.stride<n>, gray.<processor>.<aspect> (every
+    third pixel of the grey image), anyres.* (which the reference cannot train on).
+    """
+    if not golden.has("data/images.safetensors"):
+        return
+    tensors, _ = golden.tensors("data/images.safetensors")
+    facts, processors = golden.json("data/images.json"), dict(golden.processors())
+    for name, recorded in tensors.items():
+        kind, processor_name, aspect_ratio, *rest = name.split(".")
+        processor = processors.get(processor_name)
+        if kind == "anyres" or processor is None or aspect_ratio not in ASPECT_RATIOS:
+            yield unsupported("images", name, "several crops of one picture (anyres)" if kind == "anyres" else kind)
+            continue
+        size, stride, image = _processor_size(processor), 1, rest[0] if rest else "img_gray"
+        if kind == "real":
+            size, stride = facts[name.rpartition(".")[0]]["shape"][-1], int(rest[1].removeprefix("stride"))
+        elif kind == "gray":
+            stride = 3
+        pixels = preprocessing(processor, aspect_ratio, size)(_picture(golden, image))
+        yield compare("images", name, pixels[:, ::stride, ::stride], recorded, 0.0)
+        if kind == "real":
+            for key, ours in (("mean", pixels.mean(dtype=np.float64)), ("std", pixels.std(ddof=1, dtype=np.float64))):
+                value = facts[name.rpartition(".")[0]][key]
+                yield compare("images", f"{name.rpartition('.')[0]} {key}", ours, value, floor=1e-6)
+    for name, colour in facts.get("pad_colour", {}).items():
+        ours = preprocessing(processors[name], "pad", _processor_size(processors[name])).background
+        yield compare_exactly("images", f"pad colour {name}", ours, colour, "channels")
+
+
+def collated_rows(golden: Golden) -> Iterator[Row]:
+    """A batch of the recorded samples, made by our own path from text and picture to `Batch`.
+
+    Which tokenizer, template, processor and aspect ratio it was made with is found by trying the recorded ones. The
+    reference expands pictures inside the model; here they are expanded before, so its rows are expanded for comparison.
+    """
+    if not golden.has("data/collated.safetensors"):
+        return
+    recorded, _ = golden.tensors("data/collated.safetensors")
+    conversations = Conversations(golden)
+    samples = [conversations.samples[name] for name in golden.json("data/images.json")["collated_names"]]
+    kept = [mask.bool() for mask in recorded["attention_mask"]]
+    ids = [row[mask].tolist() for row, mask in zip(recorded["input_ids"], kept)]
+    labels = [row[mask].tolist() for row, mask in zip(recorded["labels"], kept)]
+    case = next((case for case in conversations.recorded if _tokens_are(conversations, case, samples, ids)), None)
+    found = next(_pixels_like(golden, samples, recorded["images"]), None)
+    if case is None or found is None:
+        yield failed("collated", "collated batch", "none of the recorded settings gives these rows and pictures")
+        return
+    pixels, image_tokens = found, 4
+    ours, theirs = [], []
+    for number, (sample, picture) in enumerate(zip(samples, pixels)):
+        mine = conversations.ours(case, sample)
+        for rows, pair in ((ours, (mine.input_ids, mine.labels)), (theirs, (ids[number], labels[number]))):
+            tokens, targets, starts = expand_images(*pair, image_tokens)
+            pictures: list[Tensor | None] = [picture] if starts and picture is not None else []
+            rows.append(
+                Sample(sample["id"], number, torch.from_numpy(tokens), torch.from_numpy(targets), starts, pictures)
+            )
+    length, size = max(sample.tokens.numel() for sample in theirs), recorded["images"].shape[-1]
+    mine, wanted = collate(ours, length, size), collate(theirs, length, size)
+    for name in ("tokens", "labels", "image_rows", "image_starts"):
+        yield compare_exactly(
+            "collated",
+            f"{case}: {name}",
+            getattr(mine, name).flatten().tolist(),
+            getattr(wanted, name).flatten().tolist(),
+        )
+    pictured = [row for row, sample in enumerate(samples) if "image" in sample]
+    yield compare("collated", "pixels", mine.pixels, recorded["images"][pictured], 0.0)
+    blank = [row for row in range(len(samples)) if row not in pictured]
+    yield compare(
+        "collated",
+        "a text-only row's picture is zero",
+        torch.zeros_like(recorded["images"][blank]),
+        recorded["images"][blank],
+        0.0,
+    )
+
+
+def _tokens_are(conversations: Conversations, case: str, samples: list[dict[str, Any]], ids: list[list[int]]) -> bool:
+    if case.split("|")[1] not in TEMPLATES:
+        return False
+    table = conversations.recorded[case]["samples"]
+    return [table.get(sample["id"], {}).get("input_ids") for sample in samples] == ids
+
+
+def _pixels_like(golden: Golden, samples: list[dict[str, Any]], recorded: Tensor) -> Iterator[list[Tensor | None]]:
+    """The samples' pictures by every recorded processor and aspect ratio that gives the recorded ones."""
+    for _, processor in golden.processors():
+        if _processor_size(processor) != recorded.shape[-1]:
+            continue
+        for aspect_ratio in ASPECT_RATIOS:
+            read = preprocessing(processor, aspect_ratio, recorded.shape[-1])
+            pixels: list[Tensor | None] = []
+            for sample in samples:
+                name = sample.get("image")
+                pixels.append(None if name is None else _read(golden, name, read))
+            if all(p is None or torch.equal(p, r) for p, r in zip(pixels, recorded)):
+                yield pixels
+
+
+def _read(golden: Golden, name: str, read: ImagePreprocessing) -> Tensor:
+    stem = name.rpartition("/")[2].rpartition(".")[0]
+    return torch.from_numpy(read(_picture(golden, stem)))
+
+
+def order_rows(golden: Golden) -> Iterator[Row]:
+    """The lengths by which the reference groups samples, and the order it makes of them."""
+    if golden.has("data/images.json") and golden.has("data/samples.json"):
+        facts, samples = golden.json("data/images.json"), golden.json("data/samples.json")
+        words = [count_words(sample["conversations"]) for sample in samples]
+        signed = [count if "image" in sample else -count for count, sample in zip(words, samples)]
+        if "modality_lengths" in facts:
+            yield compare_exactly("sampler", "modality lengths", signed, facts["modality_lengths"], "samples")
+    if golden.has("data/sampler.json"):
+        for case in golden.json("data/sampler.json"):
+            generator = torch.Generator().manual_seed(case["torch_seed"])
+            order = modality_length_order(case["lengths"], case["batch_size"], case["world_size"], generator)
+            batch = f"{case['batch_size']} x {case['world_size']}"
+            title = f"{len(case['lengths'])} samples, batch {batch}, seed {case['torch_seed']}"
+            yield compare_exactly("sampler", title, order, case["indices"], "samples")

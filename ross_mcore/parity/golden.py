@@ -1,0 +1,86 @@
+"""A folder of recorded values of the reference, discovered: nothing here knows a model's name, a shape or a seed.
+
+```
+components/<tower or VAE>/                      Hugging Face and diffusers folders
+diffusion_schedule.safetensors  diffusion_toy.safetensors
+denoiser_*.safetensors  vae_target_*.safetensors
+model_*/                                        hf_checkpoint/, oracle.{json,safetensors}, train20.safetensors, ...
+data/                                           conversations, tokenizers, images, sampler, schedule, optimizer groups
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class GoldenError(ValueError):
+    """A folder that does not hold recorded values; the message names the file."""
+
+
+class Golden:
+    """Reads files of the folder. Raises GoldenError naming what is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not any(self.folder.glob("*.safetensors")) and not self.models:
+            raise GoldenError(f"{self.folder} holds no recorded values: no model_*/ and no *.safetensors")
+
+    def tensors(self, name: str) -> tuple[Tensors, dict[str, str]]:
+        """(tensors, metadata); what was stored in float16 without loss comes back as float32."""
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise GoldenError(f"{self.folder / name} cannot be read: {error}") from None
+        return {k: v.float() if v.dtype == torch.float16 else v for k, v in found.items()}, metadata
+
+    def json(self, name: str) -> Any:
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise GoldenError(f"{self.folder / name} cannot be read: {error}") from None
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def names(self, pattern: str) -> list[str]:
+        """Paths in the folder that match, relative to it."""
+        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern))
+
+    @property
+    def models(self) -> list[str]:
+        return [name for name in self.names("model_*") if self.has(f"{name}/hf_checkpoint/config.json")]
+
+    @cached_property
+    def autoencoder(self) -> str:
+        """The folder of the VAE."""
+        for name in self.names("components/*"):
+            if self.json(f"{name}/config.json").get("_class_name") == "AutoencoderKL":
+                return name
+        raise GoldenError(f"{self.folder / 'components'} holds no AutoencoderKL")
+
+    def tokenizer_folder(self, name: str) -> Path:
+        """The tokenizer that a recorded case calls `name`: data/tok_<name>, or the one that begins so."""
+        folders = [self.folder / path for path in self.names("data/tok_*")]
+        exact = [folder for folder in folders if folder.name == f"tok_{name}"]
+        found = exact or [folder for folder in folders if folder.name.startswith(f"tok_{name}")]
+        if len(found) != 1:
+            raise GoldenError(f"{self.folder / 'data'}: no single folder tok_{name}*, for the tokenizer {name!r}")
+        return found[0]
+
+    def processors(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, preprocessor_config.json) of every recorded image processor."""
+        for path in self.names("data/proc_*"):
+            yield path.rpartition("proc_")[2], self.json(f"{path}/preprocessor_config.json")

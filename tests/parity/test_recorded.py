@@ -1,0 +1,143 @@
+"""Every recorded value of the reference against this trainer, through the tool that users run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ross_mcore import platform
+
+platform.prepare()
+
+from ross_mcore.parity import components, data  # noqa: E402
+from ross_mcore.parity.golden import Golden, GoldenError  # noqa: E402
+from ross_mcore.parity.model import Layout  # noqa: E402
+from ross_mcore.parity.report import all_rows  # noqa: E402
+from ross_mcore.parity.rows import Row, compare, compare_exactly, compare_sets, summary  # noqa: E402
+from tests.recorded import GOLDEN  # noqa: E402
+
+COUNTS = {
+    # family: (rows that must be ok, rows where the reference raised or gave NaN)
+    "diffusion": (44, 0),
+    "denoiser": (93, 0),
+    "vae target": (16, 0),
+    "conversations": (177, 51),
+    "prompts": (17, 2),
+    "images": (52, 0),
+    "collated": (6, 0),
+    "sampler": (9, 0),
+    "learning rate": (6, 0),
+    "checkpoint": (2, 2),
+    "model": (54, 0),
+    "gradient norms": (638, 0),
+    "edge cases": (38, 8),
+    "generation": (6, 0),
+    "optimizer groups": (6, 0),
+    "curves": (320, 0),
+    "trained weights": (1318, 0),
+}
+"""Of tests/golden: a family that loses rows has lost a comparison."""
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    platform.initialize_process_group(timeout_minutes=1)
+    return list(all_rows(GOLDEN, Layout()))
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_recorded_values(rows: list[Row], family: str) -> None:
+    mine = [row for row in rows if row.family == family]
+    assert not [str(row) for row in mine if row.status == "FAIL"]
+    count = Counter(row.status for row in mine)
+    assert (count["ok"], count["instead"]) == COUNTS[family]
+
+
+def test_nothing_else_was_compared(rows: list[Row]) -> None:
+    assert {row.family for row in rows} == set(COUNTS)
+
+
+def test_what_is_not_supported_is_counted_apart(rows: list[Row]) -> None:
+    """Templates outside plain, qwen_2, v1, llama3 and v1_qwen2; several crops of one picture."""
+    unsupported = Counter(row.family for row in rows if row.status == "unsupported")
+    assert unsupported.keys() == {"conversations", "prompts", "images"}
+    text = summary(rows)
+    assert "2802 rows compared: 2802 ok, 0 failed" in text and f"{unsupported.total()} not supported" in text
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The parts of the recorded values that are quick to compare, to be damaged."""
+    for name in ("components", "data", "denoiser_dit_small.safetensors", "vae_target_clip.safetensors"):
+        source = GOLDEN / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / name)
+    return tmp_path
+
+
+def test_a_wrong_value_fails(copied: Path) -> None:
+    """What a comparison that compares nothing would not see: one value of each kind is changed a little."""
+    file = copied / "vae_target_clip.safetensors"
+    tensors = load_file(file)
+    tensors["z_q_mode"][0, 0, 0, 0] += 1e-3
+    save_file(tensors, file, {**Golden(GOLDEN).tensors(file.name)[1]})
+    failed = [row.name for row in components.vae_rows(Golden(copied)) if row.status == "FAIL"]
+    assert failed == ["vae_target_clip: z_q_mode"]
+
+    file = copied / "data" / "conversations.json"
+    recorded = json.loads(file.read_text())
+    recorded["tokenized"]["qwen|qwen_2"]["samples"]["text_single"]["labels"][-3] = 7
+    recorded["tokenized"]["qwen|qwen_2"]["samples"]["system_turn"] = {"input_ids": [1], "labels": [1]}
+    file.write_text(json.dumps(recorded))
+    failed = [row.name for row in data.conversation_rows(Golden(copied)) if row.status == "FAIL"]
+    assert failed == ["qwen|qwen_2 text_single", "qwen|qwen_2 system_turn"]
+
+
+def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, copied: Path) -> None:
+    """A denoiser whose condition is scaled: the loss barely moves, the gradients do."""
+    from ross_mcore.models import denoiser
+
+    right = denoiser.layer_norm
+    monkeypatch.setattr(denoiser, "layer_norm", lambda *arguments: right(*arguments) * (1 + 1e-4))
+    failed = [row.name for row in components.denoiser_rows(Golden(copied)) if row.status == "FAIL"]
+    assert any("gradient of the condition" in name for name in failed)
+
+
+@pytest.mark.parametrize(
+    ("ours", "recorded", "status"),
+    [
+        (1.0, 1.0 + 5e-6, "ok"),
+        (1.0, 1.0 + 2e-5, "FAIL"),
+        (0.0, 0.0, "ok"),
+        (1e-30, 0.0, "FAIL"),
+        (float("nan"), 1.0, "FAIL"),
+        (torch.ones(2), torch.ones(3), "FAIL"),
+        (torch.tensor([1.0, float("nan")]), torch.ones(2), "FAIL"),
+        (torch.tensor([1000.0, 1.001]), torch.tensor([1000.0, 1.0]), "ok"),
+        (torch.tensor([1000.0, 1.1]), torch.tensor([1000.0, 1.0]), "FAIL"),
+    ],
+)
+def test_comparing(ours: object, recorded: object, status: str) -> None:
+    assert compare("", "", ours, recorded).status == status
+
+
+def test_comparing_sequences_and_sets() -> None:
+    assert compare_exactly("", "", "abc", "abd").absolute == 1
+    assert compare_exactly("", "", [1, 2], [1, 2, 3]).status == "FAIL"
+    assert compare_sets("", "", [1, 2], [2, 1]).status == "ok"
+    assert compare_sets("", "", [1], [1, 2]).absolute == 1
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(GoldenError, match="holds no recorded values"):
+        Golden(tmp_path)
+    tool = [sys.executable, "tools/check_parity.py", "--golden", str(tmp_path)]
+    done = subprocess.run(tool, capture_output=True, text=True, cwd=GOLDEN.parents[1])
+    assert done.returncode == 2 and "holds no recorded values" in done.stderr and "Traceback" not in done.stderr

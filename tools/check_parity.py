@@ -1,0 +1,91 @@
+"""Compares this trainer with recorded values of the reference implementation, one row per quantity.
+
+The folder is read as it is: every recorded part, model, tokenizer, template and picture found there is compared, in
+float32. What the folder may hold is said in ross_mcore/parity/golden.py, what each row means in docs/parity.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EXAMPLE = """examples:
+  python tools/check_parity.py --golden tests/golden
+  torchrun --nproc-per-node 4 tools/check_parity.py --golden tests/golden \\
+      --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+Every row has our value, the recorded one, the largest absolute and relative difference (of the largest recorded
+magnitude), the tolerance, and ok or FAIL. Counted apart, never as ok: `instead`, where the reference raised or gave NaN
+and the row says what happens here; `unsupported`, recorded behaviour that is outside this trainer (docs/parity.md).
+Under torchrun the rows of whole models are made at the given layout; the others need no layout and are left out.
+Exit status: 0 when no row fails, 1 when one does, 2 when the folder or the layout cannot be used."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--golden", type=Path, required=True, metavar="DIR", help="folder of recorded values")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T", help="[%(default)s]")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P", help="[%(default)s]")
+    parser.add_argument("--sequence-parallel", action="store_true", help="split norms and residuals over the sequence")
+    parser.add_argument("--failures-only", action="store_true", help="print only rows that fail, and the summary")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse_arguments()
+
+    from ross_mcore import platform
+
+    platform.prepare()
+    import logging
+
+    from ross_mcore.architecture import ArchitectureError
+    from ross_mcore.checkpoint.convert import ConversionError
+    from ross_mcore.checkpoint.folder import CheckpointError
+    from ross_mcore.config import ConfigError
+    from ross_mcore.data.tokenizer import TokenizerError
+    from ross_mcore.parallel import groups
+    from ross_mcore.parallel.layout import LayoutError
+    from ross_mcore.parity.golden import GoldenError
+    from ross_mcore.parity.model import Layout
+    from ross_mcore.parity.report import all_rows
+    from ross_mcore.parity.rows import HEADER, summary
+
+    logging.disable(logging.WARNING)
+    first = os.environ.get("RANK", "0") == "0"
+    rows = []
+    try:
+        platform.initialize_process_group(timeout_minutes=10)
+        layout = Layout(
+            options.tensor_model_parallel_size, options.pipeline_model_parallel_size, options.sequence_parallel
+        )
+        if first:
+            print(HEADER)
+        for row in all_rows(options.golden, layout):
+            rows.append(row)
+            if first and (row.status == "FAIL" or not options.failures_only):
+                print(row, flush=True)
+        groups.destroy()
+    except (
+        ArchitectureError,
+        CheckpointError,
+        ConfigError,
+        ConversionError,
+        GoldenError,
+        LayoutError,
+        TokenizerError,
+    ) as error:
+        if first:
+            print(f"check_parity: {error}", file=sys.stderr)
+        return 2
+    if first:
+        print(summary(rows))
+    return int(any(row.status == "FAIL" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -112,6 +112,15 @@ def test_modality_and_length_order_is_the_reference_s(case: dict[str, Any]) -> N
     assert modality_length_order(lengths, batch, world, torch.Generator().manual_seed(seed)) == case["indices"]
 
 
+def test_one_megabatch_is_shared_out_evenly() -> None:
+    """By falling length to the shortest of two devices; in turn when that comes out uneven; text alone as it is."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        assert modality_length_order([4, 9, 2, 8], 2, 2, generator) == [1, 2, 3, 0]
+        assert modality_length_order([4, 9, 2], 2, 2, generator) == [1, 2, 0]
+        assert modality_length_order([-4, -9, -2, -8], 2, 2, generator) == [2, 0, 3, 1]
+
+
 @pytest.mark.parametrize("case", recorded_orders())
 def test_steps_of_the_first_epoch_have_the_reference_s_rows(case: dict[str, Any]) -> None:
     """The reference with its devices, and ours without: the same samples in every step, wherever they stand in it."""

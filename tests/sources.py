@@ -65,22 +65,22 @@ def write_source(
     torch.manual_seed(7)
     shape = {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocabulary, **(shape or {})}
     fields: dict[str, Any] = {**shape, "tie_word_embeddings": source.tied, "max_position_embeddings": 256}
-    language: nn.Module = {
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**fields)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**fields)),
-    }[source.language]()
     view = {**TOWER, "image_size": 28, "patch_size": 14}
-    tower: nn.Module = {
-        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**view)),
-        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**view)),
-    }[source.tower]()
-    vae_config = json.loads((AUTOENCODER / "config.json").read_text())
-    vae = AutoencoderKL.from_config(vae_config)
-    denoiser = Denoiser(DenoiserConfig(depth=2, width=32), 64, shape["hidden_size"], 2)
     hidden, tower_hidden = shape["hidden_size"], TOWER["hidden_size"]
-    projector: nn.Module = nn.Linear(tower_hidden, hidden)
-    if source.projector_type != "linear":
-        projector = nn.Sequential(projector, nn.GELU(), nn.Linear(hidden, hidden))
+    with torch.device("meta"):  # names and shapes are what is wanted
+        language: nn.Module = {
+            "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**fields)),
+            "llama": lambda: LlamaForCausalLM(LlamaConfig(**fields)),
+        }[source.language]()
+        tower: nn.Module = {
+            "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**view)),
+            "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**view)),
+        }[source.tower]()
+        vae = AutoencoderKL.from_config(json.loads((AUTOENCODER / "config.json").read_text()))
+        denoiser = Denoiser(DenoiserConfig(depth=2, width=32), 64, hidden, 2)
+        projector: nn.Module = nn.Linear(tower_hidden, hidden)
+        if source.projector_type != "linear":
+            projector = nn.Sequential(projector, nn.GELU(), nn.Linear(hidden, hidden))
 
     tensors: dict[str, Tensor] = dict(language.state_dict())
     if source.tied:

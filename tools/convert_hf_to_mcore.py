@@ -33,8 +33,7 @@ EXAMPLES = """examples:
 
 The result, SAVE/iter_0000000, is what --load of pretrain_ross.py takes. It holds config.json, the tokenizer and the
 image processor's configuration beside the weights. Without --pixel-decoder it is a plain LLaVA model (lm_loss alone).
-Peak memory: the largest tensor (usually the vocabulary matrix), its converted copy, a fresh denoiser, and what the
-system keeps mapped of one source file.
+Peak memory: twice the largest tensor (usually the vocabulary matrix), and the denoiser if it is fresh.
 tools/convert_mcore_to_hf.py is the way back."""
 
 DTYPE_HELP = """of language model, tower and projector, while denoiser and VAE are kept in float32; keep leaves every

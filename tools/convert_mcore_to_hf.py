@@ -24,8 +24,8 @@ EXAMPLES = """examples:
       --mm-vision-tower google/siglip-so400m-patch14-384 --mm-pixel-decoder FLUX.1-dev/vae
 
 Reads the newest checkpoint of a run at whatever layout it was saved; needs no GPU and builds no model.
-Peak memory: one shard (--max-shard-size) and the largest tensors that are converted together (a vocabulary matrix, or
-gate and up projection of a layer), a few times over.
+Peak memory: one shard (--max-shard-size) and twice the largest family of tensors (a vocabulary matrix, or gate and up
+projection of a layer).
 SAVE appears when it is complete; a run that is stopped leaves nothing of that name."""
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

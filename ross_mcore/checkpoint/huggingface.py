@@ -290,18 +290,22 @@ class SafetensorsFolder:
         return f"{self._folder} has no {' or '.join(f'{stem}.safetensors' for stem in STEMS)} (nor an index of several)"
 
     def _shard(self, file: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
+        """A file's header, kept open while its neighbours are asked for."""
         if self._open is None or self._open[0] != file:
             self._open = None
-            path = self._folder / file
-            if not path.is_file():
-                raise ConversionError(f"{path} is missing, although the index names it")
-            try:
-                self._open = (file, safe_open(path, framework="pt"))
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ConversionError(f"{path} is not a whole safetensors file: {error}") from None
+            self._open = (file, self._opened(file))
         return self._open[1]
+
+    def _opened(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._folder / file
+        if not path.is_file():
+            raise ConversionError(f"{path} is missing, although the index names it")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConversionError(f"{path} is not a whole safetensors file: {error}") from None
 
     def names(self) -> Iterable[str]:
         return self._file_of.keys()
@@ -310,4 +314,5 @@ class SafetensorsFolder:
         return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        return self._shard(self._file_of[name]).get_tensor(name)
+        # a mapping of its own: in a shared one, all that was read of the file would stay in memory
+        return self._opened(self._file_of[name]).get_tensor(name)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ross_mcore.architecture import (
@@ -27,6 +26,7 @@ from ross_mcore.architecture import (
 )
 from ross_mcore.checkpoint.convert import ConversionError, Tensors
 from ross_mcore.checkpoint.export_config import ross_facts
+from ross_mcore.checkpoint.safe_load import read_adapter
 
 STEMS = ("model", "diffusion_pytorch_model")
 TOKENIZER_FILES = (
@@ -209,7 +209,7 @@ def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_tensors(path: Path) -> Tensors:
-    """A folder of safetensors, or a stage-1 adapter file. Raises ConversionError naming it."""
+    """A folder of safetensors, or a stage-1 adapter file. Raises ConversionError or CheckpointError naming it."""
     return AdapterFile(path) if Path(path).is_file() else SafetensorsFolder(path)
 
 
@@ -217,20 +217,13 @@ class AdapterFile:
     """`mm_projector.bin` or `mm_inv_projector.bin`, as stage 1 of the reference (or of LLaVA) saves them.
 
     A name is taken from its last part on, as the reference does: `model.mm_projector.0.weight`, whatever came before.
-    Raises ConversionError when the file is not a plain dictionary of tensors.
+    Raises CheckpointError when the file is not a plain dictionary of tensors.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # UnpicklingError, EOFError, RuntimeError of the zip reader ...
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ConversionError(f"{path} was refused: {type(error).__name__}: {reason}") from None
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ConversionError(f"{path} is not a dictionary of tensors")
         self._tensors: dict[str, Tensor] = {
             re.sub(r"^.*?(mm_projector|mm_inv_projector)\.", r"model.\1.", str(name)): tensor
-            for name, tensor in state.items()
+            for name, tensor in read_adapter(path).items()
         }
 
     def names(self) -> Iterable[str]:

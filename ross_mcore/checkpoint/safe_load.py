@@ -1,4 +1,4 @@
-"""Reading torch_dist checkpoints without running code from them: the one place where a pickle is opened.
+"""Reading torch_dist checkpoints and adapters without running their code: the one place where a pickle is opened.
 
 Parts of the format are pickles. What mcore 0.16.1 and torch do with them, and what is done here:
 
@@ -8,6 +8,7 @@ Parts of the format are pickles. What mcore 0.16.1 and torch do with them, and w
 | `common.pt`: optimizer parameter groups, content metadata | torch's default | `weights_only=True` |
 | `*.distcp`, tensors | `weights_only=True` | the same |
 | `*.distcp`, mcore's ShardedObject | `weights_only=False` | `weights_only=True` (sharded.py, _LoadPlanner) |
+| `mm_projector.bin`, of the reference | torch's default | `weights_only=True` |
 
 (torch: distributed/checkpoint/filesystem.py, FileSystemReader; default_planner.py, load_bytes. mcore:
 dist_checkpointing/strategies/common.py. No class is added to what weights_only accepts.)
@@ -110,6 +111,18 @@ def read_common(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a mapping")
     return state
+
+
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """A dictionary of tensors that torch.save wrote, mapped rather than read. Raises CheckpointError naming it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # as in read_common
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{path} was refused: {type(error).__name__}: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} is not a dictionary of tensors")
+    return {str(name): tensor for name, tensor in state.items()}
 
 
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:

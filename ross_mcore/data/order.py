@@ -3,10 +3,12 @@
 The training stream is an endless sequence of positions 0, 1, 2, ...; position p lies in epoch p // N at place p % N,
 and each epoch is a permutation of the N samples.
 
-SampleOrder computes a place when it is asked for: a balanced Feistel network over the smallest even number of bits that
-holds N, walked along its cycle until it lands below N (Black and Rogaway 2002, "Ciphers with arbitrary finite
-domains"). Only fixed 64-bit integer arithmetic is used, so an order does not depend on the version of a generator.
-ModalityLengthOrder is the reference's sampler, which has to lay out a whole epoch with torch's generator.
+SampleOrder and BlockOrder compute a place when it is asked for and store nothing: a balanced Feistel network over the
+smallest even number of bits that holds n, walked along its cycle until it lands below n, permutes n things (Black and
+Rogaway 2002, "Ciphers with arbitrary finite domains"). Only fixed 64-bit integer arithmetic is used, so an order does
+not depend on the version of a generator. SampleOrder shuffles all samples at once, which reads from everywhere at any
+time; BlockOrder shuffles within windows that read from few places. ModalityLengthOrder is the reference's sampler,
+which has to lay out a whole epoch with torch's generator.
 Legend: P positions, N samples.
 """
 
@@ -54,14 +56,54 @@ class SampleOrder:
         epoch, place = _epochs_and_places(positions, self.num_samples)
         if not self.shuffle:
             return place
-        size = np.uint64(self.num_samples)
-        half_bits = np.uint64(max(1, ((self.num_samples - 1).bit_length() + 1) // 2))
-        keys = _mix(np.full(1, self.seed % 2**64, np.uint64)) ^ epoch.astype(np.uint64)
-        keys = np.stack([_mix(keys + np.uint64(turn << 56)) for turn in range(ROUNDS)])
-        number = _feistel(place.astype(np.uint64), keys, half_bits)
-        while (outside := number >= size).any():
-            number[outside] = _feistel(number[outside], keys[:, outside], half_bits)
-        return number.astype(np.int64)
+        return _permute(place, self.num_samples, _mix_seed(self.seed) ^ epoch.astype(np.uint64))
+
+
+@dataclass(frozen=True)
+class BlockOrder:
+    """A shuffled order that reads from few places at a time.
+
+    An epoch's N samples are turned by a random offset and cut into blocks of `block_samples` neighbours; the blocks are
+    shuffled; `window_blocks` blocks in a row make a window, and the samples of a window are shuffled among each other.
+    So the `window_samples` positions of a window read from `window_blocks` places of the shards, and each place is read
+    to the end. What is left over by the last blocks and windows joins the last window, which has less than twice the
+    size; the random offset lets the short block be another one in every epoch.
+
+    The price: samples that are neighbours in the shards are trained in the same window. If the shards are sorted, the
+    mean of anything over `b` samples of a batch varies more than under a full shuffle, by about
+    sqrt(1 + b / window_blocks); shards written in random order pay nothing. benchmarks/order.py measures both sides.
+    A window that holds N samples is a full shuffle.
+    """
+
+    num_samples: int
+    seed: int
+    block_samples: int = 512
+    window_blocks: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "block_samples", "window_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"an order needs at least one sample, block and window: {name}={getattr(self, name)}")
+
+    @property
+    def window_samples(self) -> int:
+        """Positions of every window of an epoch but the last, which has the rest."""
+        return min(self.num_samples, self.block_samples * self.window_blocks)
+
+    def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
+        epoch, place = _epochs_and_places(positions, self.num_samples)
+        key = _mix(_mix_seed(self.seed) ^ epoch.astype(np.uint64))
+        last = self.num_samples // self.window_samples - 1
+        window = np.minimum(place // self.window_samples, last)
+        start = window * self.window_samples
+        size = np.where(window == last, self.num_samples - start, self.window_samples)
+        shuffled = start + _permute(place - start, size, _mix(key ^ (window + 1).astype(np.uint64)))
+        block, inside = np.divmod(shuffled, self.block_samples)
+        whole = block < self.num_samples // self.block_samples
+        block[whole] = _permute(block[whole], self.num_samples // self.block_samples, key[whole])
+        offset = (_mix(~key) % np.uint64(self.num_samples)).astype(np.int64)
+        return (block * self.block_samples + inside + offset) % self.num_samples
 
 
 class ModalityLengthOrder:
@@ -107,7 +149,7 @@ class ModalityLengthOrder:
         """`seed` itself in the first epoch, as the reference has it, and numbers unrelated to each other later on."""
         if epoch == 0:
             return self.seed
-        return int(_mix(_mix(np.full(1, self.seed % 2**64, np.uint64)) ^ np.uint64(epoch))[0])
+        return int(_mix(_mix_seed(self.seed) ^ np.uint64(epoch))[0])
 
 
 def modality_length_order(
@@ -177,13 +219,30 @@ def _epochs_and_places(positions: ArrayLike, num_samples: int) -> tuple[NDArray[
     return np.divmod(stream, num_samples)
 
 
-def _feistel(value: NDArray[np.uint64], keys: NDArray[np.uint64], half_bits: np.uint64) -> NDArray[np.uint64]:
-    """A bijection on 2 * half_bits bits; value [P], keys [ROUNDS, P]."""
+def _permute(place: NDArray[np.int64], size: ArrayLike, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A permutation of range(size) for every key: where place [P] goes; size [P] or one for all, key [P]."""
+    below = np.broadcast_to(np.asarray(size, np.uint64), place.shape)
+    bits = np.frexp((below - np.uint64(1)).astype(np.float64))[1]  # of the largest number, exact below 2^53
+    half_bits = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    keys = np.stack([_mix(key + np.uint64(turn << 56)) for turn in range(ROUNDS)])
+    number = _feistel(place.astype(np.uint64), keys, half_bits)
+    while (outside := number >= below).any():
+        number[outside] = _feistel(number[outside], keys[:, outside], half_bits[outside])
+    return number.astype(np.int64)
+
+
+def _feistel(value: NDArray[np.uint64], keys: NDArray[np.uint64], half_bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection on 2 * half_bits bits; value [P], keys [ROUNDS, P], half_bits [P]."""
     low = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = value >> half_bits, value & low
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & low)
     return (left << half_bits) | right
+
+
+def _mix_seed(seed: int) -> NDArray[np.uint64]:
+    """A key [1] from any integer."""
+    return _mix(np.full(1, seed % 2**64, np.uint64))
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_mcore.data.order import (
+    BlockOrder,
     ModalityLengthOrder,
     SampleOrder,
     micro_batch_positions,
@@ -42,6 +43,8 @@ def test_the_order_is_fixed_for_ever() -> None:
     """Changing these numbers changes every run that is resumed."""
     assert SampleOrder(10, 0).sample_at(np.arange(20)).tolist() == RECORDED
     assert SampleOrder(10**9, 123).sample_at([0, 1, 10**9]).tolist() == RECORDED_LARGE
+    assert BlockOrder(10, 0, 3, 2).sample_at(np.arange(20)).tolist() == RECORDED_BLOCKS
+    assert BlockOrder(10**9, 123).sample_at([0, 1, 10**9]).tolist() == RECORDED_LARGE_BLOCKS
 
 
 def test_places_are_spread_evenly() -> None:
@@ -70,7 +73,82 @@ def test_without_shuffling_the_order_is_that_of_the_shards() -> None:
     assert SampleOrder(3, 0, shuffle=False).sample_at(range(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.integers(1, 3000),
+    seed=st.integers(-(2**63), 2**64),
+    epoch=st.integers(0, 10**6),
+    block_samples=st.integers(1, 4000),
+    window_blocks=st.integers(1, 60),
+)
+def test_every_epoch_in_blocks_is_a_permutation(
+    size: int, seed: int, epoch: int, block_samples: int, window_blocks: int
+) -> None:
+    order = BlockOrder(size, seed, block_samples, window_blocks)
+    numbers = order.sample_at(np.arange(size) + epoch * size)
+    assert np.array_equal(np.sort(numbers), np.arange(size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(1, 3000),
+    seed=st.integers(0, 2**64),
+    block_samples=st.integers(1, 100),
+    window_blocks=st.integers(1, 20),
+)
+def test_a_window_reads_few_places_to_their_ends(size: int, seed: int, block_samples: int, window_blocks: int) -> None:
+    """Runs of neighbouring samples in a window: its blocks, and one more where the turned samples start over."""
+    order = BlockOrder(size, seed, block_samples, window_blocks)
+    starts = range(0, size // order.window_samples * order.window_samples, order.window_samples)
+    for start in starts:
+        end = size if start == starts[-1] else start + order.window_samples
+        numbers = np.sort(order.sample_at(np.arange(start, end)))
+        assert np.count_nonzero(np.diff(numbers) > 1) + 1 <= -(-(end - start) // block_samples) + 1
+
+
+def test_a_block_order_of_a_thousand_million_samples() -> None:
+    """Anywhere in it: within bounds, no number twice in a window, in 32 places, and at once."""
+    order = BlockOrder(10**9, 4)
+    for start in (0, 10**8 // order.window_samples * order.window_samples, 7 * 10**9):
+        began = time.perf_counter()
+        numbers = np.sort(order.sample_at(np.arange(start, start + order.window_samples)))
+        assert time.perf_counter() - began < 0.5
+        assert numbers[0] >= 0 and numbers[-1] < 10**9
+        assert np.unique(numbers).size == numbers.size
+        if start < 10**9:
+            assert np.count_nonzero(np.diff(numbers) > 1) < order.window_blocks + 1
+    anywhere = np.unique(np.random.default_rng(0).integers(0, 10**9, 20_000))
+    assert np.unique(order.sample_at(anywhere)).size == anywhere.size
+
+
+def test_blocks_and_the_samples_in_them_are_shuffled_anew_every_epoch() -> None:
+    size = 100_000
+    order = BlockOrder(size, 3, 50, 40)
+    first, second = order.sample_at(np.arange(2 * size)).reshape(2, size)
+    assert (first == second).sum() < 20
+    for numbers in (first, second):
+        assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.1
+        means = numbers.reshape(-1, order.window_samples).mean(1)
+        assert abs(np.corrcoef(means, np.arange(means.size))[0, 1]) < 0.5
+    others = BlockOrder(size, 4, 50, 40).sample_at(np.arange(size))
+    assert (first == others).sum() < 20
+
+
+def test_places_in_blocks_are_spread_evenly() -> None:
+    """Each sample as likely at each place, though a block is short and one window is longer than the other."""
+    size, seeds = 7, 1500
+    counts = np.zeros((size, size))
+    for seed in range(seeds):
+        counts[np.arange(size), BlockOrder(size, seed, 2, 1).sample_at(np.arange(size))] += 1
+    spread = np.sqrt(seeds / size * (1 - 1 / size))
+    assert np.abs(counts - seeds / size).max() < 4.5 * spread
+
+
 def test_what_is_no_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="block_samples=0"):
+        BlockOrder(3, 1, block_samples=0)
+    with pytest.raises(ValueError, match="before the start"):
+        BlockOrder(3, 1).sample_at([-1])
     with pytest.raises(ValueError, match="at least one"):
         SampleOrder(0, 1)
     with pytest.raises(ValueError, match="before the start"):
@@ -181,4 +259,6 @@ def test_what_is_no_modality_order_is_refused() -> None:
 
 RECORDED = [8, 2, 6, 1, 7, 4, 5, 9, 0, 3, 4, 3, 8, 6, 9, 2, 5, 7, 0, 1]
 RECORDED_LARGE = [791974193, 885724410, 975560554]
+RECORDED_BLOCKS = [6, 9, 4, 0, 2, 3, 7, 8, 5, 1, 3, 1, 6, 2, 9, 8, 7, 5, 0, 4]
+RECORDED_LARGE_BLOCKS = [500307285, 308764298, 569044333]
 SECOND_EPOCH = [49, 35, 17, 15, 48, 40, 34, 6]

@@ -3,7 +3,8 @@
   --format ross    what stage 2 of the reference saves, and its load_pretrained_model reads: every tensor under its
                    names (denoiser and VAE too), config.json with every field, tokenizer, generation_config.json.
                    Tower and VAE lie in folders of their own as well, because its config.json points to them
-  --format stage1  what stage 1 of the reference saves: mm_projector.bin, mm_inv_projector.bin, config.json
+  --format stage1  what stage 1 of the reference saves: mm_projector.bin, mm_inv_projector.bin, config.json; and
+                   tower and VAE in their folders, unless --mm-vision-tower and --mm-pixel-decoder say where they are
   --format hf      language_model/ (Qwen2 or Llama, for AutoModelForCausalLM), the tower's folder, pixel_decoder/
                    (AutoencoderKL) and the two adapters: what tools/convert_hf_to_mcore.py reads
 

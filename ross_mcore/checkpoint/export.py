@@ -69,13 +69,22 @@ class Export:
             eos=tokens.eos if isinstance(eos, list) else eos,
             pad=tokens.pad,
         )
+        self._refuse_other_tensors()
+        if mm_pixel_decoder and not self.model.pixel_decoder:
+            raise ConversionError(f"{checkpoint.path} has no pixel decoder whose path could be stated")
+
+    def _refuse_other_tensors(self) -> None:
         shapes, stored = inventory(self.model), self.source.shapes
         for name in sorted(shapes.keys() | stored.keys()):
-            if shapes.get(name) != stored.get(name):
-                raise ConversionError(
-                    f"{self.checkpoint.path}: tensor {name} is stored with shape {stored.get(name)}, and the "
-                    f"architecture says {shapes.get(name)}"
-                )
+            if name not in stored:
+                problem = f"lacks tensor {name}, shape {list(shapes[name])}"
+            elif name not in shapes:
+                problem = f"has tensor {name}, for which the architecture has no place"
+            elif shapes[name] != stored[name]:
+                problem = f"has tensor {name} in shape {list(stored[name])}, the architecture says {list(shapes[name])}"
+            else:
+                continue
+            raise ConversionError(f"{self.checkpoint.path} {problem}")
 
     @property
     def tower_folder(self) -> str:

@@ -128,12 +128,12 @@ class RossFolder:
         for key, only in (("mm_use_im_start_end", False), ("s2", False), ("mm_patch_merge_type", "flat")):
             if config.get(key, only) not in (only, None):
                 raise ArchitectureError(f"{file}: {key}={config[key]!r} is not implemented; only {only!r}")
-        vision = read_vision_config(self.vision_model)
-        if vision.model_type == "clip_vision_model":  # the reference's SigLIP reads layer -2 whatever the file says
-            if config.get("mm_vision_select_feature", "patch") != "patch":
-                raise ArchitectureError(f"{file}: mm_vision_select_feature must be 'patch'")
-            vision = read_vision_config(self.vision_model, int(config.get("mm_vision_select_layer", -2)))
         try:
+            vision = read_vision_config(self.vision_model)
+            if vision.model_type == "clip_vision_model":  # the reference's SigLIP reads layer -2 whatever the file says
+                if config.get("mm_vision_select_feature", "patch") != "patch":
+                    raise ArchitectureError("mm_vision_select_feature must be 'patch'")
+                vision = read_vision_config(self.vision_model, int(config.get("mm_vision_select_layer", -2)))
             model = ModelConfig(
                 language=read_language_config(self.path),
                 vision=vision,

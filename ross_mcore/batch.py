@@ -1,12 +1,13 @@
-"""What travels from the data room to the model: samples of one row each, and the micro-batch made of them.
+"""What travels from the data room to the model: samples, rows of samples, and the micro-batch made of rows.
 
-Legend: B rows, S tokens a row, I images in the micro-batch, J images that this tensor-parallel rank holds pixels of,
-K blank rows, H W pixels. Only torch is imported here, so that data and models can share the types without knowing each
-other.
+Legend: B rows of S tokens each, T = B * S tokens of the micro-batch, I images in it, J images that this tensor-parallel
+rank holds pixels of, K blank rows, H W pixels. Only torch is imported here, so that data and models can share the types
+without knowing each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,21 +41,27 @@ class Sample:
         return int((self.labels[1:] != IGNORE_INDEX).sum())
 
 
+Row = list[Sample]
+"""The samples that share a row, one after the other; attention, positions and losses of each are its own."""
+Slots = list[int]
+"""Tokens that a row reserves for each of its samples."""
+
+
 @dataclass
 class Batch:
-    """One micro-batch. Every tensor-parallel rank of a stage holds the same batch, but for `pixels`.
+    """One micro-batch, its rows one after the other. Tensor-parallel ranks of a stage hold the same, but for pixels.
 
-    tokens [B, S] int64, zero at image positions and padding; labels [B, S] int64, *shifted*: labels[b, s] is what
-    position s must predict; image_rows [I], image_starts [I] int64: where each image's tokens begin;
-    image_positions [I] int64: stream position of the image's sample, and image_ordinals [I]: which of its images, the
-    two of them the key of its random draws; blank_positions [K] int64: stream positions of the rows without a picture
-    that the reconstruction loss is to cover as well (none unless asked for, see collate); pixels [J, 3, H, W] float32:
-    this rank's share of the I images, in order.
+    tokens [T] int64, zero at image positions and padding; labels [T] int64, *shifted*: labels[t] is what position t
+    must predict; sample_starts [samples] int64: where each sample begins; image_starts [I] int64: where each image's
+    tokens begin; image_positions [I] int64: stream position of the image's sample, and image_ordinals [I]: which of its
+    images, the two of them the key of its random draws; blank_positions [K] int64: stream positions of the samples
+    without a picture that the reconstruction loss is to cover as well (none unless asked for, see collate);
+    pixels [J, 3, H, W] float32: this rank's share of the I images, in order.
     """
 
     tokens: Tensor
     labels: Tensor
-    image_rows: Tensor
+    sample_starts: Tensor
     image_starts: Tensor
     image_positions: Tensor
     image_ordinals: Tensor
@@ -63,7 +70,7 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        return int(self.image_rows.numel())
+        return int(self.image_starts.numel())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the keys of the random draws stay on the CPU, where draws are made."""
@@ -72,46 +79,72 @@ class Batch:
         return Batch(**moved)
 
 
-def blank_rows(samples: list[Sample]) -> list[Sample]:
+def blank_samples(samples: Iterable[Sample]) -> list[Sample]:
     """The samples that have text but no picture."""
     return [sample for sample in samples if not sample.image_starts and sample.problem is None]
 
 
-def collate(samples: list[Sample], seq_length: int, image_size: int, with_blank_rows: bool = False) -> Batch:
-    """Pads samples to `seq_length` tokens and stacks the pixels that are present.
+def segments(rows: Sequence[Slots], seq_length: int) -> list[int]:
+    """Lengths of the stretches of a micro-batch within which tokens see each other; they add up to T.
 
-    `with_blank_rows` fills `Batch.blank_positions`, as `--vm-loss-rows all` wants it. Raises ValueError when a sample
-    is longer than `seq_length`, or when tokens and labels differ in length.
+    The last slot of a row grows to the row's end: what pads it comes after everything that counts.
     """
-    tokens = torch.zeros(len(samples), seq_length, dtype=torch.int64)
-    labels = torch.full((len(samples), seq_length), IGNORE_INDEX, dtype=torch.int64)
-    rows, starts, positions, ordinals, pixels = [], [], [], [], []
-    for row, sample in enumerate(samples):
-        length = sample.tokens.numel()
-        if length > seq_length or sample.labels.numel() != length:
-            raise ValueError(
-                f"sample {sample.key}: {length} tokens, {sample.labels.numel()} labels, row of {seq_length} tokens"
-            )
-        tokens[row, :length] = sample.tokens
-        if length:
-            labels[row, : length - 1] = sample.labels[1:]
-        for ordinal, start in enumerate(sample.image_starts):
-            rows.append(row)
-            starts.append(start)
-            positions.append(sample.position)
-            ordinals.append(ordinal)
-        pixels.extend(picture for picture in sample.pixels if picture is not None)
+    lengths: list[int] = []
+    for slots in rows:
+        used = [length for length in slots if length]
+        lengths += used[:-1] + [seq_length - sum(used[:-1])]
+    return lengths
+
+
+def collate(
+    rows: Sequence[Row],
+    seq_length: int,
+    image_size: int,
+    slots: Sequence[Slots] | None = None,
+    with_blank_samples: bool = False,
+) -> Batch:
+    """Lays rows of `seq_length` tokens one after the other and stacks the pixels that are present.
+
+    `slots` reserves room for every sample, by default what it takes. `with_blank_samples` fills
+    `Batch.blank_positions`, as `--vm-loss-rows all` wants it. Raises ValueError when a sample is longer than its slot,
+    slots are more than a row, or tokens and labels differ in length.
+    """
+    slots = [[sample.tokens.numel() for sample in row] for row in rows] if slots is None else slots
+    tokens = torch.zeros(len(rows) * seq_length, dtype=torch.int64)
+    labels = torch.full((len(rows) * seq_length,), IGNORE_INDEX, dtype=torch.int64)
+    begins, starts, positions, ordinals, pixels = [], [], [], [], []
+    for number, (row, reserved) in enumerate(zip(rows, slots, strict=True)):
+        if sum(reserved) > seq_length:
+            raise ValueError(f"samples of {sum(reserved)} tokens in a row of {seq_length} tokens")
+        begin = number * seq_length
+        for sample, room in zip(row, reserved, strict=True):
+            length = sample.tokens.numel()
+            if length > room or sample.labels.numel() != length:
+                raise ValueError(
+                    f"sample {sample.key}: {length} tokens, {sample.labels.numel()} labels, room for {room} tokens"
+                )
+            tokens[begin : begin + length] = sample.tokens
+            if length:
+                labels[begin : begin + length - 1] = sample.labels[1:]
+            begins.append(begin)
+            for ordinal, start in enumerate(sample.image_starts):
+                starts.append(begin + start)
+                positions.append(sample.position)
+                ordinals.append(ordinal)
+            pixels.extend(picture for picture in sample.pixels if picture is not None)
+            begin += room
 
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
+    blanks = blank_samples(sample for row in rows for sample in row) if with_blank_samples else []
     return Batch(
         tokens,
         labels,
-        image_rows=integers(rows),
+        sample_starts=integers(begins),
         image_starts=integers(starts),
         image_positions=integers(positions),
         image_ordinals=integers(ordinals),
-        blank_positions=integers([sample.position for sample in blank_rows(samples)] if with_blank_rows else []),
+        blank_positions=integers([sample.position for sample in blanks]),
         pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.batch import Sample, collate
+from ross_mcore.batch import Batch, Sample, collate, segments
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
 from ross_mcore.data.conversation import expand_images, tokenize_prompt
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
@@ -124,9 +124,7 @@ def reconstruct(
             _row([{"from": "human", "value": "<image>"}], pixels, trained, trained.template, start + place)
             for place, pixels in enumerate(pictures[start : start + batch_size])
         ]
-        batch = collate(rows, max(row.tokens.numel() for row in rows), trained.config.vision.image_size)
-        batch = batch.to(platform.device())
-        hidden = trained.model(batch, output="hidden")
+        batch, hidden = _run(trained, rows)
         original, reconstruction = trained.model.reconstruct(hidden, batch, steps=steps, temperature=temperature)
         originals.append(original.cpu())
         reconstructions.append(reconstruction.cpu())
@@ -162,10 +160,15 @@ def _row(
 
 def _next_tokens(trained: TrainedModel, rows: list[Sample]) -> list[int]:
     """The most likely next token of every row."""
-    for row in rows:
-        row.labels = torch.full_like(row.tokens, -100)
-    lengths = [row.tokens.numel() for row in rows]
-    batch = collate(rows, max(lengths), trained.config.vision.image_size).to(platform.device())
-    hidden = trained.model(batch, output="hidden")
-    last = hidden[torch.tensor(lengths, device=hidden.device) - 1, torch.arange(len(rows), device=hidden.device)]
-    return trained.model.language_model.logits(last).argmax(-1).tolist()
+    batch, hidden = _run(trained, rows)
+    lengths = torch.tensor([row.tokens.numel() for row in rows], device=hidden.device)
+    return trained.model.language_model.logits(hidden[batch.sample_starts + lengths - 1, 0]).argmax(-1).tolist()
+
+
+def _run(trained: TrainedModel, samples: list[Sample]) -> tuple[Batch, Tensor]:
+    """The samples in one long row, and its states after the final norm [T, 1, D]."""
+    for sample in samples:
+        sample.labels = torch.full_like(sample.tokens, -100)
+    slots = [sample.tokens.numel() for sample in samples]
+    batch = collate([samples], sum(slots), trained.config.vision.image_size).to(platform.device())
+    return batch, trained.model(batch, segments([slots], sum(slots)), output="hidden")

@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ross_mcore.batch import Sample
+from ross_mcore.batch import Row, Sample
 from ross_mcore.data.order import Order, micro_batch_positions, sample_digest
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.parallel.layout import share_of
 
 
-class Step(list[list[Sample]]):
-    """The micro-batches of one training step on this rank.
+class Step(list[list[Row]]):
+    """The micro-batches of one training step on this rank, each a list of rows.
 
     `positions`: the stream positions of the *global* batch. `warnings`: what this rank had to replace.
     """
 
-    def __init__(self, micro_batches: list[list[Sample]], positions: range, warnings: list[str]) -> None:
+    def __init__(self, micro_batches: list[list[Row]], positions: range, warnings: list[str]) -> None:
         super().__init__(micro_batches)
         self.positions = positions
         self.warnings = warnings
@@ -153,7 +153,7 @@ class StepLoader:
         positions = range(self.consumed_samples, self.consumed_samples + self.global_batch_size)
         self.consumed_samples += self.global_batch_size
         warnings = [warning for micro_batch in packed for warning in micro_batch.warnings]
-        return Step([micro_batch.unpack() for micro_batch in packed], positions, warnings)
+        return Step([[[sample] for sample in micro_batch.unpack()] for micro_batch in packed], positions, warnings)
 
     def keys(self, step: Step) -> list[str]:
         """Ids of the samples of the step's whole global batch, in order; read from the index alone."""

@@ -1,11 +1,13 @@
 """The language model: Qwen2 or Llama as mcore GPT layers, on the `local` or the Transformer Engine layer spec.
 
-Legend: S tokens a row, B rows, D hidden size, N selected positions, T tensor-parallel size, V padded vocabulary.
+Legend: T tokens of a micro-batch, D hidden size, N selected positions, V padded vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -16,13 +18,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,10 +63,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
-class SDPACoreAttention(nn.Module):
-    """Causal core attention through torch's scaled_dot_product_attention, with grouped queries.
+def packed_sequence(segments: Sequence[int]) -> PackedSeqParams:
+    """What mcore and Transformer Engine need to know of a micro-batch whose tokens see each other within segments."""
+    ends = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=platform.device())
+    longest = max(segments)
+    return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
-    Rows are right-padded, so the causal mask alone keeps padding away from real tokens.
+
+class SDPACoreAttention(nn.Module):
+    """Causal core attention within segments, through torch's scaled_dot_product_attention, with grouped queries.
+
+    Every segment is a call of its own, so that nothing is computed between segments; as long as all have one length
+    (rows of one sample each) one call does them all.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -77,17 +87,25 @@ class SDPACoreAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> Tensor:
-        """query [S, B, heads/T, head_dim], key and value [S, B, groups/T, head_dim] -> [S, B, heads/T * head_dim]."""
+        """query [T, heads, head_dim], key and value [T, groups, head_dim] of this rank -> [T, heads * head_dim]."""
         if attention_mask is not None:
-            raise ValueError("the local attention is causal over right-padded rows and takes no explicit mask")
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            raise ValueError("the local attention is causal within segments and takes no explicit mask")
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        if len(set(lengths)) == 1:
+            return self._attend(query, key, value, lengths[0])
+        parts = zip(*(part.split(lengths) for part in (query, key, value)))
+        return torch.cat([self._attend(*part, length) for part, length in zip(parts, lengths)])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+        """Segments of one length, [n * length, heads, head_dim] -> [n * length, heads * head_dim]."""
+        q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def transformer_config(language: LanguageConfig, groups: Groups, execution: Execution) -> TransformerConfig:

@@ -1,11 +1,13 @@
 """The whole model, of which each rank builds only its pipeline stage's parts.
 
-Legend: B rows, S tokens a row, D hidden size, I images of the micro-batch, J images of this tensor-parallel rank's
-share, K blank rows, N tokens an image. Hidden states travel as [S, B, D], or [S/T, B, D] under sequence parallelism.
+Legend: T tokens of the micro-batch, its rows one after the other, D hidden size, I images, J images of this
+tensor-parallel rank's share, K blank samples, N tokens an image. Hidden states travel as [T, 1, D], or as this rank's
+part of the T tokens under sequence parallelism.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +22,7 @@ from ross_mcore.batch import Batch
 from ross_mcore.models import diffusion, image_tokens
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.diffusion import Draws
-from ross_mcore.models.language import Execution, LanguageModel, transformer_config
+from ross_mcore.models.language import Execution, LanguageModel, packed_sequence, transformer_config
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.projector import VisionProjection
 from ross_mcore.models.vision import VisionModel
@@ -37,7 +39,7 @@ class RossModel(MegatronModule):
 
     `forward` returns what the pipeline passes on, and on the last stage what was asked for: with `output="losses"` a
     [2] tensor of sums, (cross-entropy over the labels, reconstruction loss over the images); with `output="hidden"` the
-    hidden states [S, B, D] after the final norm, whole on every tensor-parallel rank. `seed` keys the random draws of
+    hidden states [T, 1, D] after the final norm, whole on every tensor-parallel rank. `seed` keys the random draws of
     the denoiser (see diffusion.keyed_draws).
     """
 
@@ -90,12 +92,17 @@ class RossModel(MegatronModule):
         return self.language_model.decoder
 
     def forward(
-        self, batch: Batch | None, output: Literal["losses", "hidden"] = "losses", draws: Draws | None = None
+        self,
+        batch: Batch | None,
+        segments: Sequence[int],
+        output: Literal["losses", "hidden"] = "losses",
+        draws: Draws | None = None,
     ) -> Tensor:
         """One micro-batch through this stage; middle stages take no batch.
 
-        `draws` replays recorded randomness for the I images and then the K blank rows, the same on every
-        tensor-parallel rank; by default it is keyed (`keyed_draws`).
+        `segments` are the lengths of the stretches of tokens that see each other (batch.segments). `draws` replays
+        recorded randomness for the I images and then the K blank samples, the same on every tensor-parallel rank; by
+        default it is keyed (`keyed_draws`).
         """
         if (self.pre_process or self.post_process) and batch is None:
             raise ValueError("the first and the last pipeline stage need the batch")
@@ -104,6 +111,7 @@ class RossModel(MegatronModule):
             position_ids=None,
             attention_mask=None,
             decoder_input=self._embed(batch) if self.pre_process and batch is not None else None,
+            packed_seq_params=packed_sequence(segments),
         )
         if not self.post_process or batch is None:
             return hidden
@@ -115,12 +123,12 @@ class RossModel(MegatronModule):
         return torch.stack([self._lm_sum(hidden, batch), self._vm_sum(hidden, batch, draws)])
 
     def _embed(self, batch: Batch) -> Tensor:
-        """Token embeddings with image features spliced in, [S, B, D] or this rank's part of the sequence."""
-        embeddings = self.language_model.embedding(input_ids=batch.tokens, position_ids=None)
+        """Token embeddings with image features spliced in, [T, 1, D] or this rank's part of it."""
+        embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None)
         # tower and projector also run without images: then their gradients are zero, not missing
         projected = self.vision_projection(self.vision_model(batch.pixels.to(embeddings.dtype)))
         projected = split.gather_shares(projected, batch.num_images, self.groups.tensor)
-        embeddings = image_tokens.splice(embeddings, projected, batch.image_rows, batch.image_starts)
+        embeddings = image_tokens.splice(embeddings, projected, batch.image_starts)
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
@@ -132,9 +140,9 @@ class RossModel(MegatronModule):
         return (losses * supervised.weights).sum()
 
     def _vm_sum(self, hidden: Tensor, batch: Batch, draws: Draws | None) -> Tensor:
-        """Sum of the reconstruction losses over images and blank rows; each tensor-parallel rank computes its share.
+        """Sum of the reconstruction losses over images and blank samples; each tensor-parallel rank computes its share.
 
-        A blank row is a picture of the mean colour (zero in normalised space) under a zero condition, as in the
+        A blank sample is a picture of the mean colour (zero in normalised space) under a zero condition, as in the
         reference (ross_arch.py:466-512).
         """
         if not hasattr(self, "denoiser"):
@@ -159,9 +167,7 @@ class RossModel(MegatronModule):
         latents = self.pixel_decoder.encode(pixels, draws.posterior_noise)
         # a rank without images runs the denoiser on nothing: gradients are then zero, and no rank waits for another
         hidden = split.enter_share(hidden, self.groups.tensor)
-        condition = image_tokens.gather(
-            hidden, batch.image_rows[mine], batch.image_starts[mine], self.model.vision.image_tokens
-        )
+        condition = image_tokens.gather(hidden, batch.image_starts[mine], self.model.vision.image_tokens)
         condition = torch.cat([condition, condition.new_zeros(len(blank), *condition.shape[1:])])
         losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, draws)
         return split.sum_shares(losses.sum(), self.groups.tensor)
@@ -172,14 +178,14 @@ class RossModel(MegatronModule):
     ) -> tuple[Tensor, Tensor]:
         """What the image states of this rank's share of the images show, on the last stage.
 
-        hidden [S, B, D] from `forward(output="hidden")` -> (originals, reconstructions), both [J, 3, Hd, Hd] in [0, 1]:
+        hidden [T, 1, D] from `forward(output="hidden")` -> (originals, reconstructions), both [J, 3, Hd, Hd] in [0, 1]:
         latents are sampled from the denoiser in `steps` steps of the respaced process and decoded by the VAE. Every
         image's noise follows from (seed, position, ordinal), so a picture is the same in every layout.
         """
         share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
         mine = slice(share.start, share.stop)
         tokens = self.model.vision.image_tokens
-        condition = image_tokens.gather(hidden, batch.image_rows[mine], batch.image_starts[mine], tokens)
+        condition = image_tokens.gather(hidden, batch.image_starts[mine], tokens)
         shape = (self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
         generators = [
             torch.Generator().manual_seed(diffusion.draw_seed(self.seed, position, ordinal))

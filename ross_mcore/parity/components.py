@@ -223,7 +223,7 @@ def _tiled_condition(tensors: Tensors, metadata: dict[str, str]) -> Tensor:
     starts = json.loads(metadata["boi"].replace("None", "null"))
     rows = [row for row, start in enumerate(starts) if start is not None]
     tokens = tiled.shape[-1] * tiled.shape[-2]
-    where = torch.tensor(rows), torch.tensor([starts[row] for row in rows])
+    begins = torch.tensor([row * hidden.shape[1] + starts[row] for row in rows])
     condition = hidden.new_zeros(len(hidden), tokens, hidden.shape[-1])
-    condition[rows] = gather(hidden.transpose(0, 1).contiguous(), *where, tokens)
+    condition[rows] = gather(hidden.flatten(0, 1)[:, None], begins, tokens)
     return condition.transpose(1, 2).unflatten(2, tiled.shape[-2:]).repeat(len(tiled) // len(hidden), 1, 1, 1)

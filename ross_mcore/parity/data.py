@@ -230,8 +230,8 @@ def collated_rows(golden: Golden) -> Iterator[Row]:
                 Sample(sample["id"], number, torch.from_numpy(tokens), torch.from_numpy(targets), starts, pictures)
             )
     length, size = max(sample.tokens.numel() for sample in theirs), recorded["images"].shape[-1]
-    mine, wanted = collate(ours, length, size), collate(theirs, length, size)
-    for name in ("tokens", "labels", "image_rows", "image_starts"):
+    mine, wanted = (collate([[sample] for sample in samples], length, size) for samples in (ours, theirs))
+    for name in ("tokens", "labels", "sample_starts", "image_starts"):
         yield compare_exactly(
             "collated",
             f"{case}: {name}",

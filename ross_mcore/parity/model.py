@@ -93,13 +93,13 @@ class Trial:
 
     def size(self, rows: list[Sample]) -> StepSize:
         multiple = self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1
-        return agree_on_step([rows], False, self.groups, multiple, self.device)
+        return agree_on_step([[[sample] for sample in rows]], False, self.groups, multiple, self.device)
 
     def run(self, rows: list[Sample], **options: Any) -> list[Any]:
         """One micro-batch through mcore's schedule."""
         training = replace(self.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
         image_size = self.model_config.vision.image_size
-        share = share_of_pixels(rows, self.groups)
+        share = [[sample] for sample in share_of_pixels(rows, self.groups)]
         return run_schedule(
             self.model,
             [share],
@@ -119,10 +119,10 @@ class Trial:
         return combine_losses(parts, self.groups, self.device)
 
     def hidden(self, rows: list[Sample]) -> Tensor | None:
-        """States after the final norm [S, B, D] on the ranks of the last stage, None elsewhere."""
+        """States after the final norm [B, S, D] on the ranks of the last stage, None elsewhere."""
         with torch.no_grad():
             found = self.run(rows, output="hidden", forward_only=True)
-        return found[0] if self.groups.stage.is_last else None
+        return found[0].view(len(rows), -1, found[0].shape[-1]) if self.groups.stage.is_last else None
 
     def logits(self, states: Tensor | None) -> Tensor | None:
         """States [N, D] -> logits [N, vocabulary] where they are, None elsewhere."""
@@ -351,7 +351,7 @@ def _state_rows(name: str, trial: Trial, tensors: Tensors, rows: list[Sample], o
     )
     states = trial.hidden(rows)
     if states is not None:
-        states = states.transpose(0, 1)[:, : real.shape[1]][real.to(states.device)]
+        states = states[:, : real.shape[1]][real.to(states.device)]
     logits = trial.logits(states)
     hidden = trial.everywhere(None if states is None else states.cpu())
     logits = trial.everywhere(None if logits is None else logits.cpu())
@@ -405,7 +405,7 @@ def _generation_rows(name: str, trial: Trial, tensors: Tensors) -> Iterator[Row]
         chosen, scores = [], []
         for _ in wanted:
             states = trial.hidden([row])
-            found = trial.logits(None if states is None else states[row.tokens.numel() - 1])
+            found = trial.logits(None if states is None else states[:, row.tokens.numel() - 1])
             scores.append(trial.everywhere(None if found is None else found[0].cpu()))
             chosen.append(int(scores[-1].argmax()))
             grown = torch.cat([row.tokens, torch.tensor(chosen[-1:])])

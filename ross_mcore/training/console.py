@@ -17,6 +17,7 @@ from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration
 from ross_mcore.training.state import TrainState
+from ross_mcore.training.step import samples_of
 from ross_mcore.training.stop import StopRequest
 
 IGNORED_SHARE_TO_WARN = 0.01
@@ -27,7 +28,7 @@ def report_data_problems(iteration: int, step: Step, groups: Groups) -> None:
     for warning in step.warnings:
         print(f"iteration {iteration}: {warning}", flush=True)
     if groups.tensor_rank == 0:
-        for sample in (sample for rows in step for sample in rows if sample.problem):
+        for sample in (sample for sample in samples_of(step) if sample.problem):
             print(f"iteration {iteration}: sample {sample.key} skipped: {sample.problem}", flush=True)
 
 

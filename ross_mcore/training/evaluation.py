@@ -71,8 +71,9 @@ def reconstruction_grid(
     if not groups.stage.is_last or micro_batches is None:
         return None
     originals, pictures = [], []
-    for states, row in zip(hidden, micro_batches, strict=True):
-        batch = collate(row, size.seq_length, model_config.vision.image_size).to(device)
+    for states, rows_read in zip(hidden, micro_batches, strict=True):
+        slots = [[size.seq_length]] * rows
+        batch = collate(rows_read, size.seq_length, model_config.vision.image_size, slots).to(device)
         original, picture = model.module.reconstruct(states, batch)
         originals.append(gather_shares(original.contiguous(), batch.num_images, groups.tensor))
         pictures.append(gather_shares(picture.contiguous(), batch.num_images, groups.tensor))

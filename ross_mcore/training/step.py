@@ -13,19 +13,21 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ross_mcore.batch import Batch, Sample, blank_rows, collate
+from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, segments
 from ross_mcore.config import TrainingOptions
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
 
-MicroBatches = list[list[Sample]]
+MicroBatches = list[list[Row]]
+Plan = list[list[Slots]]
+"""Micro-batches of rows of slots, which every rank of a data-parallel replica knows, whether it reads data or not."""
 
 
 @dataclass(frozen=True)
 class StepSize:
     """What all ranks know about a step before it starts.
 
-    seq_length: tokens of every row of the step; label_tokens, images, blank_rows (rows without a picture): what the two
+    seq_length: tokens of every row of the step; label_tokens, images, blank_samples (without a picture): what the two
     losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows;
     ignored_samples: rows without any label, of which only the picture is learned; stop: some rank was asked to stop.
     """
@@ -33,7 +35,7 @@ class StepSize:
     seq_length: int
     label_tokens: int
     images: int
-    blank_rows: int
+    blank_samples: int
     row_tokens: int
     skipped_samples: int
     ignored_samples: int
@@ -53,21 +55,29 @@ class Losses:
 
 
 def agree_on_step(
-    micro_batches: MicroBatches | None, stop: bool, groups: Groups, row_multiple: int, device: torch.device
+    micro_batches: MicroBatches | None,
+    stop: bool,
+    groups: Groups,
+    row_multiple: int,
+    device: torch.device,
+    plan: Plan | None = None,
 ) -> StepSize:
     """One all-gather over all ranks. Rows are padded to the longest of the step, rounded up to `row_multiple`.
 
-    Every reading rank reports its longest row; what is summed is reported by one rank of each data-parallel replica.
+    Every rank reports its longest row, as planned or else as read; what is summed is reported by one rank of each
+    data-parallel replica.
     """
-    samples = [sample for rows in micro_batches or [] for sample in rows]
+    planned = [sum(slots) for rows in plan or [] for slots in rows]
+    read = [sum(sample.tokens.numel() for sample in row) for rows in micro_batches or [] for row in rows]
+    samples = samples_of(micro_batches or [])
     counts = groups.stage.is_last and groups.tensor_rank == 0
     counted = samples if counts else []
     mine = [
-        max((sample.tokens.numel() for sample in samples), default=0),
+        max(planned or read, default=0),
         int(stop),
         _labels(counted),
         _images(counted),
-        len(blank_rows(counted)),
+        len(blank_samples(counted)),
         sum(sample.tokens.numel() for sample in counted),
         sum(sample.problem is not None for sample in counted),
         sum(sample.problem is None and not sample.label_tokens for sample in counted),
@@ -78,6 +88,11 @@ def agree_on_step(
     totals = everyone[:, 2:].sum(0).tolist()
     seq_length = max(1, -(-longest // row_multiple)) * row_multiple
     return StepSize(seq_length, *totals, stop=stopped)
+
+
+def samples_of(micro_batches: MicroBatches) -> list[Sample]:
+    """All samples of a step on this rank, in order."""
+    return [sample for rows in micro_batches for row in rows for sample in row]
 
 
 def _labels(samples: list[Sample]) -> int:
@@ -98,12 +113,12 @@ def loss_weights(labels: int, images: int, blanks: int = 0, parts: int = 1) -> t
 
 
 def _micro_batch_weights(
-    rows: list[Sample], size: StepSize, options: TrainingOptions, parts: int
+    samples: list[Sample], size: StepSize, options: TrainingOptions, parts: int
 ) -> tuple[float, float]:
     everywhere = options.vm_loss_rows == "all"
     if options.loss_normalization == "global":
-        return loss_weights(size.label_tokens, size.images, size.blank_rows if everywhere else 0)
-    return loss_weights(_labels(rows), _images(rows), len(blank_rows(rows)) if everywhere else 0, parts)
+        return loss_weights(size.label_tokens, size.images, size.blank_samples if everywhere else 0)
+    return loss_weights(_labels(samples), _images(samples), len(blank_samples(samples)) if everywhere else 0, parts)
 
 
 def _loss(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +139,7 @@ def run_schedule(
     output: Literal["losses", "hidden"] = "losses",
     forward_only: bool = False,
     num_micro_batches: int | None = None,
+    plan: Plan | None = None,
     draws: Sequence[Draws] | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> list[Any]:
@@ -131,22 +147,25 @@ def run_schedule(
 
     Returns what the last stage computed per micro-batch (its parts [2] of the two losses, or hidden states with
     `output="hidden"`), and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
-    given; `draws` replays recorded randomness, one entry a micro-batch (see RossModel.forward); `scales` multiply
-    lm_loss and vm_loss, so that one of them can be had alone.
+    given; `plan` says where samples lie in their rows, by default one sample has a row; `draws` replays recorded
+    randomness, one entry a micro-batch (see RossModel.forward); `scales` multiply lm_loss and vm_loss, so that one of
+    them can be had alone.
     """
     count = num_micro_batches or micro_batches_per_step(options, groups)
 
     def forward_step(numbers: Iterator[int], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
         rows = micro_batches[number] if micro_batches is not None else None
+        slots = plan[number] if plan is not None else [[size.seq_length]] * options.micro_batch_size
         batch: Batch | None = None
         if rows is not None:
-            batch = collate(rows, size.seq_length, image_size, options.vm_loss_rows == "all").to(device)
-        result = stage(batch, output=output, draws=None if draws is None else draws[number])
+            batch = collate(rows, size.seq_length, image_size, slots, options.vm_loss_rows == "all").to(device)
+        lengths = segments(slots, size.seq_length)
+        result = stage(batch, lengths, output=output, draws=None if draws is None else draws[number])
         if output != "losses":
             return result, lambda hidden, non_loss_data=True: hidden
         parts = count * groups.layout.data_parallel
-        weights = _micro_batch_weights(rows, size, options, parts) if rows is not None else (0.0, 0.0)
+        weights = _micro_batch_weights(samples_of([rows]), size, options, parts) if rows is not None else (0.0, 0.0)
         return result, partial(_loss, weights=(weights[0] * scales[0], weights[1] * scales[1]))
 
     return get_forward_backward_func()(
@@ -154,8 +173,8 @@ def run_schedule(
         data_iterator=iter(range(count)),
         model=[model],
         num_microbatches=count,
-        seq_length=size.seq_length,
-        micro_batch_size=options.micro_batch_size,
+        seq_length=size.seq_length * options.micro_batch_size,
+        micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=output != "losses",
     )

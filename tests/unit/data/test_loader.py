@@ -42,7 +42,7 @@ def contents(sample: Sample) -> tuple:
 
 
 def flat(found: list[Step]) -> list[tuple]:
-    return [contents(sample) for step in found for micro_batch in step for sample in micro_batch]
+    return [contents(sample) for step in found for rows in step for row in rows for sample in row]
 
 
 @pytest.mark.parametrize("settings", [{"micro_batch_size": 4}, {"micro_batch_size": 1, "num_workers": 2}])
@@ -58,7 +58,7 @@ def test_the_modality_order_is_the_same_in_every_split(
 
     whole = read(micro_batch_size=8)
     assert flat(read(**settings)) == flat(whole)
-    assert len({bool(sample.image_starts) for sample in whole[0][0]}) == 1
+    assert len({bool(sample.image_starts) for row in whole[0][0] for sample in row}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def test_a_step_is_the_global_batch_in_order(make: Callable[..., StepLoader]) ->
     loader = make()
     first, second = steps(loader, 2)
     assert [len(micro_batch) for micro_batch in first] == [2, 2, 2, 2]
-    assert [sample.position for micro_batch in second for sample in micro_batch] == list(range(8, 16))
+    assert [sample.position for micro_batch in second for row in micro_batch for sample in row] == list(range(8, 16))
     assert second.positions == range(8, 16) and second.warnings == []
-    keys = [sample.key for micro_batch in second for sample in micro_batch]
+    keys = [sample.key for micro_batch in second for row in micro_batch for sample in row]
     assert keys == loader.dataset.keys(loader.order.sample_at(range(8, 16)))
 
 
@@ -93,7 +93,7 @@ def test_every_split_gives_the_same_global_batches(
         for step in range(5)
         for number in range(len(ranks[0][step]))
         for rank in ranks
-        for sample in rank[step][number]
+        for (sample,) in rank[step][number]
     ]
     assert [contents(sample) for sample in merged] == reference
 
@@ -150,7 +150,9 @@ def test_without_pixels_nothing_is_decoded(make: Callable[..., StepLoader]) -> N
         loader.dataset, loader.order, global_batch_size=8, micro_batch_size=2, needs_pixels=False
     ) as text_only:
         bare = next(text_only)
-    for one, other in zip([s for m in full for s in m], [s for m in bare for s in m], strict=True):
+    for one, other in zip(
+        [s for m in full for r in m for s in r], [s for m in bare for r in m for s in r], strict=True
+    ):
         assert torch.equal(one.tokens, other.tokens) and one.image_starts == other.image_starts
         assert other.pixels == [None] * len(one.pixels)
 
@@ -161,7 +163,7 @@ def test_a_micro_batch_of_nothing_but_problems_passes(
     dataset = open_dataset(one_sample(b"broken"))
     with StepLoader(dataset, SampleOrder(1, 0), global_batch_size=2, micro_batch_size=2, num_workers=1) as loader:
         (micro_batch,) = next(loader)
-    assert all(sample.problem for sample in micro_batch)
+    assert all(sample.problem for row in micro_batch for sample in row)
     assert collate(micro_batch, 8, 12).num_images == 0
 
 

@@ -36,7 +36,7 @@ def test_tokens_labels_and_pictures_fit_together(open_dataset: Callable[..., Sha
         supervised = sample.labels != IGNORE_INDEX
         assert supervised.any() and (sample.labels[supervised] == sample.tokens[supervised]).all()
         assert sample.labels[-1] == 511  # the end of the turn
-        collate([sample], 128, 12)
+        collate([[sample]], 128, 12)
 
 
 def test_index_lengths_are_the_rows_lengths(open_dataset: Callable[..., ShardDataset]) -> None:
@@ -103,7 +103,7 @@ def test_a_bad_record_is_a_problem_with_a_reason(
     sample = open_dataset(one_sample(record)).get(0, 5, wanted_pixels=True)
     assert sample.problem is not None and reason in sample.problem
     assert sample.tokens.numel() == sample.labels.numel() == 0
-    batch = collate([sample], 16, 12)
+    batch = collate([[sample]], 16, 12)
     assert batch.num_images == 0 and (batch.labels == IGNORE_INDEX).all()
 
 

@@ -7,45 +7,44 @@ import torch
 
 from ross_mcore.models.image_tokens import gather, splice, supervised_positions
 
-LENGTH, ROWS, WIDTH, TOKENS = 9, 3, 2, 3
-IMAGE_ROWS = torch.tensor([2, 0, 2])
-IMAGE_STARTS = torch.tensor([1, 6, 5])
+LENGTH, WIDTH, TOKENS = 27, 2, 3
+IMAGE_STARTS = torch.tensor([19, 6, 23])
 
 
 def test_splice_puts_each_image_at_its_place_and_gather_takes_it_back():
-    embeddings = torch.randn(LENGTH, ROWS, WIDTH)
+    embeddings = torch.randn(LENGTH, 1, WIDTH)
     before = embeddings.clone()
     features = torch.randn(3, TOKENS, WIDTH)
-    spliced = splice(embeddings, features, IMAGE_ROWS, IMAGE_STARTS)
+    spliced = splice(embeddings, features, IMAGE_STARTS)
     assert torch.equal(embeddings, before)
     expected = before.clone()
-    for image, (row, start) in enumerate(zip(IMAGE_ROWS.tolist(), IMAGE_STARTS.tolist(), strict=True)):
-        expected[start : start + TOKENS, row] = features[image]
+    for image, start in enumerate(IMAGE_STARTS.tolist()):
+        expected[start : start + TOKENS, 0] = features[image]
     assert torch.equal(spliced, expected)
-    assert torch.equal(gather(spliced, IMAGE_ROWS, IMAGE_STARTS, TOKENS), features)
+    assert torch.equal(gather(spliced, IMAGE_STARTS, TOKENS), features)
 
 
 def test_gradients():
-    embeddings = torch.randn(LENGTH, ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    embeddings = torch.randn(LENGTH, 1, WIDTH, dtype=torch.float64, requires_grad=True)
     features = torch.randn(3, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda e, f: splice(e, f, IMAGE_ROWS, IMAGE_STARTS), (embeddings, features))
-    assert torch.autograd.gradcheck(lambda e: gather(e, IMAGE_ROWS, IMAGE_STARTS, TOKENS), (embeddings,))
+    assert torch.autograd.gradcheck(lambda e, f: splice(e, f, IMAGE_STARTS), (embeddings, features))
+    assert torch.autograd.gradcheck(lambda e: gather(e, IMAGE_STARTS, TOKENS), (embeddings,))
 
 
 def test_hidden_states_that_are_not_contiguous():
-    hidden = torch.randn(ROWS, LENGTH, WIDTH).transpose(0, 1)
-    taken = gather(hidden, IMAGE_ROWS, IMAGE_STARTS, TOKENS)
+    hidden = torch.randn(WIDTH, LENGTH, 1).permute(1, 2, 0)
+    taken = gather(hidden, IMAGE_STARTS, TOKENS)
     assert torch.equal(taken[1], hidden[6:9, 0])
-    assert torch.equal(splice(hidden, taken, IMAGE_ROWS, IMAGE_STARTS), hidden)
+    assert torch.equal(splice(hidden, taken, IMAGE_STARTS), hidden)
 
 
 def test_no_images_keep_the_graph():
     none = torch.zeros(0, dtype=torch.int64)
     weight = torch.randn(4, WIDTH, requires_grad=True)
-    embeddings = torch.randn(LENGTH, ROWS, WIDTH, requires_grad=True)
-    spliced = splice(embeddings, torch.zeros(0, TOKENS, 4) @ weight, none, none)
+    embeddings = torch.randn(LENGTH, 1, WIDTH, requires_grad=True)
+    spliced = splice(embeddings, torch.zeros(0, TOKENS, 4) @ weight, none)
     assert torch.equal(spliced, embeddings)
-    taken = gather(spliced, none, none, TOKENS)
+    taken = gather(spliced, none, TOKENS)
     assert taken.shape == (0, TOKENS, WIDTH)
     (spliced.sum() + taken.sum()).backward()
     assert weight.grad is not None and not weight.grad.any()
@@ -53,46 +52,41 @@ def test_no_images_keep_the_graph():
 
 
 def test_features_take_the_dtype_of_the_embeddings():
-    spliced = splice(
-        torch.zeros(LENGTH, ROWS, WIDTH).bfloat16(), torch.ones(3, TOKENS, WIDTH), IMAGE_ROWS, IMAGE_STARTS
-    )
+    spliced = splice(torch.zeros(LENGTH, 1, WIDTH).bfloat16(), torch.ones(3, TOKENS, WIDTH), IMAGE_STARTS)
     assert spliced.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("features", "rows", "message"),
+    ("features", "message"),
     [
-        ((2, TOKENS, WIDTH), IMAGE_ROWS, "features of 2 images, but 3 images"),
-        ((3, TOKENS, WIDTH + 1), IMAGE_ROWS, "3 wide, but embeddings 2"),
-        ((2, TOKENS, WIDTH), IMAGE_ROWS[:2], "2 image rows, but 3 image starts"),
+        ((2, TOKENS, WIDTH), "features of 2 images, but 3 images"),
+        ((3, TOKENS, WIDTH + 1), "3 wide, but embeddings 2"),
     ],
 )
-def test_counts_that_disagree(features, rows, message):
+def test_counts_that_disagree(features, message):
     with pytest.raises(ValueError, match=message):
-        splice(torch.zeros(LENGTH, ROWS, WIDTH), torch.zeros(features), rows, IMAGE_STARTS)
+        splice(torch.zeros(LENGTH, 1, WIDTH), torch.zeros(features), IMAGE_STARTS)
 
 
 def test_an_image_past_the_sequence_is_an_error():
     with pytest.raises(IndexError):
-        gather(torch.zeros(LENGTH, ROWS, WIDTH), IMAGE_ROWS, IMAGE_STARTS + 4, TOKENS)
+        gather(torch.zeros(LENGTH, 1, WIDTH), IMAGE_STARTS + 4, TOKENS)
     with pytest.raises(IndexError):
-        splice(torch.zeros(LENGTH, ROWS, WIDTH), torch.zeros(3, TOKENS, WIDTH), IMAGE_ROWS, IMAGE_STARTS + 4)
+        splice(torch.zeros(LENGTH, 1, WIDTH), torch.zeros(3, TOKENS, WIDTH), IMAGE_STARTS + 4)
 
 
 def test_supervised_positions():
-    labels = torch.tensor([[-100, 7, -100, 0], [-100, -100, -100, 5]])
-    supervised = supervised_positions(labels)
-    assert supervised.b_index.tolist() == [0, 0, 1]
-    assert supervised.s_index.tolist() == [1, 3, 3]
+    supervised = supervised_positions(torch.tensor([-100, 7, -100, 0, -100, -100, -100, 5]))
+    assert supervised.index.tolist() == [1, 3, 7]
     assert supervised.targets.tolist() == [7, 0, 5]
     assert supervised.weights.tolist() == [1, 1, 1]
-    hidden = torch.arange(8.0).view(2, 4, 1).transpose(0, 1)
+    hidden = torch.arange(8.0).view(8, 1, 1)
     assert supervised.select(hidden).flatten().tolist() == [1, 3, 7]
 
 
 def test_a_batch_without_labels_has_one_position_that_weighs_nothing():
-    hidden = torch.randn(4, 2, 3, requires_grad=True)
-    supervised = supervised_positions(torch.full((2, 4), -100))
-    assert [value.tolist() for value in supervised] == [[0], [0], [0], [0]]
+    hidden = torch.randn(8, 1, 3, requires_grad=True)
+    supervised = supervised_positions(torch.full((8,), -100))
+    assert [value.tolist() for value in supervised] == [[0], [0], [0]]
     (supervised.select(hidden).sum(1) * supervised.weights).sum().backward()
     assert hidden.grad is not None and not hidden.grad.any()

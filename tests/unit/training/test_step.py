@@ -61,7 +61,7 @@ def rows(*kinds: str) -> list[Sample]:
 )
 def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
     """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
-    size = StepSize(8, 20, images=4, blank_rows=3, row_tokens=9, skipped_samples=1, ignored_samples=0, stop=False)
+    size = StepSize(8, 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0, stop=False)
     options = TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows)  # type: ignore[arg-type]
     assert _micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
     without_picture = _micro_batch_weights(rows("t", "s"), size, options, parts=8)
@@ -88,14 +88,14 @@ def only_rank() -> Iterator[None]:
 @pytest.mark.usefixtures("only_rank")
 def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
     groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
-    micro_batches = [rows("i", "n", "s"), rows("t", "n", "n")]
+    micro_batches = [[rows("i", "n"), rows("s")], [rows("t", "n", "n")]]
     size = agree_on_step(micro_batches, False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
     assert (size.skipped_samples, size.ignored_samples) == (1, 3)
-    assert (size.label_tokens, size.images, size.blank_rows) == (2 + 3, 4, 1)
+    assert (size.label_tokens, size.images, size.blank_samples) == (2 + 3, 4, 1)
 
 
 def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
-    size = StepSize(8, 0, images=1, blank_rows=0, row_tokens=1, skipped_samples=0, ignored_samples=1, stop=False)
+    size = StepSize(8, 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1, stop=False)
     for normalization in ("global", "microbatch"):
         options = TrainingOptions(loss_normalization=normalization)  # type: ignore[arg-type]
         weights = _micro_batch_weights(rows("n"), size, options, parts=1)

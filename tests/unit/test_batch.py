@@ -1,0 +1,54 @@
+"""Rows of samples laid one after the other: everything lands in its slot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ross_mcore.batch import IGNORE_INDEX, Sample, collate, segments
+
+
+def sample(position: int, tokens: list[int], image_at: int | None = None) -> Sample:
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    pixels = [] if image_at is None else [torch.full((3, 2, 2), float(position))]
+    return Sample(str(position), position, ids, ids.clone(), [] if image_at is None else [image_at], list(pixels))
+
+
+def test_samples_share_a_row_and_predict_only_their_own_tokens() -> None:
+    rows = [[sample(7, [1, 2, 3], 1), sample(8, [4, 5])], [sample(9, [6, 7], 0)]]
+    batch = collate(rows, 6, 2, with_blank_samples=True)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 0, 6, 7, 0, 0, 0, 0]
+    nothing = IGNORE_INDEX
+    assert batch.labels.tolist() == [2, 3, nothing, 5, nothing, nothing, 7, *[nothing] * 5]
+    assert batch.sample_starts.tolist() == [0, 3, 6]
+    assert batch.image_starts.tolist() == [1, 6]
+    assert batch.image_positions.tolist() == [7, 9] and batch.image_ordinals.tolist() == [0, 0]
+    assert batch.blank_positions.tolist() == [8]
+    assert batch.pixels[:, 0, 0, 0].tolist() == [7.0, 9.0]
+
+
+def test_a_slot_keeps_its_room_when_its_sample_is_shorter() -> None:
+    batch = collate([[sample(1, [1]), sample(2, [2, 3])]], 8, 2, slots=[[4, 3]])
+    assert batch.tokens.tolist() == [1, 0, 0, 0, 2, 3, 0, 0]
+    assert batch.sample_starts.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("slots", "lengths"),
+    [
+        ([[4, 3], [8]], [4, 4, 8]),
+        ([[2, 2, 2]], [2, 2, 4]),
+        ([[3, 0, 2, 0]], [3, 5]),
+        ([[0], []], [8, 8]),
+    ],
+)
+def test_segments_fill_their_rows(slots: list[list[int]], lengths: list[int]) -> None:
+    assert segments(slots, 8) == lengths
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"), [([[2, 2]], "sample 1: 3 tokens, 3 labels, room for 2"), ([[4, 5]], "samples of 9 tokens")]
+)
+def test_what_does_not_fit_is_an_error(slots: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        collate([[sample(1, [1, 2, 3]), sample(2, [4])]], 8, 2, slots)

@@ -189,6 +189,27 @@ def test_config_has_every_field_of_the_recorded_one(family: str, convert: Any, t
     assert names == {"config.json", generation, "model.safetensors", *(path.name for path in tokenizer.iterdir())}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loads_as_the_recorded_checkpoint_does(family: str, convert: Any, tmp_path: Path) -> None:
+    """from_pretrained on the whole folder: no tensor of the language model is missing, and beside tower and projector,
+    which the reference's class builds, the unexpected ones are as many, of the same parts, as it recorded."""
+    from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
+
+    source, tokenizer = recorded_folder(family), GOLDEN / "data" / TOKENIZERS[family]
+    assert convert(convert_hf_to_mcore, "--ross-model", source, "--tokenizer", tokenizer, "--save", tmp_path / "a") == 0
+    flags = ("--load", tmp_path / "a", "--save", tmp_path / "back", "--max-shard-size", "300KB")
+    assert convert(convert_mcore_to_hf, *flags) == 0
+    language = {"qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM}[family.split("_")[0]]
+    _, info = language.from_pretrained(tmp_path / "back", output_loading_info=True)
+    recorded = read_json(GOLDEN / f"model_{family}" / "oracle.json")["reload"]
+    built = ("model.vision_tower.", "model.mm_projector.")
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(built)]
+    assert not info["missing_keys"] and not info["mismatched_keys"] and len(unexpected) == recorded["unexpected"]
+    assert all(name.startswith(tuple(recorded["unexpected_prefixes"])) for name in unexpected)
+    ids = [AutoTokenizer.from_pretrained(path)("Is it so?").input_ids for path in (tmp_path / "back", tokenizer)]
+    assert ids[0] == ids[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_asked_for(dtype: torch.dtype, convert: Any, tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", SOURCES[0])

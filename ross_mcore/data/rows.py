@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Row:
+class PlannedRow:
     """Samples that share a row.
 
     samples [n]: their numbers; positions [n]: their rising places in the stream, which key random draws, so that a
@@ -67,13 +67,13 @@ class RowStream:
         self.cursor = Cursor()
         self._planned: tuple[int, Rows] | None = None
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[PlannedRow]:
         return self
 
-    def __next__(self) -> Row:
+    def __next__(self) -> PlannedRow:
         return self.take(1)[0]
 
-    def take(self, count: int) -> list[Row]:
+    def take(self, count: int) -> list[PlannedRow]:
         """The next `count` rows: cheaper than one by one."""
         places: list[NDArray[np.int64]] = []
         tokens: list[int] = []
@@ -84,12 +84,16 @@ class RowStream:
             tokens += plan.tokens[first:last].tolist()
         samples = self.order.sample_at(np.concatenate([np.empty(0, np.int64), *places]))
         starts = np.cumsum([positions.size for positions in places])[:-1]
-        return [Row(*row) for row in zip(np.split(samples, starts), places, tokens)]
+        return [PlannedRow(*row) for row in zip(np.split(samples, starts), places, tokens)]
 
     def skip(self, count: int) -> None:
         """Passes over `count` rows without looking up their samples."""
         for _ in self._advance(count):
             pass
+
+    def rows_of_window(self, window: int) -> int:
+        """How many rows the samples of window number `window` of the stream fill."""
+        return len(self._plan(window))
 
     def window_positions(self, window: int) -> range:
         """Stream positions of window number `window` of the stream."""

@@ -46,10 +46,11 @@ def main() -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.data.conversation import TRAINING_TEMPLATES
+    from ross_mcore.data.indexing import length_source
     from ross_mcore.data.llava import RecordsError, convert_records, read_records
     from ross_mcore.data.shard_writer import ShardWriter
-    from ross_mcore.data.shards import LengthSource, ShardError
-    from ross_mcore.data.tokenizer import TokenizerError, fingerprint_tokenizer, load_tokenizer
+    from ross_mcore.data.shards import ShardError
+    from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
 
     console = Console(stderr=True)
     try:
@@ -58,7 +59,7 @@ def main() -> int:
             if options.template not in TRAINING_TEMPLATES:
                 raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
             tokenizer = load_tokenizer(options.tokenizer)
-            source = LengthSource(fingerprint_tokenizer(tokenizer), options.template, options.mm_use_im_start_end)
+            source = length_source(tokenizer, options.template, options.mm_use_im_start_end)
         count, records = read_records(options.data)
         columns = TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         writer = ShardWriter(

@@ -282,7 +282,7 @@ def write_prompt(
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
     style = TEMPLATES[template]
-    checked = _checked_turns(conversations)
+    checked = check_turns(conversations)
     if has_image:
         placeholder = IMAGE_PLACEHOLDER_IN_TEXT if mm_use_im_start_end else IMAGE_PLACEHOLDER
         checked = [(role, _normalise_images(text, placeholder)) for role, text in checked]
@@ -346,15 +346,18 @@ def encode_with_images(text: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids
 
 
-def _checked_turns(conversations: Any) -> list[tuple[str, str]]:
-    """(role, text) of every turn. Raises ConversationError when the value is not a list of well-formed turns."""
+def check_turns(conversations: Any, roles: tuple[str, ...] | None = ("human", "gpt")) -> list[tuple[str, str]]:
+    """(role, text) of every turn; `roles` None lets every role pass.
+
+    Raises ConversationError when the value is not a list of well-formed turns.
+    """
     if not isinstance(conversations, list) or not conversations:
         raise ConversationError("conversations is not a list of turns")
     turns = []
     for turn in conversations:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ConversationError("a turn has no text")
-        if turn.get("from") not in ("human", "gpt"):
+        if roles is not None and turn.get("from") not in roles:
             raise ConversationError("a turn is neither the human's nor the gpt's")
         try:
             turn["value"].encode("utf-8")

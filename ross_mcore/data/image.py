@@ -33,8 +33,10 @@ class ImageError(ValueError):
 def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.Image, str]:
     """Decodes a picture completely: (RGB picture, name of its format). EXIF orientation is not applied (reference).
 
-    The size is checked in the header, before any pixel is decoded. An alpha channel is dropped, of an animation the
-    first frame is taken. Raises ImageError for anything else than a whole, sensibly sized picture in `formats`.
+    The size is checked in the header, before any pixel is decoded. CMYK, grey, palette and two-coloured pictures are
+    converted, an alpha channel is dropped, of an animation the first frame is taken. Grey of 16 bits keeps its upper
+    8 (PIL's conversion, the reference's, would clip nearly all of it to white). Raises ImageError for anything else
+    than a whole, sensibly sized picture in `formats`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=list(formats)) as picture:
@@ -43,7 +45,10 @@ def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.I
                 raise ImageError("too large in pixels")
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise ImageError("too long and thin")
-            return picture.convert("RGB"), str(picture.format)
+            kind = str(picture.format)
+            if picture.mode.startswith("I"):
+                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB"), kind
+            return picture.convert("RGB"), kind
     except ImageError:
         raise
     except Image.DecompressionBombError:

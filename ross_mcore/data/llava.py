@@ -1,6 +1,6 @@
 """LLaVA-format JSON and its image folder, record by record, on the way into shards.
 
-A record is {"id"?, "image"?: path relative to the image folder, "conversations": [{"from", "value"}, ...]}.
+A record is {"id"?, "image"?: path or paths relative to the image folder, "conversations": [{"from", "value"}, ...]}.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ross_mcore.data.conversation import ConversationError, Tokenized, count_words, tokenize_conversation
 from ross_mcore.data.image import FORMATS, ImageError, decode_image
+from ross_mcore.data.indexing import Measure, SampleError
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
 
@@ -26,15 +26,10 @@ if TYPE_CHECKING:
 SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
 """What may lie in an image folder; whatever is not in FORMATS is stored as PNG."""
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
-NO_LIMIT = 2**31 - 1
 
 
 class RecordsError(ValueError):
     """A JSON file without a list of usable records; the message says why."""
-
-
-class SkippedRecord(ValueError):
-    """A record that cannot become a sample; the message is a short reason."""
 
 
 @dataclass
@@ -92,25 +87,21 @@ def convert_records(
     decoded once, by `num_workers` threads. With a tokenizer and a template the samples' tokens and labels are counted.
     Raises RecordsError when no record is usable.
     """
-    done = Conversion()
+    done, measure = Conversion(), Measure(tokenizer, template, mm_use_im_start_end)
     waiting: deque[tuple[int, Any, Future[list[tuple[str, bytes]]]]] = deque()
 
     def finish_one(skipped: TextIO) -> None:
         number, record, pictures = waiting.popleft()
         progress()
         try:
-            images, measured = pictures.result(), {}
-            if tokenizer is not None and template is not None:
-                row = _tokenize(record, len(images), tokenizer, template, mm_use_im_start_end)
-                measured = {"text_tokens": len(row.input_ids) - row.image_spans, "image_spans": row.image_spans}
-                measured["label_tokens"] = row.label_tokens
-                done.ignored += row.label_tokens == 0
+            images = pictures.result()
+            facts = measure(record, len(images))
+            done.ignored += facts["label_tokens"] == 0
             key = f"{number:09d}"
-            words = count_words(record["conversations"])
-            writer.write(key, _encode({"id": key, **record}), images, text_words=words, **measured)
+            writer.write(key, _encode({"id": key, **record}), images, **facts)
             done.samples += 1
             done.images += len(images)
-        except SkippedRecord as error:
+        except SampleError as error:
             done.skipped[str(error).partition(":")[0]] += 1
             about = record if isinstance(record, dict) else {}
             line = {"record": number, "id": about.get("id"), "image": about.get("image"), "reason": str(error)}
@@ -136,62 +127,45 @@ def _encode(record: dict[str, Any]) -> bytes:
     try:
         encoded = json.dumps(record, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
-        raise SkippedRecord("the record is not valid Unicode") from None
+        raise SampleError("the record is not valid Unicode") from None
     if len(encoded) > MAX_RECORD_BYTES:
-        raise SkippedRecord(f"the record is over {MAX_RECORD_BYTES} bytes")
+        raise SampleError(f"the record is over {MAX_RECORD_BYTES} bytes")
     return encoded
 
 
-def _tokenize(
-    record: Any, num_images: int, tokenizer: PreTrainedTokenizerBase, template: str, mm_use_im_start_end: bool
-) -> Tokenized:
-    turns, has_image = record["conversations"], num_images > 0
-    try:
-        row = tokenize_conversation(
-            turns, has_image, tokenizer, template, NO_LIMIT, mm_use_im_start_end=mm_use_im_start_end
-        )
-    except ConversationError as error:
-        raise SkippedRecord(str(error)) from None
-    if row.image_spans not in (0, num_images):
-        raise SkippedRecord(f"{row.image_spans} <image> in the text, {num_images} pictures")
-    return row
-
-
 def _read_pictures(record: Any, folder: Path, follow_links: bool) -> list[tuple[str, bytes]]:
-    """(suffix, bytes) of a record's pictures. Raises SkippedRecord, also for a record of the wrong shape."""
+    """(suffix, bytes) of a record's pictures. Raises SampleError, also for a record of the wrong shape."""
     if not isinstance(record, dict):
-        raise SkippedRecord("the record is not a JSON object")
+        raise SampleError("the record is not a JSON object")
     if not isinstance(record.get("conversations"), list):
-        raise SkippedRecord("conversations is not a list of turns")
+        raise SampleError("conversations is not a list of turns")
     image = record.get("image")
     names = [] if image is None else image if isinstance(image, list) else [image]
-    if len(names) > 1:
-        raise SkippedRecord("several pictures in one record")
     return [_read_picture(folder, name, follow_links) for name in names]
 
 
 def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, bytes]:
     """(suffix, bytes) of a picture inside `folder`: the original bytes, or a PNG of it in a format not stored."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise SkippedRecord("image is not a path")
+        raise SampleError("image is not a path")
     relative = Path(name)
     path = folder / relative
     try:
         if relative.is_absolute() or ".." in relative.parts:
-            raise SkippedRecord("the image path leaves the image folder")
+            raise SampleError("the image path leaves the image folder")
         if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
-            raise SkippedRecord("the image path leaves the image folder by a link; --follow-links allows it")
+            raise SampleError("the image path leaves the image folder by a link; --follow-links allows it")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise SkippedRecord("the image is not a regular file")
+            raise SampleError("the image is not a regular file")
         if status.st_size > MAX_IMAGE_BYTES:
-            raise SkippedRecord(f"the image file is over {MAX_IMAGE_BYTES} bytes")
+            raise SampleError(f"the image file is over {MAX_IMAGE_BYTES} bytes")
         data = path.read_bytes()
         picture, source = decode_image(data, SOURCE_FORMATS)
     except (OSError, RuntimeError) as error:
-        raise SkippedRecord(f"the image cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise SampleError(f"the image cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ImageError as error:
-        raise SkippedRecord(f"the image is {error}") from None
+        raise SampleError(f"the image is {error}") from None
     if source in SUFFIXES:
         return SUFFIXES[source], data
     encoded = io.BytesIO()

@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ross_mcore.data.indexing import IndexedShard, ShardIndex, content_digest, write_index
 from ross_mcore.data.shards import (
-    FORMAT,
-    FORMAT_VERSION,
-    IMAGE_ROW,
-    IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
+    MAX_IMAGES,
     MAX_RECORD_BYTES,
-    SAMPLE_ROW,
+    RECORD,
     UNKNOWN_LENGTH,
     LengthSource,
     ShardError,
 )
-
-
-@dataclass(frozen=True)
-class Member:
-    """One sample's place in a tar: (offset, size) in bytes of its JSON and of its pictures, in order."""
-
-    key: str
-    record: tuple[int, int]
-    images: tuple[tuple[int, int], ...]
-
-
-def scan_shard(path: Path) -> list[Member]:
-    """Reads the headers of a tar, seeking over the contents.
-
-    Raises ShardError when the tar is damaged, or a key comes twice or has no JSON.
-    """
-    places: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                key, _, suffix = member.name.partition(".")
-                found = places.setdefault(key, {})
-                if suffix in found:
-                    raise ShardError(f"{path}: two members are named {member.name}")
-                found[suffix] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise ShardError(f"{path} is not a readable tar: {error}") from None
-    members = []
-    for key, found in places.items():
-        if "json" not in found:
-            raise ShardError(f"{path}: sample {key} has no .json member")
-        pictures = sorted(
-            (int(number or 0), place)
-            for suffix, place in found.items()
-            for number, _, kind in [suffix.rpartition(".")]
-            if kind in IMAGE_SUFFIXES and (number.isdigit() or not number)
-        )
-        members.append(Member(key, found["json"], tuple(place for _, place in pictures)))
-    return members
+from ross_mcore.data.tar_samples import Member, group_members, walk_tar
 
 
 class ShardWriter:
@@ -96,19 +47,15 @@ class ShardWriter:
                 raise ShardError(f"{out} exists and is not empty; choose another folder or pass --overwrite")
             if not (self.out / "index.json").is_file():
                 raise ShardError(f"{out} holds no index.json, so it is not a data set and will not be overwritten")
-        self._shards: list[dict[str, Any]] = []
-        self._samples: list[NDArray[np.void]] = []
-        self._images: list[NDArray[np.void]] = []
-        self._num_images = self._key_bytes = self._shard_bytes = 0
-        self._pending: list[tuple[str, dict[str, int]]] = []
-        self._content = hashlib.sha256()
+        self._shards: list[IndexedShard] = []
+        self._shard_bytes = 0
+        self._pending: list[tuple[str, dict[str, int], bytes]] = []
         self._tar: Any = None
         self._stream: BinaryIO | None = None
 
     def __enter__(self) -> ShardWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".partial", dir=self.out.parent))
-        self._keys = (self.folder / "keys.txt").open("wb")
         return self
 
     def write(
@@ -130,6 +77,8 @@ class ShardWriter:
             raise ShardError(f"sample key {key!r}: only ASCII letters, digits, - and _ are allowed")
         if len(record) > MAX_RECORD_BYTES or any(len(data) > MAX_IMAGE_BYTES for _, data in images):
             raise ShardError(f"sample {key}: over {MAX_RECORD_BYTES} bytes of JSON or {MAX_IMAGE_BYTES} of a picture")
+        if len(images) > MAX_IMAGES:
+            raise ShardError(f"sample {key}: {len(images)} pictures, at most {MAX_IMAGES} are possible")
         size = len(record) + sum(len(data) for _, data in images)
         full = len(self._pending) >= self._max_samples or self._shard_bytes + size > self._max_bytes
         if self._pending and full:
@@ -143,8 +92,6 @@ class ShardWriter:
         for number, (suffix, data) in enumerate(images):
             members[suffix if len(images) == 1 else f"{number}.{suffix}"] = data
         self._tar.write(members)
-        for part in (key.encode(), record, *(data for _, data in images)):
-            self._content.update(len(part).to_bytes(8, "little") + part)
         self._shard_bytes += size
         facts = {
             "num_images": len(images),
@@ -153,31 +100,29 @@ class ShardWriter:
             "label_tokens": label_tokens,
             "image_spans": len(images) if image_spans is None else image_spans,
         }
-        self._pending.append((key, facts))
+        digest = content_digest(key, record, [len(data) for _, data in images])
+        self._pending.append((key, {"kind": RECORD, **facts}, digest))
 
     def _shard_path(self) -> Path:
         return self.folder / f"shard-{len(self._shards):05d}.tar"
 
     def _finish_shard(self) -> None:
         assert self._stream is not None
-        path, number = self._shard_path(), len(self._shards)
+        path = self._shard_path()
         self._tar.close()
         _sync_and_close(self._stream)
-        members = scan_shard(path)
-        if [(m.key, len(m.images)) for m in members] != [(key, facts["num_images"]) for key, facts in self._pending]:
-            raise ShardError(f"{path}: the tar does not hold the {len(self._pending)} samples written; a key twice?")
-        rows = np.zeros(len(members), SAMPLE_ROW)
-        for row, member, (key, facts) in zip(rows, members, self._pending, strict=True):
-            row["json_offset"], row["json_size"] = member.record
-            row["key_offset"], row["first_image"] = self._key_bytes, self._num_images
-            row["shard"] = number
-            for name, value in facts.items():
-                row[name] = value
-            self._key_bytes += self._keys.write(f"{key}\n".encode())
-            self._num_images += facts["num_images"]
-        self._samples.append(rows)
-        self._images.append(np.array([place for member in members for place in member.images], IMAGE_ROW))
-        self._shards.append({"name": path.name, "bytes": path.stat().st_size, "samples": len(members)})
+        with path.open("rb") as tar:
+            found = list(walk_tar(tar.fileno()))
+        members, _ = group_members(member for member in found if isinstance(member, Member))
+        keys, facts, digests = zip(*self._pending, strict=True)
+        held = [(sample.key, len(sample.pictures)) for sample in members]
+        written = [(key, columns["num_images"]) for key, columns in zip(keys, facts, strict=True)]
+        if len(set(keys)) != len(keys) or held != written:
+            raise ShardError(
+                f"{path}: the tar does not hold the {len(keys)} samples written; is a key twice among them?"
+            )
+        part = ShardIndex.of(members, facts, digests, [])
+        self._shards.append(IndexedShard(path.name, path.stat().st_size, lambda: part))
         self._tar, self._stream, self._shard_bytes = None, None, 0
         self._pending.clear()
 
@@ -186,24 +131,7 @@ class ShardWriter:
             self._finish_shard()
         if not self._shards:
             raise ShardError(f"no usable sample: {self.out} was not written")
-        _sync_and_close(self._keys)
-        for name, parts in (("samples.npy", self._samples), ("images.npy", self._images)):
-            with (self.folder / name).open("wb") as stream:
-                np.save(stream, np.concatenate(parts), allow_pickle=False)
-                _sync(stream)
-        source = self._length_source
-        index = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "num_samples": sum(shard["samples"] for shard in self._shards),
-            "num_images": self._num_images,
-            "fingerprint": self._content.hexdigest()[:16],
-            "lengths": None if source is None else asdict(source),
-            "shards": self._shards,
-        }
-        with (self.folder / "index.json").open("w", encoding="utf-8") as stream:
-            json.dump(index, stream, indent=1)
-            _sync(stream)
+        write_index(self.folder, self._shards, self._length_source)
         mask = os.umask(0)
         os.umask(mask)
         self.folder.chmod(0o777 & ~mask)  # mkdtemp makes it private
@@ -222,18 +150,13 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._keys.close()
             if self._stream is not None:
                 self._tar.close()
                 self._stream.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _sync(stream: Any) -> None:
+def _sync_and_close(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_and_close(stream: Any) -> None:
-    _sync(stream)
     stream.close()

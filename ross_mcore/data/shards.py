@@ -2,14 +2,18 @@
 
 A data set is a folder:
 
-    shard-00000.tar ...   members `<key>.json` and `<key>.jpg|png|webp` (several pictures: `<key>.0.jpg`, `<key>.1.jpg`)
-    index.json            format, version, counts, shard names and sizes, what the text lengths were measured with
+    shard-00000.tar ...   members `<key>.json` and `<key>.jpg|jpeg|png|webp` (several: `<key>.0.jpg`, `<key>.1.jpg`);
+                          instead of the JSON there may be a caption, `<key>.txt`
+    index.json            format, version, counts, the shards' places and sizes, what the lengths were measured with
     samples.npy           one SAMPLE_ROW a sample, memory-mapped
     images.npy            one IMAGE_ROW a picture, in the order of the samples
     keys.txt              one key a line, memory-mapped
+    quarantine.jsonl      what was left out: one {"shard", "key", "reason"} a line
 
-Nothing parses a tar at training time: a member is one `pread` at (shard, offset, size). The tars remain plain
-WebDataset shards, which any WebDataset reader reads without the index. `shard_writer.py` writes all this.
+The tars need not lie in the folder: the index names each by its name there, by an absolute path or by a URL. Nothing
+parses a tar at training time: a member is one `pread` at (shard, offset, size), of a shard from a URL in a local cache
+(remote.py). The tars are plain WebDataset shards, which any WebDataset reader reads without the index.
+`shard_writer.py` makes such tars, `indexing.py` the index of any.
 """
 
 from __future__ import annotations
@@ -18,33 +22,41 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, RemoteError, ShardCache, is_remote, require_protocol
+
+INDEX_TOOL = "python tools/index_shards.py"
 FORMAT = "ross_mcore shards"
-FORMAT_VERSION = 2
-"""2: label_tokens and text_words."""
+FORMAT_VERSION = 3
+"""2: label_tokens and text_words. 3: records of several kinds, shards anywhere, fingerprint by sample."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+RECORD_SUFFIXES = ("json", "txt")
 MAX_RECORD_BYTES = 16 << 20
 MAX_IMAGE_BYTES = 64 << 20
+MAX_IMAGES = 65535
 MAX_OPEN_SHARDS = 64
 """Tar files a reader keeps open at a time, well under the usual limit of 1024 descriptors a process."""
 UNKNOWN_LENGTH = -1
+RECORD, TURNS, CAPTION = range(3)
+"""Kinds of a sample's text: a LLaVA record, its conversation alone (both JSON), or the caption of its one picture."""
 
 SAMPLE_ROW = np.dtype(
     [
-        ("json_offset", "<u8"),
+        ("text_offset", "<u8"),
         ("key_offset", "<u8"),
         ("first_image", "<u8"),
-        ("json_size", "<u4"),
+        ("text_size", "<u4"),
         ("shard", "<u4"),
         ("text_words", "<u4"),  # words of all turns, see conversation.count_words
         ("text_tokens", "<i4"),  # tokens of the row without its images; UNKNOWN_LENGTH when not measured
         ("label_tokens", "<i4"),  # labels of the row, 0 when all are ignored; UNKNOWN_LENGTH when not measured
+        ("kind", "u1"),  # RECORD, TURNS or CAPTION
         ("num_images", "<u2"),  # pictures in the tar
         ("image_spans", "<u2"),  # image placeholders in the text: a row is text_tokens + image_spans * image_tokens
     ]
@@ -67,6 +79,32 @@ class LengthSource:
     tokenizer: str
     template: str
     mm_use_im_start_end: bool = False
+    image_tokens: str = field(default="", compare=False)
+    """Fingerprint of what texts with pictures become (indexing.length_source): it changes with the program."""
+
+    def difference(self, other: LengthSource) -> str | None:
+        """What differs between two sources, in words."""
+        names = {"tokenizer": "tokenizer", "template": "template", "mm_use_im_start_end": "mm_use_im_start_end"}
+        names |= {"image_tokens": "treatment of pictures in the text"}
+        return next((names[f.name] for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
+
+
+def as_record(data: bytes, kind: int) -> bytes:
+    """A sample's text as the JSON of a LLaVA record. Raises ShardError for text that is not UTF-8.
+
+    A caption becomes the conversation that shows the picture and answers with the caption, without the white space
+    around it.
+    """
+    if kind == RECORD:
+        return data
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ShardError("the text is not UTF-8") from None
+    if kind == TURNS:
+        return b'{"conversations": ' + text.encode() + b"}"
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text.strip()}]
+    return json.dumps({"conversations": turns}, ensure_ascii=False).encode()
 
 
 class ShardReader:
@@ -74,23 +112,37 @@ class ShardReader:
 
     `fingerprint` names the content: the same samples in the same order have the same one, however they are sharded.
 
+    A shard behind a URL is fetched whole into `cache_folder`, which holds at most `cache_bytes` of them.
+
     Safe in forked worker processes (`pread` moves no shared file position) and picklable for spawned ones.
     Raises ShardError when the folder is not a data set, or an index and its shards do not belong together.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache_folder: Path | None = None, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.folder = Path(folder)
         self.index = self._read_index()
         self.num_samples, self.num_images = self.index["num_samples"], self.index["num_images"]
         self.fingerprint: str = self.index["fingerprint"]
         self.length_source: LengthSource | None = self.index["lengths"]
+        self.quarantined: int = self.index["quarantined"]
         self.samples = self._map("samples.npy", SAMPLE_ROW, self.num_samples)
         self.images = self._map("images.npy", IMAGE_ROW, self.num_images)
         try:
             self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
         except (OSError, ValueError) as error:
-            raise ShardError(f"{self.folder / 'keys.txt'}: {error}; make the data set again") from None
+            raise ShardError(
+                f"{self.folder / 'keys.txt'}: {error}; make the index again: {INDEX_TOOL} --data-path {self.folder}"
+            ) from None
         self._handles: OrderedDict[int, int] = OrderedDict()
+        self._cache = None if cache_folder is None else ShardCache(Path(cache_folder), cache_bytes)
+        remote = next((shard for shard in self.index["shards"] if is_remote(shard["name"])), None)
+        if remote is not None and self._cache is None:
+            raise ShardError(f"{remote['name']} is not a local file: say with --data-cache-dir where to keep shards")
+        if remote is not None:
+            try:
+                require_protocol(remote["name"])
+            except RemoteError as error:
+                raise ShardError(str(error)) from None
 
     def __len__(self) -> int:
         return int(self.num_samples)
@@ -106,9 +158,10 @@ class ShardReader:
         return keys
 
     def record_bytes(self, number: int) -> bytes:
-        """The JSON member of a sample. Raises ShardError when it cannot be read whole."""
+        """The LLaVA record of a sample as JSON. Raises ShardError when it cannot be read whole."""
         row = self.samples[number]
-        return self._read(row, int(row["json_offset"]), int(row["json_size"]), MAX_RECORD_BYTES)
+        data = self._read(row, int(row["text_offset"]), int(row["text_size"]), MAX_RECORD_BYTES)
+        return as_record(data, int(row["kind"]))
 
     def image_bytes(self, number: int, ordinal: int) -> bytes:
         """The encoded picture `ordinal` of a sample. Raises ShardError when there is none or it cannot be read."""
@@ -123,10 +176,11 @@ class ShardReader:
             os.close(self._handles.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        cache = {} if self._cache is None else {"cache_folder": self._cache.folder, "cache_bytes": self._cache.limit}
+        return {"folder": self.folder, **cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
@@ -140,6 +194,10 @@ class ShardReader:
         if size > limit or offset + size > total:
             raise ShardError(f"{name}: a member of {size} bytes at {offset}, in {total} bytes, at most {limit} allowed")
         try:
+            if is_remote(name):
+                assert self._cache is not None
+                with self._cache.open(name, total, self.index["shards"][shard].get("tag")) as handle:
+                    return self._whole(os.pread(handle, size, offset), size, offset, name)
             if shard not in self._handles:
                 if len(self._handles) >= MAX_OPEN_SHARDS:
                     os.close(self._handles.popitem(last=False)[1])
@@ -147,9 +205,13 @@ class ShardReader:
             self._handles.move_to_end(shard)
             data = os.pread(self._handles[shard], size, offset)
         except OSError as error:
-            raise ShardReadError(f"{self.folder / name}: {error}") from None
+            raise ShardReadError(f"{name if is_remote(name) else self.folder / name}: {error}") from None
+        return self._whole(data, size, offset, str(self.folder / name))
+
+    @staticmethod
+    def _whole(data: bytes, size: int, offset: int, name: str) -> bytes:
         if len(data) != size:
-            raise ShardError(f"{self.folder / name} is truncated: {len(data)} of {size} bytes at {offset}")
+            raise ShardError(f"{name} is truncated: {len(data)} of {size} bytes at {offset}")
         return data
 
     def _read_index(self) -> dict[str, Any]:
@@ -157,27 +219,37 @@ class ShardReader:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: {error}; make a data set with tools/make_shards.py") from None
+            raise ShardError(
+                f"{path}: {error}; tools/make_shards.py makes a data set, this one of tars: "
+                f"{INDEX_TOOL} --data-path {self.folder}"
+            ) from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise ShardError(f"{path} is not the index of a data set; make one with tools/make_shards.py")
+            raise ShardError(f"{path} is not the index of a data set; make one: {INDEX_TOOL} --data-path {self.folder}")
         if index.get("version") != FORMAT_VERSION:
             raise ShardError(
                 f"{path} is a version {index.get('version')} index and this program reads version {FORMAT_VERSION}; "
-                "make the data set again with tools/make_shards.py"
+                f"make it again from the shards: {INDEX_TOOL} --data-path {self.folder}"
             )
         try:
             if sum(int(shard["samples"]) for shard in index["shards"]) != index["num_samples"] or not index["shards"]:
                 raise ShardError(f"{path}: the shards' samples do not add up to num_samples={index['num_samples']}")
             for shard in index["shards"]:
                 name, size = shard["name"], shard["bytes"]
-                if Path(name).name != name:
-                    raise ShardError(f"{path}: shard name {name!r} is not a plain file name")
+                if is_remote(name):
+                    continue
+                if Path(name).name != name and (not Path(name).is_absolute() or ".." in Path(name).parts):
+                    raise ShardError(f"{path}: shard name {name!r} is no plain file name, absolute path or URL")
                 if (self.folder / name).stat().st_size != size:
-                    raise ShardError(f"{self.folder / name} has not the {size} bytes of the index; copy it again")
-            _ = index["num_images"], index["fingerprint"]
+                    raise ShardError(
+                        f"{self.folder / name} has not the {size} bytes of the index; copy it again, or, if it was "
+                        f"changed, index it again: {INDEX_TOOL} --data-path {self.folder}"
+                    )
+            _ = index["num_images"], index["fingerprint"], index["quarantined"]
             index["lengths"] = index["lengths"] and LengthSource(**index["lengths"])
         except (KeyError, TypeError) as error:
-            raise ShardError(f"{path} is malformed: {error!r}; make it again with tools/make_shards.py") from None
+            raise ShardError(
+                f"{path} is malformed: {error!r}; make it again: {INDEX_TOOL} --data-path {self.folder}"
+            ) from None
         except OSError as error:
             raise ShardError(f"{path} names a shard that cannot be read: {error}") from None
         return index
@@ -187,7 +259,7 @@ class ShardReader:
         try:
             table = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: {error}; make the data set again with tools/make_shards.py") from None
+            raise ShardError(f"{path}: {error}; make the index again: {INDEX_TOOL} --data-path {self.folder}") from None
         if table.dtype != row or table.shape != (count,):
             raise ShardError(f"{path} holds {table.shape} rows of {table.dtype}, index.json says {count}")
         return table

@@ -36,6 +36,13 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert (picture.mode, picture.size) == ("RGB", (5, 7))
 
 
+def test_grey_of_16_bits_keeps_its_upper_8() -> None:
+    stream = io.BytesIO()
+    grey = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    Image.fromarray(grey).save(stream, "PNG")
+    assert np.asarray(decode_image(stream.getvalue())[0])[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
+
+
 def test_orientation_is_left_as_stored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

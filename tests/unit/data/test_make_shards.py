@@ -74,7 +74,9 @@ def test_every_record_is_stored_or_listed(
         ({"image": "a" * 5000, "conversations": TURNS}, "cannot be read"),
         ({"image": "nul\0", "conversations": TURNS}, "not a path"),
         ({"image": 3, "conversations": TURNS}, "not a path"),
-        ({"image": ["good.jpg", "good.jpg"], "conversations": TURNS}, "several"),
+        ({"image": ["good.jpg", "good.jpg"], "conversations": TURNS}, "1 <image> in the text, 2 pictures"),
+        ({"image": ["good.jpg"] * 2, "conversations": [*TURNS, *TURNS]}, None),
+        ({"conversations": [{"from": "system", "value": 3}]}, "a turn has no text"),
         ({"image": "good.jpg"}, "list of turns"),
         ({"conversations": {"a": 1}}, "list of turns"),
         (None, "not a JSON object"),
@@ -99,7 +101,7 @@ def test_every_record_is_stored_or_listed(
     assert reader.image_bytes(stored[0], 0) == whole
     assert reader.image_bytes(stored[1], 0).startswith(b"\x89PNG") and reader.image_bytes(stored[2], 0)[1:4] == b"PNG"
     said = capsys.readouterr().out
-    assert "5 samples, 4 pictures, of 22 records" in said and "skipped 3: the image is undecodable" in said
+    assert "6 samples, 6 pictures, of 24 records" in said and "skipped 3: the image is undecodable" in said
 
 
 def test_links_may_be_followed(make: Callable[..., int], tmp_path: Path, encoded: Any) -> None:
@@ -126,7 +128,7 @@ def test_lengths_come_with_a_tokenizer(make: Callable[..., int], tmp_path: Path,
 
 
 def test_words_are_counted_without_a_tokenizer(make: Callable[..., int], tmp_path: Path) -> None:
-    write(tmp_path, [{"conversations": [{"from": "system", "value": " a  b\n\tc "}, {"from": "gpt"}, 3]}])
+    write(tmp_path, [{"conversations": [{"from": "system", "value": " a  b\n\tc "}]}])
     assert make() == 0
     rows = ShardReader(tmp_path / "out").samples
     assert rows["text_words"].tolist() == [3] and rows["label_tokens"].tolist() == [UNKNOWN_LENGTH]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ross_mcore.data.shard_writer import ShardWriter, scan_shard
+from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import ShardError, ShardReader
 
 
@@ -35,7 +35,7 @@ def test_offsets_are_those_of_the_tar(shards: Path) -> None:
             for member in tar:
                 if member.name.endswith(".json"):
                     row = reader.samples[number]
-                    assert (row["json_offset"], row["json_size"]) == (member.offset_data, member.size)
+                    assert (row["text_offset"], row["text_size"]) == (member.offset_data, member.size)
                     number += 1
     assert number == len(reader)
     assert len(reader.index["shards"]) == 4
@@ -136,7 +136,7 @@ def test_keys_that_are_no_plain_names_are_refused(tmp_path: Path, key: str) -> N
 
 
 def test_a_key_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="two members"), ShardWriter(tmp_path / "out") as writer:
+    with pytest.raises(ShardError, match="key twice"), ShardWriter(tmp_path / "out") as writer:
         writer.write("k", b"{}")
         writer.write("k", b"{}")
 
@@ -147,6 +147,7 @@ def test_a_key_twice_is_refused(tmp_path: Path) -> None:
         (lambda f: (f / "index.json").write_text("{"), "index.json"),
         (lambda f: (f / "index.json").write_text('{"format": "other"}'), "not the index"),
         (lambda f: _edit(f, lambda i: i["shards"][0].update(name="../x.tar")), "plain file name"),
+        (lambda f: _edit(f, lambda i: i["shards"][0].update(name="/a/../x.tar")), "absolute path or URL"),
         (lambda f: _edit(f, lambda i: i.update(num_samples=7)), "add up"),
         (lambda f: _edit(f, lambda i: i.pop("num_images")), "malformed"),
         (lambda f: (f / "shard-00000.tar").write_bytes(b"short"), "bytes of the index"),
@@ -169,7 +170,7 @@ def test_an_older_index_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "out") as writer:
         writer.write("k", b"{}")
     _edit(tmp_path / "out", lambda index: index.update(version=1))
-    with pytest.raises(ShardError, match="version 1 index and this program reads version 2; make .*make_shards"):
+    with pytest.raises(ShardError, match="version 1 index and this program reads version 3; make .*index_shards"):
         ShardReader(tmp_path / "out")
 
 
@@ -183,14 +184,7 @@ def test_member_sizes_are_checked_before_reading(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "out") as writer:
         writer.write("k", b"{}")
     table = np.load(tmp_path / "out" / "samples.npy")
-    table["json_size"] = 2**31
+    table["text_size"] = 2**31
     np.save(tmp_path / "out" / "samples.npy", table)
     with pytest.raises(ShardError, match="allowed"):
         ShardReader(tmp_path / "out").record_bytes(0)
-
-
-def test_a_truncated_tar_is_an_error_that_names_it(tmp_path: Path, shards: Path) -> None:
-    whole = (shards / "shard-00000.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(whole[: 512 * 3 + 100])
-    with pytest.raises(ShardError, match="cut.tar"):
-        scan_shard(tmp_path / "cut.tar")

@@ -1,0 +1,380 @@
+"""From tars to the index that training reads: the one place where members of a tar become rows.
+
+A sample that cannot be trained on is left out of the index and listed in quarantine.jsonl with its shard, key and
+reason. Shards are indexed one by one, in any process, into a `ShardIndex`; `write_index` puts them together. What a
+tar held is kept in `index.parts/`, so that only shards that changed are read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ross_mcore.data.conversation import (
+    IMAGE_PLACEHOLDER,
+    ConversationError,
+    check_turns,
+    count_words,
+    tokenize_conversation,
+)
+from ross_mcore.data.image import ImageError, decode_image
+from ross_mcore.data.shards import (
+    CAPTION,
+    FORMAT,
+    FORMAT_VERSION,
+    IMAGE_ROW,
+    INDEX_TOOL,
+    RECORD,
+    SAMPLE_ROW,
+    TURNS,
+    UNKNOWN_LENGTH,
+    LengthSource,
+    ShardError,
+    ShardReader,
+    as_record,
+)
+from ross_mcore.data.tar_samples import Damage, Member, TarSample, group_members, printable, walk_tar
+from ross_mcore.data.tokenizer import fingerprint_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LIMIT = 2**31 - 1
+DIGEST_BYTES = 16
+
+
+class SampleError(ValueError):
+    """A sample that cannot be trained on; the message is a short reason, meant to be counted."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Checks records and counts their words and, with a tokenizer and a template, their tokens and labels."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    template: str | None = None
+    mm_use_im_start_end: bool = False
+
+    def __call__(self, record: Any, num_images: int) -> dict[str, int]:
+        """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for a record without a row."""
+        if not isinstance(record, dict):
+            raise SampleError("the record is not a JSON object")
+        turns = record.get("conversations")
+        try:
+            checked = check_turns(turns, roles=None)
+            if self.tokenizer is None or self.template is None:
+                shown = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked)
+                if num_images > 1 and shown not in (0, num_images):
+                    raise SampleError(f"{shown} <image> in the text, {num_images} pictures")
+                measured = {"image_spans": num_images}
+            else:
+                row = tokenize_conversation(
+                    turns,
+                    num_images > 0,
+                    self.tokenizer,
+                    self.template,
+                    NO_LIMIT,
+                    mm_use_im_start_end=self.mm_use_im_start_end,
+                )
+                if row.image_spans not in (0, num_images):
+                    raise SampleError(f"{row.image_spans} <image> in the text, {num_images} pictures")
+                measured = {
+                    "text_tokens": len(row.input_ids) - row.image_spans,
+                    "label_tokens": row.label_tokens,
+                    "image_spans": row.image_spans,
+                }
+        except ConversationError as error:
+            raise SampleError(str(error)) from None
+        unknown = {"text_tokens": UNKNOWN_LENGTH, "label_tokens": UNKNOWN_LENGTH}
+        return {**unknown, "text_words": count_words(turns), **measured}
+
+
+def length_source(tokenizer: PreTrainedTokenizerBase, template: str, mm_use_im_start_end: bool = False) -> LengthSource:
+    """What lengths measured by this program are worth: fingerprints of the tokenizer and of what texts become.
+
+    The latter is of a few conversations with and without pictures, tokenized: it changes with the program's templates
+    and with where it puts pictures, which the tokenizer and the template's name do not show.
+    """
+    short = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    inside = [{"from": "human", "value": "See <image> and <image>."}, {"from": "gpt", "value": "Two."}]
+    facts = []
+    for turns, has_image in ((short, True), (short * 2, True), (inside, True), (short, False)):
+        try:
+            row = tokenize_conversation(
+                turns, has_image, tokenizer, template, NO_LIMIT, mm_use_im_start_end=mm_use_im_start_end
+            )
+            facts.append([row.input_ids, row.labels])
+        except ConversationError as error:
+            facts.append([str(error)])
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return LengthSource(fingerprint_tokenizer(tokenizer), template, mm_use_im_start_end, fingerprint)
+
+
+def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: Path | str) -> str | None:
+    """Why the lengths of an index are not those of `source`, with the command that mends it; None when they are."""
+    found = reader.length_source
+    difference = "nothing, as it has no lengths" if found is None else found.difference(source)
+    if difference is None:
+        return None
+    was = f"was measured with another {difference}" if found is not None else "has no lengths"
+    flag = " --mm-use-im-start-end" if source.mm_use_im_start_end else ""
+    return (
+        f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} --data-path {reader.folder} "
+        f"--tokenizer {tokenizer_folder} --template {source.template}{flag}"
+    )
+
+
+def content_digest(key: str, text: bytes, picture_sizes: Iterable[int]) -> bytes:
+    """What a sample adds to the fingerprint of a data set: its key, its text, and the sizes of its pictures."""
+    digest = hashlib.sha256()
+    for part in (key.encode(), text, *(str(size).encode() for size in picture_sizes)):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()[:DIGEST_BYTES]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One shard's part of an index: rows whose `shard`, `key_offset` and `first_image` count from this shard.
+
+    samples [N] of SAMPLE_ROW, images of IMAGE_ROW, keys: one a line, digests [N, DIGEST_BYTES]; quarantine: (key,
+    reason) of what was left out; lost_bytes: bytes that belong to no member; others: members that belong to no sample.
+    """
+
+    samples: NDArray[np.void]
+    images: NDArray[np.void]
+    keys: bytes
+    digests: NDArray[np.uint8]
+    quarantine: list[tuple[str, str]]
+    lost_bytes: int = 0
+    others: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        samples: Sequence[TarSample],
+        facts: Sequence[dict[str, int]],
+        digests: Sequence[bytes],
+        quarantine: list[tuple[str, str]],
+        lost_bytes: int = 0,
+        others: int = 0,
+    ) -> ShardIndex:
+        """The index of samples of a tar with their columns, `kind` among them."""
+        rows = np.zeros(len(samples), SAMPLE_ROW)
+        keys, places = bytearray(), []
+        for row, sample, columns in zip(rows, samples, facts, strict=True):
+            text = sample.members["txt" if columns["kind"] == CAPTION else "json"]
+            row["text_offset"], row["text_size"] = text.offset, text.size
+            row["key_offset"], row["first_image"] = len(keys), len(places)
+            for name, value in columns.items():
+                row[name] = value
+            keys += f"{sample.key}\n".encode()
+            places += [(picture.offset, picture.size) for picture in sample.pictures]
+        stacked = np.frombuffer(b"".join(digests), np.uint8).reshape(len(samples), DIGEST_BYTES)
+        return cls(rows, np.array(places, IMAGE_ROW), bytes(keys), stacked, quarantine, lost_bytes, others)
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """Writes the part and what it was made of, under a temporary name first."""
+        facts = {"quarantine": self.quarantine, "lost_bytes": self.lost_bytes, "others": self.others}
+        facts |= {"num_samples": len(self.samples), "num_images": len(self.images), "key_bytes": len(self.keys)}
+        data = {"samples": self.samples, "images": self.images, "digests": self.digests}
+        data["keys"] = np.frombuffer(self.keys, np.uint8)
+        data["facts"] = np.frombuffer(json.dumps({**facts, "about": about}).encode(), np.uint8)
+        with replacing(path) as stream:
+            np.savez(stream, **data)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> ShardIndex:
+        with np.load(path, allow_pickle=False) as part:
+            facts = json.loads(part["facts"].tobytes())
+            keys, quarantine = part["keys"].tobytes(), [(key, reason) for key, reason in facts["quarantine"]]
+            arrays = part["samples"], part["images"], keys, part["digests"]
+        return cls(*arrays, quarantine, facts["lost_bytes"], facts["others"])
+
+
+def part_facts(path: Path) -> dict[str, Any] | None:
+    """What `ShardIndex.save` wrote about a part, None when there is no whole part."""
+    try:
+        with np.load(path, allow_pickle=False) as part:
+            facts = json.loads(part["facts"].tobytes())
+            return facts if part["samples"].dtype == SAMPLE_ROW and isinstance(facts, dict) else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def index_tar(
+    descriptor: int, measure: Measure, verify_images: bool = True, progress: Callable[[int], None] = lambda _: None
+) -> ShardIndex:
+    """Indexes an open tar, whatever state it is in: every sample is in the rows or in the quarantine.
+
+    `progress` is called with the bytes passed. Raises OSError when the file cannot be read.
+    """
+    members: list[Member] = []
+    damages: list[Damage] = []
+    for found in walk_tar(descriptor):
+        (members if isinstance(found, Member) else damages).append(found)  # type: ignore[arg-type]
+    samples, others = group_members(members)
+    usable, facts, digests = [], [], []
+    quarantine = [("", f"bytes {d.start} to {d.end} of the shard are damaged or no tar") for d in damages]
+    total = os.fstat(descriptor).st_size
+    if not members and not damages:
+        quarantine.append(("", "the shard is empty" if total == 0 else "the shard has no members"))
+    for sample in samples:
+        try:
+            columns, digest = _row(descriptor, sample, measure, verify_images)
+        except (ValueError, RecursionError) as error:  # SampleError, ShardError, and whatever a parser makes of it
+            quarantine.append((printable(sample.key), str(error)))
+        else:
+            usable.append(sample)
+            facts.append(columns)
+            digests.append(digest)
+        progress(sum(member.size for member in sample.members.values()))
+    return ShardIndex.of(usable, facts, digests, quarantine, sum(d.end - d.start for d in damages), others)
+
+
+def _row(descriptor: int, sample: TarSample, measure: Measure, verify_images: bool) -> tuple[dict[str, int], bytes]:
+    """(columns, digest) of a sample of a tar. Raises ValueError when it cannot be trained on."""
+    if sample.problem:
+        raise SampleError(sample.problem)
+    text, kind, record = _read_text(descriptor, sample)
+    pictures = sample.pictures
+    named = record.get("image") or []
+    expected = len(named) if isinstance(named, list) else 1
+    if kind == CAPTION and len(pictures) != 1:
+        raise SampleError(f"a caption with {len(pictures)} pictures")
+    if expected and expected != len(pictures):
+        raise SampleError(f"the record names {expected} pictures and the shard has {len(pictures)}")
+    columns = {**measure(record, len(pictures)), "kind": kind, "num_images": len(pictures)}
+    if verify_images:
+        for picture in pictures:
+            try:
+                decode_image(os.pread(descriptor, picture.size, picture.offset))
+            except ImageError as error:
+                raise SampleError(f"a picture is {error}") from None
+    return columns, content_digest(sample.key, text, [picture.size for picture in pictures])
+
+
+def _read_text(descriptor: int, sample: TarSample) -> tuple[bytes, int, dict[str, Any]]:
+    """(bytes, kind, record) of a sample's JSON, or of its caption where there is no JSON with a conversation in it."""
+    problem = "it has no .txt"
+    if "json" in sample.members:
+        text = _read(descriptor, sample.members["json"])
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"the record is not JSON: {type(error).__name__}"
+        else:
+            if isinstance(found, list):
+                return text, TURNS, json.loads(as_record(text, TURNS))
+            if isinstance(found, dict) and ("conversations" in found or "txt" not in sample.members):
+                return text, RECORD, found
+            problem = "the record is not a JSON object"
+    if "txt" not in sample.members:
+        raise SampleError(problem)
+    text = _read(descriptor, sample.members["txt"])
+    record = json.loads(as_record(text, CAPTION))
+    if not record["conversations"][1]["value"]:
+        raise SampleError("the caption is empty")
+    return text, CAPTION, record
+
+
+def _read(descriptor: int, member: Member) -> bytes:
+    return os.pread(descriptor, member.size, member.offset)
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """A shard's place, its version where the store names one, and its part of the index."""
+
+    name: str
+    bytes: int
+    part: Callable[[], ShardIndex]
+    tag: str | None = None
+
+
+def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSource | None) -> None:
+    """Writes the index of `shards`, in this order, into `folder`; one part is in memory at a time.
+
+    The old index, if any, is replaced at the end, file by file, index.json last. Raises ShardError without a sample.
+    """
+    totals, entries = np.zeros(3, np.int64), []
+    for shard in shards:
+        part = shard.part()
+        totals += (len(part.samples), len(part.images), len(part.quarantine))
+        if len(part.samples):
+            tag = {} if shard.tag is None else {"tag": shard.tag}
+            entries.append({"name": shard.name, "bytes": shard.bytes, "samples": len(part.samples), **tag})
+    num_samples, num_images, num_quarantined = totals.tolist()
+    if not num_samples:
+        raise ShardError(f"no usable sample: no index was written to {folder}")
+    content = hashlib.sha256()
+    with (
+        replacing(folder / "samples.npy") as samples,
+        replacing(folder / "images.npy") as images,
+        replacing(folder / "keys.txt") as keys,
+        replacing(folder / "quarantine.jsonl") as quarantine,
+        replacing(folder / "index.json") as index,
+    ):
+        for stream, row, count in ((samples, SAMPLE_ROW, num_samples), (images, IMAGE_ROW, num_images)):
+            header = {"descr": np.lib.format.dtype_to_descr(row), "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(stream, header)
+        number = key_offset = first_image = 0
+        for shard in shards:
+            part = shard.part()
+            rows = part.samples.copy()
+            rows["shard"] = number
+            rows["key_offset"] += np.uint64(key_offset)
+            rows["first_image"] += np.uint64(first_image)
+            samples.write(rows.tobytes())
+            images.write(part.images.tobytes())
+            keys.write(part.keys)
+            content.update(part.digests.tobytes())
+            for line in quarantine_lines(shard.name, part):
+                quarantine.write(line)
+            number += len(rows) > 0
+            key_offset, first_image = key_offset + len(part.keys), first_image + len(part.images)
+        facts = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "num_samples": num_samples,
+            "num_images": num_images,
+            "quarantined": num_quarantined,
+            "fingerprint": content.hexdigest()[:16],
+            "lengths": None if source is None else asdict(source),
+            "shards": entries,
+        }
+        index.write(json.dumps(facts, indent=1).encode())
+
+
+def quarantine_lines(name: str, part: ShardIndex) -> list[bytes]:
+    """Lines of quarantine.jsonl; what is wrong with a shard itself has no key."""
+    lines = ({"shard": name, "key": key or None, "reason": reason} for key, reason in part.quarantine)
+    return [json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for line in lines]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file under a temporary name, on the disk and renamed to `path` at the end, removed after an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(name).chmod(0o666 & ~mask)  # mkstemp makes it private
+        Path(name).rename(path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,231 @@
+"""Shards behind URLs: what identifies a version of one, and a bounded cache of whole shards on the local disk.
+
+The cache is a folder that the processes of a machine share, on a local disk (its locks are `flock`). A shard is fetched
+once, under a temporary name; when the bound is reached, those used longest ago go. A shard that is being read is kept,
+so the bound can be passed for the moment of a read. Whoever deletes the folder only causes shards to be fetched again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DEFAULT_CACHE_BYTES = 64 << 30
+ATTEMPTS = 3
+PAUSE_SECONDS = 1.0
+"""Before the second attempt to fetch a shard, twice as long before the third."""
+STALE_SECONDS = 24 * 3600
+"""Age of an unfinished download that nobody will finish."""
+
+
+class RemoteError(OSError):
+    """A URL that cannot be read; the message names it and, where there is one, the remedy."""
+
+
+def is_remote(location: str) -> bool:
+    """Whether a shard's place is a URL."""
+    return "://" in location
+
+
+def require_protocol(location: str) -> None:
+    """Raises RemoteError when no installed package reads URLs of this kind, naming the one to install."""
+    _file_system(location)
+
+
+def _file_system(location: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URL. Credentials are the environment's."""
+    try:
+        import fsspec
+    except ImportError:
+        raise RemoteError(f"{location}: reading URLs needs fsspec (pip install fsspec)") from None
+    try:
+        return fsspec.core.url_to_fs(location)
+    except ImportError as error:
+        protocol = location.partition("://")[0]
+        raise RemoteError(
+            f"{location}: {protocol}:// needs a package that is not installed: {error} "
+            f"(python -m pip install 'fsspec[{protocol.replace('https', 'http')}]')"
+        ) from None
+    except ValueError as error:
+        raise RemoteError(f"{location}: {error}") from None
+
+
+def identify(location: str) -> tuple[int, str | None]:
+    """(size in bytes, tag of this version of the content, None where the store has none). Raises RemoteError."""
+    files, path = _file_system(location)
+    try:
+        details = {str(name).lower(): value for name, value in files.info(path).items()}
+    except Exception as error:  # every store raises its own
+        raise RemoteError(f"{location}: {type(error).__name__}: {error}") from None
+    size = details.get("size")
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise RemoteError(f"{location}: the store does not say how large it is")
+    for name in ("etag", "md5hash", "crc32c", "content_md5", "mtime", "last_modified", "lastmodified", "created"):
+        if details.get(name):
+            return size, f"{name}={details[name]}"
+    return size, None
+
+
+def list_shards(pattern: str) -> list[str]:
+    """The URLs of the tars that a URL with `*` or of a folder names, sorted. Raises RemoteError."""
+    files, path = _file_system(pattern)
+    try:
+        if "*" not in path and "?" not in path:
+            if not files.isdir(path):
+                return [pattern]
+            path = f"{path.rstrip('/')}/*.tar"
+        return sorted(files.unstrip_protocol(name) for name in files.glob(path))
+    except Exception as error:
+        raise RemoteError(f"{pattern}: {type(error).__name__}: {error}") from None
+
+
+class ShardCache:
+    """Whole shards in `folder`, at most `limit` bytes of them; picklable, and shared by any number of processes."""
+
+    def __init__(self, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
+        self.folder, self.limit = folder, limit
+
+    def path(self, location: str, tag: str | None) -> Path:
+        """Where a version of a shard is kept."""
+        return self.folder / f"{hashlib.sha256(repr((location, tag)).encode()).hexdigest()[:32]}.tar"
+
+    @contextmanager
+    def open(self, location: str, size: int, tag: str | None) -> Iterator[int]:
+        """A descriptor of the shard's local copy, fetched if need be; while it is open the copy is kept.
+
+        Raises RemoteError when the shard cannot be fetched, has changed or is larger than the cache.
+        """
+        path = self.path(location, tag)
+        descriptor = self._open(path, size)
+        for _ in range(ATTEMPTS):
+            if descriptor is None:
+                with contextlib.suppress(FileNotFoundError):  # the folder was deleted while the shard came
+                    descriptor = self._fetch(path, location, size, tag)
+        if descriptor is None:
+            raise RemoteError(f"{path} vanishes as soon as it is written: what deletes {self.folder}?")
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _open(self, path: Path, size: int) -> int | None:
+        """A descriptor, shared-locked, of a whole copy that is there."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_size != size:  # somebody wrote into it
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return descriptor
+
+    def _fetch(self, path: Path, location: str, size: int, tag: str | None) -> int | None:
+        if size > self.limit:
+            raise RemoteError(
+                f"{location} has {size} bytes and the cache {self.folder} may hold {self.limit}: "
+                "raise --data-cache-bytes to several shards"
+            )
+        with self._locked(path.with_suffix(".lock").name):
+            descriptor = self._open(path, size)  # another process may have fetched it meanwhile
+            if descriptor is not None:
+                return descriptor
+            partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+            try:
+                with self._locked("room.lock"):
+                    self.make_room(size)
+                    partial.touch()
+                    os.truncate(partial, size)  # so that others count it before it has come
+                _download(location, partial, size, tag)
+                partial.rename(path)
+            finally:
+                partial.unlink(missing_ok=True)
+            return self._open(path, size)
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Holds a lock of the folder; the system releases it when the process dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def make_room(self, size: int) -> None:
+        """Removes the copies used longest ago until `size` bytes more are within the limit; none that is open."""
+        kept, held = [], size
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix == ".partial" and status.st_mtime < time.time() - STALE_SECONDS:
+                    path.unlink()
+                elif path.suffix in (".tar", ".partial"):
+                    held += status.st_size
+                if path.suffix == ".tar":
+                    kept.append((status.st_mtime_ns, status.st_size, path))
+        for _, bytes_, path in sorted(kept):
+            if held <= self.limit:
+                return
+            if _remove_unless_open(path):
+                held -= bytes_
+
+
+def _remove_unless_open(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _download(location: str, target: Path, size: int, tag: str | None) -> None:
+    """Copies the shard to `target`. Raises RemoteError after ATTEMPTS, or at once when it is another version."""
+    files, path = _file_system(location)
+    for attempt in range(1, ATTEMPTS + 1):
+        found = identify(location) if attempt == 1 else None
+        if found is not None and (found[0] != size or (tag is not None and found[1] != tag)):
+            raise RemoteError(
+                f"{location} is not what was indexed: {found[0]} bytes, {found[1]} instead of {size} bytes, {tag}; "
+                "index it again (python tools/index_shards.py)"
+            )
+        try:
+            with files.open(path, "rb") as source, target.open("r+b") as copy:
+                shutil.copyfileobj(source, copy, 8 << 20)
+                came = copy.tell()
+            if came == size:
+                return
+            problem = f"{came} of {size} bytes came"
+        except FileNotFoundError:
+            if not target.exists():  # the cache was deleted meanwhile, which is not the store's fault
+                raise
+            problem = "the store has it no more"
+        except Exception as error:  # every store raises its own
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # trying again is no use
+                raise RemoteError(f"{target.parent} is full: {error}; lower --data-cache-bytes") from None
+            problem = f"{type(error).__name__}: {error}"
+        if attempt < ATTEMPTS:
+            time.sleep(PAUSE_SECONDS * attempt)
+    raise RemoteError(f"{location} could not be fetched in {ATTEMPTS} attempts: {problem}")

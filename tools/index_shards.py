@@ -1,0 +1,106 @@
+"""Makes any WebDataset tars usable for training: writes the index that training reads beside them, or into --out.
+
+Each sample is `KEY.jpg|jpeg|png|webp` (several pictures: KEY.0.jpg, KEY.1.jpg, ...) with either `KEY.json`, a LLaVA
+record or conversation, or `KEY.txt`, the caption of its one picture. The tars are only read. Run it again after shards
+came, went or changed: those that did not are not read again.
+
+  python tools/index_shards.py --data-path shards --tokenizer Qwen2-7B-Instruct --template qwen_2
+  python tools/index_shards.py --data-path 's3://bucket/cc3m-{00000..00331}.tar' --out index/cc3m \\
+      --tokenizer Qwen2-7B-Instruct --template plain
+
+Train with --data-path and the folder that holds the index. What cannot be trained on is left out and listed in
+quarantine.jsonl there. Exit status 2: nothing usable, wrong arguments, or more was bad than --max-bad-fraction allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data-path", nargs="+", required=True, metavar="PLACE", help="folders of *.tar, tars, patterns or URLs"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the index; default: the one folder that --data-path names")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder: measures samples' lengths, as packing needs")
+    parser.add_argument("--template", help="conversation template the lengths are for (plain, qwen_2, v1, llama3)")
+    parser.add_argument("--mm-use-im-start-end", action="store_true", help="measure as for training with this flag")
+    parser.add_argument(
+        "--verify-images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode every picture now, so that training meets no broken one",
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.001, metavar="F", help="most samples that may be bad (0.001)"
+    )
+    parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes; 0: in this one")
+    parser.add_argument("--data-cache-dir", type=Path, help="keep shards from URLs here, for training to find")
+    parser.add_argument("--data-cache-bytes", type=int, default=64 << 30, metavar="BYTES", help="most bytes kept there")
+    options = parser.parse_args(arguments)
+    if (options.tokenizer is None) != (options.template is None):
+        parser.error("--tokenizer and --template come together: lengths depend on both")
+    if options.mm_use_im_start_end and options.template is None:
+        parser.error("--mm-use-im-start-end needs --tokenizer and --template: it changes what they count")
+    if not 0 <= options.max_bad_fraction <= 1 or options.num_workers < 0 or options.data_cache_bytes < 1:
+        parser.error("--max-bad-fraction is between 0 and 1, --num-workers not negative, --data-cache-bytes positive")
+    if options.out is None:
+        folder = Path(options.data_path[0])
+        if len(options.data_path) > 1 or not folder.is_dir():
+            parser.error("--out is needed unless --data-path is one local folder")
+        options.out = folder
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ross_mcore.data.conversation import TRAINING_TEMPLATES
+    from ross_mcore.data.indexer import Settings, find_shards, index_shards
+    from ross_mcore.data.remote import RemoteError
+    from ross_mcore.data.shards import ShardError
+    from ross_mcore.data.tokenizer import TokenizerError
+
+    columns = TextColumn("shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    start = time.monotonic()
+    try:
+        if options.template is not None and options.template not in TRAINING_TEMPLATES:
+            raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
+        names = "tokenizer", "template", "mm_use_im_start_end", "verify_images"
+        cache = {"cache_folder": options.data_cache_dir, "cache_bytes": options.data_cache_bytes}
+        settings = Settings(**{name: getattr(options, name) for name in names}, **cache)
+        shards = find_shards(options.data_path, options.out)
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("shards", total=None)
+            done = index_shards(
+                shards,
+                options.out,
+                settings,
+                max_bad_fraction=options.max_bad_fraction,
+                num_workers=options.num_workers,
+                progress=lambda passed, total: bar.update(task, completed=passed, total=total),
+            )
+    except (ShardError, RemoteError, TokenizerError) as error:
+        print(f"index_shards: {error}", file=sys.stderr)
+        return 2
+    seconds = time.monotonic() - start
+    print(f"{options.out}: {done.samples} samples, {done.images} pictures in {done.shards} shards")
+    print(f"{done.reread} shards read, {done.shards - done.reread} unchanged, in {seconds:.1f} s")
+    if done.others:
+        print(f"{done.others} members of the tars belong to no sample")
+    if done.bad:
+        print(f"bad: {done.bad} ({done.bad_fraction:.4%}), see {options.out / 'quarantine.jsonl'}")
+        for reason, count in done.reasons.most_common():
+            print(f"  {count} x {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -53,10 +53,10 @@ class SampleOrder:
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
-        epoch, place = _epochs_and_places(positions, self.num_samples)
+        epoch, place = epochs_and_places(positions, self.num_samples)
         if not self.shuffle:
             return place
-        return _permute(place, self.num_samples, _mix_seed(self.seed) ^ epoch.astype(np.uint64))
+        return permute(place, self.num_samples, keys(self.seed) ^ epoch.astype(np.uint64))
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,16 @@ class BlockOrder:
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
-        epoch, place = _epochs_and_places(positions, self.num_samples)
-        key = _mix(_mix_seed(self.seed) ^ epoch.astype(np.uint64))
+        epoch, place = epochs_and_places(positions, self.num_samples)
+        key = keys(self.seed, epoch)
         last = self.num_samples // self.window_samples - 1
         window = np.minimum(place // self.window_samples, last)
         start = window * self.window_samples
         size = np.where(window == last, self.num_samples - start, self.window_samples)
-        shuffled = start + _permute(place - start, size, _mix(key ^ (window + 1).astype(np.uint64)))
+        shuffled = start + permute(place - start, size, keys(self.seed, epoch, window + 1))
         block, inside = np.divmod(shuffled, self.block_samples)
         whole = block < self.num_samples // self.block_samples
-        block[whole] = _permute(block[whole], self.num_samples // self.block_samples, key[whole])
+        block[whole] = permute(block[whole], self.num_samples // self.block_samples, key[whole])
         offset = (_mix(~key) % np.uint64(self.num_samples)).astype(np.int64)
         return (block * self.block_samples + inside + offset) % self.num_samples
 
@@ -131,7 +131,7 @@ class ModalityLengthOrder:
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
-        epochs, places = _epochs_and_places(positions, self.num_samples)
+        epochs, places = epochs_and_places(positions, self.num_samples)
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -149,7 +149,7 @@ class ModalityLengthOrder:
         """`seed` itself in the first epoch, as the reference has it, and numbers unrelated to each other later on."""
         if epoch == 0:
             return self.seed
-        return int(_mix(_mix_seed(self.seed) ^ np.uint64(epoch))[0])
+        return int(keys(self.seed, epoch)[0])
 
 
 def modality_length_order(
@@ -211,7 +211,7 @@ def _even_parts(numbers: list[int], lengths: Sequence[int], count: int) -> list[
     return parts
 
 
-def _epochs_and_places(positions: ArrayLike, num_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def epochs_and_places(positions: ArrayLike, num_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Stream positions [P] -> (epoch [P], place in the epoch [P]). Raises ValueError for a negative position."""
     stream = np.atleast_1d(np.asarray(positions, dtype=np.int64))
     if stream.size and stream.min() < 0:
@@ -219,15 +219,23 @@ def _epochs_and_places(positions: ArrayLike, num_samples: int) -> tuple[NDArray[
     return np.divmod(stream, num_samples)
 
 
-def _permute(place: NDArray[np.int64], size: ArrayLike, key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """A permutation of range(size) for every key: where place [P] goes; size [P] or one for all, key [P]."""
+def keys(seed: int, *numbers: ArrayLike) -> NDArray[np.uint64]:
+    """Keys [1 or P] of any seed and of numbers [P] or one for all: others when one of them changes."""
+    key = _mix(np.full(1, seed % 2**64, np.uint64))
+    for number in numbers:
+        key = _mix(key ^ np.asarray(number, np.int64).astype(np.uint64))
+    return key
+
+
+def permute(place: NDArray[np.int64], size: ArrayLike, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A permutation of range(size) for every key: where place [P] goes; size and key [P] or one for all."""
     below = np.broadcast_to(np.asarray(size, np.uint64), place.shape)
     bits = np.frexp((below - np.uint64(1)).astype(np.float64))[1]  # of the largest number, exact below 2^53
     half_bits = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
-    keys = np.stack([_mix(key + np.uint64(turn << 56)) for turn in range(ROUNDS)])
-    number = _feistel(place.astype(np.uint64), keys, half_bits)
+    turns = np.stack([np.broadcast_to(_mix(key + np.uint64(turn << 56)), place.shape) for turn in range(ROUNDS)])
+    number = _feistel(place.astype(np.uint64), turns, half_bits)
     while (outside := number >= below).any():
-        number[outside] = _feistel(number[outside], keys[:, outside], half_bits[outside])
+        number[outside] = _feistel(number[outside], turns[:, outside], half_bits[outside])
     return number.astype(np.int64)
 
 
@@ -238,11 +246,6 @@ def _feistel(value: NDArray[np.uint64], keys: NDArray[np.uint64], half_bits: NDA
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & low)
     return (left << half_bits) | right
-
-
-def _mix_seed(seed: int) -> NDArray[np.uint64]:
-    """A key [1] from any integer."""
-    return _mix(np.full(1, seed % 2**64, np.uint64))
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,0 +1,130 @@
+"""The order over several data sets: a fixed number of samples of each in an epoch of the mixture, evenly mixed.
+
+An epoch of the mixture holds `counts[d]` samples of data set d, next in that data set's own order, which goes on from
+one epoch of the mixture to the next. Positions are dealt out like the points of a line on a screen (Bresenham 1965):
+of the first n places, floor(n c / t) go to a data set with c of t samples, and the other places to the rest, among
+which the next data set takes its share in the same way. So any stretch has each data set's share to within a few
+samples, an epoch has it exactly, a position is found without counting, and nothing is stored. Before they are dealt
+out, positions are shuffled in blocks, or else the pattern would repeat.
+Legend: P positions, D data sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ross_mcore.data.order import Order, epochs_and_places, keys, permute
+
+MOST_SAMPLES = 3_037_000_499
+"""Of an epoch: the square has to fit 63 bits."""
+
+
+@dataclass(frozen=True)
+class MixtureOrder:
+    """The order over `orders` [D], of which an epoch takes counts [D] samples; both in the order of the data sets.
+
+    Samples are numbered through: sample n of data set d is number `offsets[d]` + n. Positions are shuffled in blocks of
+    `block_samples`.
+    """
+
+    orders: tuple[Order, ...]
+    counts: tuple[int, ...]
+    seed: int
+    block_samples: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.orders or len(self.orders) != len(self.counts):
+            raise ValueError(f"a mixture needs a count for every data set: {len(self.orders)} and {len(self.counts)}")
+        if min(self.counts) < 1 or self.block_samples < 1:
+            raise ValueError(
+                f"a mixture needs samples of every data set: {self.counts}, blocks of {self.block_samples}"
+            )
+        if self.num_samples > MOST_SAMPLES:
+            raise ValueError(f"an epoch of {self.num_samples} samples is over {MOST_SAMPLES}: lower epochs")
+
+    @property
+    def num_samples(self) -> int:
+        """Positions of an epoch of the mixture."""
+        return sum(self.counts)
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """[D + 1]: where the numbers of each data set begin, and how many samples there are."""
+        return np.cumsum([0, *(order.num_samples for order in self.orders)])
+
+    def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
+        dataset, local = self.source_at(positions)
+        numbers = np.empty_like(local)
+        for which, order in enumerate(self.orders):
+            here = dataset == which
+            numbers[here] = self.offsets[which] + order.sample_at(local[here])
+        return numbers
+
+    def source_at(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Stream positions [P] -> data sets [P], positions in the data sets' own streams [P]."""
+        epoch, place = epochs_and_places(positions, self.num_samples)
+        block = place // self.block_samples
+        start = block * self.block_samples
+        size = np.minimum(self.block_samples, self.num_samples - start)
+        left = start + permute(place - start, size, keys(self.seed, epoch, block))
+        dataset = np.full_like(left, -1)
+        local = np.empty_like(left)
+        undealt = self.num_samples
+        for which, count in enumerate(self.counts):
+            before = left * count // undealt
+            here = (dataset < 0) & ((left + 1) * count // undealt > before)
+            dataset[here] = which
+            local[here] = epoch[here] * count + before[here]
+            left -= before
+            undealt -= count
+        return dataset, local
+
+    def dataset_of(self, numbers: ArrayLike) -> NDArray[np.int64]:
+        """Sample numbers [P] -> data sets [P]."""
+        return np.searchsorted(self.offsets, np.asarray(numbers), side="right") - 1
+
+
+def counts_by_epochs(sizes: Sequence[int], epochs: Sequence[float]) -> tuple[int, ...]:
+    """Samples [D] of an epoch of the mixture that passes `epochs` [D] times over data sets of `sizes` [D] samples.
+
+    A part of an epoch is rounded to whole samples. Raises ValueError for what leaves a data set without any.
+    """
+    shares = _positive("epochs", epochs, len(sizes))
+    return _nonempty("epochs", epochs, [round(share * size) for share, size in zip(shares, sizes)])
+
+
+def counts_by_weight(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
+    """Samples [D] of an epoch of the mixture with as many samples as all data sets have, in proportion to `weights`.
+
+    What is left after rounding down goes to the largest remainders, to the earlier data set when they are equal.
+    Weights are the decimal numbers they are written as. Raises ValueError for what leaves a data set without samples.
+    """
+    shares = _positive("weight", weights, len(sizes))
+    exact = [share * sum(sizes) / sum(shares) for share in shares]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda which: counts[which] - exact[which])
+    for which in by_remainder[: sum(sizes) - sum(counts)]:
+        counts[which] += 1
+    return _nonempty("weight", weights, counts)
+
+
+def _positive(name: str, values: Sequence[float], count: int) -> list[Fraction]:
+    if len(values) != count:
+        raise ValueError(f"{count} data sets and {len(values)} times {name}")
+    for which, value in enumerate(values):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"data set {which}: {name}={value} is not above zero")
+    return [Fraction(str(value)) for value in values]
+
+
+def _nonempty(name: str, values: Sequence[float], counts: Sequence[int]) -> tuple[int, ...]:
+    for which, value in enumerate(values):
+        if counts[which] < 1:
+            raise ValueError(f"data set {which}: {name}={value} leaves it no sample of the {sum(counts)} of an epoch")
+    return tuple(counts)

@@ -84,6 +84,9 @@ class DataOptions:
     llama3 fits the tokenizer of Llama 3."""
     mm_use_im_start_end: bool = False
     """Write <im_start> and <im_end>, as plain text, around every picture (not in template plain)."""
+    pack: bool = True
+    """Put several samples into a row of --seq-length tokens, each with attention, positions and losses of its own.
+    Needs lengths in the index (--tokenizer and --template of make_shards.py or index_shards.py)."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """square: the image processor alone. pad: centre on a square first. Default: square for pretrain, pad for finetune.
     """

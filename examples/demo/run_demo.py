@@ -117,11 +117,11 @@ def train_and_interrupt(command: list[str | Path], run_folder: Path, at_iteratio
 
 def check_stream(run_folder: Path, shards: Path, seed: int) -> bool:
     """Whether every iteration is logged once and trained on exactly the samples that the pure order says."""
-    from ross_mcore.data.order import SampleOrder, sample_digest
+    from ross_mcore.data.order import BlockOrder, sample_digest
     from ross_mcore.data.shards import ShardReader
 
     entries, reader = metrics_of(run_folder), ShardReader(shards)
-    order, start = SampleOrder(len(reader), seed), 0
+    order, start = BlockOrder(len(reader), seed), 0
     for number, entry in enumerate(entries, start=1):
         numbers = order.sample_at(range(start, entry["consumed_samples"]))
         start = entry["consumed_samples"]

@@ -22,7 +22,7 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import TRAINING_TEMPLATES, ConversationError, expand_images, tokenize_conversation
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
-from ross_mcore.data.shards import LengthSource, ShardError, ShardReader
+from ross_mcore.data.shards import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
 from ross_mcore.data.tokenizer import fingerprint_tokenizer
 
 if TYPE_CHECKING:
@@ -100,6 +100,30 @@ class ShardDataset:
             self.decode(sample, sample_number, range(len(sample.pixels)))
         return sample
 
+    def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens [P] that samples [P] take in a row, images included and cut to `seq_length`; from the index.
+
+        A length that the index does not know is 1, which only rows of one sample may be planned with.
+        """
+        rows = self.reader.samples[sample_numbers]
+        text = rows["text_tokens"].astype(np.int64)
+        whole = text + rows["image_spans"].astype(np.int64) * self.image_tokens
+        return np.where(text == UNKNOWN_LENGTH, 1, np.clip(whole, 1, self.seq_length))
+
+    def require_lengths(self) -> None:
+        """Raises ShardError unless the index has the samples' lengths under this tokenizer and template."""
+        if self.reader.length_source != self._length_source:
+            raise ShardError(
+                f"{self.reader.folder}: its index was not measured with this tokenizer and template "
+                f"{self.template!r}, so samples cannot be packed into rows. Measure it again with "
+                f"python tools/index_shards.py --data-path {self.reader.folder} --tokenizer TOKENIZER --template "
+                f"{self.template}, or train with --no-pack"
+            )
+
+    @property
+    def _length_source(self) -> LengthSource:
+        return LengthSource(fingerprint_tokenizer(self.tokenizer), self.template, self.mm_use_im_start_end)
+
     def modality_lengths(self) -> NDArray[np.int64]:
         """Words of every sample [N], negative without a picture (the reference's modality_lengths); from the index.
 
@@ -113,8 +137,7 @@ class ShardDataset:
 
         From the index where it was made with this tokenizer and this template, else from PROBED_SAMPLES samples.
         """
-        source = LengthSource(fingerprint_tokenizer(self.tokenizer), self.template, self.mm_use_im_start_end)
-        from_index = self.reader.length_source == source
+        from_index = self.reader.length_source == self._length_source
         if from_index:
             looked_at = len(self)
             ignored = np.flatnonzero(self.reader.samples["label_tokens"] == 0).tolist()

@@ -31,6 +31,7 @@ from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.checkpoint.sharded import save_checkpoint, sharding_metadata
 from ross_mcore.config import Config, OptimizerOptions
 from ross_mcore.data.conversation import ConversationError, cut_row, expand_images
+from ross_mcore.data.loader import Step
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups
@@ -93,16 +94,15 @@ class Trial:
 
     def size(self, rows: list[Sample]) -> StepSize:
         multiple = self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1
-        return agree_on_step([[[sample] for sample in rows]], False, self.groups, multiple, self.device)
+        return agree_on_step(_as_step(rows), False, self.groups, multiple, self.device)
 
     def run(self, rows: list[Sample], **options: Any) -> list[Any]:
         """One micro-batch through mcore's schedule."""
         training = replace(self.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
         image_size = self.model_config.vision.image_size
-        share = [[sample] for sample in share_of_pixels(rows, self.groups)]
         return run_schedule(
             self.model,
-            [share],
+            _as_step(share_of_pixels(rows, self.groups)),
             self.size(rows),
             self.groups,
             training,
@@ -165,6 +165,11 @@ class Trial:
 
     def parameters(self) -> Tensors:
         return self.by_their_names({name: p.detach().clone() for name, p in self.model.module.named_parameters()})
+
+
+def _as_step(rows: list[Sample]) -> Step:
+    """One micro-batch whose rows are one sample each."""
+    return Step([], None, [[[sample] for sample in rows]], [], {})
 
 
 class shared_folder:

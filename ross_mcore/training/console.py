@@ -28,7 +28,7 @@ def report_data_problems(iteration: int, step: Step, groups: Groups) -> None:
     for warning in step.warnings:
         print(f"iteration {iteration}: {warning}", flush=True)
     if groups.tensor_rank == 0:
-        for sample in (sample for sample in samples_of(step) if sample.problem):
+        for sample in (sample for sample in samples_of(step.micro_batches or []) if sample.problem):
             print(f"iteration {iteration}: sample {sample.key} skipped: {sample.problem}", flush=True)
 
 

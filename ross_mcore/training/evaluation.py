@@ -15,7 +15,7 @@ from ross_mcore.data.sample import ShardDataset
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.split import gather_shares
 from ross_mcore.training.metrics import picture_grid
-from ross_mcore.training.step import agree_on_step, run_schedule
+from ross_mcore.training.step import agree_on_step, run_schedule, slots_of
 
 SEARCHED_SAMPLES = 100_000
 """How far from the start a first picture is looked for."""
@@ -41,23 +41,22 @@ def reconstruction_grid(
         return None
     rows = config.training.micro_batch_size
     count = -(-config.logging.eval_images // rows)
-    micro_batches = None
-    if groups.stage.reads_data:
-        with StepLoader(
-            dataset,
-            SampleOrder(len(dataset), seed=0, shuffle=False),
-            global_batch_size=count * rows,
-            micro_batch_size=rows,
-            consumed_samples=int(has_picture.argmax()),
-            tp_rank=groups.tensor_rank,
-            tp_size=groups.layout.tensor_parallel,
-        ) as loader:
-            micro_batches = next(loader)
-    size = agree_on_step(micro_batches, False, groups, row_multiple, device)
+    with StepLoader(
+        dataset,
+        SampleOrder(len(dataset), seed=0, shuffle=False),
+        global_batch_size=count * rows,
+        micro_batch_size=rows,
+        skip_rows=int(has_picture.argmax()),
+        tp_rank=groups.tensor_rank,
+        tp_size=groups.layout.tensor_parallel,
+        reads=groups.stage.reads_data,
+    ) as loader:
+        step = next(loader)
+    size = agree_on_step(step, False, groups, row_multiple, device)
     model.eval()
     hidden = run_schedule(
         model,
-        micro_batches,
+        step,
         size,
         groups,
         config.training,
@@ -68,11 +67,11 @@ def reconstruction_grid(
         forward_only=True,
     )
     model.train()
-    if not groups.stage.is_last or micro_batches is None:
+    if not groups.stage.is_last or step.micro_batches is None:
         return None
     originals, pictures = [], []
-    for states, rows_read in zip(hidden, micro_batches, strict=True):
-        slots = [[size.seq_length]] * rows
+    for number, (states, rows_read) in enumerate(zip(hidden, step.micro_batches, strict=True)):
+        slots = slots_of(step, number, size, config.training)
         batch = collate(rows_read, size.seq_length, model_config.vision.image_size, slots).to(device)
         original, picture = model.module.reconstruct(states, batch)
         originals.append(gather_shares(original.contiguous(), batch.num_images, groups.tensor))

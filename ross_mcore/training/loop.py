@@ -23,7 +23,7 @@ from ross_mcore.training.console import Console, report_data_problems
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.metrics import MetricsLog, StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
-from ross_mcore.training.start import build, open_dataset, place, sample_order, starting_point
+from ross_mcore.training.start import build, iterations_of, open_dataset, place, sample_order, starting_point
 from ross_mcore.training.state import TrainState, restore, save
 from ross_mcore.training.step import agree_on_step, combine_losses, run_schedule
 from ross_mcore.training.stop import StopRequest
@@ -68,9 +68,8 @@ def _train(config: Config, stop: StopRequest) -> None:
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
     dataset = process_groups.together(lambda: open_dataset(config, model_config, start))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
-    train_iters = config.training.train_iters or math.ceil(
-        (config.training.train_epochs or 0) * len(dataset) / rows_per_step
-    )
+    order = sample_order(config, dataset, rows_per_step)
+    train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
 
     model, optimizer = build(config, model_config, groups, None if resume else start)
     state = TrainState(
@@ -83,20 +82,23 @@ def _train(config: Config, stop: StopRequest) -> None:
         image_aspect_ratio=config.image_aspect_ratio,
         sampler=config.data.sampler,
         mm_use_im_start_end=config.data.mm_use_im_start_end,
+        pack=config.data.pack,
     )
     if resume:
         state = restore(start, model, optimizer, state)
     loader = StepLoader(
         dataset,
-        sample_order(config, dataset, rows_per_step),
+        order,
         global_batch_size=rows_per_step,
         micro_batch_size=config.training.micro_batch_size,
+        packed=config.data.pack,
         dp_rank=groups.data_rank,
         dp_size=layout.data_parallel,
         tp_rank=groups.tensor_rank,
         tp_size=layout.tensor_parallel,
+        reads=groups.stage.reads_data,
         num_workers=config.data.num_workers,
-        consumed_samples=state.consumed_samples,
+        state=state.data or None,
     )
     save_folder = Path(config.checkpoint.save or "")
     board = Path(config.logging.tensorboard_dir or save_folder / "tensorboard")
@@ -108,9 +110,9 @@ def _train(config: Config, stop: StopRequest) -> None:
     saved = resume and start.path.parent == save_folder  # a finished run that is continued elsewhere is saved there
     while state.iteration < train_iters:
         began = time.perf_counter()
-        micro_batches = next(loader) if groups.stage.reads_data else None
+        step = next(loader)
         data_seconds = time.perf_counter() - began
-        size = agree_on_step(micro_batches, bool(stop), groups, row_multiple, device)
+        size = agree_on_step(step, bool(stop), groups, row_multiple, device)
         rate = learning_rate(state.iteration, train_iters, config.optimizer)
         set_hyperparameters(optimizer, state.iteration, train_iters, config.optimizer)
 
@@ -118,7 +120,7 @@ def _train(config: Config, stop: StopRequest) -> None:
         optimizer.zero_grad()
         parts = run_schedule(
             model,
-            micro_batches,
+            step,
             size,
             groups,
             config.training,
@@ -135,12 +137,12 @@ def _train(config: Config, stop: StopRequest) -> None:
         state = replace(
             state,
             iteration=state.iteration + 1,
-            consumed_samples=state.consumed_samples + rows_per_step,
+            data=step.cursor,
             bad_steps_in_a_row=0 if applied else state.bad_steps_in_a_row + 1,
         )
-        if micro_batches is not None and groups.stage.is_last:
-            report_data_problems(state.iteration, micro_batches, groups)
-        if log is not None and micro_batches is not None:
+        if groups.stage.is_last:
+            report_data_problems(state.iteration, step, groups)
+        if log is not None:
             metrics = StepMetrics(
                 iteration=state.iteration,
                 consumed_samples=state.consumed_samples,
@@ -151,7 +153,7 @@ def _train(config: Config, stop: StopRequest) -> None:
                 learning_rate=rate,
                 num_tokens=size.label_tokens,
                 num_images=size.images,
-                sample_digest=loader.digest(micro_batches),
+                sample_digest=loader.digest(step),
                 step_seconds=time.perf_counter() - began,
                 data_seconds=data_seconds,
                 skipped_samples=size.skipped_samples,
@@ -159,7 +161,7 @@ def _train(config: Config, stop: StopRequest) -> None:
                 applied=applied,
             )
             log.write(metrics)
-            say.step(metrics, size.row_tokens, [] if applied else loader.keys(micro_batches))
+            say.step(metrics, size.row_tokens, [] if applied else loader.keys(step))
         if state.bad_steps_in_a_row >= config.training.max_bad_steps:
             raise TrainingError(
                 f"iteration {state.iteration}: the loss or the gradient was not finite {state.bad_steps_in_a_row} "

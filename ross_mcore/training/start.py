@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from ross_mcore.checkpoint.sharded import (
     sharding_metadata,
 )
 from ross_mcore.config import Config, ConfigError
-from ross_mcore.data.order import ModalityLengthOrder, Order, SampleOrder
+from ross_mcore.data.loader import window_samples
+from ross_mcore.data.order import BlockOrder, ModalityLengthOrder, Order
+from ross_mcore.data.rows import RowStream
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.language import Execution
@@ -29,6 +32,9 @@ from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout, make_layout
 from ross_mcore.training.optimizer import build_optimizer, set_trainable
 from ross_mcore.training.step import finalize_gradients
+
+ROWS_COUNTED_IN = 1_000_000
+"""Samples whose rows are planned at start to know how many steps an epoch takes: about two seconds."""
 
 
 def starting_point(config: Config) -> tuple[Checkpoint, bool]:
@@ -81,7 +87,7 @@ def place(config: Config, model_config: ModelConfig) -> Layout:
 
 def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint) -> ShardDataset:
     """The shards of --data-path, read as this run's model and stage need them."""
-    return ShardDataset(
+    dataset = ShardDataset(
         Path(config.data.data_path or ""),
         load_tokenizer(start.tokenizer),
         model_config,
@@ -92,13 +98,34 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint) -
         image_processor=start.image_processor(),
         mm_use_im_start_end=config.data.mm_use_im_start_end,
     )
+    if config.data.pack:
+        dataset.require_lengths()
+    return dataset
 
 
 def sample_order(config: Config, dataset: ShardDataset, global_batch_size: int) -> Order:
     """The order that --sampler names."""
     if config.data.sampler == "modality_length":
         return ModalityLengthOrder(dataset.modality_lengths(), global_batch_size, config.training.seed)
-    return SampleOrder(len(dataset), config.training.seed)
+    return BlockOrder(len(dataset), config.training.seed)
+
+
+def iterations_of(config: Config, dataset: ShardDataset, order: Order, global_batch_size: int) -> int:
+    """The optimizer steps of --train-epochs.
+
+    With --pack, rows are counted in the first windows of the first epoch, ROWS_COUNTED_IN samples at most; what lies
+    beyond is taken to pack alike.
+    """
+    rows_per_sample = 1.0
+    if config.data.pack:
+        stream = RowStream(order, dataset.row_lengths, dataset.seq_length, True, window_samples(order))
+        samples = rows = 0
+        while samples < min(len(dataset), ROWS_COUNTED_IN):
+            rows += stream.rows_of_window(stream.cursor.window)
+            stream.skip(stream.rows_of_window(stream.cursor.window))
+            samples = stream.cursor.consumed_samples
+        rows_per_sample = rows / samples
+    return math.ceil((config.training.train_epochs or 0) * len(dataset) * rows_per_sample / global_batch_size)
 
 
 def build(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,25 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.checkpoint.sharded import Checkpoint, load_training_state, save_checkpoint, sharding_metadata
+from ross_mcore.checkpoint.sharded import (
+    Checkpoint,
+    CheckpointError,
+    load_training_state,
+    save_checkpoint,
+    sharding_metadata,
+)
 from ross_mcore.config import Config, ConfigError
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All a run needs beside weights and moments: everything else is a function of these numbers and the options."""
+    """All a run needs beside weights and moments: everything else is a function of these numbers and the options.
+
+    `data` is the loader's state, the place of the next row.
+    """
 
     iteration: int = 0
-    consumed_samples: int = 0
+    data: dict[str, int] = field(default_factory=dict)
     bad_steps_in_a_row: int = 0
     training_stage: str = ""
     seed: int = 0
@@ -30,6 +39,11 @@ class TrainState:
     image_aspect_ratio: str = ""
     sampler: str = "shuffle"
     mm_use_im_start_end: bool = False
+    pack: bool = False
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.data.get("consumed_samples", 0)
 
     def refuse_other(self, started: TrainState) -> None:
         """Raises ConfigError unless `self` (from a checkpoint) continues the run that `started` describes."""
@@ -54,6 +68,7 @@ RUN_IDENTITY = (
     "image_aspect_ratio",
     "sampler",
     "mm_use_im_start_end",
+    "pack",
 )
 """What decides which samples a step trains on and how they read: a run that goes on must not change it."""
 
@@ -72,7 +87,12 @@ def restore(
 ) -> TrainState:
     """Loads weights, moments and the loop's state. Raises ConfigError when seed or data are not the run's own."""
     loaded = load_training_state(start, sharded_state(model, optimizer, is_loading=True))
-    state = TrainState(**loaded["train_state"])
+    try:
+        state = TrainState(**loaded["train_state"])
+    except TypeError as error:
+        raise CheckpointError(
+            f"{start.path / 'train_state.json'} is of another version of this trainer: {error}"
+        ) from None
     state.refuse_other(started)
     model.module.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])

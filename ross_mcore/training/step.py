@@ -15,12 +15,9 @@ from torch import Tensor
 
 from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, segments
 from ross_mcore.config import TrainingOptions
+from ross_mcore.data.loader import Step
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
-
-MicroBatches = list[list[Row]]
-Plan = list[list[Slots]]
-"""Micro-batches of rows of slots, which every rank of a data-parallel replica knows, whether it reads data or not."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +51,15 @@ class Losses:
         return self.lm_loss + self.vm_loss
 
 
-def agree_on_step(
-    micro_batches: MicroBatches | None,
-    stop: bool,
-    groups: Groups,
-    row_multiple: int,
-    device: torch.device,
-    plan: Plan | None = None,
-) -> StepSize:
+def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, device: torch.device) -> StepSize:
     """One all-gather over all ranks. Rows are padded to the longest of the step, rounded up to `row_multiple`.
 
     Every rank reports its longest row, as planned or else as read; what is summed is reported by one rank of each
     data-parallel replica.
     """
-    planned = [sum(slots) for rows in plan or [] for slots in rows]
-    read = [sum(sample.tokens.numel() for sample in row) for rows in micro_batches or [] for row in rows]
-    samples = samples_of(micro_batches or [])
+    planned = [sum(slots) for rows in step.slots or [] for slots in rows]
+    read = [sum(sample.tokens.numel() for sample in row) for rows in step.micro_batches or [] for row in rows]
+    samples = samples_of(step.micro_batches or [])
     counts = groups.stage.is_last and groups.tensor_rank == 0
     counted = samples if counts else []
     mine = [
@@ -90,7 +80,7 @@ def agree_on_step(
     return StepSize(seq_length, *totals, stop=stopped)
 
 
-def samples_of(micro_batches: MicroBatches) -> list[Sample]:
+def samples_of(micro_batches: list[list[Row]]) -> list[Sample]:
     """All samples of a step on this rank, in order."""
     return [sample for rows in micro_batches for row in rows for sample in row]
 
@@ -129,7 +119,7 @@ def _loss(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor, T
 
 def run_schedule(
     model: DistributedDataParallel,
-    micro_batches: MicroBatches | None,
+    step: Step,
     size: StepSize,
     groups: Groups,
     options: TrainingOptions,
@@ -139,7 +129,6 @@ def run_schedule(
     output: Literal["losses", "hidden"] = "losses",
     forward_only: bool = False,
     num_micro_batches: int | None = None,
-    plan: Plan | None = None,
     draws: Sequence[Draws] | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> list[Any]:
@@ -147,16 +136,15 @@ def run_schedule(
 
     Returns what the last stage computed per micro-batch (its parts [2] of the two losses, or hidden states with
     `output="hidden"`), and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
-    given; `plan` says where samples lie in their rows, by default one sample has a row; `draws` replays recorded
-    randomness, one entry a micro-batch (see RossModel.forward); `scales` multiply lm_loss and vm_loss, so that one of
-    them can be had alone.
+    given; `draws` replays recorded randomness, one entry a micro-batch (see RossModel.forward); `scales` multiply
+    lm_loss and vm_loss, so that one of them can be had alone.
     """
     count = num_micro_batches or micro_batches_per_step(options, groups)
 
     def forward_step(numbers: Iterator[int], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
-        rows = micro_batches[number] if micro_batches is not None else None
-        slots = plan[number] if plan is not None else [[size.seq_length]] * options.micro_batch_size
+        rows = step.micro_batches[number] if step.micro_batches is not None else None
+        slots = slots_of(step, number, size, options)
         batch: Batch | None = None
         if rows is not None:
             batch = collate(rows, size.seq_length, image_size, slots, options.vm_loss_rows == "all").to(device)
@@ -178,6 +166,11 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=output != "losses",
     )
+
+
+def slots_of(step: Step, number: int, size: StepSize, options: TrainingOptions) -> list[Slots]:
+    """Where samples lie in the rows of a micro-batch: as planned, or one sample to a row."""
+    return step.slots[number] if step.slots is not None else [[size.seq_length]] * options.micro_batch_size
 
 
 def micro_batches_per_step(options: TrainingOptions, groups: Groups) -> int:

@@ -40,6 +40,9 @@ REFERENCE_ARITHMETIC = (
 
 BY_MODALITY = (("sampler", "modality_length"), ("mm_use_im_start_end", True))
 
+PACKED = (("pack", True), ("seq_length", 256), ("global_batch_size", 2), ("micro_batch_size", 1))
+"""Two rows of several samples a step."""
+
 CASES = [
     Case("tp2", 2, layout(2)),
     Case("tp2+sp", 2, layout(2, sequence_parallel=True)),
@@ -84,6 +87,10 @@ CASES = [
         "reference arithmetic tp2xdp2, one rank has no image", 4, layout(2), data="sparse", common=REFERENCE_ARITHMETIC
     ),
     Case("by modality and length, other micro-batches", 4, layout(2, micro_batch_size=1), common=BY_MODALITY),
+    Case("packed tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), common=PACKED),
+    Case("packed pp3", 3, layout(1, 3), common=PACKED),
+    Case("packed dp2 recompute", 2, layout(recompute_granularity="full", micro_batch_size=1), common=PACKED),
+    Case("packed pp2 frozen LLM", 2, layout(1, 2), stage="pretrain", common=(*PACKED, ("template", "qwen_2"))),
     # bf16 keeps 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
     # and norms, 1.5e-2 of a family's largest gradient
     Case("bf16 dp2", 2, common=(("bf16", True),), relative=3e-2),

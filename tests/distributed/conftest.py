@@ -17,6 +17,8 @@ platform.prepare()
 from ross_mcore.config import Config  # noqa: E402
 from ross_mcore.data.llava import convert_records  # noqa: E402
 from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
+from ross_mcore.data.shards import LengthSource  # noqa: E402
+from ross_mcore.data.tokenizer import fingerprint_tokenizer, load_tokenizer  # noqa: E402
 from tests.distributed.cases import Case  # noqa: E402
 from tests.distributed.harness import run_ranks  # noqa: E402
 from tests.recorded import GOLDEN, recorded_checkpoint, tied_checkpoint  # noqa: E402
@@ -81,8 +83,11 @@ def shards(workplace: Path) -> Callable[[str], Path]:
     def get(kind: str) -> Path:
         folder = workplace / f"shards_{kind}"
         if not folder.exists():
-            with ShardWriter(folder, max_samples=5) as writer:
-                convert_records(records(kind), GOLDEN / "data" / "images", writer)
+            tokenizer = load_tokenizer(GOLDEN / "data" / "tok_qwen2")
+            source = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2", False)
+            with ShardWriter(folder, max_samples=5, length_source=source) as writer:
+                images = GOLDEN / "data" / "images"
+                convert_records(records(kind), images, writer, tokenizer, "qwen_2")
         return folder
 
     return get
@@ -108,6 +113,7 @@ def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], 
             "lr_warmup_iters": 0,
             "denoiser_lr": 2e-3,
             "num_workers": 0,
+            "pack": False,
             "save_interval": 1,
             "distributed_timeout_minutes": 1,
             **dict(case.common),

@@ -9,7 +9,9 @@ import pytest
 from torch import Tensor
 
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
-from tests.distributed.cases import CASES, Case, layout
+from ross_mcore.data.packing import pack
+from ross_mcore.data.shards import ShardReader
+from tests.distributed.cases import CASES, PACKED, Case, layout
 from tests.distributed.conftest import Finished
 
 FAMILIES = {
@@ -77,6 +79,41 @@ def test_trains_like_one_process(
         assert largest["denoiser"] > 0 and largest["projector"] > 0
 
 
+@pytest.mark.parametrize("layout_of_packed", [{}, layout(2, 2, sequence_parallel=True)], ids=["tp1", "tp2xpp2+sp"])
+def test_packed_and_separate_samples_train_alike(
+    layout_of_packed: dict, start: Callable[..., Finished], workplace: Path
+) -> None:
+    """One step over all sixteen samples, as rows of their own and packed: same losses, same gradients.
+
+    The draws of a picture follow from its sample's place in the stream, which is the same in both. Positions and
+    attention begin anew with every sample, so only the order of sums differs.
+    """
+    settings = {"train_iters": 1, "seq_length": 256}
+    separate = start(Case("", 1), "samples_apart", global_batch_size=16, micro_batch_size=4, **settings)
+    world = 4 if layout_of_packed else 1
+    name = f"samples_packed_{world}"
+    rows = packed_rows(workplace / "shards_mixed", 256)
+    assert 1 < rows < 16
+    packed = start(
+        Case("", world, layout_of_packed), name, global_batch_size=rows, micro_batch_size=1, pack=True, **settings
+    )
+    ours, theirs = packed.metrics[0], separate.metrics[0]
+    for name in ("num_tokens", "num_images", "consumed_samples"):
+        assert ours[name] == theirs[name], name
+    for name in ("lm_loss", "vm_loss", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    for name, gradient in gradients(separate).items():
+        difference = (gradients(packed)[name] - gradient).abs().max()
+        assert difference <= 1e-5 * gradient.abs().max() + 1e-9, name
+
+
+def packed_rows(shards: Path, seq_length: int) -> int:
+    """How many rows the samples of `shards` fill, by the index."""
+    samples = ShardReader(shards).samples
+    lengths = samples["text_tokens"].astype(int) + 16 * samples["image_spans"].astype(int)
+    return len(pack(lengths, seq_length, key=0))
+
+
 RESUMES = [
     ("same layout", Case("", 4, layout(2, 2)), Case("", 4, layout(2, 2))),
     ("other layout", Case("", 4, layout(2, 2)), Case("", 3, layout(1, 3))),
@@ -90,6 +127,11 @@ RESUMES = [
         "pretrain, a stage that trains nothing",
         Case("", 3, layout(1, 3), "pretrain"),
         Case("", 2, layout(2), "pretrain"),
+    ),
+    (
+        "packed, with another micro-batch and workers",
+        Case("", 4, layout(2, 2), common=PACKED),
+        Case("", 4, layout(1, 2), common=PACKED),
     ),
     (
         "bf16 at another layout",

@@ -14,7 +14,7 @@ FLAGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --pipeline-layout --num-layers-per-virtual-pipeline-stage
 --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --distributed-timeout-minutes
 --bf16 --fp8-format --transformer-impl --recompute-granularity
---data-path --seq-length --template --mm-use-im-start-end --image-aspect-ratio --sampler --supervise-final-eos
+--data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler --supervise-final-eos
 --num-workers
 --training-stage --micro-batch-size --global-batch-size --train-iters --train-epochs --loss-normalization --vm-loss-rows
 --seed --max-bad-steps --exit-duration-in-mins

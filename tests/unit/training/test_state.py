@@ -31,4 +31,4 @@ def test_the_order_and_the_text_are_part_of_a_run() -> None:
 
 
 def test_a_run_that_goes_on_is_the_same() -> None:
-    replace(STARTED, iteration=7, consumed_samples=56).refuse_other(STARTED)
+    replace(STARTED, iteration=7, data={"consumed_samples": 56}).refuse_other(STARTED)

@@ -13,6 +13,7 @@ platform.prepare()
 
 from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
 from ross_mcore.config import TrainingOptions  # noqa: E402
+from ross_mcore.data.loader import Step  # noqa: E402
 from ross_mcore.training.step import (  # noqa: E402
     StepSize,
     _loss,
@@ -89,7 +90,8 @@ def only_rank() -> Iterator[None]:
 def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
     groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
     micro_batches = [[rows("i", "n"), rows("s")], [rows("t", "n", "n")]]
-    size = agree_on_step(micro_batches, False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+    step = Step([], None, micro_batches, [], {})
+    size = agree_on_step(step, False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
     assert (size.skipped_samples, size.ignored_samples) == (1, 3)
     assert (size.label_tokens, size.images, size.blank_samples) == (2 + 3, 4, 1)
 

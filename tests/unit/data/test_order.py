@@ -93,7 +93,7 @@ def test_every_epoch_in_blocks_is_a_permutation(
 @given(
     size=st.integers(1, 3000),
     seed=st.integers(0, 2**64),
-    block_samples=st.integers(1, 100),
+    block_samples=st.integers(10, 100),
     window_blocks=st.integers(1, 20),
 )
 def test_a_window_reads_few_places_to_their_ends(size: int, seed: int, block_samples: int, window_blocks: int) -> None:
@@ -130,6 +130,8 @@ def test_blocks_and_the_samples_in_them_are_shuffled_anew_every_epoch() -> None:
         assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.1
         means = numbers.reshape(-1, order.window_samples).mean(1)
         assert abs(np.corrcoef(means, np.arange(means.size))[0, 1]) < 0.5
+    one_window, next_window = first[: 2 * order.window_samples].reshape(2, -1)
+    assert np.unique((one_window - next_window) % 50).size > 25  # another permutation of the samples in their blocks
     others = BlockOrder(size, 4, 50, 40).sample_at(np.arange(size))
     assert (first == others).sum() < 20
 

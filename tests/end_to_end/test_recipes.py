@@ -52,6 +52,7 @@ DENOISER_PARAMETERS = {
 """The reference's denoiser: 64.63M with SigLIP and Qwen2, 66.05M with CLIP and Vicuna."""
 
 ALIKE = {
+    "pack": False,
     "sequence_parallel": True,
     "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,

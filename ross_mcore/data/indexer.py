@@ -182,10 +182,12 @@ def index_shards(
     done.reread = len(tasks)
     for old in set(parts.glob("*.npz")) - set(paths):
         old.unlink()
-    if done.bad_fraction > max_bad_fraction:
+    if done.bad_fraction > max_bad_fraction or not done.samples:
         with replacing(out / "quarantine.jsonl") as quarantine:
             for entry in entries:
                 quarantine.writelines(quarantine_lines(entry.name, entry.part()))
+        if not done.samples:
+            raise ShardError(f"no usable sample, so no index was written to {out}; see quarantine.jsonl there")
         raise TooManyBad(
             f"{done.bad} of {done.samples + done.bad} samples are bad, over --max-bad-fraction {max_bad_fraction}, so "
             f"no index was written; see {out / 'quarantine.jsonl'}: {_reasons(done)}"
@@ -221,9 +223,9 @@ def _summary(entries: Sequence[IndexedShard]) -> Indexing:
         done.images += len(part.images)
         done.others += part.others
         done.lost_bytes += part.lost_bytes
-        done.quarantined += sum(bool(key) for key, _ in part.quarantine)
-        done.reasons.update(reason.partition(":")[0] for key, reason in part.quarantine if key)
-        done.reasons["a shard is empty or partly damaged"] += any(not key for key, _ in part.quarantine)
+        done.quarantined += sum(key is not None for key, _ in part.quarantine)
+        done.reasons.update(reason.partition(":")[0] for key, reason in part.quarantine if key is not None)
+        done.reasons["a shard is empty or partly damaged"] += any(key is None for key, _ in part.quarantine)
         held_bytes += entry.bytes - part.lost_bytes
     done.reasons += Counter()  # drops what never occurred
     mean_bytes = held_bytes / max(1, done.samples + done.quarantined)

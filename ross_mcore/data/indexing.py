@@ -148,14 +148,15 @@ class ShardIndex:
     """One shard's part of an index: rows whose `shard`, `key_offset` and `first_image` count from this shard.
 
     samples [N] of SAMPLE_ROW, images of IMAGE_ROW, keys: one a line, digests [N, DIGEST_BYTES]; quarantine: (key,
-    reason) of what was left out; lost_bytes: bytes that belong to no member; others: members that belong to no sample.
+    reason) of what was left out, without a key where the shard itself is damaged; lost_bytes: bytes that belong to no
+    member; others: members that belong to no sample.
     """
 
     samples: NDArray[np.void]
     images: NDArray[np.void]
     keys: bytes
     digests: NDArray[np.uint8]
-    quarantine: list[tuple[str, str]]
+    quarantine: list[tuple[str | None, str]]
     lost_bytes: int = 0
     others: int = 0
 
@@ -165,7 +166,7 @@ class ShardIndex:
         samples: Sequence[TarSample],
         facts: Sequence[dict[str, int]],
         digests: Sequence[bytes],
-        quarantine: list[tuple[str, str]],
+        quarantine: list[tuple[str | None, str]],
         lost_bytes: int = 0,
         others: int = 0,
     ) -> ShardIndex:
@@ -225,10 +226,12 @@ def index_tar(
         (members if isinstance(found, Member) else damages).append(found)  # type: ignore[arg-type]
     samples, others = group_members(members)
     usable, facts, digests = [], [], []
-    quarantine = [("", f"bytes {d.start} to {d.end} of the shard are damaged or no tar") for d in damages]
+    quarantine: list[tuple[str | None, str]] = [
+        (None, f"bytes {d.start} to {d.end} of the shard are damaged or no tar") for d in damages
+    ]
     total = os.fstat(descriptor).st_size
     if not members and not damages:
-        quarantine.append(("", "the shard is empty" if total == 0 else "the shard has no members"))
+        quarantine.append((None, "the shard is empty" if total == 0 else "the shard has no members"))
     for sample in samples:
         try:
             columns, digest = _row(descriptor, sample, measure, verify_images)
@@ -358,7 +361,7 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
 
 def quarantine_lines(name: str, part: ShardIndex) -> list[bytes]:
     """Lines of quarantine.jsonl; what is wrong with a shard itself has no key."""
-    lines = ({"shard": name, "key": key or None, "reason": reason} for key, reason in part.quarantine)
+    lines = ({"shard": name, "key": key, "reason": reason} for key, reason in part.quarantine)
     return [json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for line in lines]
 
 

@@ -27,6 +27,10 @@ MAX_KEY_BYTES = 1024
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE, *PAX)
+MAGIC = 257
+"""Where a header says "ustar"."""
+SEARCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,62 +73,90 @@ class TarSample:
 def walk_tar(descriptor: int) -> Iterator[Member | Damage]:
     """The members of an open tar in the order of the file, and the places where it is damaged.
 
-    After damage the next block that is a whole ustar header is where members go on; zeros between archives that were
-    put together are passed over. Raises OSError when the file cannot be read, and nothing for what is in it.
+    After damage, members go on where the next whole ustar header stands, wherever that is; zeros between archives that
+    were put together are passed over. Raises OSError when the file cannot be read, and nothing for what is in it.
     """
     total, offset = os.fstat(descriptor).st_size, 0
-    damaged_from: int | None = None
     long_name, pax = None, {}
+    content_end = 0  # of the last member: behind it, bytes may be missing
+    announced_from: int | None = None  # where headers begin that say more about the member to come
     while offset < total:
         block = os.pread(descriptor, BLOCK, offset)
         if not block.strip(b"\0"):
             offset += BLOCK
             continue
-        header = None if damaged_from is not None and block[257:262] != b"ustar" else _header(block)
-        data, end = offset + BLOCK, total + 1
-        if header is not None and header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *PAX):
-            end = data + _padded(header.size)
+        data, damaged_from, search_from = offset + BLOCK, offset, offset + 1
+        header = _header(block)
+        if header is not None and header.type in EXTENSIONS:
             extra = os.pread(descriptor, header.size, data) if header.size <= MAX_HEADER_DATA else b""
-            if end <= total and len(extra) == header.size:
+            if len(extra) == header.size:
                 if header.type == tarfile.GNUTYPE_LONGNAME:
                     long_name = extra.rstrip(b"\0").decode("utf-8", "surrogateescape")
                 elif header.type in PAX:
                     pax = _pax_fields(extra)
-            else:
-                header = None
+                announced_from = offset if announced_from is None else announced_from
+                content_end = data + header.size
+                offset = data + _padded(header.size)
+                continue
         elif header is not None:
-            name = pax.get("path", long_name or header.name)
-            size = _pax_size(pax, header.size)
-            sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax)
-            long_name, pax = None, {}
-            problem = "is a sparse file" if sparse else None
-            if size is None:
-                header = None
-            elif header.type in REGULAR or header.type not in tarfile.SUPPORTED_TYPES:
-                end = data + _padded(size)
-                if header.type not in REGULAR and header.type != tarfile.XGLTYPE:
-                    problem = "is of an unknown type"
-                if data + size > total:
-                    problem, end = "is cut off by the end of the tar", total + 1
-            else:
-                end = data + (_padded(size) if sparse else 0)
-                problem = problem or ("is a link" if header.type in LINKS else "is not a regular file")
-            if header is not None and header.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE):
-                if damaged_from is not None:
-                    yield Damage(damaged_from, offset)
-                    damaged_from = None
-                yield Member(name, data, size or 0, problem)
-        if header is None:
-            long_name, pax = None, {}
-            damaged_from = offset if damaged_from is None else damaged_from
-            offset += BLOCK
-        elif end > total and data + header.size > total:  # what follows may still be whole members
-            damaged_from = data if data < total else None
-            offset = data
+            member, end = _member(header, data, total, long_name, pax)
+            if member is not None:
+                long_name, pax, announced_from = None, {}, None
+                if header.type != tarfile.DIRTYPE:
+                    yield member
+                if end <= total:
+                    content_end, offset = min(end, data + member.size), end
+                    continue
+                damaged_from = search_from = data  # the tar ends, or the size is wrong and whole members follow
         else:
-            offset = end
-    if damaged_from is not None:
-        yield Damage(damaged_from, total)
+            search_from = content_end
+        long_name, pax, announced_from = None, {}, None
+        found = _next_header(descriptor, search_from, total)
+        if damaged_from < total:
+            yield Damage(damaged_from if damaged_from <= found else content_end, found)
+        offset = found
+    if announced_from is not None:
+        yield Damage(announced_from, total)
+
+
+def _member(
+    header: tarfile.TarInfo, data: int, total: int, long_name: str | None, pax: dict[str, str]
+) -> tuple[Member | None, int]:
+    """(the member whose content begins at `data`, where the next header stands); None for an impossible size."""
+    size = _pax_size(pax, header.size)
+    if size is None:
+        return None, total
+    regular = header.type in REGULAR
+    sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax)
+    has_content = regular or sparse or header.type not in tarfile.SUPPORTED_TYPES
+    problem = None
+    if sparse:
+        problem = "is a sparse file"
+    elif header.type in LINKS:
+        problem = "is a link"
+    elif not regular:
+        problem = "is not a regular file"
+    if has_content and data + size > total:
+        problem = "is cut off by the end of the shard"
+    name = pax.get("path", long_name or header.name)
+    cut = has_content and data + size > total
+    return Member(name, data, size, problem), total + 1 if cut else min(total, data + _padded(size) * has_content)
+
+
+def _next_header(descriptor: int, start: int, total: int) -> int:
+    """Where the first whole ustar header from `start` on stands, or `total`."""
+    while start < total:
+        window = os.pread(descriptor, SEARCH_BYTES, start)
+        place = window.find(b"ustar", MAGIC)
+        while place >= 0:
+            block = window[place - MAGIC : place - MAGIC + BLOCK]
+            if len(block) == BLOCK and _header(block) is not None:
+                return start + place - MAGIC
+            place = window.find(b"ustar", place + 1)
+        if len(window) < SEARCH_BYTES:
+            break
+        start += SEARCH_BYTES - BLOCK
+    return total
 
 
 def group_members(members: Iterable[Member]) -> tuple[list[TarSample], int]:

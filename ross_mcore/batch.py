@@ -24,7 +24,8 @@ class Sample:
     tokens[i] (not shifted), IGNORE_INDEX where nothing is supervised; image_starts: index of the first image token of
     every image; pixels: one [3, H, W] float32 per image in the tower's normalisation, or None where this rank does not
     need it. `key` names the sample in its data set; `position` is its number in the training stream, the key of its
-    random draws. `problem` says why a sample was skipped: such a sample is an empty row and weighs nothing.
+    random draws. `problem` says why a sample was skipped: such a sample is an empty row and weighs nothing. `source` is
+    the data set that it is of, by number.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Sample:
     image_starts: list[int] = field(default_factory=list)
     pixels: list[Tensor | None] = field(default_factory=list)
     problem: str | None = None
+    source: int = 0
 
     @property
     def label_tokens(self) -> int:
@@ -52,25 +54,32 @@ class Batch:
     """One micro-batch, its rows one after the other. Tensor-parallel ranks of a stage hold the same, but for pixels.
 
     tokens [T] int64, zero at image positions and padding; labels [T] int64, *shifted*: labels[t] is what position t
-    must predict; sample_starts [samples] int64: where each sample begins; image_starts [I] int64: where each image's
-    tokens begin; image_positions [I] int64: stream position of the image's sample, and image_ordinals [I]: which of its
-    images, the two of them the key of its random draws; blank_positions [K] int64: stream positions of the samples
-    without a picture that the reconstruction loss is to cover as well (none unless asked for, see collate);
-    pixels [J, 3, H, W] float32: this rank's share of the I images, in order.
+    must predict; sample_starts [N] int64: where each of the N samples begins; image_starts [I] int64: where each
+    image's tokens begin; image_samples [I] int64: which of the N samples it is of; image_positions [I] int64: stream
+    position of that sample, and image_ordinals [I]: which of its images, the two of them the key of its random draws;
+    blank_samples [K] and blank_positions [K] int64: the same of the samples without a picture that the reconstruction
+    loss is to cover as well (none unless asked for, see collate); pixels [J, 3, H, W] float32: this rank's share of the
+    I images, in order.
     """
 
     tokens: Tensor
     labels: Tensor
     sample_starts: Tensor
     image_starts: Tensor
+    image_samples: Tensor
     image_positions: Tensor
     image_ordinals: Tensor
+    blank_samples: Tensor
     blank_positions: Tensor
     pixels: Tensor
 
     @property
     def num_images(self) -> int:
         return int(self.image_starts.numel())
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.sample_starts.numel())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the keys of the random draws stay on the CPU, where draws are made."""
@@ -79,9 +88,14 @@ class Batch:
         return Batch(**moved)
 
 
+def is_blank(sample: Sample) -> bool:
+    """Whether a sample has text but no picture."""
+    return not sample.image_starts and sample.problem is None
+
+
 def blank_samples(samples: Iterable[Sample]) -> list[Sample]:
     """The samples that have text but no picture."""
-    return [sample for sample in samples if not sample.image_starts and sample.problem is None]
+    return [sample for sample in samples if is_blank(sample)]
 
 
 def segments(rows: Sequence[Slots], seq_length: int) -> list[int]:
@@ -112,7 +126,7 @@ def collate(
     slots = [[sample.tokens.numel() for sample in row] for row in rows] if slots is None else slots
     tokens = torch.zeros(len(rows) * seq_length, dtype=torch.int64)
     labels = torch.full((len(rows) * seq_length,), IGNORE_INDEX, dtype=torch.int64)
-    begins, starts, positions, ordinals, pixels = [], [], [], [], []
+    begins, starts, owners, positions, ordinals, pixels = [], [], [], [], [], []
     for number, (row, reserved) in enumerate(zip(rows, slots, strict=True)):
         if sum(reserved) > seq_length:
             raise ValueError(f"samples of {sum(reserved)} tokens in a row of {seq_length} tokens")
@@ -126,25 +140,29 @@ def collate(
             tokens[begin : begin + length] = sample.tokens
             if length:
                 labels[begin : begin + length - 1] = sample.labels[1:]
-            begins.append(begin)
             for ordinal, start in enumerate(sample.image_starts):
                 starts.append(begin + start)
+                owners.append(len(begins))
                 positions.append(sample.position)
                 ordinals.append(ordinal)
             pixels.extend(picture for picture in sample.pixels if picture is not None)
+            begins.append(begin)
             begin += room
 
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
-    blanks = blank_samples(sample for row in rows for sample in row) if with_blank_samples else []
+    samples = [sample for row in rows for sample in row]
+    blanks = [place for place, sample in enumerate(samples) if with_blank_samples and is_blank(sample)]
     return Batch(
         tokens,
         labels,
         sample_starts=integers(begins),
         image_starts=integers(starts),
+        image_samples=integers(owners),
         image_positions=integers(positions),
         image_ordinals=integers(ordinals),
-        blank_positions=integers([sample.position for sample in blanks]),
+        blank_samples=integers(blanks),
+        blank_positions=integers([samples[place].position for place in blanks]),
         pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size),
     )

@@ -63,6 +63,14 @@ class SupervisedPositions(NamedTuple):
         return hidden.index_select(0, self.index).squeeze(1)
 
 
+def samples_at(positions: Tensor, sample_starts: Tensor) -> Tensor:
+    """positions [L], rising sample_starts [N] -> which sample [L] each position lies in.
+
+    Of samples that begin together, all but the last are empty.
+    """
+    return torch.searchsorted(sample_starts, positions, right=True) - 1
+
+
 def supervised_positions(labels: Tensor) -> SupervisedPositions:
     """labels [T] -> the positions whose label is not IGNORE_INDEX.
 

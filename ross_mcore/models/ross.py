@@ -1,7 +1,7 @@
 """The whole model, of which each rank builds only its pipeline stage's parts.
 
-Legend: T tokens of the micro-batch, its rows one after the other, D hidden size, I images, J images of this
-tensor-parallel rank's share, K blank samples, N tokens an image. Hidden states travel as [T, 1, D], or as this rank's
+Legend: T tokens of the micro-batch, its rows one after the other, N samples in them, D hidden size, I images, J images
+of this tensor-parallel rank's share, K blank samples. Hidden states travel as [T, 1, D], or as this rank's
 part of the T tokens under sequence parallelism.
 """
 
@@ -37,10 +37,10 @@ LATENT_BOUND = 4.0
 class RossModel(MegatronModule):
     """Vision tower and projector on the first stage, decoder layers on all, denoiser and VAE on the last.
 
-    `forward` returns what the pipeline passes on, and on the last stage what was asked for: with `output="losses"` a
-    [2] tensor of sums, (cross-entropy over the labels, reconstruction loss over the images); with `output="hidden"` the
-    hidden states [T, 1, D] after the final norm, whole on every tensor-parallel rank. `seed` keys the random draws of
-    the denoiser (see diffusion.keyed_draws).
+    `forward` returns what the pipeline passes on, and on the last stage what was asked for: with `output="losses"` sums
+    [N, 2] of every sample, (cross-entropy over its labels, reconstruction loss over its images), in float64, so that
+    adding them up in another order changes nothing; with `output="hidden"` the hidden states [T, 1, D] after the final
+    norm, whole on every tensor-parallel rank. `seed` keys the random draws of the denoiser (see diffusion.keyed_draws).
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class RossModel(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if output == "hidden":
             return hidden
-        return torch.stack([self._lm_sum(hidden, batch), self._vm_sum(hidden, batch, draws)])
+        return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch, draws)], dim=1)
 
     def _embed(self, batch: Batch) -> Tensor:
         """Token embeddings with image features spliced in, [T, 1, D] or this rank's part of it."""
@@ -133,20 +133,26 @@ class RossModel(MegatronModule):
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
 
-    def _lm_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Sum of the cross-entropies over the labels; the vocabulary projection runs at labelled positions only."""
+    def _lm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sums [N] of the cross-entropies over the labels of each sample.
+
+        The vocabulary projection runs at labelled positions only.
+        """
         supervised = image_tokens.supervised_positions(batch.labels)
         losses = self.language_model.token_losses(supervised.select(hidden), supervised.targets)
-        return (losses * supervised.weights).sum()
+        owners = image_tokens.samples_at(supervised.index, batch.sample_starts)
+        return _sums_by_sample(losses * supervised.weights, owners, batch)
 
-    def _vm_sum(self, hidden: Tensor, batch: Batch, draws: Draws | None) -> Tensor:
-        """Sum of the reconstruction losses over images and blank samples; each tensor-parallel rank computes its share.
+    def _vm_sums(self, hidden: Tensor, batch: Batch, draws: Draws | None) -> Tensor:
+        """Sums [N] of the reconstruction losses over the images of each sample, or over itself where it is blank.
+
+        Each tensor-parallel rank computes its share, and all of them have the result.
 
         A blank sample is a picture of the mean colour (zero in normalised space) under a zero condition, as in the
         reference (ross_arch.py:466-512).
         """
         if not hasattr(self, "denoiser"):
-            return hidden.new_zeros((), dtype=torch.float32)
+            return hidden.new_zeros(batch.num_samples, dtype=torch.float64)
         rank, size = self.groups.tensor_rank, self.groups.tensor.size()
         share = share_of(batch.num_images, rank, size)
         blank = share_of(batch.blank_positions.numel(), rank, size)
@@ -170,7 +176,8 @@ class RossModel(MegatronModule):
         condition = image_tokens.gather(hidden, batch.image_starts[mine], self.model.vision.image_tokens)
         condition = torch.cat([condition, condition.new_zeros(len(blank), *condition.shape[1:])])
         losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, draws)
-        return split.sum_shares(losses.sum(), self.groups.tensor)
+        owners = torch.cat([batch.image_samples[mine], batch.blank_samples[blanks]])
+        return split.sum_shares(_sums_by_sample(losses, owners, batch), self.groups.tensor)
 
     @torch.no_grad()
     def reconstruct(
@@ -209,3 +216,8 @@ class RossModel(MegatronModule):
         )
         originals = self.pixel_decoder.images_for_encoder(batch.pixels) / 2 + 0.5
         return originals, self.pixel_decoder.decode(latents)
+
+
+def _sums_by_sample(losses: Tensor, owners: Tensor, batch: Batch) -> Tensor:
+    """losses [M], each of sample owners [M] of the batch -> float64 sums [N]; differentiable."""
+    return losses.new_zeros(batch.num_samples, dtype=torch.float64).index_add(0, owners, losses.double())

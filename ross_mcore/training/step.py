@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, segments
+from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, is_blank, segments
 from ross_mcore.config import TrainingOptions
 from ross_mcore.data.loader import Step
 from ross_mcore.models.diffusion import Draws
@@ -40,15 +40,57 @@ class StepSize:
 
 
 @dataclass(frozen=True)
+class DataSetLosses:
+    """What one data set had of a step, on all ranks.
+
+    samples: not counting skipped ones; labels, images; lm_loss, vm_loss: means over these labels and images (and blank
+    samples, where the step's vm_loss covers them), None over nothing.
+    """
+
+    samples: int
+    labels: int
+    images: int
+    lm_loss: float | None
+    vm_loss: float | None
+
+
+@dataclass(frozen=True)
 class Losses:
-    """lm_loss: mean cross-entropy over the step's labels; vm_loss: mean reconstruction loss over its images."""
+    """lm_loss: mean cross-entropy over the step's labels; vm_loss: mean reconstruction loss over its images.
+
+    `datasets`: the data sets' own, in order.
+    """
 
     lm_loss: float
     vm_loss: float
+    datasets: tuple[DataSetLosses, ...] = ()
 
     @property
     def loss(self) -> float:
         return self.lm_loss + self.vm_loss
+
+
+@dataclass(frozen=True)
+class MicroBatchLosses:
+    """What the last stage keeps of a micro-batch of N samples.
+
+    parts [2] of the step's two losses; sums [N, 2] of the samples' own (see RossModel); counts [N, 4] float64: 1 for a
+    sample that was not skipped, its labels, its images, 1 for a blank one that vm_loss covers; sources [N]: data sets.
+    """
+
+    parts: Tensor
+    sums: Tensor
+    counts: Tensor
+    sources: Tensor
+
+    @classmethod
+    def of(cls, samples: list[Sample], parts: Tensor, sums: Tensor, with_blank_samples: bool) -> MicroBatchLosses:
+        counts = [
+            [s.problem is None, s.label_tokens, len(s.image_starts), with_blank_samples and is_blank(s)]
+            for s in samples
+        ]
+        sources = torch.tensor([sample.source for sample in samples], dtype=torch.int64)
+        return cls(parts.detach(), sums.detach(), torch.tensor(counts, dtype=torch.float64), sources)
 
 
 def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, device: torch.device) -> StepSize:
@@ -111,10 +153,16 @@ def _micro_batch_weights(
     return loss_weights(_labels(samples), _images(samples), len(blank_samples(samples)) if everywhere else 0, parts)
 
 
-def _loss(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of one micro-batch -> its part of the loss. mcore divides nothing further (the second entry is 0)."""
-    parts = sums * sums.new_tensor(weights)
-    return parts.sum(), torch.zeros((), dtype=torch.int, device=sums.device), parts.detach()
+def _loss(
+    sums: Tensor, samples: list[Sample], weights: tuple[float, float], with_blank_samples: bool = False
+) -> tuple[Tensor, Tensor, MicroBatchLosses]:
+    """Sums [N, 2] of one micro-batch's samples -> its part of the loss, and what to keep of it.
+
+    mcore divides nothing further (the second entry is 0).
+    """
+    parts = sums.sum(0) * sums.new_tensor(weights)
+    kept = MicroBatchLosses.of(samples, parts, sums, with_blank_samples)
+    return parts.sum().float(), torch.zeros((), dtype=torch.int, device=sums.device), kept
 
 
 def run_schedule(
@@ -134,12 +182,13 @@ def run_schedule(
 ) -> list[Any]:
     """Runs all micro-batches through mcore's schedule and leaves the reduced gradients in the model.
 
-    Returns what the last stage computed per micro-batch (its parts [2] of the two losses, or hidden states with
-    `output="hidden"`), and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
+    Returns what the last stage computed per micro-batch (MicroBatchLosses, or hidden states with `output="hidden"`),
+    and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
     given; `draws` replays recorded randomness, one entry a micro-batch (see RossModel.forward); `scales` multiply
     lm_loss and vm_loss, so that one of them can be had alone.
     """
     count = num_micro_batches or micro_batches_per_step(options, groups)
+    everywhere = options.vm_loss_rows == "all"
 
     def forward_step(numbers: Iterator[int], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
@@ -147,14 +196,15 @@ def run_schedule(
         slots = slots_of(step, number, size, options)
         batch: Batch | None = None
         if rows is not None:
-            batch = collate(rows, size.seq_length, image_size, slots, options.vm_loss_rows == "all").to(device)
+            batch = collate(rows, size.seq_length, image_size, slots, everywhere).to(device)
         lengths = segments(slots, size.seq_length)
         result = stage(batch, lengths, output=output, draws=None if draws is None else draws[number])
         if output != "losses":
             return result, lambda hidden, non_loss_data=True: hidden
-        parts = count * groups.layout.data_parallel
-        weights = _micro_batch_weights(samples_of([rows]), size, options, parts) if rows is not None else (0.0, 0.0)
-        return result, partial(_loss, weights=(weights[0] * scales[0], weights[1] * scales[1]))
+        samples = samples_of([rows or []])
+        weights = _micro_batch_weights(samples, size, options, count * groups.layout.data_parallel)
+        scaled = weights[0] * scales[0], weights[1] * scales[1]
+        return result, partial(_loss, samples=samples, weights=scaled, with_blank_samples=everywhere)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -178,10 +228,33 @@ def micro_batches_per_step(options: TrainingOptions, groups: Groups) -> int:
     return (options.global_batch_size or 0) // (options.micro_batch_size * groups.layout.data_parallel) or 1
 
 
-def combine_losses(parts: list[Tensor], groups: Groups, device: torch.device) -> Losses:
-    """The last stage's parts of every micro-batch -> the step's losses, on every rank."""
-    mine = torch.stack(parts).double().sum(0).tolist() if parts and groups.tensor_rank == 0 else [0.0, 0.0]
-    return Losses(*sum_over_ranks(mine, device))
+def combine_losses(
+    parts: list[MicroBatchLosses], groups: Groups, device: torch.device, num_datasets: int = 1
+) -> Losses:
+    """What the last stage kept of every micro-batch -> the step's losses, on every rank. Collective."""
+    step, datasets = torch.zeros(2, dtype=torch.float64), torch.zeros(num_datasets, 6, dtype=torch.float64)
+    if parts and groups.tensor_rank == 0:
+        step = torch.stack([part.parts for part in parts]).double().sum(0).cpu()
+        counts, sums = torch.cat([part.counts for part in parts]), torch.cat([part.sums for part in parts])
+        columns = torch.cat([counts, sums.double().cpu()], dim=1)
+        datasets.index_add_(0, torch.cat([part.sources for part in parts]), columns)
+    lm_loss, vm_loss, *own = sum_over_ranks([*step.tolist(), *datasets.flatten().tolist()], device)
+    rows = [own[start : start + 6] for start in range(0, len(own), 6)]
+    any_image = any(images for _, _, images, *_ in rows)
+    return Losses(lm_loss, vm_loss, tuple(_data_set_losses(*row, any_image=any_image) for row in rows))
+
+
+def _data_set_losses(
+    samples: float, labels: float, images: float, blanks: float, lm_sum: float, vm_sum: float, *, any_image: bool
+) -> DataSetLosses:
+    denoised = images + blanks if any_image else 0  # blank rows alone are nothing, see loss_weights
+    return DataSetLosses(
+        int(samples),
+        int(labels),
+        int(images),
+        lm_sum / labels if labels else None,
+        vm_sum / denoised if denoised else None,
+    )
 
 
 def finalize_gradients(model: list[DistributedDataParallel], _: Tensor | None = None, **options: Any) -> None:

@@ -23,7 +23,8 @@ def test_samples_share_a_row_and_predict_only_their_own_tokens() -> None:
     assert batch.sample_starts.tolist() == [0, 3, 6]
     assert batch.image_starts.tolist() == [1, 6]
     assert batch.image_positions.tolist() == [7, 9] and batch.image_ordinals.tolist() == [0, 0]
-    assert batch.blank_positions.tolist() == [8]
+    assert batch.image_samples.tolist() == [0, 2]
+    assert batch.blank_positions.tolist() == [8] and batch.blank_samples.tolist() == [1]
     assert batch.pixels[:, 0, 0, 0].tolist() == [7.0, 9.0]
 
 

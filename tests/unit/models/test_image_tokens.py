@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ross_mcore.models.image_tokens import gather, splice, supervised_positions
+from ross_mcore.models.image_tokens import gather, samples_at, splice, supervised_positions
 
 LENGTH, WIDTH, TOKENS = 27, 2, 3
 IMAGE_STARTS = torch.tensor([19, 6, 23])
@@ -90,3 +90,8 @@ def test_a_batch_without_labels_has_one_position_that_weighs_nothing():
     assert [value.tolist() for value in supervised] == [[0], [0], [0]]
     (supervised.select(hidden).sum(1) * supervised.weights).sum().backward()
     assert hidden.grad is not None and not hidden.grad.any()
+
+
+def test_a_position_lies_in_the_sample_that_began_last_before_it():
+    starts = torch.tensor([0, 3, 3, 6])
+    assert samples_at(torch.tensor([0, 2, 3, 5, 6, 9]), starts).tolist() == [0, 0, 2, 2, 3, 3]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,8 @@ from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
 from ross_mcore.config import TrainingOptions  # noqa: E402
 from ross_mcore.data.loader import Step  # noqa: E402
 from ross_mcore.training.step import (  # noqa: E402
+    DataSetLosses,
+    MicroBatchLosses,
     StepSize,
     _loss,
     _micro_batch_weights,
@@ -26,18 +29,18 @@ from ross_mcore.training.step import (  # noqa: E402
 
 def test_each_loss_has_its_own_weight() -> None:
     """Gradients of the two sums: 1 / labels and 1 / images, whatever this micro-batch holds."""
-    sums = torch.tensor([6.0, 8.0], requires_grad=True)
-    part, divide_by, log = _loss(sums, loss_weights(labels=3, images=4))
+    sums = torch.tensor([[4.0, 3.0], [2.0, 5.0]], requires_grad=True)
+    part, divide_by, kept = _loss(sums, rows("i", "t"), loss_weights(labels=3, images=4))
     part.backward()
     assert part.item() == 6 / 3 + 8 / 4
-    assert sums.grad is not None and torch.equal(sums.grad, torch.tensor([1 / 3, 1 / 4]))
-    assert divide_by.item() == 0 and log.tolist() == [2.0, 2.0] and not log.requires_grad
+    assert sums.grad is not None and torch.equal(sums.grad, torch.tensor([[1 / 3, 1 / 4]] * 2))
+    assert divide_by.item() == 0 and kept.parts.tolist() == [2.0, 2.0] and not kept.parts.requires_grad
 
 
 @pytest.mark.parametrize("blanks", [0, 3])
 def test_nothing_to_learn_from_is_zero_and_keeps_its_graph(blanks: int) -> None:
-    sums = torch.tensor([0.0, 5.0 * blanks], requires_grad=True)
-    part, _, _ = _loss(sums, loss_weights(labels=0, images=0, blanks=blanks))
+    sums = torch.tensor([[0.0, 5.0 * blanks]], requires_grad=True)
+    part, _, _ = _loss(sums, rows("t"), loss_weights(labels=0, images=0, blanks=blanks))
     assert part.item() == 0 and part.requires_grad
 
 
@@ -69,21 +72,31 @@ def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[
     assert without_picture[1] == (expected[1] if normalization == "global" else 0)
 
 
-def test_losses_are_the_sum_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnlyRank:
-        tensor_rank = 0
-
-    monkeypatch.setattr("ross_mcore.training.step.sum_over_ranks", lambda values, device: values)
-    parts = [torch.tensor([0.5, 0.25]), torch.tensor([1.5, 1.25])]
-    losses = combine_losses(parts, OnlyRank(), torch.device("cpu"))  # type: ignore[arg-type]
-    assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)
-
-
 @pytest.fixture
 def only_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("only_rank")
+@pytest.mark.parametrize(("with_blank_samples", "first_vm_loss"), [(False, 7.0), (True, (7 + 5) / 2)])
+def test_losses_are_the_sum_of_the_parts_and_split_by_data_set(with_blank_samples: bool, first_vm_loss: float) -> None:
+    """Two micro-batches: data set 0 has a picture and a text, 1 a picture without labels, 2 a skipped sample."""
+    groups = SimpleNamespace(tensor_rank=0)
+    samples = [replace(sample, source=source) for sample, source in zip(rows("i", "n", "t", "s"), (0, 1, 0, 2))]
+    sums = torch.tensor([[4.0, 7.0], [0.0, 3.0], [6.0, 5.0 * with_blank_samples], [0.0, 0.0]], dtype=torch.float64)
+    parts = [
+        MicroBatchLosses.of(samples[place], parts, sums[place], with_blank_samples)
+        for place, parts in ((slice(0, 1), torch.tensor([0.5, 0.25])), (slice(1, 4), torch.tensor([1.5, 1.25])))
+    ]
+    losses = combine_losses(parts, groups, torch.device("cpu"), num_datasets=3)  # type: ignore[arg-type]
+    assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)
+    assert losses.datasets == (
+        DataSetLosses(2, 2 + 3, 1, 10 / 5, first_vm_loss),
+        DataSetLosses(1, 0, 1, None, 3.0),
+        DataSetLosses(0, 0, 0, None, None),
+    )
 
 
 @pytest.mark.usefixtures("only_rank")
@@ -101,5 +114,5 @@ def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
     for normalization in ("global", "microbatch"):
         options = TrainingOptions(loss_normalization=normalization)  # type: ignore[arg-type]
         weights = _micro_batch_weights(rows("n"), size, options, parts=1)
-        total, _, parts = _loss(torch.tensor([0.0, 3.0]), weights)
-        assert parts.tolist() == [0, 3] and total == 3
+        total, _, kept = _loss(torch.tensor([[0.0, 3.0]]), rows("n"), weights)
+        assert kept.parts.tolist() == [0, 3] and total == 3

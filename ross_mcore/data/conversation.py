@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -308,18 +309,14 @@ def expand_images(
     input_ids: list[int], labels: list[int], image_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
     """Gives every image `image_tokens` zeros without labels: (tokens [L], labels [L], first token of every image)."""
-    tokens_out: list[int] = []
-    labels_out: list[int] = []
-    starts = []
-    for token, label in zip(input_ids, labels, strict=True):
-        if token == IMAGE_TOKEN_INDEX:
-            starts.append(len(tokens_out))
-            tokens_out.extend([0] * image_tokens)
-            labels_out.extend([IGNORE_INDEX] * image_tokens)
-        else:
-            tokens_out.append(token)
-            labels_out.append(label)
-    return np.array(tokens_out, np.int64), np.array(labels_out, np.int64), starts
+    if len(input_ids) != len(labels):
+        raise ValueError(f"{len(input_ids)} tokens, but {len(labels)} labels")
+    ids = np.array(input_ids, np.int64)
+    is_image = ids == IMAGE_TOKEN_INDEX
+    repeats = np.where(is_image, image_tokens, 1)
+    starts = (np.cumsum(repeats) - repeats)[is_image].tolist()
+    tokens = np.repeat(np.where(is_image, 0, ids), repeats)
+    return tokens, np.repeat(np.where(is_image, IGNORE_INDEX, np.array(labels, np.int64)), repeats), starts
 
 
 def cut_row(
@@ -337,13 +334,19 @@ def _encode(text: str, has_image: bool, tokenizer: PreTrainedTokenizerBase) -> l
 
 def encode_with_images(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenises the text between `<image>` placeholders piece by piece, keeping the first BOS only (mm_utils:192)."""
-    pieces = [encode(piece, tokenizer) for piece in text.split(IMAGE_PLACEHOLDER)]
-    skip = int(bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id)
-    ids = list(pieces[0])
-    for piece in pieces[1:]:
+    opening, *pieces = text.split(IMAGE_PLACEHOLDER)
+    ids = list(_encode_opening(opening, tokenizer) if pieces else encode(opening, tokenizer))
+    skip = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    for piece in pieces:
         ids.append(IMAGE_TOKEN_INDEX)
-        ids.extend(piece[skip:])
+        ids.extend(encode(piece, tokenizer)[skip:])
     return ids
+
+
+@lru_cache(maxsize=16)
+def _encode_opening(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What stands before the first picture: in most conversations the system text, the same every time."""
+    return tuple(encode(text, tokenizer))
 
 
 def check_turns(conversations: Any, roles: tuple[str, ...] | None = ("human", "gpt")) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -107,11 +108,17 @@ class ImagePreprocessing:
             picture = square
         pixels = np.empty((3, self.image_size, self.image_size), np.float32)
         channels = self._resize(picture).split()
-        for plane, channel, mean, std in zip(pixels, channels, self.image_mean, self.image_std, strict=True):
-            plane[:] = np.asarray(channel) * (1 / 255)  # in float64, then rounded, as the library does
-            plane -= np.float32(mean)
-            plane /= np.float32(std)
+        for plane, channel, levels in zip(pixels, channels, self._normalised_levels, strict=True):
+            np.take(levels, np.asarray(channel), out=plane, mode="clip")
         return pixels
+
+    @cached_property
+    def _normalised_levels(self) -> NDArray[np.float32]:
+        """[3, 256]: what each of the 256 levels of a channel becomes; an 8-bit picture has no others."""
+        levels = np.tile(np.arange(256) * (1 / 255), (3, 1)).astype(np.float32)  # from float64, as the library does
+        levels -= np.array(self.image_mean, np.float32)[:, None]
+        levels /= np.array(self.image_std, np.float32)[:, None]
+        return levels
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         size = self.image_size

@@ -106,8 +106,11 @@ def prompt_rows(golden: Golden) -> Iterator[Row]:
     """The text of every template, the ids to generate from, and how plain text is split."""
     if not golden.has(CONVERSATIONS):
         return
-    conversations, prompts = Conversations(golden), golden.json(CONVERSATIONS)["prompts"]
+    conversations, prompts = Conversations(golden), golden.json(CONVERSATIONS).get("prompts", {})
     turns = _recorded_turns(prompts)
+    if not turns:
+        yield unsupported("prompts", "all", "a conversation that cannot be read back from the recorded prompts")
+        return
     for template, recorded in prompts.items():
         if template.startswith("_"):
             continue
@@ -136,7 +139,8 @@ def prompt_rows(golden: Golden) -> Iterator[Row]:
 
 def _recorded_turns(prompts: dict[str, Any]) -> list[dict[str, str]]:
     """The conversation that all prompts were written from, read back from the one whose turns are marked with ###."""
-    text = next(p["full"] for p in prompts.values() if isinstance(p, dict) and "###Human: " in (p.get("full") or ""))
+    texts = (prompt.get("full") or "" for prompt in prompts.values() if isinstance(prompt, dict))
+    text = next((text for text in texts if "###Human: " in text), "")
     found = re.findall(r"###(Human|Assistant): (.*?)(?=###)", text, re.DOTALL)
     return [{"from": {"Human": "human", "Assistant": "gpt"}[who], "value": said} for who, said in found]
 

@@ -1,0 +1,101 @@
+"""Samples a second of real training, packed against padded, on the lengths of instruction data.
+
+    python benchmarks/packed_training.py
+
+The demo's model trains on drawn conversations whose lengths are those of benchmarks/packing.py ("instructions", an
+eighth of their tokens, for rows of 512), in micro-batches of as many rows either way: packed, a row is full of samples;
+padded, it holds one, and all are as long as the longest of the step. One process, one thread; the two take turns, and
+what is compared is the samples of all steps but the first over their time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from data import DEMO, ROOT, WORDS, convert_demo
+from packing import instruction_lengths
+from PIL import Image
+
+from ross_mcore.data.llava import convert_records
+from ross_mcore.data.shard_writer import ShardWriter
+from ross_mcore.data.shards import LengthSource
+from ross_mcore.data.tokenizer import encode, fingerprint_tokenizer, load_tokenizer
+
+SCALE = 8
+ROW_TOKENS = 4096 // SCALE
+
+
+def make_shards(folder: Path, count: int) -> Path:
+    """`count` conversations of one round of about the drawn lengths, with a picture where the drawn one has one."""
+    rng = np.random.default_rng(0)
+    tokenizer = load_tokenizer(DEMO / "weights" / "tokenizer")
+    tokens_a_word = len(encode(" ".join(WORDS), tokenizer)) / len(WORDS)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64), (90, 120, 200)).save(pictures / "0.png")
+    records = []
+    for number, tokens in enumerate(instruction_lengths(rng, count, 576) // SCALE):
+        with_picture = number % 16 != 0
+        words = max(1, int((min(tokens, ROW_TOKENS) - 72 * with_picture - 45) / tokens_a_word))
+        turns = [{"from": "human", "value": "<image>" * with_picture}, {"from": "gpt", "value": ""}]
+        turns[0]["value"] += " What is this?"
+        turns[1]["value"] = " ".join(rng.choice(WORDS, words))
+        records.append({"conversations": turns} | ({"image": "0.png"} if with_picture else {}))
+    source = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2", False)
+    with ShardWriter(folder / "shards", length_source=source) as writer:
+        convert_records(records, pictures, writer, tokenizer, "qwen_2")
+    return folder / "shards"
+
+
+def samples_a_second(
+    folder: Path, shards: Path, rows: int, pack: bool, iterations: int, turn: int
+) -> tuple[float, float]:
+    """(samples a second, samples a step)."""
+    run = folder / f"run_{rows}_{pack}_{turn}"
+    words = ["--config", str(DEMO / "finetune.yaml"), "--load", str(folder / "base"), "--data-path", str(shards)]
+    words += ["--save", str(run), "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+    words += ["--seq-length", str(ROW_TOKENS), "--train-iters", str(iterations), "--num-workers", "1"]
+    words += ["--micro-batch-size", str(rows), "--global-batch-size", str(rows), "--pack" if pack else "--no-pack"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "pretrain_ross.py", *words], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise SystemExit(f"pretrain_ross.py: {done.stderr.strip() or done.stdout.strip()}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = lines[-1]["consumed_samples"] - lines[0]["consumed_samples"]
+    return samples / sum(line["step_seconds"] for line in lines[1:]), samples / (len(lines) - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32], help="of a micro-batch [8 32]")
+    parser.add_argument("--iterations", type=int, default=8, help="steps of every run [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=2, help="[%(default)s]")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        convert_demo(folder / "base")
+        shards = make_shards(folder, 4000)
+        for rows in options.rows:
+            rates: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+            for turn in range(options.repeats):
+                for pack, found in rates.items():
+                    found.append(samples_a_second(folder, shards, rows, pack, options.iterations, turn))
+            packed, padded = (max(rate for rate, _ in rates[pack]) for pack in (True, False))
+            held = rates[True][0][1] / rows
+            print(
+                f"micro-batches of {rows} rows of {ROW_TOKENS} tokens: packed {packed:.1f}, padded {padded:.1f} "
+                f"samples a second: {packed / padded:.2f}x; a packed row holds {held:.1f} samples"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,7 @@ def index_shards(
     ]
     with tempfile.TemporaryDirectory(dir=out, prefix=".index.", suffix=".partial") as scratch:
         if settings.cache_folder is None and any(is_remote(shard.location) for shard, *_ in tasks):
-            settings = Settings(**{**vars(settings), "cache_folder": Path(scratch)})
+            settings = replace(settings, cache_folder=Path(scratch))
         _run(tasks, settings, num_workers, progress)
     entries = [
         IndexedShard(shard.name, shard.size, partial(ShardIndex.load, path), shard.tag)

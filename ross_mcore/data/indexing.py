@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31 - 1
 DIGEST_BYTES = 16
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+"""What reading a damaged .npz raises."""
 
 
 class SampleError(ValueError):
@@ -196,10 +198,14 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
-        with np.load(path, allow_pickle=False) as part:
-            facts = json.loads(part["facts"].tobytes())
-            keys, quarantine = part["keys"].tobytes(), [(key, reason) for key, reason in facts["quarantine"]]
-            arrays = part["samples"], part["images"], keys, part["digests"]
+        """Raises ShardError when the part is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as part:
+                facts = json.loads(part["facts"].tobytes())
+                arrays = part["samples"], part["images"], part["keys"].tobytes(), part["digests"]
+        except UNREADABLE as error:
+            raise ShardError(f"{path} is damaged: {error!r}; delete it and index the shards again") from None
+        quarantine = [(key, reason) for key, reason in facts["quarantine"]]
         return cls(*arrays, quarantine, facts["lost_bytes"], facts["others"])
 
 
@@ -208,8 +214,8 @@ def part_facts(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as part:
             facts = json.loads(part["facts"].tobytes())
-            return facts if part["samples"].dtype == SAMPLE_ROW and isinstance(facts, dict) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return facts if isinstance(facts, dict) else None
+    except UNREADABLE:
         return None
 
 

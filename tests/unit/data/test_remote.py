@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def test_processes_fetch_a_shard_once(shards: Path, tmp_path: Path, monkeypatch:
     def logged(*arguments: Any) -> None:
         with log.open("a") as lines:
             lines.write(f"{os.getpid()}\n")
+        time.sleep(0.3)  # long enough for the others to come
         download(*arguments)
 
     monkeypatch.setattr(remote, "_download", logged)

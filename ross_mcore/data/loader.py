@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ross_mcore.batch import Row, Sample, Slots
+from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import Order, sample_digest
 from ross_mcore.data.rows import PlannedRow, RowStream, micro_batches
 from ross_mcore.data.sample import ShardDataset, skipped_sample
+from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.layout import share_of
 
 PlannedMicroBatch = list[PlannedRow]
+Readable = ShardDataset | MixtureDataset
 
 
 WINDOW_SAMPLES = 16_384
@@ -93,7 +96,7 @@ class _MicroBatch:
 class _MicroBatches(Dataset[_MicroBatch]):
     """What a worker holds: a planned micro-batch -> the micro-batch read."""
 
-    def __init__(self, dataset: ShardDataset, packed: bool, tp_rank: int, tp_size: int, needs_pixels: bool) -> None:
+    def __init__(self, dataset: Readable, packed: bool, tp_rank: int, tp_size: int, needs_pixels: bool) -> None:
         self.dataset, self.packed = dataset, packed
         self.tp_rank, self.tp_size, self.needs_pixels = tp_rank, tp_size, needs_pixels
 
@@ -142,7 +145,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Readable,
         order: Order,
         *,
         global_batch_size: int,
@@ -164,8 +167,9 @@ class StepLoader:
                 f"global_batch_size={global_batch_size} is not a multiple of "
                 f"micro_batch_size={micro_batch_size} x data-parallel size {dp_size}"
             )
-        if order.num_samples != len(dataset):
-            raise ValueError(f"the order is over {order.num_samples} samples, the data set has {len(dataset)}")
+        ordered = int(order.offsets[-1]) if isinstance(order, MixtureOrder) else order.num_samples
+        if ordered != len(dataset):
+            raise ValueError(f"the order is over {ordered} samples, the data set has {len(dataset)}")
         self.dataset, self.packed = dataset, packed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size

@@ -11,13 +11,14 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.loader import Step
-from ross_mcore.data.sample import IgnoredLabels, ShardDataset
+from ross_mcore.data.sample import IgnoredLabels
+from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration
 from ross_mcore.training.state import TrainState
-from ross_mcore.training.step import samples_of
+from ross_mcore.training.step import DataSetLosses, samples_of
 from ross_mcore.training.stop import StopRequest
 
 IGNORED_SHARE_TO_WARN = 0.01
@@ -44,6 +45,19 @@ def ignored_warning(found: IgnoredLabels, template: str) -> str | None:
     )
 
 
+def _by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]:
+    """TensorBoard scalars of every data set over some steps: samples, and losses weighted by what they are over."""
+    scalars: dict[str, float] = {}
+    for name in steps[0] if steps else ():
+        own = [step[name] for step in steps]
+        scalars[f"samples/{name}"] = sum(losses.samples for losses in own)
+        for loss, weight in (("lm_loss", "labels"), ("vm_loss", "images")):
+            parts = [(getattr(x, loss), getattr(x, weight)) for x in own if getattr(x, loss) is not None]
+            if over := sum(count for _, count in parts):
+                scalars[f"{loss}/{name}"] = sum(value * count for value, count in parts) / over
+    return scalars
+
+
 class Console:
     """The lines a person reads. Only the rank that holds the log prints."""
 
@@ -65,7 +79,7 @@ class Console:
         if self.log is not None:
             print(text, flush=True)
 
-    def start(self, start: Checkpoint, resume: bool, state: TrainState, dataset: ShardDataset) -> None:
+    def start(self, start: Checkpoint, resume: bool, state: TrainState, dataset: MixtureDataset) -> None:
         layout, stages = self.layout, []
         for index in range(layout.pipeline_parallel):
             stage = layout.stage(index)
@@ -79,9 +93,14 @@ class Console:
             f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(stages)}\n"
             f"data: {len(dataset)} samples, {self.rows_per_step} a step, {self.train_iters} iterations"
         )
+        if len(dataset.parts) > 1:
+            total = sum(dataset.counts)
+            for name, count, size in dataset.shares:
+                self.say(f"  {name}: {size} samples, {count / size:.3g} times an epoch, {count / total:.1%} of it")
         if self.log is not None:
-            if warning := ignored_warning(dataset.ignored_labels(), dataset.template):
-                self.say(warning)
+            for name, part in zip(dataset.names, dataset.parts):
+                if warning := ignored_warning(part.ignored_labels(), part.template):
+                    self.say(f"{name}: {warning}" if len(dataset.parts) > 1 else warning)
             self.log.text("options", "\n".join(f"    {k}: {v}" for k, v in self.config.flat().items()))
 
     def step(self, metrics: StepMetrics, row_tokens: int, keys: list[str]) -> None:
@@ -126,6 +145,7 @@ class Console:
             "throughput/teraflops_per_device": flops / seconds / devices / 1e12,
             "throughput/data_share": sum(m.data_seconds for m, _ in self._window) / seconds,
         }
+        scalars |= _by_data_set([m.datasets for m, _ in self._window if m.applied])
         self.say(
             f"iteration {metrics.iteration:>{len(str(self.train_iters))}}/{self.train_iters} | "
             f"samples {metrics.consumed_samples} | "

@@ -11,20 +11,20 @@ from ross_mcore.batch import collate
 from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import SampleOrder
-from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.split import gather_shares
 from ross_mcore.training.metrics import picture_grid
 from ross_mcore.training.step import agree_on_step, run_schedule, slots_of
 
 SEARCHED_SAMPLES = 100_000
-"""How far from the start a first picture is looked for."""
+"""How far from the start of each data set a first picture is looked for."""
 
 
 @torch.no_grad()
 def reconstruction_grid(
     model: DistributedDataParallel,
-    dataset: ShardDataset,
+    dataset: MixtureDataset,
     groups: Groups,
     config: Config,
     model_config: ModelConfig,
@@ -36,8 +36,8 @@ def reconstruction_grid(
     The pictures are those of `--eval-images` samples in the order of the shards, from the first that has one; every
     data-parallel replica computes the same ones.
     """
-    has_picture = dataset.reader.samples["num_images"][:SEARCHED_SAMPLES] > 0
-    if not has_picture.any():
+    first = dataset.first_picture(SEARCHED_SAMPLES)
+    if first is None:
         return None
     rows = config.training.micro_batch_size
     count = -(-config.logging.eval_images // rows)
@@ -46,7 +46,7 @@ def reconstruction_grid(
         SampleOrder(len(dataset), seed=0, shuffle=False),
         global_batch_size=count * rows,
         micro_batch_size=rows,
-        skip_rows=int(has_picture.argmax()),
+        skip_rows=first,
         tp_rank=groups.tensor_rank,
         tp_size=groups.layout.tensor_parallel,
         reads=groups.stage.reads_data,

@@ -66,7 +66,7 @@ def _train(config: Config, stop: StopRequest) -> None:
     model_config = start.model_config()
     layout = process_groups.together(lambda: place(config, model_config))
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
-    dataset = process_groups.together(lambda: open_dataset(config, model_config, start))
+    dataset = process_groups.together(lambda: open_dataset(config, model_config, start, config.data.data_path or ""))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
     order = sample_order(config, dataset, rows_per_step)
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
@@ -75,11 +75,11 @@ def _train(config: Config, stop: StopRequest) -> None:
     state = TrainState(
         training_stage=config.training.training_stage,
         seed=config.training.seed,
-        data_fingerprint=dataset.reader.fingerprint,
+        data_fingerprint=dataset.fingerprint,
         global_batch_size=rows_per_step,
         seq_length=config.data.seq_length,
         template=dataset.template,
-        image_aspect_ratio=config.image_aspect_ratio,
+        image_aspect_ratio=dataset.image_aspect_ratio,
         sampler=config.data.sampler,
         mm_use_im_start_end=config.data.mm_use_im_start_end,
         pack=config.data.pack,
@@ -127,7 +127,7 @@ def _train(config: Config, stop: StopRequest) -> None:
             image_size=model_config.vision.image_size,
             device=device,
         )
-        losses = combine_losses(parts, groups, device)
+        losses = combine_losses(parts, groups, device, len(dataset.parts))
         norm = gradient_norm(optimizer)
         applied = math.isfinite(losses.loss) and math.isfinite(norm)
         if applied:
@@ -159,6 +159,7 @@ def _train(config: Config, stop: StopRequest) -> None:
                 skipped_samples=size.skipped_samples,
                 ignored_samples=size.ignored_samples,
                 applied=applied,
+                datasets=dict(zip(dataset.names, losses.datasets)) if len(dataset.parts) > 1 else {},
             )
             log.write(metrics)
             say.step(metrics, size.row_tokens, [] if applied else loader.keys(step))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ross_mcore.training.step import DataSetLosses
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,7 +26,8 @@ class StepMetrics:
     step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the step's sample ids
     in global order; skipped_samples: empty rows; ignored_samples: rows without any label; applied: false when the
     update was skipped because a loss or the gradient was not finite (such figures are null); step_seconds: the whole
-    step, of which data_seconds waiting for the loader.
+    step, of which data_seconds waiting for the loader; datasets: what each data set had of it (DataSetLosses), left out
+    when there is one.
     """
 
     iteration: int
@@ -41,6 +45,7 @@ class StepMetrics:
     skipped_samples: int
     ignored_samples: int
     applied: bool
+    datasets: dict[str, DataSetLosses] = field(default_factory=dict)
 
 
 def duration(seconds: float) -> str:
@@ -60,6 +65,13 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for every number in it that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """Writes a run's figures; one rank holds it. Lines after `iteration` (of a branch left by a crash) are dropped."""
 
@@ -77,11 +89,10 @@ class MetricsLog:
         self._board = SummaryWriter(str(tensorboard), purge_step=iteration + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(metrics).items()
-        }
-        self._stream.write(json.dumps(finite) + "\n")
+        entry = asdict(metrics)
+        if not entry["datasets"]:
+            del entry["datasets"]
+        self._stream.write(json.dumps(finite(entry)) + "\n")
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -21,9 +21,11 @@ from ross_mcore.checkpoint.sharded import (
 )
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.data.loader import window_samples
-from ross_mcore.data.order import BlockOrder, ModalityLengthOrder, Order
+from ross_mcore.data.mixture import MixtureOrder
+from ross_mcore.data.order import BlockOrder, ModalityLengthOrder, Order, keys
 from ross_mcore.data.rows import RowStream
 from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel
@@ -85,32 +87,47 @@ def place(config: Config, model_config: ModelConfig) -> Layout:
     return layout
 
 
-def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint) -> ShardDataset:
-    """The shards of --data-path, read as this run's model and stage need them."""
-    dataset = ShardDataset(
-        Path(config.data.data_path or ""),
-        load_tokenizer(start.tokenizer),
-        model_config,
-        template=config.template(model_config),
-        image_aspect_ratio=config.image_aspect_ratio,
-        seq_length=config.data.seq_length,
-        supervise_final_eos=config.data.supervise_final_eos,
-        image_processor=start.image_processor(),
-        mm_use_im_start_end=config.data.mm_use_im_start_end,
-    )
+def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, path: str) -> MixtureDataset:
+    """The data sets of `path`, a folder or a YAML file, read as this run's model and stage need them."""
+    tokenizer, image_processor = load_tokenizer(start.tokenizer), start.image_processor()
+
+    def open_part(source: Source) -> ShardDataset:
+        return ShardDataset(
+            source.path,
+            tokenizer,
+            model_config,
+            template=source.template or config.template(model_config),
+            image_aspect_ratio=source.image_aspect_ratio or config.image_aspect_ratio,
+            seq_length=config.data.seq_length,
+            supervise_final_eos=config.data.supervise_final_eos,
+            image_processor=image_processor,
+            mm_use_im_start_end=config.data.mm_use_im_start_end,
+        )
+
+    dataset = MixtureDataset.open(Path(path), open_part)
     if config.data.pack:
         dataset.require_lengths()
     return dataset
 
 
-def sample_order(config: Config, dataset: ShardDataset, global_batch_size: int) -> Order:
-    """The order that --sampler names."""
+def sample_order(config: Config, dataset: MixtureDataset, global_batch_size: int) -> Order:
+    """The order that --sampler names. Raises ConfigError for one that cannot keep the data sets' shares."""
+    seed = config.training.seed
     if config.data.sampler == "modality_length":
-        return ModalityLengthOrder(dataset.modality_lengths(), global_batch_size, config.training.seed)
-    return BlockOrder(len(dataset), config.training.seed)
+        if not dataset.passes_once:
+            raise ConfigError(
+                f"--sampler modality_length lays out one pass over all samples, but {config.data.data_path} takes "
+                f"{', '.join(f'{c} of {n} samples of {name!r}' for name, c, n in dataset.shares)} an epoch; remove "
+                "weight and epochs there, or use --sampler shuffle"
+            )
+        return ModalityLengthOrder(dataset.modality_lengths(), global_batch_size, seed)
+    if len(dataset.parts) == 1 and dataset.passes_once:
+        return BlockOrder(len(dataset), seed)
+    orders = tuple(BlockOrder(size, int(keys(seed, which)[0])) for which, size in enumerate(dataset.sizes))
+    return MixtureOrder(orders, dataset.counts, seed)
 
 
-def iterations_of(config: Config, dataset: ShardDataset, order: Order, global_batch_size: int) -> int:
+def iterations_of(config: Config, dataset: MixtureDataset, order: Order, global_batch_size: int) -> int:
     """The optimizer steps of --train-epochs.
 
     With --pack, rows are counted in the first windows of the first epoch, ROWS_COUNTED_IN samples at most; what lies
@@ -120,12 +137,12 @@ def iterations_of(config: Config, dataset: ShardDataset, order: Order, global_ba
     if config.data.pack:
         stream = RowStream(order, dataset.row_lengths, dataset.seq_length, True, window_samples(order))
         samples = rows = 0
-        while samples < min(len(dataset), ROWS_COUNTED_IN):
+        while samples < min(order.num_samples, ROWS_COUNTED_IN):
             rows += stream.rows_of_window(stream.cursor.window)
             stream.skip(stream.rows_of_window(stream.cursor.window))
             samples = stream.cursor.consumed_samples
         rows_per_sample = rows / samples
-    return math.ceil((config.training.train_epochs or 0) * len(dataset) * rows_per_sample / global_batch_size)
+    return math.ceil((config.training.train_epochs or 0) * order.num_samples * rows_per_sample / global_batch_size)
 
 
 def build(

@@ -91,6 +91,8 @@ CASES = [
     Case("packed pp3", 3, layout(1, 3), common=PACKED),
     Case("packed dp2 recompute", 2, layout(recompute_granularity="full", micro_batch_size=1), common=PACKED),
     Case("packed pp2 frozen LLM", 2, layout(1, 2), stage="pretrain", common=(*PACKED, ("template", "qwen_2"))),
+    Case("two data sets dp2", 2, data="mixture"),
+    Case("two data sets, packed, tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), data="mixture", common=PACKED),
     # bf16 keeps 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
     # and norms, 1.5e-2 of a family's largest gradient
     Case("bf16 dp2", 2, common=(("bf16", True),), relative=3e-2),

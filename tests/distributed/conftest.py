@@ -81,6 +81,8 @@ def base(workplace: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def shards(workplace: Path) -> Callable[[str], Path]:
     def get(kind: str) -> Path:
+        if kind == "mixture":
+            return mixture(get("mixed"), get("captions"))
         folder = workplace / f"shards_{kind}"
         if not folder.exists():
             tokenizer = load_tokenizer(GOLDEN / "data" / "tok_qwen2")
@@ -91,6 +93,16 @@ def shards(workplace: Path) -> Callable[[str], Path]:
         return folder
 
     return get
+
+
+def mixture(first: Path, second: Path) -> Path:
+    """A YAML of two data sets beside the first: three samples of it to one of the other, whose pictures are padded."""
+    path = first.parent / "mixture.yaml"
+    path.write_text(
+        f"- {{path: {first.name}, weight: 3, name: first}}\n"
+        f"- {{path: {second.name}, weight: 1, image_aspect_ratio: square, name: second}}\n"
+    )
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,10 @@ def assert_same(run: Finished, reference: Finished, relative: float, iterations:
             assert ours[name] == pytest.approx(expected[name], rel=relative), (name, ours["iteration"])
         for name in ("sample_digest", "num_tokens", "num_images", "learning_rate", "consumed_samples"):
             assert ours[name] == expected[name], name
+        assert ours.get("datasets", {}).keys() == expected.get("datasets", {}).keys()
+        for name, dataset in ours.get("datasets", {}).items():
+            assert dataset == pytest.approx(expected["datasets"][name], rel=relative), name
+            assert dataset.keys() == {"samples", "labels", "images", "lm_loss", "vm_loss"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -73,10 +77,26 @@ def test_trains_like_one_process(
     if case.data == "text_only":
         assert run.metrics[0]["num_images"] == 0 and run.metrics[0]["vm_loss"] == 0
         assert largest["denoiser"] == largest["projector"] == 0
+    elif case.data == "mixture":
+        assert_adds_up(run)
     elif case.data == "sparse":
         assert 1 in [entry["num_images"] for entry in run.metrics]
     else:
         assert largest["denoiser"] > 0 and largest["projector"] > 0
+
+
+def assert_adds_up(run: Finished) -> None:
+    """The data sets' own figures are the step's, split; and both data sets take their turn."""
+    consumed = 0
+    for entry in run.metrics:
+        own = list(entry["datasets"].values())
+        assert sum(x["samples"] for x in own) == entry["consumed_samples"] - consumed
+        consumed = entry["consumed_samples"]
+        for loss, over, count in (("lm_loss", "labels", "num_tokens"), ("vm_loss", "images", "num_images")):
+            assert sum(x[over] for x in own) == entry[count]
+            assert sum((x[loss] or 0) * x[over] for x in own) == pytest.approx(entry[loss] * entry[count], rel=1e-6)
+    first, second = (sum(entry["datasets"][name]["samples"] for entry in run.metrics) for name in ("first", "second"))
+    assert first > second > 0
 
 
 @pytest.mark.parametrize("layout_of_packed", [{}, layout(2, 2, sequence_parallel=True)], ids=["tp1", "tp2xpp2+sp"])
@@ -132,6 +152,11 @@ RESUMES = [
         "packed, with another micro-batch and workers",
         Case("", 4, layout(2, 2), common=PACKED),
         Case("", 4, layout(1, 2), common=PACKED),
+    ),
+    (
+        "two data sets, packed, at another layout",
+        Case("", 4, layout(2, 2), data="mixture", common=PACKED),
+        Case("", 2, layout(1, 2), data="mixture", common=PACKED),
     ),
     (
         "bf16 at another layout",

@@ -1,0 +1,247 @@
+"""What a run reads: one folder of shards, or a YAML file that lists several data sets and their shares.
+
+    datasets:                       # or the list alone
+      - path: shards/captions       # from the folder of this file
+        weight: 1                   # a share of the samples; or epochs: passes over it in an epoch of the mixture
+        template: plain             # default: --template
+      - path: shards/instructions
+        weight: 3
+        image_aspect_ratio: pad     # default: --image-aspect-ratio
+        name: llava                 # in logs and metrics; default: the folder's name
+
+Legend: P samples asked for, D data sets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from ross_mcore.batch import Sample
+from ross_mcore.data.conversation import TRAINING_TEMPLATES
+from ross_mcore.data.image import ImageAspectRatio
+from ross_mcore.data.mixture import counts_by_epochs, counts_by_weight
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.shards import ShardError
+
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a run. `weight` and `epochs` exclude each other; None leaves the choice to the run's options."""
+
+    path: Path
+    name: str
+    weight: float | None = None
+    epochs: float | None = None
+    template: str | None = None
+    image_aspect_ratio: ImageAspectRatio | None = None
+
+
+def read_sources(path: Path) -> list[Source]:
+    """The data sets of `path`: the folder itself, or those of a YAML file.
+
+    Raises ShardError, with the file, the data set and the key, for a file that does not say what to read.
+    """
+    if path.suffix not in SUFFIXES or path.is_dir():
+        return [Source(path, path.name)]
+    entries = _entries(path)
+    sources = [_source(path, number, entry) for number, entry in enumerate(entries)]
+    names = [source.name for source in sources]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ShardError(f"{path}: {names.count(twice)} data sets are named {twice!r}; give each a `name` of its own")
+    for key, other in (("weight", "epochs"), ("epochs", "weight")):
+        given = [source for source in sources if getattr(source, key) is not None]
+        if given and len(given) < len(sources):
+            without = next(source for source in sources if getattr(source, key) is None)
+            has = f"has {other} instead" if getattr(without, other) is not None else "has none"
+            raise ShardError(
+                f"{path}: data set {given[0].name!r} has {key} and {without.name!r} {has}; give every data set "
+                f"{key}, or every one {other}"
+            )
+    return sources
+
+
+def epoch_counts(sources: Sequence[Source], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Samples [D] that an epoch takes of data sets of `sizes` [D]; one pass over each where nothing is said.
+
+    Raises ValueError for what leaves a data set without any.
+    """
+    if sources[0].weight is not None:
+        return counts_by_weight(sizes, [source.weight or 0 for source in sources])
+    return counts_by_epochs(sizes, [1 if source.epochs is None else source.epochs for source in sources])
+
+
+def _entries(path: Path) -> list[Any]:
+    """The list of data sets in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShardError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ShardError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if isinstance(content, dict):
+        for key in content:
+            if key != "datasets":
+                raise ShardError(f"{path}: unknown key {key!r}{_hint(key, ['datasets'])}")
+        content = content.get("datasets")
+    if not isinstance(content, list) or not content:
+        raise ShardError(f"{path}: expected a list of data sets, each with a `path`, alone or under `datasets:`")
+    return content
+
+
+def _source(file: Path, number: int, entry: Any) -> Source:
+    where = f"{file}: data set {number + 1}"
+    known = [field.name for field in fields(Source)]
+    if not isinstance(entry, dict):
+        raise ShardError(f"{where}: expected keys and values ({', '.join(known)}), got {entry!r}")
+    for key in entry:
+        if key not in known:
+            raise ShardError(f"{where}: unknown key {key!r}{_hint(key, known)}")
+    for key in ("path", "name"):
+        value = entry.get(key)
+        if (value is not None or key == "path") and (not isinstance(value, str) or not value.strip()):
+            raise ShardError(f"{where}: {key} must be text, got {value!r}")
+    path = file.parent / entry["path"]
+    name = entry.get("name") or path.name
+    where = f"{file}: data set {name!r}"
+    if not path.is_dir():
+        raise ShardError(f"{where}: path {entry['path']!r} is no folder ({path}); paths count from the YAML's folder")
+    for key in ("weight", "epochs"):
+        value = entry.get(key)
+        number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number_given and value > 0 and math.isfinite(value)):
+            raise ShardError(f"{where}: {key} must be a number above zero, got {value!r}")
+    if entry.get("weight") is not None and entry.get("epochs") is not None:
+        raise ShardError(f"{where}: weight and epochs exclude each other; give one of them to every data set")
+    for key, allowed in (("template", tuple(TRAINING_TEMPLATES)), ("image_aspect_ratio", get_args(ImageAspectRatio))):
+        value = entry.get(key)
+        if value is not None and value not in allowed:
+            raise ShardError(f"{where}: {key} {value!r} is not one of {', '.join(allowed)}{_hint(value, allowed)}")
+    return Source(**{**entry, "path": path, "name": name})
+
+
+def _hint(value: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class MixtureDataset:
+    """The data sets of a run as one: sample n of data set d is number `offsets[d]` + n. One alone is a mixture as well.
+
+    `counts` [D] are the samples that an epoch takes of each. Samples know their data set (`Sample.source`); otherwise
+    this is what a ShardDataset is to a loader.
+    """
+
+    def __init__(self, names: Sequence[str], parts: Sequence[ShardDataset], counts: Sequence[int]) -> None:
+        self.names, self.parts, self.counts = list(names), list(parts), tuple(counts)
+        self.sizes = [len(part) for part in parts]
+        self.offsets = np.cumsum([0, *self.sizes])
+        self.seq_length = self.parts[0].seq_length
+
+    @property
+    def shares(self) -> list[tuple[str, int, int]]:
+        """(name, samples of an epoch, samples) of every data set."""
+        return list(zip(self.names, self.counts, self.sizes))
+
+    @classmethod
+    def open(cls, path: Path, open_part: Callable[[Source], ShardDataset]) -> MixtureDataset:
+        """The data sets that `path` names (read_sources), each opened by `open_part`.
+
+        Raises ShardError for a list that cannot be used, and what `open_part` raises.
+        """
+        sources = read_sources(path)
+        parts = [open_part(source) for source in sources]
+        try:
+            counts = epoch_counts(sources, [len(part) for part in parts])
+        except ValueError as error:
+            raise ShardError(f"{path}: {error} (counted from 0)") from None
+        return cls([source.name for source in sources], parts, counts)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def passes_once(self) -> bool:
+        """Whether an epoch takes every sample exactly once."""
+        return list(self.counts) == self.sizes
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content: data sets and shares. That of the data set itself where there is one, passed once."""
+        content = [(part.reader.fingerprint, count) for part, count in zip(self.parts, self.counts)]
+        if len(content) == 1 and self.passes_once:
+            return content[0][0]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    @property
+    def template(self) -> str:
+        """The conversation template, or those of the data sets."""
+        return _one_or_all([part.template for part in self.parts])
+
+    @property
+    def image_aspect_ratio(self) -> str:
+        """The aspect ratio of pictures, or those of the data sets."""
+        return _one_or_all([part.preprocessing.aspect_ratio for part in self.parts])
+
+    def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """The samples' keys in their data sets, from the index alone."""
+        return [self.parts[which].keys([local])[0] for which, local in map(self.place, sample_numbers)]
+
+    def get(self, sample_number: int, position: int, wanted_pixels: bool = False) -> Sample:
+        """The sample at stream position `position`; its pixels are all None unless `wanted_pixels`."""
+        which, local = self.place(sample_number)
+        sample = self.parts[which].get(local, position, wanted_pixels)
+        sample.source = which
+        return sample
+
+    def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[str]:
+        """As ShardDataset.decode."""
+        which, local = self.place(sample_number)
+        return self.parts[which].decode(sample, local, ordinals)
+
+    def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """As ShardDataset.row_lengths [P]."""
+        lengths = np.empty(len(sample_numbers), np.int64)
+        owners = np.searchsorted(self.offsets, sample_numbers, side="right") - 1
+        for which, part in enumerate(self.parts):
+            here = owners == which
+            lengths[here] = part.row_lengths(sample_numbers[here] - self.offsets[which])
+        return lengths
+
+    def first_picture(self, searched: int) -> int | None:
+        """The first sample with a picture among the first `searched` of each data set, by the indexes."""
+        for offset, part in zip(self.offsets, self.parts):
+            has_picture = part.reader.samples["num_images"][:searched] > 0
+            if has_picture.any():
+                return int(offset + has_picture.argmax())
+        return None
+
+    def modality_lengths(self) -> NDArray[np.int64]:
+        """As ShardDataset.modality_lengths, of all samples."""
+        return np.concatenate([part.modality_lengths() for part in self.parts])
+
+    def require_lengths(self) -> None:
+        """Raises ShardError unless every index has the samples' lengths under this run's tokenizer and template."""
+        for part in self.parts:
+            part.require_lengths()
+
+    def place(self, sample_number: int) -> tuple[int, int]:
+        """The data set of a sample, and its number there."""
+        which = int(np.searchsorted(self.offsets, sample_number, side="right")) - 1
+        return which, int(sample_number - self.offsets[which])
+
+
+def _one_or_all(values: Sequence[str]) -> str:
+    return values[0] if len(set(values)) == 1 else ", ".join(values)

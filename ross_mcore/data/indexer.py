@@ -262,7 +262,10 @@ def _run(tasks: Sequence[Task], settings: Settings, num_workers: int, progress: 
             done += task[0].size
             progress(done, total)
         return
-    context = multiprocessing.get_context("spawn")  # the parent has threads: progress, and the tokenizer's
+    # The parent has threads (progress, the tokenizer's), so workers are forked from a server that has none; what takes
+    # seconds to import is imported there, once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *(["transformers.models.auto"] if settings.tokenizer else [])])
     passed = context.Value("Q", 0)
     pool = ProcessPoolExecutor(min(num_workers, len(tasks)), context, _start_worker, (settings, passed))
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -126,15 +127,13 @@ def length_source(tokenizer: PreTrainedTokenizerBase, template: str, mm_use_im_s
 def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: Path | str) -> str | None:
     """Why the lengths of an index are not those of `source`, with the command that mends it; None when they are."""
     found = reader.length_source
-    difference = "nothing, as it has no lengths" if found is None else found.difference(source)
-    if difference is None:
+    difference = None if found is None else found.difference(source)
+    if found is not None and difference is None:
         return None
-    was = f"was measured with another {difference}" if found is not None else "has no lengths"
-    flag = " --mm-use-im-start-end" if source.mm_use_im_start_end else ""
-    return (
-        f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} --data-path {reader.folder} "
-        f"--tokenizer {tokenizer_folder} --template {source.template}{flag}"
-    )
+    was = "has no lengths" if found is None else f"was measured with another {difference}"
+    flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
+    flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
+    return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"
 
 
 def content_digest(key: str, text: bytes, picture_sizes: Iterable[int]) -> bytes:

@@ -76,6 +76,7 @@ __all__ = [
     "sharding_metadata",
 ]
 
+MASTER_PREFIX = OPTIMIZER_PREFIX + "state.param."
 T = TypeVar("T")
 
 
@@ -185,20 +186,73 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
         return metadata, common
 
     metadata, common = _together(check)
+    masters: dict[str, Any] = {}
+    if "optimizer" in wanted:
+        masters = _as_the_other_optimizer(checkpoint, metadata, common, wanted)
     _compare(checkpoint, metadata, wanted)
-    try:
-        loaded = dist_checkpointing.load(
-            wanted,
-            str(checkpoint.path),
-            sharded_strategy=_LoadStrategy(metadata),
-            common_strategy=_Common(common),
-            validate_access_integrity=False,
-        )
-    except CheckpointException as error:
-        raise CheckpointError(_first_failure(f"{checkpoint.path} cannot be read", error)) from None
+
+    def read(pieces: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return dist_checkpointing.load(
+                pieces,
+                str(checkpoint.path),
+                sharded_strategy=_LoadStrategy(metadata),
+                common_strategy=_Common(plain),
+                validate_access_integrity=False,
+            )
+        except CheckpointException as error:
+            raise CheckpointError(_first_failure(f"{checkpoint.path} cannot be read", error)) from None
+
+    loaded = read(wanted, common)
+    if masters:
+        # by themselves: the same tensors are asked for as weights, and a tensor is read once in one go
+        merge(loaded, read(masters, {}))
     dict_list_map_inplace(lambda _: None, extra_state)
     merge(loaded, extra_state)
     return {key: value for key, value in loaded.items() if key in state or key not in ("model", "optimizer")}
+
+
+def _as_the_other_optimizer(
+    checkpoint: Checkpoint, metadata: Metadata, common: dict[str, Any], wanted: dict[str, Any]
+) -> dict[str, Any]:
+    """Makes a checkpoint of the plain optimizer fit the distributed one, or the other way round.
+
+    Moments have the same names and shapes in both. Two things differ: the distributed optimizer stores its fp32 master
+    weights too, which in fp32 are the model's own weights; and it nests the parameter groups one level deeper. Returns
+    the masters that are wanted and are to be read from the model's weights, taken out of `wanted`; adapts `common`.
+    Raises CheckpointError, on every rank alike, for masters that could not be kept.
+    """
+    stores_masters = any(name.startswith(MASTER_PREFIX) for name in tensor_shapes(metadata))
+    wants_masters = "param_state" in wanted["optimizer"]
+    groups = common.get("optimizer")
+    if stores_masters == wants_masters or not isinstance(groups, dict):
+        return {}
+    if not wants_masters:
+        halves = sorted(
+            name
+            for name, item in metadata.state_dict_metadata.items()
+            if MASTER_PREFIX + name in metadata.state_dict_metadata and item.properties.dtype != torch.float32
+        )
+        if halves:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained with --bf16 and has fp32 masters, which only the distributed optimizer "
+                "keeps: continue with --bf16, or start anew from its weights with --finetune"
+            )
+        common["optimizer"] = groups.get("optimizer", {})
+        return {}
+    sharding = wanted["optimizer"]["param_state_sharding_type"]
+    common["optimizer"] = {"optimizer": groups, "param_state_sharding_type": sharding}
+    masters, rest = extract_matching_values(
+        wanted["optimizer"], lambda value: getattr(value, "key", "").startswith(MASTER_PREFIX)
+    )
+    wanted["optimizer"] = rest
+    dict_list_map_inplace(_from_the_weight, masters)
+    return {"optimizer": masters}
+
+
+def _from_the_weight(master: ShardedTensor) -> ShardedTensor:
+    master.key = master.key.removeprefix(MASTER_PREFIX)
+    return master
 
 
 def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any]) -> None:
@@ -212,7 +266,11 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
     with_optimizer = any(name.startswith(OPTIMIZER_PREFIX) for name in asked)
     missing = sorted(name for name in asked if name not in stored)
     left_over = sorted(
-        name for name in stored if name not in asked and (with_optimizer or not name.startswith(OPTIMIZER_PREFIX))
+        name
+        for name in stored
+        if name not in asked
+        and (with_optimizer or not name.startswith(OPTIMIZER_PREFIX))
+        and not name.startswith(MASTER_PREFIX)
     )
     other_shape = sorted(name for name in asked if name in stored and stored[name] != asked[name])
     problems = []
@@ -227,7 +285,7 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
         return
     what = "does not fit this model"
     if all(name.startswith(OPTIMIZER_PREFIX) for name in (*missing, *left_over, *other_shape)):
-        what = "has optimizer state of other trainable parts, or with another choice of --use-distributed-optimizer"
+        what = "has optimizer state of other trainable parts"
     raise CheckpointError(f"{checkpoint.path} {what}: " + "; ".join(problems))
 
 

@@ -144,6 +144,16 @@ RESUMES = [
         Case("", 2, layout(1, 2, use_distributed_optimizer=True)),
     ),
     (
+        "plain optimizer, then the distributed one",
+        Case("", 2, layout(2)),
+        Case("", 4, layout(2, use_distributed_optimizer=True)),
+    ),
+    (
+        "distributed optimizer, then the plain one",
+        Case("", 2, layout(use_distributed_optimizer=True)),
+        Case("", 2, layout(1, 2)),
+    ),
+    (
         "pretrain, a stage that trains nothing",
         Case("", 3, layout(1, 3), "pretrain"),
         Case("", 2, layout(2), "pretrain"),
@@ -183,3 +193,12 @@ def test_resumes(
     run = start(after, folder, num_workers=1)
     assert [entry["iteration"] for entry in run.metrics] == [1, 2, 3]
     assert_same(run, expected, before.relative)
+
+
+def test_bf16_masters_are_not_dropped_in_silence(start: Callable[..., Finished]) -> None:
+    """The plain fp32 optimizer has no place for them, and the weights beside them are rounded."""
+    start(Case("", 2, common=(("bf16", True),)), "masters", exit_duration_in_mins=1e-6)
+    with pytest.raises(pytest.fail.Exception):
+        start(Case("", 2), "masters")
+    run = start(Case("", 2, layout(use_distributed_optimizer=True)), "masters")
+    assert [entry["iteration"] for entry in run.metrics] == [1, 2, 3]

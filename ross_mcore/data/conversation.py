@@ -2,6 +2,11 @@
 
 Behaviour: reference train.py:620-893 (LLaVA's preprocessing), confirmed token by token against recorded values.
 Ids hold one IMAGE_TOKEN_INDEX per image until `expand_images` gives every image its place in the row.
+
+The reference knows samples of one picture, which it moves to the start of its turn; theirs is its arithmetic, id by id.
+Several pictures stay where their `<image>` stand, in any turn, and are meant in the order in which they stand. Those
+that the text does not show come first, each on a line of its own at the start of the human's first turn; a text that
+shows more than there are has no row (`require_pictures`).
 Legend: L tokens of a row.
 """
 
@@ -43,12 +48,14 @@ class ConversationError(ValueError):
 class Tokenized:
     """input_ids [L] with one IMAGE_TOKEN_INDEX per image, labels [L], unshifted.
 
-    `mismatch`: the answers could not be located among the tokens, so that every label is IGNORE_INDEX.
+    `mismatch`: the answers could not be located among the tokens, so that every label is IGNORE_INDEX; `text_tokens`:
+    ids without the images', before any cut.
     """
 
     input_ids: list[int]
     labels: list[int]
-    mismatch: bool = False
+    mismatch: bool
+    text_tokens: int
 
     @property
     def image_spans(self) -> int:
@@ -58,6 +65,21 @@ class Tokenized:
     def label_tokens(self) -> int:
         """Labels that a loss can use: none for the first token, which nothing predicts, nor for an image."""
         return sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class SampleBounds:
+    """The most pictures, and tokens of text with its template (pictures not counted), that a sample may have."""
+
+    images: int | None = None
+    tokens: int | None = None
+
+    def require(self, num_images: int, text_tokens: int = 0) -> None:
+        """Raises ConversationError for a sample that has more."""
+        if self.images is not None and num_images > self.images:
+            raise ConversationError(f"it has over {self.images} pictures")
+        if self.tokens is not None and text_tokens > self.tokens:
+            raise ConversationError(f"its text is over {self.tokens} tokens")
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,7 @@ class _Prompt:
 
     text: str
     ids: list[int]
-    has_image: bool
+    num_images: int
     tokenizer: PreTrainedTokenizerBase
     style: Template
     max_length: int
@@ -97,10 +119,13 @@ class _Prompt:
             if len(parts) != 2:
                 break
             instruction = parts[0] + self.style.answer_start
-            found.append(
-                (_encode(text, self.has_image, self.tokenizer), _encode(instruction, self.has_image, self.tokenizer))
-            )
+            shows = self.num_images > 0
+            found.append((_encode(text, shows, self.tokenizer), _encode(instruction, shows, self.tokenizer)))
         return found
+
+    def require_shown(self) -> None:
+        if self.num_images and IMAGE_PLACEHOLDER not in self.text:
+            raise ConversationError("a picture but no <image> in the text")
 
     def present(self) -> int:
         """Ids that are not padding: a padding token in the text shortens the row (and so is a mismatch), as ever."""
@@ -137,8 +162,7 @@ def _mask_sentencepiece(prompt: _Prompt) -> tuple[list[int], bool]:
     With another tokenizer they fit a single round only (v1_qwen2). Raises ConversationError when no text shows the
     picture.
     """
-    if prompt.has_image and IMAGE_PLACEHOLDER not in prompt.text:
-        raise ConversationError("a picture but no <image> in the text")
+    prompt.require_shown()
     shorter = int(not getattr(prompt.tokenizer, "legacy", False))
     return _mask_by_count(prompt, first_token=1, before_answer=2, later_rounds=shorter)
 
@@ -154,13 +178,15 @@ def _mask_by_count(
     """Labels from the number of tokens that a round, and its part before the answer, have when tokenised alone.
 
     `first_token`: where the first round starts; `before_answer`: tokens to take off the part before an answer;
-    `later_rounds`: tokens that rounds after the first have fewer in the row than alone.
+    `later_rounds`: tokens that rounds after the first have fewer in the row than alone. No piece merges with a picture
+    that begins an answer; the reference, which has only one picture, does not see to that.
     """
     labels, start = list(prompt.ids), first_token
     labels[:start] = [IGNORE_INDEX] * len(labels[:start])
     for number, (whole, instruction) in enumerate(prompt.rounds()):
         shorter = later_rounds if number else 0
-        answer = start + len(instruction) - before_answer - shorter
+        alone = before_answer and prompt.num_images > 1 and whole[len(instruction) :][:1] == [IMAGE_TOKEN_INDEX]
+        answer = start + len(instruction) - before_answer - shorter + bool(alone)
         labels[start:answer] = [IGNORE_INDEX] * len(labels[start:answer])
         start += len(whole) - shorter
     labels[start:] = [IGNORE_INDEX] * len(labels[start:])
@@ -170,18 +196,27 @@ def _mask_by_count(
 
 
 def _mask_caption(prompt: _Prompt) -> tuple[list[int], bool]:
-    """Labels for `plain`: everything after BOS and the image."""
-    start = len(encode_with_images(IMAGE_PLACEHOLDER, prompt.tokenizer))
+    """Labels for `plain`: everything after BOS and an image at the start.
+
+    Raises ConversationError when no text shows the picture.
+    """
+    prompt.require_shown()
+    before = IMAGE_PLACEHOLDER if prompt.text.startswith(IMAGE_PLACEHOLDER) else ""
+    start = len(encode_with_images(before, prompt.tokenizer))
     return [IGNORE_INDEX] * start + prompt.ids[start:], False
 
 
 def _write_caption(turns: list[Turn], style: Template) -> str:
-    """`<image>` and the caption, of which the instruction keeps nothing else."""
+    """The pictures of the instruction, which keeps nothing else, and the caption, or text that may show pictures too.
+
+    What a caption is generated from shows a picture in any case.
+    """
+    pictures = IMAGE_PLACEHOLDER * (turns[0][1] or "").count(IMAGE_PLACEHOLDER)
     if turns[-1][1] is None:
-        return IMAGE_PLACEHOLDER
-    if len(turns) != 2 or IMAGE_PLACEHOLDER not in (turns[0][1] or ""):
-        raise ConversationError("plain takes two turns, the first with <image>")
-    return f"{IMAGE_PLACEHOLDER}{turns[1][1]}{style.round_end}"
+        return pictures or IMAGE_PLACEHOLDER
+    if len(turns) != 2:
+        raise ConversationError("plain takes two turns, an instruction and a caption")
+    return f"{pictures}{turns[1][1]}{style.round_end}"
 
 
 def _write_dialogue(turns: list[Turn], style: Template) -> str:
@@ -229,7 +264,7 @@ TRAINING_TEMPLATES = tuple(name for name in TEMPLATES if name != "v1_qwen2")
 
 def tokenize_conversation(
     conversations: Any,
-    has_image: bool,
+    num_images: int,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_length: int,
@@ -238,41 +273,42 @@ def tokenize_conversation(
 ) -> Tokenized:
     """Ids and labels of a LLaVA conversation, a list of {"from": "human" | "gpt", "value": text}.
 
-    `has_image` (not the text) says whether `<image>` means a picture. As in the reference, only rows without a picture
+    `num_images` (not the text) says whether `<image>` means a picture. As in the reference, only rows without a picture
     are cut to `max_length` here. `supervise_final_eos=False` gives the reference's labels for `qwen_2`.
     `mm_use_im_start_end` as in `write_prompt`.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
     style = TEMPLATES[template]
-    text = write_prompt(conversations, has_image, template, mm_use_im_start_end=mm_use_im_start_end)
-    shows_image = has_image or template == "plain"
+    text = write_prompt(conversations, num_images, template, mm_use_im_start_end=mm_use_im_start_end)
+    shows_image = _shows_image(text, num_images, template)
     ids = _encode(text if style.tokenized else text.replace(style.round_end, ""), shows_image, tokenizer)
+    text_tokens = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
     if not shows_image:
         ids = ids[:max_length]
-    prompt = _Prompt(text, ids, has_image, tokenizer, style, max_length, supervise_final_eos)
+    prompt = _Prompt(text, ids, num_images, tokenizer, style, max_length, supervise_final_eos)
     labels, mismatch = style.mask(prompt)
-    return Tokenized(ids, labels, mismatch)
+    return Tokenized(ids, labels, mismatch, text_tokens)
 
 
 def tokenize_prompt(
     conversations: Any,
-    has_image: bool,
+    num_images: int,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     mm_use_im_start_end: bool = False,
 ) -> list[int]:
     """Ids to generate from: a conversation whose last turn is the human's, with the answer's role written after it.
 
-    `plain` gives the image alone. In later rounds of `llama3` the reference leaves `<|eot_conversation|>` as text in
+    `plain` gives the images alone. In later rounds of `llama3` the reference leaves `<|eot_conversation|>` as text in
     what it generates from, though not in what it trains on; so does this. Raises as `write_prompt`.
     """
-    text = write_prompt(conversations, has_image, template, True, mm_use_im_start_end)
-    return _encode(text, has_image or template == "plain", tokenizer)
+    text = write_prompt(conversations, num_images, template, True, mm_use_im_start_end)
+    return _encode(text, _shows_image(text, num_images, template), tokenizer)
 
 
 def write_prompt(
     conversations: Any,
-    has_image: bool,
+    num_images: int,
     template: str,
     generation: bool = False,
     mm_use_im_start_end: bool = False,
@@ -284,15 +320,27 @@ def write_prompt(
     """
     style = TEMPLATES[template]
     checked = check_turns(conversations)
-    if has_image:
-        placeholder = IMAGE_PLACEHOLDER_IN_TEXT if mm_use_im_start_end else IMAGE_PLACEHOLDER
-        checked = [(role, _normalise_images(text, placeholder)) for role, text in checked]
+    if num_images == 1:
+        checked = [(role, _normalise_images(text)) for role, text in checked]
+    elif num_images > 1:
+        checked = _with_missing_images(checked, num_images)
+    if num_images and mm_use_im_start_end:
+        checked = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in checked]
     turns: list[Turn] = [*checked]
     if generation:
         if turns[-1][0] != "human":
             raise ConversationError("nothing to answer: the last turn is not the human's")
         turns.append(("gpt", None))
     return style.write(turns, style)
+
+
+def require_pictures(image_spans: int, num_images: int) -> None:
+    """Raises ConversationError unless a text shows the sample's pictures, or, as the reference takes it, not its one.
+
+    A picture that is not shown is not trained on.
+    """
+    if image_spans != num_images and (image_spans or num_images > 1):
+        raise ConversationError(f"{image_spans} <image> in the text, {num_images} pictures")
 
 
 def count_words(conversations: Any) -> int:
@@ -321,11 +369,19 @@ def expand_images(
 
 def cut_row(
     tokens: NDArray[np.int64], labels: NDArray[np.int64], starts: list[int], image_tokens: int, max_length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """An expanded row's first `max_length` tokens and labels. Raises ConversationError when that cuts a picture."""
-    if starts and starts[-1] + image_tokens > max_length:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+    """An expanded row's first `max_length` tokens and labels, and its images; the cut never goes through one.
+
+    It ends before an image that it would cut. Raises ConversationError when it loses images and leaves no image or no
+    label: of one image, which the reference does not cut either, the loss is always too much.
+    """
+    kept = [start for start in starts if start + image_tokens <= max_length]
+    if len(kept) == len(starts):
+        return tokens[:max_length], labels[:max_length], starts
+    end = min(max_length, starts[len(kept)])
+    if not kept or not np.any(labels[1:end] != IGNORE_INDEX):
         raise ConversationError(f"the cut at {max_length} tokens would go through a picture")
-    return tokens[:max_length], labels[:max_length]
+    return tokens[:end], labels[:end], kept
 
 
 def _encode(text: str, has_image: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -370,10 +426,23 @@ def check_turns(conversations: Any, roles: tuple[str, ...] | None = ("human", "g
     return turns
 
 
-def _normalise_images(text: str, placeholder: str) -> str:
+def _normalise_images(text: str) -> str:
     """A turn shows its picture once, on a line of its own at the start (reference: preprocess_multimodal)."""
     if IMAGE_PLACEHOLDER not in text:
         return text
-    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip().replace(
-        IMAGE_PLACEHOLDER, placeholder
-    )
+    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+
+
+def _with_missing_images(turns: list[tuple[str, str]], num_images: int) -> list[tuple[str, str]]:
+    """Puts those of `num_images` pictures that no turn shows on lines of their own before the human's first text."""
+    missing = num_images - sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    first = next((place for place, (role, _) in enumerate(turns) if role == "human"), None)
+    if missing <= 0 or first is None:
+        return turns
+    role, text = turns[first]
+    return [*turns[:first], (role, f"{IMAGE_PLACEHOLDER}\n" * missing + text), *turns[first + 1 :]]
+
+
+def _shows_image(text: str, num_images: int, template: str) -> bool:
+    """Whether `<image>` in a written conversation is a picture; in a caption it always is."""
+    return num_images > 0 or (template == "plain" and IMAGE_PLACEHOLDER in text)

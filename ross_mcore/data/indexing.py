@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     ConversationError,
+    SampleBounds,
     check_turns,
     count_words,
+    require_pictures,
     tokenize_conversation,
 )
 from ross_mcore.data.image import ImageError, decode_image
@@ -63,11 +65,15 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class Measure:
-    """Checks records and counts their words and, with a tokenizer and a template, their tokens and labels."""
+    """Checks records and counts their words and, with a tokenizer and a template, their tokens and labels.
+
+    A record over `bounds` is refused, over its tokens only with a tokenizer and a template.
+    """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     template: str | None = None
     mm_use_im_start_end: bool = False
+    bounds: SampleBounds = SampleBounds()
 
     def __call__(self, record: Any, num_images: int) -> dict[str, int]:
         """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for a record without a row."""
@@ -75,25 +81,26 @@ class Measure:
             raise SampleError("the record is not a JSON object")
         turns = record.get("conversations")
         try:
+            self.bounds.require(num_images)
             checked = check_turns(turns, roles=None)
             if self.tokenizer is None or self.template is None:
                 shown = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked)
-                if num_images > 1 and shown not in (0, num_images):
-                    raise SampleError(f"{shown} <image> in the text, {num_images} pictures")
+                if num_images > 1:
+                    require_pictures(max(shown, num_images), num_images)
                 measured = {"image_spans": num_images}
             else:
                 row = tokenize_conversation(
                     turns,
-                    num_images > 0,
+                    num_images,
                     self.tokenizer,
                     self.template,
                     NO_LIMIT,
                     mm_use_im_start_end=self.mm_use_im_start_end,
                 )
-                if row.image_spans not in (0, num_images):
-                    raise SampleError(f"{row.image_spans} <image> in the text, {num_images} pictures")
+                self.bounds.require(num_images, row.text_tokens)
+                require_pictures(row.image_spans, num_images)
                 measured = {
-                    "text_tokens": len(row.input_ids) - row.image_spans,
+                    "text_tokens": row.text_tokens,
                     "label_tokens": row.label_tokens,
                     "image_spans": row.image_spans,
                 }
@@ -112,10 +119,10 @@ def length_source(tokenizer: PreTrainedTokenizerBase, template: str, mm_use_im_s
     short = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
     inside = [{"from": "human", "value": "See <image> and <image>."}, {"from": "gpt", "value": "Two."}]
     facts = []
-    for turns, has_image in ((short, True), (short * 2, True), (inside, True), (short, False)):
+    for turns, num_images in ((short, 1), (short * 2, 2), (inside, 1), (inside, 3), (short, 0)):
         try:
             row = tokenize_conversation(
-                turns, has_image, tokenizer, template, NO_LIMIT, mm_use_im_start_end=mm_use_im_start_end
+                turns, num_images, tokenizer, template, NO_LIMIT, mm_use_im_start_end=mm_use_im_start_end
             )
             facts.append([row.input_ids, row.labels])
         except ConversationError as error:
@@ -254,12 +261,10 @@ def _row(descriptor: int, sample: TarSample, measure: Measure, verify_images: bo
     """(columns, digest) of a sample of a tar. Raises ValueError when it cannot be trained on."""
     if sample.problem:
         raise SampleError(sample.problem)
-    text, kind, record = _read_text(descriptor, sample)
     pictures = sample.pictures
+    text, kind, record = _read_text(descriptor, sample, len(pictures))
     named = record.get("image") or []
     expected = len(named) if isinstance(named, list) else 1
-    if kind == CAPTION and len(pictures) != 1:
-        raise SampleError(f"a caption with {len(pictures)} pictures")
     if expected and expected != len(pictures):
         raise SampleError(f"the record names {expected} pictures and the shard has {len(pictures)}")
     columns = {**measure(record, len(pictures)), "kind": kind, "num_images": len(pictures)}
@@ -272,7 +277,7 @@ def _row(descriptor: int, sample: TarSample, measure: Measure, verify_images: bo
     return columns, content_digest(sample.key, text, [picture.size for picture in pictures])
 
 
-def _read_text(descriptor: int, sample: TarSample) -> tuple[bytes, int, dict[str, Any]]:
+def _read_text(descriptor: int, sample: TarSample, num_images: int) -> tuple[bytes, int, dict[str, Any]]:
     """(bytes, kind, record) of a sample's JSON, or of its caption where there is no JSON with a conversation in it."""
     problem = "it has no .txt"
     if "json" in sample.members:
@@ -283,14 +288,14 @@ def _read_text(descriptor: int, sample: TarSample) -> tuple[bytes, int, dict[str
             problem = f"the record is not JSON: {type(error).__name__}"
         else:
             if isinstance(found, list):
-                return text, TURNS, json.loads(as_record(text, TURNS))
+                return text, TURNS, json.loads(as_record(text, TURNS, num_images))
             if isinstance(found, dict) and ("conversations" in found or "txt" not in sample.members):
                 return text, RECORD, found
             problem = "the record is not a JSON object"
     if "txt" not in sample.members:
         raise SampleError(problem)
     text = _read(descriptor, sample.members["txt"])
-    record = json.loads(as_record(text, CAPTION))
+    record = json.loads(as_record(text, CAPTION, num_images))
     if not record["conversations"][1]["value"]:
         raise SampleError("the caption is empty")
     return text, CAPTION, record

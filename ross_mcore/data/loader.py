@@ -106,7 +106,8 @@ class _MicroBatches(Dataset[_MicroBatch]):
         samples = [self.dataset.get(number, place) for number, place in zip(numbers.tolist(), positions, strict=True)]
         if self.packed:
             reserved = self.dataset.row_lengths(numbers).tolist()
-            samples = [_fitting(sample, room) for sample, room in zip(samples, reserved, strict=True)]
+            most = self.dataset.seq_length
+            samples = [_fitting(sample, room, most) for sample, room in zip(samples, reserved, strict=True)]
         pictures = [(place, ordinal) for place, sample in enumerate(samples) for ordinal in range(len(sample.pixels))]
         warnings: list[str] = []
         if self.needs_pixels:
@@ -116,10 +117,13 @@ class _MicroBatches(Dataset[_MicroBatch]):
         return _MicroBatch.pack(samples, [row.samples.size for row in planned], warnings)
 
 
-def _fitting(sample: Sample, room: int) -> Sample:
-    """The sample, or an empty row where the index was wrong about its length."""
+def _fitting(sample: Sample, room: int, seq_length: int) -> Sample:
+    """The sample, or an empty row where the index was wrong about its length.
+
+    Only one that is cut takes less than its room: it ends before a picture, where the index does not know of one.
+    """
     tokens = sample.tokens.numel()
-    if sample.problem is None and tokens != room:
+    if sample.problem is None and tokens != room and not tokens < room == seq_length:
         reason = f"it has {tokens} tokens and the index says {room}: make the index again (tools/index_shards.py)"
         return skipped_sample(sample.key, sample.position, reason)
     return sample

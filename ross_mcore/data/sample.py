@@ -20,7 +20,15 @@ from torch import Tensor
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample
-from ross_mcore.data.conversation import TRAINING_TEMPLATES, ConversationError, expand_images, tokenize_conversation
+from ross_mcore.data.conversation import (
+    TRAINING_TEMPLATES,
+    ConversationError,
+    SampleBounds,
+    cut_row,
+    expand_images,
+    require_pictures,
+    tokenize_conversation,
+)
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.shards import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
 from ross_mcore.data.tokenizer import fingerprint_tokenizer
@@ -54,7 +62,7 @@ class ShardDataset:
     """The samples of a data set folder, as rows of at most `seq_length` tokens.
 
     `template`, `supervise_final_eos` and `mm_use_im_start_end` as in `tokenize_conversation`, `image_aspect_ratio` as
-    in `ImagePreprocessing`. Raises ShardError, KeyError or ValueError for a folder, template or setting that cannot be
+    in `ImagePreprocessing`. A sample over `bounds` is skipped. Raises ShardError, KeyError or ValueError for a folder, template or setting that cannot be
     used; reading a sample never raises for bad data.
     """
 
@@ -69,6 +77,7 @@ class ShardDataset:
         supervise_final_eos: bool = True,
         image_processor: dict[str, Any] | None = None,
         mm_use_im_start_end: bool = False,
+        bounds: SampleBounds = SampleBounds(),
     ) -> None:
         if template not in TRAINING_TEMPLATES:
             raise KeyError(f"template {template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
@@ -78,6 +87,7 @@ class ShardDataset:
         self.seq_length = seq_length
         self.supervise_final_eos = supervise_final_eos
         self.mm_use_im_start_end = mm_use_im_start_end
+        self.bounds = bounds
         self.image_tokens = model_config.vision.image_tokens
         self.preprocessing = ImagePreprocessing.for_tower(model_config.vision, image_aspect_ratio, image_processor)
 
@@ -103,12 +113,19 @@ class ShardDataset:
     def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [P] that samples [P] take in a row, images included and cut to `seq_length`; from the index.
 
-        A length that the index does not know is 1, which only rows of one sample may be planned with.
+        A length that the index does not know is 1, which only rows of one sample may be planned with, and so is that of
+        a sample over the bounds. One that is cut before a picture takes a row for itself, as the index does not know
+        where the picture stands.
         """
         rows = self.reader.samples[sample_numbers]
         text = rows["text_tokens"].astype(np.int64)
         whole = text + rows["image_spans"].astype(np.int64) * self.image_tokens
-        return np.where(text == UNKNOWN_LENGTH, 1, np.clip(whole, 1, self.seq_length))
+        takes_none = text == UNKNOWN_LENGTH
+        if self.bounds.images is not None:
+            takes_none |= rows["num_images"] > self.bounds.images
+        if self.bounds.tokens is not None:
+            takes_none |= text > self.bounds.tokens
+        return np.where(takes_none, 1, np.clip(whole, 1, self.seq_length))
 
     def require_lengths(self) -> None:
         """Raises ShardError unless the index has the samples' lengths under this tokenizer and template."""
@@ -168,21 +185,20 @@ class ShardDataset:
 
     def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:
         """Raises ConversationError when the record has no usable row."""
+        self.bounds.require(num_images)
         tokenized = tokenize_conversation(
             record.get("conversations"),
-            num_images > 0,
+            num_images,
             self.tokenizer,
             self.template,
             self.seq_length,
             self.supervise_final_eos,
             self.mm_use_im_start_end,
         )
-        if tokenized.image_spans not in (0, num_images):  # an image that the text never shows is not trained on
-            raise ConversationError(f"{tokenized.image_spans} <image> in the text, {num_images} pictures")
-        tokens, labels, starts = expand_images(tokenized.input_ids, tokenized.labels, self.image_tokens)
-        if starts and starts[-1] + self.image_tokens > self.seq_length:
-            raise ConversationError(f"the cut at {self.seq_length} tokens would go through a picture")
-        tokens, labels = tokens[: self.seq_length], labels[: self.seq_length]
+        self.bounds.require(num_images, tokenized.text_tokens)
+        require_pictures(tokenized.image_spans, num_images)
+        whole = expand_images(tokenized.input_ids, tokenized.labels, self.image_tokens)
+        tokens, labels, starts = cut_row(*whole, self.image_tokens, self.seq_length)
         pixels: list[Tensor | None] = [None] * len(starts)
         sample = Sample(key, position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
         if not starts and not sample.label_tokens:

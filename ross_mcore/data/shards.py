@@ -44,7 +44,7 @@ MAX_OPEN_SHARDS = 64
 """Tar files a reader keeps open at a time, well under the usual limit of 1024 descriptors a process."""
 UNKNOWN_LENGTH = -1
 RECORD, TURNS, CAPTION = range(3)
-"""Kinds of a sample's text: a LLaVA record, its conversation alone (both JSON), or the caption of its one picture."""
+"""Kinds of a sample's text: a LLaVA record, its conversation alone (both JSON), or a caption of its pictures."""
 
 SAMPLE_ROW = np.dtype(
     [
@@ -89,11 +89,11 @@ class LengthSource:
         return next((names[f.name] for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
 
 
-def as_record(data: bytes, kind: int) -> bytes:
+def as_record(data: bytes, kind: int, num_images: int) -> bytes:
     """A sample's text as the JSON of a LLaVA record. Raises ShardError for text that is not UTF-8.
 
-    A caption becomes the conversation that shows the picture and answers with the caption, without the white space
-    around it.
+    A caption becomes the conversation that shows the pictures, but for those that the caption shows with `<image>`, and
+    answers with the caption, without the white space around it.
     """
     if kind == RECORD:
         return data
@@ -103,7 +103,8 @@ def as_record(data: bytes, kind: int) -> bytes:
         raise ShardError("the text is not UTF-8") from None
     if kind == TURNS:
         return b'{"conversations": ' + text.encode() + b"}"
-    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text.strip()}]
+    pictures = "\n".join(["<image>"] * (num_images - text.count("<image>")))
+    turns = [{"from": "human", "value": pictures}, {"from": "gpt", "value": text.strip()}]
     return json.dumps({"conversations": turns}, ensure_ascii=False).encode()
 
 
@@ -161,7 +162,7 @@ class ShardReader:
         """The LLaVA record of a sample as JSON. Raises ShardError when it cannot be read whole."""
         row = self.samples[number]
         data = self._read(row, int(row["text_offset"]), int(row["text_size"]), MAX_RECORD_BYTES)
-        return as_record(data, int(row["kind"]))
+        return as_record(data, int(row["kind"]), int(row["num_images"]))
 
     def image_bytes(self, number: int, ordinal: int) -> bytes:
         """The encoded picture `ordinal` of a sample. Raises ShardError when there is none or it cannot be read."""

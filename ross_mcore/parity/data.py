@@ -61,7 +61,7 @@ class Conversations:
         _, template, *variants = case.split("|")
         return tokenize_conversation(
             sample["conversations"],
-            "image" in sample,
+            int("image" in sample),
             self.tokenizer(case),
             template,
             self.max_length(case),
@@ -121,14 +121,14 @@ def prompt_rows(golden: Golden) -> Iterator[Row]:
             if recorded.get(key) is None:
                 yield instead("prompts", f"{template} {key}", _said(spoken, template, generation), recorded["error"])
             else:
-                text = write_prompt(spoken, True, template, generation)
+                text = write_prompt(spoken, 1, template, generation)
                 yield compare_exactly("prompts", f"{template} {key}", text, recorded[key], "characters")
     for case, ids in prompts.get("_generation_ids", {}).items():
         template = case.split("|")[1]
         if template not in TEMPLATES:
             yield unsupported("prompts", f"ids {case}", f"template {template}")
             continue
-        ours = tokenize_prompt(turns[:-1], True, conversations.tokenizer(case), template)
+        ours = tokenize_prompt(turns[:-1], 1, conversations.tokenizer(case), template)
         yield compare_exactly("prompts", f"ids {case}", ours, ids, "tokens")
     for key in prompts:
         name = re.fullmatch(r"_(\w+)_slow_vs_fast", key)
@@ -147,7 +147,7 @@ def _recorded_turns(prompts: dict[str, Any]) -> list[dict[str, str]]:
 
 def _said(turns: list[dict[str, str]], template: str, generation: bool) -> str:
     try:
-        return f"writes {len(write_prompt(turns, True, template, generation))} characters"
+        return f"writes {len(write_prompt(turns, 1, template, generation))} characters"
     except ConversationError as error:
         return f"refuses: {error}"
 

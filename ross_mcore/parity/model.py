@@ -236,7 +236,7 @@ def recorded_rows(tensors: Tensors, prefix: str, vision: VisionConfig, max_lengt
         kept = mask.bool()
         tokens, targets, starts = expand_images(ids[kept].tolist(), labels[kept].tolist(), vision.image_tokens)
         if max_length is not None:
-            tokens, targets = cut_row(tokens, targets, starts, vision.image_tokens, max_length)
+            tokens, targets, starts = cut_row(tokens, targets, starts, vision.image_tokens, max_length)
         picture = tensors[f"{prefix}images"][row] if f"{prefix}images" in tensors else blank
         pictures: list[Tensor | None] = [picture for _ in starts]
         samples.append(Sample(str(row), row, torch.from_numpy(tokens), torch.from_numpy(targets), starts, pictures))

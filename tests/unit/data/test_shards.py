@@ -57,7 +57,7 @@ def test_text_lengths_are_in_the_index(shards: Path, tokenizer: Any) -> None:
     assert reader.length_source is not None and reader.length_source.template == "qwen_2"
     for number in range(len(reader)):
         record = json.loads(reader.record_bytes(number))
-        tokenized = tokenize_conversation(record["conversations"], "image" in record, tokenizer, "qwen_2", 999)
+        tokenized = tokenize_conversation(record["conversations"], int("image" in record), tokenizer, "qwen_2", 999)
         row = reader.samples[number]
         assert row["text_tokens"] + row["image_spans"] == len(tokenized.input_ids)
         assert row["label_tokens"] == sum(label >= 0 for label in tokenized.labels) > 3

@@ -77,13 +77,18 @@ class DataOptions:
     data_path: str | None = None
     """Folder of tar shards with an index, written by tools/make_shards.py."""
     seq_length: int = 2048
-    """Longest row in tokens, image tokens included. Longer text is cut; a sample whose image would be cut is skipped.
-    """
+    """Longest row in tokens, image tokens included. What is longer is cut, before a picture that the cut would go
+    through; a sample that would be left without a picture, or without a label, is skipped."""
     template: Literal["plain", "qwen_2", "v1", "llama3"] | None = None
     """Conversation template. Default: plain for --training-stage pretrain, qwen_2 (Qwen2) or v1 (Llama) for finetune.
     llama3 fits the tokenizer of Llama 3."""
     mm_use_im_start_end: bool = False
-    """Write <im_start> and <im_end>, as plain text, around every picture (not in template plain)."""
+    """Write <im_start> and <im_end>, as plain text, around every picture (of template plain: inside captions)."""
+    max_images_per_sample: int = 64
+    """Skip and count a sample of more pictures."""
+    max_tokens_per_sample: int | None = None
+    """Skip and count a sample of more tokens of text, pictures not counted. Default: any number, cut to --seq-length.
+    """
     pack: bool = True
     """Put several samples into a row of --seq-length tokens, each with attention, positions and losses of its own.
     Needs lengths in the index (--tokenizer and --template of make_shards.py or index_shards.py)."""
@@ -100,7 +105,7 @@ class DataOptions:
     """
 
     def __post_init__(self) -> None:
-        _positive(self, "seq_length")
+        _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample")
         _not_negative(self, "num_workers")
 
 

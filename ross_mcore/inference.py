@@ -18,7 +18,7 @@ from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Batch, Sample, collate, segments
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
-from ross_mcore.data.conversation import expand_images, tokenize_prompt
+from ross_mcore.data.conversation import expand_images, require_pictures, tokenize_prompt
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.shards import MAX_IMAGE_BYTES
 from ross_mcore.data.tokenizer import load_tokenizer
@@ -70,10 +70,10 @@ def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that ends with the human's turn, and the picture it is about (`pixels` [3, H, W]) or None."""
+    """A conversation that ends with the human's turn, and the pictures [3, H, W] it is about, in its order."""
 
     conversations: list[dict[str, str]]
-    pixels: Tensor | None
+    pictures: Sequence[Tensor] = ()
 
 
 @torch.no_grad()
@@ -89,6 +89,7 @@ def answer(
     """Greedy answers, in order; generation ends at EOS, at a `stop` token or after `max_new_tokens`.
 
     Every new token runs the whole row again (no key-value cache): meant for checks, not for serving.
+    Raises ConversationError for a malformed question, or one that shows more pictures than it has.
     """
     ends = {trained.tokenizer.eos_token_id, *(trained.tokenizer.convert_tokens_to_ids(token) for token in stop)}
     answers: list[str] = []
@@ -121,7 +122,7 @@ def reconstruct(
     originals, reconstructions = [], []
     for start in range(0, len(pictures), batch_size):
         rows = [
-            _row([{"from": "human", "value": "<image>"}], pixels, trained, trained.template, start + place)
+            _row([{"from": "human", "value": "<image>"}], [pixels], trained, trained.template, start + place)
             for place, pixels in enumerate(pictures[start : start + batch_size])
         ]
         batch, hidden = _run(trained, rows)
@@ -146,16 +147,21 @@ def as_picture(image: Tensor) -> Image.Image:
 
 
 def _prompt(trained: TrainedModel, question: Question, template: str) -> Sample:
-    return _row(question.conversations, question.pixels, trained, template, position=0)
+    return _row(question.conversations, question.pictures, trained, template, position=0)
 
 
 def _row(
-    conversations: list[dict[str, str]], pixels: Tensor | None, trained: TrainedModel, template: str, position: int
+    conversations: list[dict[str, str]],
+    pictures: Sequence[Tensor],
+    trained: TrainedModel,
+    template: str,
+    position: int,
 ) -> Sample:
-    ids = tokenize_prompt(conversations, pixels is not None, trained.tokenizer, template)
+    ids = tokenize_prompt(conversations, len(pictures), trained.tokenizer, template)
     tokens, labels, starts = expand_images(ids, [-100] * len(ids), trained.config.vision.image_tokens)
-    pictures: list[Tensor | None] = [] if pixels is None else [pixels]
-    return Sample("", position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pictures)
+    require_pictures(len(starts), len(pictures))
+    pixels: list[Tensor | None] = list(pictures[: len(starts)])
+    return Sample("", position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
 
 
 def _next_tokens(trained: TrainedModel, rows: list[Sample]) -> list[int]:

@@ -1,8 +1,8 @@
 """Makes any WebDataset tars usable for training: writes the index that training reads beside them, or into --out.
 
 Each sample is `KEY.jpg|jpeg|png|webp` (several pictures: KEY.0.jpg, KEY.1.jpg, ...) with either `KEY.json`, a LLaVA
-record or conversation, or `KEY.txt`, the caption of its one picture. The tars are only read. Run it again after shards
-came, went or changed: those that did not are not read again.
+record or conversation, or `KEY.txt`, a caption or a text in which <image> shows where the pictures stand. The tars are
+only read. Run it again after shards came, went or changed: those that did not are not read again.
 
   python tools/index_shards.py --data-path shards --tokenizer Qwen2-7B-Instruct --template qwen_2
   python tools/index_shards.py --data-path 's3://bucket/cc3m-{00000..00331}.tar' --out index/cc3m \\
@@ -31,6 +31,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--template", help="conversation template the lengths are for (plain, qwen_2, v1, llama3)")
     parser.add_argument("--mm-use-im-start-end", action="store_true", help="measure as for training with this flag")
     parser.add_argument(
+        "--max-images-per-sample", type=int, default=64, metavar="N", help="leave out a sample of more pictures (64)"
+    )
+    parser.add_argument(
+        "--max-tokens-per-sample",
+        type=int,
+        metavar="N",
+        help="leave out a sample of more tokens of text; needs --tokenizer and --template",
+    )
+    parser.add_argument(
         "--verify-images",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -47,6 +56,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tokenizer and --template come together: lengths depend on both")
     if options.mm_use_im_start_end and options.template is None:
         parser.error("--mm-use-im-start-end needs --tokenizer and --template: it changes what they count")
+    if options.max_tokens_per_sample is not None and options.template is None:
+        parser.error("--max-tokens-per-sample needs --tokenizer and --template, which say what a token is")
+    if options.max_images_per_sample < 1 or (options.max_tokens_per_sample or 1) < 1:
+        parser.error("--max-images-per-sample and --max-tokens-per-sample must be at least 1")
     if not 0 <= options.max_bad_fraction <= 1 or options.num_workers < 0 or options.data_cache_bytes < 1:
         parser.error("--max-bad-fraction is between 0 and 1, --num-workers not negative, --data-cache-bytes positive")
     if options.out is None:
@@ -62,7 +75,7 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.conversation import TRAINING_TEMPLATES
+    from ross_mcore.data.conversation import TRAINING_TEMPLATES, SampleBounds
     from ross_mcore.data.indexer import Settings, find_shards, index_shards
     from ross_mcore.data.remote import RemoteError
     from ross_mcore.data.shards import ShardError
@@ -75,7 +88,8 @@ def main() -> int:
             raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
         names = "tokenizer", "template", "mm_use_im_start_end", "verify_images"
         cache = {"cache_folder": options.data_cache_dir, "cache_bytes": options.data_cache_bytes}
-        settings = Settings(**{name: getattr(options, name) for name in names}, **cache)
+        bounds = SampleBounds(options.max_images_per_sample, options.max_tokens_per_sample)
+        settings = Settings(**{name: getattr(options, name) for name in names}, bounds=bounds, **cache)
         shards = find_shards(options.data_path, options.out)
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("shards", total=None)

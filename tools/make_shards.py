@@ -25,6 +25,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--template", help="conversation template the counts are for (plain, qwen_2, v1, llama3)")
     parser.add_argument("--mm-use-im-start-end", action="store_true", help="count as for training with this flag")
+    parser.add_argument(
+        "--max-images-per-sample", type=int, default=64, metavar="N", help="skip a sample of more pictures (64)"
+    )
+    parser.add_argument(
+        "--max-tokens-per-sample",
+        type=int,
+        metavar="N",
+        help="skip a sample of more tokens of text; needs --tokenizer and --template",
+    )
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="threads that check pictures")
     parser.add_argument("--follow-links", action="store_true", help="let links lead out of the image folder")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a data set already")
@@ -33,6 +42,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tokenizer and --template come together: lengths depend on both")
     if options.mm_use_im_start_end and options.template is None:
         parser.error("--mm-use-im-start-end needs --tokenizer and --template: it changes what they count")
+    if options.max_tokens_per_sample is not None and options.template is None:
+        parser.error("--max-tokens-per-sample needs --tokenizer and --template, which say what a token is")
+    if options.max_images_per_sample < 1 or (options.max_tokens_per_sample or 1) < 1:
+        parser.error("--max-images-per-sample and --max-tokens-per-sample must be at least 1")
     if min(options.shard_size, options.max_shard_bytes, options.num_workers) < 1:
         parser.error("--shard-size, --max-shard-bytes and --num-workers must be at least 1")
     if not options.image_folder.is_dir():
@@ -45,7 +58,7 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.conversation import TRAINING_TEMPLATES
+    from ross_mcore.data.conversation import TRAINING_TEMPLATES, SampleBounds
     from ross_mcore.data.indexing import length_source
     from ross_mcore.data.llava import RecordsError, convert_records, read_records
     from ross_mcore.data.shard_writer import ShardWriter
@@ -78,6 +91,7 @@ def main() -> int:
                 tokenizer,
                 options.template,
                 mm_use_im_start_end=options.mm_use_im_start_end,
+                bounds=SampleBounds(options.max_images_per_sample, options.max_tokens_per_sample),
                 follow_links=options.follow_links,
                 num_workers=options.num_workers,
                 progress=lambda: bar.advance(task),

@@ -159,7 +159,7 @@ def accuracy(trained: TrainedModel, records: list[dict[str, Any]], folder: Path)
 
     preprocessing = trained.preprocessing("square")
     pictures = {path: read_picture(folder / path, preprocessing) for path in {r["image"] for r in records}}
-    questions = [Question(record["conversations"][:1], pictures[record["image"]]) for record in records]
+    questions = [Question(record["conversations"][:1], [pictures[record["image"]]]) for record in records]
     answers = answer(trained, questions, "qwen_2", max_new_tokens=4, batch_size=100, stop=["<|im_end|>"])
     right = [given == record["conversations"][1]["value"] for given, record in zip(answers, records, strict=True)]
     return sum(right) / len(right), answers

@@ -79,7 +79,7 @@ def evaluate(out: Path) -> dict[str, Any]:
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}]
     answers = answer(
         trained,
-        [Question(turns, picture) for picture in pixels],
+        [Question(turns, [picture]) for picture in pixels],
         trained.template,
         max_new_tokens=LONGEST_CAPTION_TOKENS,
         batch_size=75,

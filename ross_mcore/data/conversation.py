@@ -82,6 +82,9 @@ class SampleBounds:
             raise ConversationError(f"its text is over {self.tokens} tokens")
 
 
+UNBOUNDED = SampleBounds()
+
+
 @dataclass(frozen=True)
 class Template:
     """How turns are written out, and which function finds the answers among the tokens.

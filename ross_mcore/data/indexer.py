@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
 from ross_mcore.data.indexing import (
     IndexedShard,
     Measure,
@@ -48,6 +49,7 @@ class Settings:
     tokenizer: Path | None = None
     template: str | None = None
     mm_use_im_start_end: bool = False
+    bounds: SampleBounds = UNBOUNDED
     verify_images: bool = True
     cache_folder: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -55,10 +57,10 @@ class Settings:
     def measure(self) -> tuple[Measure, LengthSource | None]:
         """Raises TokenizerError."""
         if self.tokenizer is None or self.template is None:
-            return Measure(), None
+            return Measure(bounds=self.bounds), None
         tokenizer = load_tokenizer(self.tokenizer)
         source = length_source(tokenizer, self.template, self.mm_use_im_start_end)
-        return Measure(tokenizer, self.template, self.mm_use_im_start_end), source
+        return Measure(tokenizer, self.template, self.mm_use_im_start_end, self.bounds), source
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dic
         "bytes": shard.size,
         "version": shard.version,
         "lengths": None if source is None else asdict(source),
+        "bounds": asdict(settings.bounds),
         "verified": settings.verify_images,
     }
 

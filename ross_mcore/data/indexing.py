@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
+    UNBOUNDED,
     ConversationError,
     SampleBounds,
     check_turns,
@@ -73,7 +74,7 @@ class Measure:
     tokenizer: PreTrainedTokenizerBase | None = None
     template: str | None = None
     mm_use_im_start_end: bool = False
-    bounds: SampleBounds = SampleBounds()
+    bounds: SampleBounds = UNBOUNDED
 
     def __call__(self, record: Any, num_images: int) -> dict[str, int]:
         """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for a record without a row."""
@@ -265,6 +266,8 @@ def _row(descriptor: int, sample: TarSample, measure: Measure, verify_images: bo
     text, kind, record = _read_text(descriptor, sample, len(pictures))
     named = record.get("image") or []
     expected = len(named) if isinstance(named, list) else 1
+    if kind == CAPTION and not pictures:
+        raise SampleError("a caption with 0 pictures")
     if expected and expected != len(pictures):
         raise SampleError(f"the record names {expected} pictures and the shard has {len(pictures)}")
     columns = {**measure(record, len(pictures)), "kind": kind, "num_images": len(pictures)}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ross_mcore.data.conversation import UNBOUNDED, ConversationError, SampleBounds
 from ross_mcore.data.image import FORMATS, ImageError, decode_image
 from ross_mcore.data.indexing import Measure, SampleError
 from ross_mcore.data.shard_writer import ShardWriter
@@ -77,6 +78,7 @@ def convert_records(
     template: str | None = None,
     *,
     mm_use_im_start_end: bool = False,
+    bounds: SampleBounds = UNBOUNDED,
     follow_links: bool = False,
     num_workers: int = 1,
     progress: Callable[[], None] = lambda: None,
@@ -85,9 +87,9 @@ def convert_records(
 
     A sample's key is its record's number in the file, which is unique where ids need not be. Pictures are read and
     decoded once, by `num_workers` threads. With a tokenizer and a template the samples' tokens and labels are counted.
-    Raises RecordsError when no record is usable.
+    A record over `bounds` is skipped. Raises RecordsError when no record is usable.
     """
-    done, measure = Conversion(), Measure(tokenizer, template, mm_use_im_start_end)
+    done, measure = Conversion(), Measure(tokenizer, template, mm_use_im_start_end, bounds)
     waiting: deque[tuple[int, Any, Future[list[tuple[str, bytes]]]]] = deque()
 
     def finish_one(skipped: TextIO) -> None:
@@ -112,7 +114,7 @@ def convert_records(
         ThreadPoolExecutor(num_workers) as pool,
     ):
         for number, record in enumerate(records):
-            waiting.append((number, record, pool.submit(_read_pictures, record, image_folder, follow_links)))
+            waiting.append((number, record, pool.submit(_read_pictures, record, image_folder, follow_links, bounds)))
             if len(waiting) > 4 * num_workers:
                 finish_one(skipped)
         while waiting:
@@ -133,7 +135,7 @@ def _encode(record: dict[str, Any]) -> bytes:
     return encoded
 
 
-def _read_pictures(record: Any, folder: Path, follow_links: bool) -> list[tuple[str, bytes]]:
+def _read_pictures(record: Any, folder: Path, follow_links: bool, bounds: SampleBounds) -> list[tuple[str, bytes]]:
     """(suffix, bytes) of a record's pictures. Raises SampleError, also for a record of the wrong shape."""
     if not isinstance(record, dict):
         raise SampleError("the record is not a JSON object")
@@ -141,6 +143,10 @@ def _read_pictures(record: Any, folder: Path, follow_links: bool) -> list[tuple[
         raise SampleError("conversations is not a list of turns")
     image = record.get("image")
     names = [] if image is None else image if isinstance(image, list) else [image]
+    try:
+        bounds.require(len(names))
+    except ConversationError as error:
+        raise SampleError(str(error)) from None
     return [_read_picture(folder, name, follow_links) for name in names]
 
 

@@ -22,6 +22,7 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import (
     TRAINING_TEMPLATES,
+    UNBOUNDED,
     ConversationError,
     SampleBounds,
     cut_row,
@@ -62,8 +63,8 @@ class ShardDataset:
     """The samples of a data set folder, as rows of at most `seq_length` tokens.
 
     `template`, `supervise_final_eos` and `mm_use_im_start_end` as in `tokenize_conversation`, `image_aspect_ratio` as
-    in `ImagePreprocessing`. A sample over `bounds` is skipped. Raises ShardError, KeyError or ValueError for a folder, template or setting that cannot be
-    used; reading a sample never raises for bad data.
+    in `ImagePreprocessing`. A sample over `bounds` is skipped. Raises ShardError, KeyError or
+    ValueError for a folder, template or setting that cannot be used; reading a sample never raises for bad data.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ShardDataset:
         supervise_final_eos: bool = True,
         image_processor: dict[str, Any] | None = None,
         mm_use_im_start_end: bool = False,
-        bounds: SampleBounds = SampleBounds(),
+        bounds: SampleBounds = UNBOUNDED,
     ) -> None:
         if template not in TRAINING_TEMPLATES:
             raise KeyError(f"template {template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")

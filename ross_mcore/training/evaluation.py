@@ -33,7 +33,7 @@ def reconstruction_grid(
 ) -> Tensor | None:
     """Originals over reconstructions [3, H, W] in [0, 1] on the last stage, None elsewhere. Collective.
 
-    The pictures are those of `--eval-images` samples in the order of the shards, from the first that has one; every
+    The pictures are the first `--eval-images` of samples in the order of the shards, from the first that has one; every
     data-parallel replica computes the same ones.
     """
     first = dataset.first_picture(SEARCHED_SAMPLES)
@@ -76,4 +76,5 @@ def reconstruction_grid(
         original, picture = model.module.reconstruct(states, batch)
         originals.append(gather_shares(original.contiguous(), batch.num_images, groups.tensor))
         pictures.append(gather_shares(picture.contiguous(), batch.num_images, groups.tensor))
-    return picture_grid([torch.cat(originals), torch.cat(pictures)])
+    shown = config.logging.eval_images
+    return picture_grid([torch.cat(originals)[:shown], torch.cat(pictures)[:shown]])

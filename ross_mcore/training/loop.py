@@ -83,6 +83,8 @@ def _train(config: Config, stop: StopRequest) -> None:
         sampler=config.data.sampler,
         mm_use_im_start_end=config.data.mm_use_im_start_end,
         pack=config.data.pack,
+        max_images_per_sample=config.data.max_images_per_sample,
+        max_tokens_per_sample=config.data.max_tokens_per_sample,
     )
     if resume:
         state = restore(start, model, optimizer, state)

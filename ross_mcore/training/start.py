@@ -20,6 +20,7 @@ from ross_mcore.checkpoint.sharded import (
     sharding_metadata,
 )
 from ross_mcore.config import Config, ConfigError
+from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.loader import window_samples
 from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import BlockOrder, ModalityLengthOrder, Order, keys
@@ -90,6 +91,7 @@ def place(config: Config, model_config: ModelConfig) -> Layout:
 def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, path: str) -> MixtureDataset:
     """The data sets of `path`, a folder or a YAML file, read as this run's model and stage need them."""
     tokenizer, image_processor = load_tokenizer(start.tokenizer), start.image_processor()
+    bounds = SampleBounds(config.data.max_images_per_sample, config.data.max_tokens_per_sample)
 
     def open_part(source: Source) -> ShardDataset:
         return ShardDataset(
@@ -102,6 +104,7 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, p
             supervise_final_eos=config.data.supervise_final_eos,
             image_processor=image_processor,
             mm_use_im_start_end=config.data.mm_use_im_start_end,
+            bounds=bounds,
         )
 
     dataset = MixtureDataset.open(Path(path), open_part)

@@ -40,6 +40,8 @@ class TrainState:
     sampler: str = "shuffle"
     mm_use_im_start_end: bool = False
     pack: bool = False
+    max_images_per_sample: int = 64
+    max_tokens_per_sample: int | None = None
 
     @property
     def consumed_samples(self) -> int:
@@ -69,6 +71,8 @@ RUN_IDENTITY = (
     "sampler",
     "mm_use_im_start_end",
     "pack",
+    "max_images_per_sample",
+    "max_tokens_per_sample",
 )
 """What decides which samples a step trains on and how they read: a run that goes on must not change it."""
 

@@ -15,7 +15,7 @@ FLAGS = """
 --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --distributed-timeout-minutes
 --bf16 --fp8-format --transformer-impl --recompute-granularity
 --data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler --supervise-final-eos
---num-workers
+--max-images-per-sample --max-tokens-per-sample --num-workers
 --training-stage --micro-batch-size --global-batch-size --train-iters --train-epochs --loss-normalization --vm-loss-rows
 --seed --max-bad-steps --exit-duration-in-mins
 --lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --projector-lr --denoiser-lr --vision-lr

@@ -229,7 +229,11 @@ CASES: dict[str, tuple[Callable[[], bytes], dict[str, str | None]]] = {
     "a caption without a picture": (lambda: around([("bad.txt", b"a car")]), reasons("a caption with 0 pictures")),
     "a caption of two pictures": (
         lambda: around([("bad.0.jpg", JPEG), ("bad.1.jpg", JPEG), ("bad.txt", b"cars")]),
-        reasons("a caption with 2 pictures"),
+        reasons(OK),
+    ),
+    "a caption that shows too many pictures": (
+        lambda: around([("bad.0.jpg", JPEG), ("bad.1.jpg", JPEG), ("bad.txt", b"<image> a <image> b <image>")]),
+        reasons("3 <image> in the text, 2 pictures"),
     ),
     "a caption beside other JSON": (lambda: around([*sample("bad", {"url": "u"}), ("bad.txt", b"a car")]), reasons(OK)),
     "a caption beside broken JSON": (lambda: around([*sample("bad", b"{"), ("bad.txt", b"a car")]), reasons(OK)),
@@ -244,7 +248,11 @@ CASES: dict[str, tuple[Callable[[], bytes], dict[str, str | None]]] = {
     ),
     "more pictures than <image>": (
         lambda: around([("bad.0.jpg", JPEG), ("bad.1.jpg", JPEG), ("bad.json", json.dumps(turns(TURNS)).encode())]),
-        reasons("1 <image> in the text, 2 pictures"),
+        reasons(OK),
+    ),
+    "more <image> than pictures": (
+        lambda: around([("bad.0.jpg", JPEG), ("bad.1.jpg", JPEG), ("bad.json", json.dumps(turns(TURNS * 3)).encode())]),
+        reasons("3 <image> in the text, 2 pictures"),
     ),
     "a picture of an unknown kind": (lambda: around(sample("bad", suffix="heic")), reasons("the shard has 0")),
     "capital suffixes": (lambda: around([("bad.JPG", JPEG), ("bad.JSON", RECORD)]), reasons(OK)),

@@ -74,7 +74,9 @@ def test_every_record_is_stored_or_listed(
         ({"image": "a" * 5000, "conversations": TURNS}, "cannot be read"),
         ({"image": "nul\0", "conversations": TURNS}, "not a path"),
         ({"image": 3, "conversations": TURNS}, "not a path"),
-        ({"image": ["good.jpg", "good.jpg"], "conversations": TURNS}, "1 <image> in the text, 2 pictures"),
+        ({"image": ["good.jpg", "good.jpg"], "conversations": TURNS}, None),
+        ({"image": ["good.jpg", "good.jpg"], "conversations": TURNS * 3}, "3 <image> in the text, 2 pictures"),
+        ({"image": ["good.jpg"] * 65, "conversations": TURNS}, "it has over 64 pictures"),
         ({"image": ["good.jpg"] * 2, "conversations": [*TURNS, *TURNS]}, None),
         ({"conversations": [{"from": "system", "value": 3}]}, "a turn has no text"),
         ({"image": "good.jpg"}, "list of turns"),
@@ -101,7 +103,7 @@ def test_every_record_is_stored_or_listed(
     assert reader.image_bytes(stored[0], 0) == whole
     assert reader.image_bytes(stored[1], 0).startswith(b"\x89PNG") and reader.image_bytes(stored[2], 0)[1:4] == b"PNG"
     said = capsys.readouterr().out
-    assert "6 samples, 6 pictures, of 24 records" in said and "skipped 3: the image is undecodable" in said
+    assert "7 samples, 8 pictures, of 26 records" in said and "skipped 3: the image is undecodable" in said
 
 
 def test_links_may_be_followed(make: Callable[..., int], tmp_path: Path, encoded: Any) -> None:

@@ -19,7 +19,8 @@ STARTED = TrainState(seed=1, data_fingerprint="a", global_batch_size=8, seq_leng
 @pytest.mark.parametrize("name", RUN_IDENTITY)
 def test_a_run_that_would_read_other_rows_is_refused(name: str) -> None:
     before = getattr(STARTED, name)
-    other = replace(STARTED, **{name: not before if isinstance(before, bool) else before * 2 or "other"})
+    changed = not before if isinstance(before, bool) else 7 if before is None else before * 2 or "other"
+    other = replace(STARTED, **{name: changed})
     with pytest.raises(ConfigError, match=f"with {name} .*--finetune"):
         STARTED.refuse_other(other)
 

@@ -126,7 +126,8 @@ def packing_figures(lengths: NDArray[np.int64], seq_length: int) -> dict[str, An
     """How full rows of `seq_length` tokens get, from the token lengths [N] of all samples.
 
     `filled`: tokens in the slots of packed rows; `filled_unpacked`: the same with a sample a row, padded to
-    `seq_length`; `too_long`: samples longer than a row, which are cut, or skipped when that cuts a picture.
+    `seq_length`; `too_long`: samples longer than a row, which are cut or, when that would go through their
+    only picture, skipped.
     """
     order = SampleOrder(lengths.size, seed=0)
     drawn = order.sample_at(np.arange(min(lengths.size, PACKING_WINDOW * PACKING_WINDOWS)))
@@ -186,7 +187,7 @@ def tokens_of(
     try:
         row = tokenize_conversation(
             record.get("conversations"),
-            num_images > 0,
+            num_images,
             tokenizer,
             template,
             NO_LIMIT,

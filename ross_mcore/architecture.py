@@ -203,6 +203,29 @@ class PixelDecoderConfig:
         """Channels of one latent token: 2x2 latent pixels grouped (`mm_inv_hidden_size`, 64 for FLUX)."""
         return 4 * self.latent_channels
 
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by, to be of unit variance; the default is diffusers' own."""
+        return float(self.diffusers.get("scaling_factor", 0.18215))
+
+    @property
+    def shift_factor(self) -> float:
+        """What is subtracted from latents before that."""
+        return float(self.diffusers.get("shift_factor") or 0.0)
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What a run reads from its shards instead of computing it from pictures at every step."""
+
+    features: bool = False
+    """The frozen vision tower's features: the tower is not built."""
+    latents: bool = False
+    """The VAE's posterior, mean and log-variance: the VAE is not run."""
+
+
+NOTHING_PRECOMPUTED = Precomputed()
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -224,6 +247,18 @@ class ModelConfig:
         if self.pixel_decoder is None:
             raise ArchitectureError("this model has no pixel decoder, so it cannot encode or reconstruct pictures")
         return self.vision.grid * self.pixel_decoder.downsampling * 2
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one picture's latents: 2x2 latent pixels to an image token."""
+        if self.pixel_decoder is None:
+            raise ArchitectureError("this model has no pixel decoder, so its pictures have no latents")
+        return self.pixel_decoder.latent_channels, 2 * self.vision.grid, 2 * self.vision.grid
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(N, D) of the vision tower's features of one picture."""
+        return self.vision.image_tokens, self.vision.hidden_size
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 
 TRAINED, PASSED_THROUGH, BEFORE_GRADIENT = 3, 2, 1
 """Forwards that a part's step costs: one forward and two in backward; one in backward where it is frozen but lets the
@@ -26,9 +26,16 @@ class ForwardFlops:
     denoiser: float
 
 
-def forward_flops(model: ModelConfig, tokens: float, labelled_tokens: float, images: float = 1.0) -> ForwardFlops:
+def forward_flops(
+    model: ModelConfig,
+    tokens: float,
+    labelled_tokens: float,
+    images: float = 1.0,
+    precomputed: Precomputed = NOTHING_PRECOMPUTED,
+) -> ForwardFlops:
     """Operations of one sample of `tokens` tokens (image tokens included) and `images` images.
 
+    Parts that are read from the shards cost nothing.
     Causal attention counts the half of the score matrix that is computed by a causal kernel. The vocabulary
     projection runs at `labelled_tokens` positions only.
     """
@@ -46,11 +53,11 @@ def forward_flops(model: ModelConfig, tokens: float, labelled_tokens: float, ima
     projector = 2 * patches * width * (inner + (model.projector.depth - 1) * width)
 
     return ForwardFlops(
-        vision_model=images * tower,
+        vision_model=0.0 if precomputed.features else images * tower,
         vision_projection=images * projector,
         layer=layer,
         output_layer=2 * labelled_tokens * width * language.padded_vocab_size,
-        pixel_decoder=images * _encoder_flops(model) if model.pixel_decoder else 0.0,
+        pixel_decoder=images * _encoder_flops(model) if model.pixel_decoder and not precomputed.latents else 0.0,
         denoiser=images * _denoiser_flops(model) if model.denoiser else 0.0,
     )
 

@@ -14,8 +14,8 @@ import shlex
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ from ross_mcore.data.shards import (
     FORMAT_VERSION,
     IMAGE_ROW,
     INDEX_TOOL,
+    MAX_IMAGES,
+    PART_ROW,
     RECORD,
     SAMPLE_ROW,
     TURNS,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LIMIT = 2**31 - 1
+MAX_PART_HEADER_BYTES = 16 << 20
 DIGEST_BYTES = 16
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 """What reading a damaged .npz raises."""
@@ -156,18 +159,21 @@ def content_digest(key: str, text: bytes, picture_sizes: Iterable[int]) -> bytes
 class ShardIndex:
     """One shard's part of an index: rows whose `shard`, `key_offset` and `first_image` count from this shard.
 
-    samples [N] of SAMPLE_ROW, images of IMAGE_ROW, keys: one a line, digests [N, DIGEST_BYTES]; quarantine: (key,
-    reason) of what was left out, without a key where the shard itself is damaged; lost_bytes: bytes that belong to no
-    member; others: members that belong to no sample.
+    samples [N] of SAMPLE_ROW, images of IMAGE_ROW, parts [N] of PART_ROW, keys: one a line, digests [N, DIGEST_BYTES];
+    quarantine: (key, reason) of what was left out, without a key where the shard itself is damaged; lost_bytes: bytes
+    that belong to no member; others: members that belong to no sample; part_sources: what the precomputed parts of a
+    kind were made with, each once.
     """
 
     samples: NDArray[np.void]
     images: NDArray[np.void]
+    parts: NDArray[np.void]
     keys: bytes
     digests: NDArray[np.uint8]
     quarantine: list[tuple[str | None, str]]
     lost_bytes: int = 0
     others: int = 0
+    part_sources: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -178,26 +184,31 @@ class ShardIndex:
         quarantine: list[tuple[str | None, str]],
         lost_bytes: int = 0,
         others: int = 0,
+        part_sources: dict[str, list[Any]] | None = None,
     ) -> ShardIndex:
         """The index of samples of a tar with their columns, `kind` among them."""
-        rows = np.zeros(len(samples), SAMPLE_ROW)
+        rows, parts = np.zeros(len(samples), SAMPLE_ROW), np.zeros(len(samples), PART_ROW)
         keys, places = bytearray(), []
-        for row, sample, columns in zip(rows, samples, facts, strict=True):
+        for row, part, sample, columns in zip(rows, parts, samples, facts, strict=True):
             text = sample.members["txt" if columns["kind"] == CAPTION else "json"]
             row["text_offset"], row["text_size"] = text.offset, text.size
             row["key_offset"], row["first_image"] = len(keys), len(places)
             for name, value in columns.items():
                 row[name] = value
             keys += f"{sample.key}\n".encode()
-            places += [(picture.offset, picture.size) for picture in sample.pictures]
+            places += [(found.offset, found.size) for found in sample.pictures] or [(0, 0)] * columns["num_images"]
+            for kind, member in sample.parts.items():
+                part[f"{kind}_offset"], part[f"{kind}_size"] = member.offset, member.size
         stacked = np.frombuffer(b"".join(digests), np.uint8).reshape(len(samples), DIGEST_BYTES)
-        return cls(rows, np.array(places, IMAGE_ROW), bytes(keys), stacked, quarantine, lost_bytes, others)
+        images = np.array(places, IMAGE_ROW)
+        return cls(rows, images, parts, bytes(keys), stacked, quarantine, lost_bytes, others, part_sources or {})
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes the part and what it was made of, under a temporary name first."""
         facts = {"quarantine": self.quarantine, "lost_bytes": self.lost_bytes, "others": self.others}
         facts |= {"num_samples": len(self.samples), "num_images": len(self.images), "key_bytes": len(self.keys)}
-        data = {"samples": self.samples, "images": self.images, "digests": self.digests}
+        facts["part_sources"] = self.part_sources
+        data = {"samples": self.samples, "images": self.images, "parts": self.parts, "digests": self.digests}
         data["keys"] = np.frombuffer(self.keys, np.uint8)
         data["facts"] = np.frombuffer(json.dumps({**facts, "about": about}).encode(), np.uint8)
         with replacing(path) as stream:
@@ -209,11 +220,11 @@ class ShardIndex:
         try:
             with np.load(path, allow_pickle=False) as part:
                 facts = json.loads(part["facts"].tobytes())
-                arrays = part["samples"], part["images"], part["keys"].tobytes(), part["digests"]
+                arrays = part["samples"], part["images"], part["parts"], part["keys"].tobytes(), part["digests"]
         except UNREADABLE as error:
             raise ShardError(f"{path} is damaged: {error!r}; delete it and index the shards again") from None
         quarantine = [(key, reason) for key, reason in facts["quarantine"]]
-        return cls(*arrays, quarantine, facts["lost_bytes"], facts["others"])
+        return cls(*arrays, quarantine, facts["lost_bytes"], facts["others"], facts["part_sources"])
 
 
 def part_facts(path: Path) -> dict[str, Any] | None:
@@ -239,6 +250,7 @@ def index_tar(
         (members if isinstance(found, Member) else damages).append(found)  # type: ignore[arg-type]
     samples, others = group_members(members)
     usable, facts, digests = [], [], []
+    part_sources: dict[str, list[Any]] = {}
     quarantine: list[tuple[str | None, str]] = [
         (None, f"bytes {d.start} to {d.end} of the shard are damaged or no tar") for d in damages
     ]
@@ -247,37 +259,68 @@ def index_tar(
         quarantine.append((None, "the shard is empty" if total == 0 else "the shard has no members"))
     for sample in samples:
         try:
-            columns, digest = _row(descriptor, sample, measure, verify_images)
+            columns, digest, sources = _row(descriptor, sample, measure, verify_images)
         except (ValueError, RecursionError) as error:  # SampleError, ShardError, and whatever a parser makes of it
             quarantine.append((printable(sample.key), str(error)))
         else:
             usable.append(sample)
             facts.append(columns)
             digests.append(digest)
+            for kind, made_with in sources.items():
+                if made_with not in part_sources.setdefault(kind, []):
+                    part_sources[kind].append(made_with)
         progress(sum(member.size for member in sample.members.values()))
-    return ShardIndex.of(usable, facts, digests, quarantine, sum(d.end - d.start for d in damages), others)
+    lost_bytes = sum(d.end - d.start for d in damages)
+    return ShardIndex.of(usable, facts, digests, quarantine, lost_bytes, others, part_sources)
 
 
-def _row(descriptor: int, sample: TarSample, measure: Measure, verify_images: bool) -> tuple[dict[str, int], bytes]:
-    """(columns, digest) of a sample of a tar. Raises ValueError when it cannot be trained on."""
+def _row(
+    descriptor: int, sample: TarSample, measure: Measure, verify_images: bool
+) -> tuple[dict[str, int], bytes, dict[str, Any]]:
+    """(columns, digest, what its precomputed parts were made with) of a sample of a tar.
+
+    Where the pictures were left out, the parts tell their number and sizes. Raises ValueError when the sample cannot be
+    trained on.
+    """
     if sample.problem:
         raise SampleError(sample.problem)
     pictures = sample.pictures
-    text, kind, record = _read_text(descriptor, sample, len(pictures))
+    sizes, sources = [picture.size for picture in pictures], {}
+    for name, member in sample.parts.items():
+        held, sources[name] = _read_part_header(descriptor, member)
+        if held != (sizes := sizes or held):
+            raise SampleError(f"its {name} were made of other pictures")
+    text, kind, record = _read_text(descriptor, sample, len(sizes))
     named = record.get("image") or []
     expected = len(named) if isinstance(named, list) else 1
-    if kind == CAPTION and not pictures:
+    if kind == CAPTION and not sizes:
         raise SampleError("a caption with 0 pictures")
-    if expected and expected != len(pictures):
-        raise SampleError(f"the record names {expected} pictures and the shard has {len(pictures)}")
-    columns = {**measure(record, len(pictures)), "kind": kind, "num_images": len(pictures)}
+    if expected and expected != len(sizes):
+        raise SampleError(f"the record names {expected} pictures and the shard has {len(sizes)}")
+    columns = {**measure(record, len(sizes)), "kind": kind, "num_images": len(sizes)}
     if verify_images:
         for picture in pictures:
             try:
                 decode_image(os.pread(descriptor, picture.size, picture.offset))
             except ImageError as error:
                 raise SampleError(f"a picture is {error}") from None
-    return columns, content_digest(sample.key, text, [picture.size for picture in pictures])
+    return columns, content_digest(sample.key, text, sizes), sources
+
+
+def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:
+    """(sizes in bytes of the pictures, what it was made with) of precomputed parts, from the safetensors header."""
+    try:
+        length = int.from_bytes(os.pread(descriptor, 8, member.offset), "little")
+        if not 0 < length <= min(MAX_PART_HEADER_BYTES, member.size - 8):
+            raise ValueError("no header")
+        header = json.loads(os.pread(descriptor, length, member.offset + 8))
+        about = json.loads(header["__metadata__"]["precomputed"])
+        sizes, source = about["picture_bytes"], about["source"]
+        if not isinstance(sizes, list) or not all(type(size) is int for size in sizes) or len(sizes) > MAX_IMAGES:
+            raise ValueError("no sizes of pictures")
+        return sizes, source
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SampleError("its precomputed parts are not those of tools/precompute_latents.py") from None
 
 
 def _read_text(descriptor: int, sample: TarSample, num_images: int) -> tuple[bytes, int, dict[str, Any]]:
@@ -324,12 +367,19 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
     The old index, if any, is replaced at the end, file by file, index.json last. Raises ShardError without a sample.
     """
     totals, entries = np.zeros(3, np.int64), []
+    precomputed: dict[str, Any] = {}
+    pictured = 0
     for shard in shards:
         part = shard.part()
         totals += (len(part.samples), len(part.images), len(part.quarantine))
         if len(part.samples):
             tag = {} if shard.tag is None else {"tag": shard.tag}
             entries.append({"name": shard.name, "bytes": shard.bytes, "samples": len(part.samples), **tag})
+        pictured += int(np.count_nonzero(part.samples["num_images"]))
+        for kind, sources in part.part_sources.items():
+            about = precomputed.setdefault(kind, {"samples": 0, "sources": []})
+            about["samples"] += int(np.count_nonzero(part.parts[f"{kind}_size"]))
+            about["sources"] += [source for source in sources if source not in about["sources"]]
     num_samples, num_images, num_quarantined = totals.tolist()
     if not num_samples:
         raise ShardError(f"no usable sample: no index was written to {folder}")
@@ -337,11 +387,13 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
     with (
         replacing(folder / "samples.npy") as samples,
         replacing(folder / "images.npy") as images,
+        replacing(folder / "parts.npy") if precomputed else nullcontext() as parts,
         replacing(folder / "keys.txt") as keys,
         replacing(folder / "quarantine.jsonl") as quarantine,
         replacing(folder / "index.json") as index,
     ):
-        for stream, row, count in ((samples, SAMPLE_ROW, num_samples), (images, IMAGE_ROW, num_images)):
+        tables = [(samples, SAMPLE_ROW, num_samples), (images, IMAGE_ROW, num_images)]
+        for stream, row, count in tables + ([(parts, PART_ROW, num_samples)] if parts is not None else []):
             header = {"descr": np.lib.format.dtype_to_descr(row), "fortran_order": False, "shape": (count,)}
             np.lib.format.write_array_header_1_0(stream, header)
         number = key_offset = first_image = 0
@@ -353,6 +405,8 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
             rows["first_image"] += np.uint64(first_image)
             samples.write(rows.tobytes())
             images.write(part.images.tobytes())
+            if parts is not None:
+                parts.write(part.parts.tobytes())
             keys.write(part.keys)
             content.update(part.digests.tobytes())
             for line in quarantine_lines(shard.name, part):
@@ -367,6 +421,7 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
             "quarantined": num_quarantined,
             "fingerprint": content.hexdigest()[:16],
             "lengths": None if source is None else asdict(source),
+            "precomputed": {kind: {**about, "of": pictured} for kind, about in precomputed.items()},
             "shards": entries,
         }
         index.write(json.dumps(facts, indent=1).encode())

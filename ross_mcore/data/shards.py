@@ -3,10 +3,12 @@
 A data set is a folder:
 
     shard-00000.tar ...   members `<key>.json` and `<key>.jpg|jpeg|png|webp` (several: `<key>.0.jpg`, `<key>.1.jpg`);
-                          instead of the JSON there may be a caption, `<key>.txt`
+                          instead of the JSON there may be a caption, `<key>.txt`; what was computed of the pictures
+                          beforehand is in `<key>.latents.safetensors`, `<key>.features.safetensors` (precomputed.py)
     index.json            format, version, counts, the shards' places and sizes, what the lengths were measured with
     samples.npy           one SAMPLE_ROW a sample, memory-mapped
     images.npy            one IMAGE_ROW a picture, in the order of the samples
+    parts.npy             one PART_ROW a sample, where there are precomputed parts
     keys.txt              one key a line, memory-mapped
     quarantine.jsonl      what was left out: one {"shard", "key", "reason"} a line
 
@@ -33,12 +35,15 @@ from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, RemoteError, ShardCache,
 
 INDEX_TOOL = "python tools/index_shards.py"
 FORMAT = "ross_mcore shards"
-FORMAT_VERSION = 3
-"""2: label_tokens and text_words. 3: records of several kinds, shards anywhere, fingerprint by sample."""
+FORMAT_VERSION = 4
+"""2: label_tokens and text_words. 3: records of several kinds, shards anywhere, fingerprint by sample. 4: precomputed
+parts."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 RECORD_SUFFIXES = ("json", "txt")
+PART_SUFFIXES = {"latents.safetensors": "latents", "features.safetensors": "features"}
 MAX_RECORD_BYTES = 16 << 20
 MAX_IMAGE_BYTES = 64 << 20
+MAX_PART_BYTES = 1 << 30
 MAX_IMAGES = 65535
 MAX_OPEN_SHARDS = 64
 """Tar files a reader keeps open at a time, well under the usual limit of 1024 descriptors a process."""
@@ -62,6 +67,11 @@ SAMPLE_ROW = np.dtype(
     ]
 )
 IMAGE_ROW = np.dtype([("offset", "<u8"), ("size", "<u4")])
+"""Of size 0 where the shard has the picture's precomputed parts and not the picture."""
+PART_ROW = np.dtype(
+    [("latents_offset", "<u8"), ("features_offset", "<u8"), ("latents_size", "<u4"), ("features_size", "<u4")]
+)
+"""Sizes are 0 where a sample has no such part."""
 
 
 class ShardReadError(OSError):
@@ -128,6 +138,8 @@ class ShardReader:
         self.quarantined: int = self.index["quarantined"]
         self.samples = self._map("samples.npy", SAMPLE_ROW, self.num_samples)
         self.images = self._map("images.npy", IMAGE_ROW, self.num_images)
+        self.precomputed: dict[str, Any] = self.index.get("precomputed", {})
+        self.parts = self._map("parts.npy", PART_ROW, self.num_samples) if self.precomputed else None
         try:
             self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
         except (OSError, ValueError) as error:
@@ -161,8 +173,12 @@ class ShardReader:
     def record_bytes(self, number: int) -> bytes:
         """The LLaVA record of a sample as JSON. Raises ShardError when it cannot be read whole."""
         row = self.samples[number]
-        data = self._read(row, int(row["text_offset"]), int(row["text_size"]), MAX_RECORD_BYTES)
-        return as_record(data, int(row["kind"]), int(row["num_images"]))
+        return as_record(self.text_bytes(number), int(row["kind"]), int(row["num_images"]))
+
+    def text_bytes(self, number: int) -> bytes:
+        """The member that is a sample's text, whatever its kind. Raises ShardError when it cannot be read whole."""
+        row = self.samples[number]
+        return self._read(row, int(row["text_offset"]), int(row["text_size"]), MAX_RECORD_BYTES)
 
     def image_bytes(self, number: int, ordinal: int) -> bytes:
         """The encoded picture `ordinal` of a sample. Raises ShardError when there is none or it cannot be read."""
@@ -170,7 +186,16 @@ class ShardReader:
         place = int(row["first_image"]) + ordinal
         if not 0 <= ordinal < row["num_images"] or place >= self.num_images:
             raise ShardError(f"sample {number} has {row['num_images']} pictures, not {ordinal + 1}")
+        if not self.images[place]["size"]:
+            raise ShardError("its pictures were left out (--drop-images)")
         return self._read(row, int(self.images[place]["offset"]), int(self.images[place]["size"]), MAX_IMAGE_BYTES)
+
+    def part_bytes(self, number: int, kind: str) -> bytes:
+        """The member with a sample's `latents` or `features`. Raises ShardError when there is none."""
+        size = 0 if self.parts is None else int(self.parts[number][f"{kind}_size"])
+        if self.parts is None or not size:
+            raise ShardError(f"sample {number} has no {kind}")
+        return self._read(self.samples[number], int(self.parts[number][f"{kind}_offset"]), size, MAX_PART_BYTES)
 
     def close(self) -> None:
         while self._handles:

@@ -16,7 +16,9 @@ from ross_mcore.data.shards import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
     MAX_IMAGES,
+    MAX_PART_BYTES,
     MAX_RECORD_BYTES,
+    PART_SUFFIXES,
     RECORD_SUFFIXES,
 )
 
@@ -68,6 +70,11 @@ class TarSample:
             if kind in IMAGE_SUFFIXES
         ]
         return [member for *_, member in sorted(numbered, key=lambda picture: picture[:2])]
+
+    @property
+    def parts(self) -> dict[str, Member]:
+        """What was computed of the pictures beforehand, by kind."""
+        return {kind: self.members[suffix] for suffix, kind in PART_SUFFIXES.items() if suffix in self.members}
 
 
 def walk_tar(descriptor: int) -> Iterator[Member | Damage]:
@@ -174,7 +181,7 @@ def group_members(members: Iterable[Member]) -> tuple[list[TarSample], int]:
         suffix = suffix.lower()
         number, _, kind = suffix.rpartition(".")
         picture = kind in IMAGE_SUFFIXES and (not number or (number.isascii() and number.isdigit() and len(number) < 9))
-        if not picture and suffix not in RECORD_SUFFIXES:
+        if not picture and suffix not in RECORD_SUFFIXES and suffix not in PART_SUFFIXES:
             others += 1
             continue
         key = f"{folder}{slash}{stem}".removeprefix("./")
@@ -184,7 +191,7 @@ def group_members(members: Iterable[Member]) -> tuple[list[TarSample], int]:
             sample = latest[key] = TarSample(key, problem=_key_problem(key) or again)
             samples.append(sample)
         sample.members[suffix] = member
-        limit = MAX_IMAGE_BYTES if picture else MAX_RECORD_BYTES
+        limit = MAX_IMAGE_BYTES if picture else MAX_PART_BYTES if suffix in PART_SUFFIXES else MAX_RECORD_BYTES
         if sample.problem is None:
             problem = member.problem or ("is empty" if member.size == 0 else None)
             problem = problem or (f"is over {limit} bytes" if member.size > limit else None)

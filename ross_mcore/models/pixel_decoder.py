@@ -26,6 +26,17 @@ def ungroup_latents(latent_tokens: Tensor) -> Tensor:
     return F.pixel_shuffle(latent_tokens, 2)
 
 
+def sample_latents(posteriors: Tensor, noise: Tensor | None, config: PixelDecoderConfig) -> Tensor:
+    """posteriors [J, 2, C, h, w] (mean, log-variance), noise [J, C, h, w] -> latent tokens [J, 4C, g, g] float32.
+
+    Without noise, those of the mean. The arithmetic of diffusers' DiagonalGaussianDistribution.
+    """
+    latents, log_variance = posteriors.float().unbind(1)
+    if noise is not None:
+        latents = latents + torch.exp(0.5 * log_variance) * noise.float()
+    return group_latents((latents - config.shift_factor) * config.scaling_factor)
+
+
 class PixelDecoder(nn.Module):
     """A diffusers `AutoencoderKL` under `autoencoder`, whose state-dict names are those of its library.
 
@@ -58,8 +69,6 @@ class PixelDecoder(nn.Module):
         self.decode_image_size = decode_image_size
         self.encode_batch_size = encode_batch_size
         self.autoencoder = AutoencoderKL.from_config(dict(config.diffusers)).float()
-        self.scaling_factor = float(self.autoencoder.config.scaling_factor)
-        self.shift_factor = float(self.autoencoder.config.shift_factor or 0.0)
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -104,14 +113,17 @@ class PixelDecoder(nn.Module):
             raise ValueError(f"posterior noise of shape {list(posterior_noise.shape)}; expected {list(shape)}")
         if not len(pixels):
             return torch.zeros(0, self.config.token_channels, self.grid, self.grid, device=pixels.device)
-        posteriors = []
+        return sample_latents(self.posteriors(pixels), posterior_noise, self.config)
+
+    @torch.no_grad()
+    def posteriors(self, pixels: Tensor) -> Tensor:
+        """pixels [J, 3, H, W] in the tower's normalisation -> [J, 2, C, h, w] float32: mean and log-variance."""
+        if not len(pixels):
+            return torch.zeros(0, 2, *self.latent_shape, device=pixels.device)
         with torch.autocast(device_type=pixels.device.type, enabled=False):
-            for part in pixels.split(self.encode_batch_size):
-                posteriors.append(self.autoencoder.encode(self.images_for_encoder(part)).latent_dist)
-            mean = torch.cat([posterior.mean for posterior in posteriors])
-            if posterior_noise is not None:
-                mean = mean + torch.cat([posterior.std for posterior in posteriors]) * posterior_noise.float()
-            return group_latents((mean - self.shift_factor) * self.scaling_factor)
+            parts = pixels.split(self.encode_batch_size)
+            found = [self.autoencoder.encode(self.images_for_encoder(part)).latent_dist for part in parts]
+            return torch.cat([torch.stack([part.mean, part.logvar], dim=1) for part in found])
 
     @torch.no_grad()
     def decode(self, latent_tokens: Tensor) -> Tensor:
@@ -120,6 +132,6 @@ class PixelDecoder(nn.Module):
             size = self.decode_image_size
             return torch.zeros(0, 3, size, size, device=latent_tokens.device)
         with torch.autocast(device_type=latent_tokens.device.type, enabled=False):
-            latents = ungroup_latents(latent_tokens.float()) / self.scaling_factor + self.shift_factor
+            latents = ungroup_latents(latent_tokens.float()) / self.config.scaling_factor + self.config.shift_factor
             images = torch.cat([self.autoencoder.decode(part).sample for part in latents.split(self.encode_batch_size)])
             return (images / 2 + 0.5).clamp(0, 1)

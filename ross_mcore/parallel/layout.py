@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.flops import forward_flops, stage_flops
 
 TYPICAL_TEXT_TOKENS = 300
@@ -82,11 +82,16 @@ class Layout:
         return rows
 
 
-def stage_extra_costs(model: ModelConfig, llm_trains: bool, vision_trains: bool, tokens: int) -> tuple[float, float]:
+def stage_extra_costs(
+    model: ModelConfig,
+    llm_trains: bool,
+    vision_trains: bool,
+    tokens: int,
+    precomputed: Precomputed = NOTHING_PRECOMPUTED,
+) -> tuple[float, float]:
     """What the first and the last stage do beside decoder layers, in units of one decoder layer's step time."""
-    first, layer, last = stage_flops(
-        forward_flops(model, tokens, labelled_tokens=tokens / 4), llm_trains, vision_trains
-    )
+    parts = forward_flops(model, tokens, labelled_tokens=tokens / 4, precomputed=precomputed)
+    first, layer, last = stage_flops(parts, llm_trains, vision_trains)
     return first / layer, last / layer
 
 
@@ -136,6 +141,7 @@ def make_layout(
     pipeline_layout: str = "auto",
     llm_trains: bool = True,
     vision_trains: bool = False,
+    precomputed: Precomputed = NOTHING_PRECOMPUTED,
 ) -> Layout:
     """Validates the degrees against the model and the number of processes, and places the layers.
 
@@ -166,7 +172,7 @@ def make_layout(
         )
     if pipeline_layout == "auto":
         tokens = model.vision.image_tokens + TYPICAL_TEXT_TOKENS
-        extras = stage_extra_costs(model, llm_trains, vision_trains, tokens)
+        extras = stage_extra_costs(model, llm_trains, vision_trains, tokens, precomputed)
         counts = balance(language.num_hidden_layers, pipeline_parallel, *extras)
     elif pipeline_layout == "even":
         counts = balance(language.num_hidden_layers, pipeline_parallel, 0.0, 0.0)

@@ -34,6 +34,7 @@ ALLOWED = {
         *("parallel", "models", "data", "checkpoint", "training", "parity"),
     },
     "inference": {"architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
+    "precompute": {"architecture", "platform", "parallel", "models", "data", "checkpoint"},
 }
 """Room or file of the package -> what it may import of the package. Downward only."""
 

@@ -170,7 +170,7 @@ def test_an_older_index_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "out") as writer:
         writer.write("k", b"{}")
     _edit(tmp_path / "out", lambda index: index.update(version=1))
-    with pytest.raises(ShardError, match="version 1 index and this program reads version 3; make .*index_shards"):
+    with pytest.raises(ShardError, match="version 1 index and this program reads version 4; make .*index_shards"):
         ShardReader(tmp_path / "out")
 
 

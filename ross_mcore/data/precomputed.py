@@ -1,0 +1,149 @@
+"""What was computed of pictures beforehand: members of a tar beside the pictures, and what they were made with.
+
+    KEY.latents.safetensors     mean and logvar [n, C, h, w]: the VAE's posterior of the sample's n pictures
+    KEY.features.safetensors    features [n, N, D]: the frozen vision tower's
+
+Either says in its safetensors header what it was made with, a `PartSource`: another VAE, tower or preprocessing would
+give other numbers. `tools/precompute_latents.py` writes them. `blank.safetensors` beside the index holds the same of
+the picture of the mean colour.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
+from torch import Tensor
+
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.data.image import ImagePreprocessing
+from ross_mcore.data.shards import ShardError, ShardReader
+
+TOOL = "python tools/precompute_latents.py"
+BLANK = "blank.safetensors"
+MEMBERS = {"latents": ("mean", "logvar"), "features": ("features",)}
+"""Kind of part -> the tensors in its member."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """What parts of one kind were made with.
+
+    weights: fingerprint of the VAE or the tower, its configuration included; reads: what of it was taken;
+    preprocessing: how pictures were brought to its input; shape: of one picture's tensor; dtype: as stored.
+    """
+
+    weights: str
+    reads: str
+    preprocessing: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    def difference(self, other: PartSource) -> str | None:
+        """What would make other numbers, with both values; the type they are stored in does not."""
+        for name in (field.name for field in fields(self) if field.name != "dtype"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine!r} against {theirs!r}"
+        return None
+
+
+def part_source(
+    kind: str, weights: str, model: ModelConfig, preprocessing: ImagePreprocessing, dtype: str
+) -> PartSource:
+    """The source of parts that `model`, whose VAE or tower has the fingerprint `weights`, makes of pictures."""
+    if kind == "latents":
+        size = model.decode_image_size
+        return PartSource(weights, f"posterior at {size}x{size}", str(preprocessing), model.latent_shape, dtype)
+    layer = f"hidden_states[{model.vision.select_layer}]"
+    return PartSource(weights, layer, str(preprocessing), model.feature_shape, dtype)
+
+
+def pack_part(kind: str, tensors: Tensor, source: PartSource, picture_bytes: Sequence[int]) -> bytes:
+    """The member of a sample: posteriors [n, 2, C, h, w] or features [n, N, D], as `source.dtype`.
+
+    picture_bytes [n] are the sizes of the encoded pictures, by which their sample is known where they are left out.
+    """
+    tensors = tensors.to(DTYPES[source.dtype])
+    split = (tensors[:, place] for place in range(2)) if kind == "latents" else (tensors,)
+    named = {name: tensor.contiguous() for name, tensor in zip(MEMBERS[kind], split, strict=True)}
+    # one entry: safetensors writes several in an order of its own, and the same shard should be the same bytes
+    return save(named, {"precomputed": json.dumps({"source": asdict(source), "picture_bytes": list(picture_bytes)})})
+
+
+def unpack_part(kind: str, data: bytes, source: PartSource, num_pictures: int) -> Tensor:
+    """The inverse of `pack_part`. Raises ShardError for another thing than `source` and the index promise."""
+    try:
+        named = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ShardError(f"its {kind} are no safetensors: {error}") from None
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
+    wanted = (num_pictures, *source.shape), DTYPES[source.dtype]
+    if shapes != dict.fromkeys(MEMBERS[kind], wanted):
+        raise ShardError(f"its {kind} are {shapes}, not {', '.join(MEMBERS[kind])} of {wanted}")
+    return torch.stack([named["mean"], named["logvar"]], dim=1) if kind == "latents" else named["features"]
+
+
+def pack_blank(parts: dict[str, Tensor]) -> bytes:
+    """The blank picture's posterior [2, C, h, w] and features [N, D], whichever there are, as BLANK holds them."""
+    return save({kind: tensor.float().contiguous() for kind, tensor in parts.items()})
+
+
+class PrecomputedParts:
+    """Reads the parts of a data set's pictures; the last member read is kept, for samples of several pictures."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+        self.sources = {kind: _source(reader, kind, about) for kind, about in reader.precomputed.items()}
+        self._latest: tuple[tuple[int, str], Tensor] | None = None
+
+    def read(self, kind: str, number: int, ordinal: int) -> Tensor:
+        """The posterior [2, C, h, w] or features [N, D] of a picture of a sample, as stored. Raises ShardError."""
+        if self._latest is None or self._latest[0] != (number, kind):
+            pictures = int(self.reader.samples[number]["num_images"])
+            data = self.reader.part_bytes(number, kind)
+            self._latest = (number, kind), unpack_part(kind, data, self.sources[kind], pictures)
+        return self._latest[1][ordinal]
+
+    def blank(self, kind: str) -> Tensor:
+        """The same of the picture of the mean colour, in float32. Raises ShardError."""
+        path = self.reader.folder / BLANK
+        try:
+            blank = load_file(path)[kind]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ShardError(
+                f"{path}: {error}; it belongs to the shards: copy it from the folder that {TOOL} wrote"
+            ) from None
+        expected = ((2,) if kind == "latents" else ()) + self.sources[kind].shape
+        if tuple(blank.shape) != expected:
+            raise ShardError(f"{path}: {kind} of shape {list(blank.shape)}, expected {list(expected)}")
+        return blank
+
+
+def _source(reader: ShardReader, kind: str, about: dict[str, Any]) -> PartSource:
+    """What the index says all parts of a kind were made with. Raises ShardError unless all are there and alike."""
+    mend = f"make them with {TOOL} --data-path {reader.folder}, or train with --no-precomputed"
+    try:
+        held, pictured, sources = int(about["samples"]), int(about["of"]), about["sources"]
+        if kind not in MEMBERS or held != pictured or len(sources) != 1:
+            raise ShardError(
+                f"{reader.folder}: {held} of {pictured} samples with pictures have {kind}, made in {len(sources)} "
+                f"ways: {mend}"
+            )
+        source = PartSource(**sources[0])
+        if source.dtype not in DTYPES:
+            raise ShardError(f"{reader.folder}: {kind} stored as {source.dtype!r}: {mend}")
+        return source
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{reader.folder / 'index.json'}: {kind}: {error!r}: {mend}") from None

@@ -75,7 +75,11 @@ class DataOptions:
     """Data"""
 
     data_path: str | None = None
-    """Folder of tar shards with an index, written by tools/make_shards.py."""
+    """Folder of tar shards with an index, as tools/make_shards.py and tools/index_shards.py write, or a YAML file that
+    lists several data sets: path, weight or epochs, and as needed template, image_aspect_ratio, name."""
+    valid_data_path: str | None = None
+    """Held-out data, a folder or a YAML file as above (weights and epochs do not matter): lm_loss and vm_loss of every
+    data set go to SAVE/validation.jsonl."""
     seq_length: int = 2048
     """Longest row in tokens, image tokens included. What is longer is cut, before a picture that the cut would go
     through; a sample that would be left without a picture, or without a label, is skipped."""
@@ -225,11 +229,16 @@ class LoggingOptions:
     """Every N iterations, reconstruct some training pictures from the model's image states into TensorBoard."""
     eval_images: int = 6
     """How many pictures that is."""
+    valid_interval: int | None = None
+    """Measure --valid-data-path every N iterations and after the last one. Default: after the last one only. (This is
+    Megatron's --eval-interval; here that name was taken by pictures.)"""
+    valid_samples: int | None = None
+    """Measure the first N samples of every data set, the same every time. Default: all."""
     tensorboard_dir: str | None = None
     """Default: SAVE/tensorboard."""
 
     def __post_init__(self) -> None:
-        _positive(self, "log_interval", "eval_interval", "eval_images")
+        _positive(self, "log_interval", "eval_interval", "eval_images", "valid_interval", "valid_samples")
 
 
 @dataclass(frozen=True)
@@ -304,6 +313,9 @@ def require_complete(config: Config) -> None:
 def check(config: Config, *, data_parallel_size: int, backend: str, has_transformer_engine: bool) -> None:
     """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy."""
     parallel, execution, training = config.parallel, config.execution, config.training
+    for name in ("valid_interval", "valid_samples"):
+        if getattr(config.logging, name) is not None and not config.data.valid_data_path:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --valid-data-path: what to measure")
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
         raise ConfigError(
             f"--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not available yet (on {backend}); "

@@ -96,14 +96,16 @@ class _MicroBatch:
 class _MicroBatches(Dataset[_MicroBatch]):
     """What a worker holds: a planned micro-batch -> the micro-batch read."""
 
-    def __init__(self, dataset: Readable, packed: bool, tp_rank: int, tp_size: int, needs_pixels: bool) -> None:
-        self.dataset, self.packed = dataset, packed
+    def __init__(
+        self, dataset: Readable, packed: bool, tp_rank: int, tp_size: int, needs_pixels: bool, end: int | None
+    ) -> None:
+        self.dataset, self.packed, self.end = dataset, packed, end
         self.tp_rank, self.tp_size, self.needs_pixels = tp_rank, tp_size, needs_pixels
 
     def __getitem__(self, planned: PlannedMicroBatch) -> _MicroBatch:
         numbers = np.concatenate([row.samples for row in planned])
         positions = np.concatenate([row.positions for row in planned]).tolist()
-        samples = [self.dataset.get(number, place) for number, place in zip(numbers.tolist(), positions, strict=True)]
+        samples = [self._text(number, place) for number, place in zip(numbers.tolist(), positions, strict=True)]
         if self.packed:
             reserved = self.dataset.row_lengths(numbers).tolist()
             most = self.dataset.seq_length
@@ -115,6 +117,14 @@ class _MicroBatches(Dataset[_MicroBatch]):
                 place, ordinal = pictures[picture]
                 warnings += self.dataset.decode(samples[place], int(numbers[place]), [ordinal])
         return _MicroBatch.pack(samples, [row.samples.size for row in planned], warnings)
+
+    def _text(self, number: int, position: int) -> Sample:
+        if self.end and position >= self.end:
+            return skipped_sample("", position, PAST_THE_END)
+        return self.dataset.get(number, position)
+
+
+PAST_THE_END = "past the end, to fill the step"
 
 
 def _fitting(sample: Sample, room: int, seq_length: int) -> Sample:
@@ -142,9 +152,10 @@ class StepLoader:
     tensor-parallel rank's share of each micro-batch's pictures, and only with `needs_pixels`. With `packed`, a row
     holds as many samples as fit into the dataset's `seq_length`; otherwise one. The stream of rows does not depend on
     dp_size, micro_batch_size or num_workers. `reads=False` plans and reads nothing; `skip_rows` passes over the first
-    rows; `prefetch` counts micro-batches per worker; num_workers=0 reads in the calling process. Call `close` (or use
-    it in `with`) when done.
-    Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size.
+    rows; with `end`, the order is over the first `end` samples, and what comes after them is empty; `prefetch` counts
+    micro-batches per worker; num_workers=0 reads in the calling process. Call `close` (or use it in `with`) when done.
+    Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is over
+    other samples than the data set's.
     """
 
     def __init__(
@@ -165,6 +176,7 @@ class StepLoader:
         num_workers: int = 0,
         state: dict[str, int] | None = None,
         prefetch: int = 2,
+        end: int | None = None,
     ) -> None:
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
@@ -172,7 +184,7 @@ class StepLoader:
                 f"micro_batch_size={micro_batch_size} x data-parallel size {dp_size}"
             )
         ordered = int(order.offsets[-1]) if isinstance(order, MixtureOrder) else order.num_samples
-        if ordered != len(dataset):
+        if ordered != min(len(dataset), end or len(dataset)):
             raise ValueError(f"the order is over {ordered} samples, the data set has {len(dataset)}")
         self.dataset, self.packed = dataset, packed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -183,7 +195,7 @@ class StepLoader:
         self._cursor = self._rows.state_dict()
         if state is not None:
             self.load_state_dict(state)
-        self._source = _MicroBatches(dataset, packed, tp_rank, tp_size, needs_pixels)
+        self._source = _MicroBatches(dataset, packed, tp_rank, tp_size, needs_pixels, end)
         self._planned: deque[Step] = deque()
         self._stream: Iterator[_MicroBatch] | None = None
 

@@ -97,12 +97,13 @@ class RossModel(MegatronModule):
         segments: Sequence[int],
         output: Literal["losses", "hidden"] = "losses",
         draws: Draws | None = None,
+        draw_seed: int | None = None,
     ) -> Tensor:
         """One micro-batch through this stage; middle stages take no batch.
 
         `segments` are the lengths of the stretches of tokens that see each other (batch.segments). `draws` replays
         recorded randomness for the I images and then the K blank samples, the same on every tensor-parallel rank; by
-        default it is keyed (`keyed_draws`).
+        default it is keyed (`keyed_draws`) by `draw_seed`, or else the model's seed.
         """
         if (self.pre_process or self.post_process) and batch is None:
             raise ValueError("the first and the last pipeline stage need the batch")
@@ -120,7 +121,7 @@ class RossModel(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if output == "hidden":
             return hidden
-        return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch, draws)], dim=1)
+        return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch, draws, draw_seed)], dim=1)
 
     def _embed(self, batch: Batch) -> Tensor:
         """Token embeddings with image features spliced in, [T, 1, D] or this rank's part of it."""
@@ -143,7 +144,7 @@ class RossModel(MegatronModule):
         owners = image_tokens.samples_at(supervised.index, batch.sample_starts)
         return _sums_by_sample(losses * supervised.weights, owners, batch)
 
-    def _vm_sums(self, hidden: Tensor, batch: Batch, draws: Draws | None) -> Tensor:
+    def _vm_sums(self, hidden: Tensor, batch: Batch, draws: Draws | None, draw_seed: int | None) -> Tensor:
         """Sums [N] of the reconstruction losses over the images of each sample, or over itself where it is blank.
 
         Each tensor-parallel rank computes its share, and all of them have the result.
@@ -159,7 +160,7 @@ class RossModel(MegatronModule):
         mine, blanks = slice(share.start, share.stop), slice(blank.start, blank.stop)
         if draws is None:
             draws = diffusion.keyed_draws(
-                self.seed,
+                self.seed if draw_seed is None else draw_seed,
                 torch.cat([batch.image_positions[mine], batch.blank_positions[blanks]]),
                 torch.cat([batch.image_ordinals[mine], torch.zeros(len(blank), dtype=torch.int64)]),
                 self.denoiser.config.draws,

@@ -16,7 +16,7 @@ from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout
-from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration
+from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation, duration
 from ross_mcore.training.state import TrainState
 from ross_mcore.training.step import DataSetLosses, samples_of
 from ross_mcore.training.stop import StopRequest
@@ -158,6 +158,16 @@ class Console:
         if self.log is not None:
             self.log.scalars(metrics.iteration, scalars)
         self._window.clear()
+
+    def validated(self, found: Validation) -> None:
+        for name, own in found.datasets.items():
+            lm_loss, vm_loss = (f"{x:.4f}" if x is not None else "-" for x in (own.lm_loss, own.vm_loss))
+            self.say(
+                f"validation after iteration {found.iteration} | {name} | lm_loss {lm_loss} | vm_loss {vm_loss} | "
+                f"{own.samples} samples, {own.labels} labels, {own.images} images"
+            )
+        if self.log is not None:
+            self.log.write_validation(found)
 
     def saved(self, state: TrainState) -> None:
         self.say(f"saved iteration {state.iteration} under {self.config.checkpoint.save}")

@@ -27,6 +27,7 @@ from ross_mcore.training.start import build, iterations_of, open_dataset, place,
 from ross_mcore.training.state import TrainState, restore, save
 from ross_mcore.training.step import agree_on_step, combine_losses, run_schedule
 from ross_mcore.training.stop import StopRequest
+from ross_mcore.training.validation import validate
 
 USER_ERRORS = (
     ArchitectureError,
@@ -67,6 +68,11 @@ def _train(config: Config, stop: StopRequest) -> None:
     layout = process_groups.together(lambda: place(config, model_config))
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
     dataset = process_groups.together(lambda: open_dataset(config, model_config, start, config.data.data_path or ""))
+    held_out = None
+    if config.data.valid_data_path is not None:
+        held_out = process_groups.together(
+            lambda: open_dataset(config, model_config, start, config.data.valid_data_path or "")
+        )
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
     order = sample_order(config, dataset, rows_per_step)
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
@@ -171,8 +177,13 @@ def _train(config: Config, stop: StopRequest) -> None:
                 f"times in a row (lm_loss {losses.lm_loss}, vm_loss {losses.vm_loss}, gradient norm {norm}); the last "
                 f"checkpoint under {save_folder} is intact. Lower --lr, or look at the samples of these iterations"
             )
+        last, every = state.iteration == train_iters, config.logging.valid_interval
+        if held_out is not None and (last or (every and state.iteration % every == 0)):
+            say.validated(
+                validate(state.iteration, model, held_out, groups, config, model_config, row_multiple, device)
+            )
         every = config.logging.eval_interval
-        if every and (state.iteration % every == 0 or state.iteration == train_iters) and model_config.denoiser:
+        if every and (state.iteration % every == 0 or last) and model_config.denoiser:
             grid = reconstruction_grid(model, dataset, groups, config, model_config, row_multiple, device)
             if log is not None and grid is not None:
                 log.picture(state.iteration, "reconstruction", grid)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ross_mcore.training.step import DataSetLosses
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class StepMetrics:
     ignored_samples: int
     applied: bool
     datasets: dict[str, DataSetLosses] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One line of validation.jsonl: what every data set had, over samples that never change."""
+
+    iteration: int
+    datasets: dict[str, DataSetLosses]
+    seconds: float
 
 
 def duration(seconds: float) -> str:
@@ -79,13 +89,10 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         save.mkdir(parents=True, exist_ok=True)
-        self.path = save / METRICS_FILE
-        if self.path.exists():
-            kept = [entry for entry in read_metrics(self.path) if entry.get("iteration", 0) <= iteration]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-            partial.replace(self.path)
-        self._stream: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
+        self._save = save
+        for name in (METRICS_FILE, VALIDATION_FILE):
+            _drop_after(iteration, save / name)
+        self._stream: IO[str] = (save / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(tensorboard), purge_step=iteration + 1)
 
     def write(self, metrics: StepMetrics) -> None:
@@ -93,6 +100,16 @@ class MetricsLog:
         if not entry["datasets"]:
             del entry["datasets"]
         self._stream.write(json.dumps(finite(entry)) + "\n")
+
+    def write_validation(self, found: Validation) -> None:
+        with (self._save / VALIDATION_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(finite(asdict(found))) + "\n")
+        losses = {
+            f"validation_{loss}/{name}": getattr(own, loss)
+            for name, own in found.datasets.items()
+            for loss in ("lm_loss", "vm_loss")
+        }
+        self.scalars(found.iteration, {name: loss for name, loss in losses.items() if loss is not None})
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -110,6 +127,15 @@ class MetricsLog:
     def close(self) -> None:
         self._stream.close()
         self._board.close()
+
+
+def _drop_after(iteration: int, path: Path) -> None:
+    """Leaves the lines of a file, if there is one, up to `iteration`."""
+    if path.exists():
+        kept = [entry for entry in read_metrics(path) if entry.get("iteration", 0) <= iteration]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        partial.replace(path)
 
 
 def picture_grid(rows: list[Tensor], gap: int = 2) -> Tensor:

@@ -178,13 +178,15 @@ def run_schedule(
     forward_only: bool = False,
     num_micro_batches: int | None = None,
     draws: Sequence[Draws] | None = None,
+    draw_seed: int | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> list[Any]:
     """Runs all micro-batches through mcore's schedule and leaves the reduced gradients in the model.
 
     Returns what the last stage computed per micro-batch (MicroBatchLosses, or hidden states with `output="hidden"`),
     and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
-    given; `draws` replays recorded randomness, one entry a micro-batch (see RossModel.forward); `scales` multiply
+    given; `draws` replays recorded randomness, one entry a micro-batch, and `draw_seed` keys other draws than the
+    model's seed (see RossModel.forward); `scales` multiply
     lm_loss and vm_loss, so that one of them can be had alone.
     """
     count = num_micro_batches or micro_batches_per_step(options, groups)
@@ -198,7 +200,8 @@ def run_schedule(
         if rows is not None:
             batch = collate(rows, size.seq_length, image_size, slots, everywhere).to(device)
         lengths = segments(slots, size.seq_length)
-        result = stage(batch, lengths, output=output, draws=None if draws is None else draws[number])
+        recorded = None if draws is None else draws[number]
+        result = stage(batch, lengths, output=output, draws=recorded, draw_seed=draw_seed)
         if output != "losses":
             return result, lambda hidden, non_loss_data=True: hidden
         samples = samples_of([rows or []])

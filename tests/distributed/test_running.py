@@ -107,3 +107,58 @@ def decode(data: bytes) -> torch.Tensor:
     from PIL import Image
 
     return torch.from_numpy(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32))
+
+
+VALIDATED = {
+    "one process": Case("", 1, {"micro_batch_size": 4, "num_workers": 1}),
+    "tp2xpp2+sp, packed": Case("", 4, layout(2, 2, sequence_parallel=True, pack=True, micro_batch_size=1)),
+    "dp2, other rows": Case("", 2, {"global_batch_size": 6, "micro_batch_size": 1}),
+}
+
+
+def test_validation_is_the_same_every_time_and_everywhere(
+    start: Callable[..., Finished], shards: Callable[[str], Path]
+) -> None:
+    """Eleven samples fill no step of these layouts. Without a learning rate, weights stay what they are."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, case in VALIDATED.items():
+        options = {"valid_data_path": str(shards("mixture")), "valid_interval": 2, "valid_samples": 11}
+        run = start(case, f"validated_{case.world}", lr=0.0, denoiser_lr=0.0, seed=case.world, **options)
+        found[name] = validations(run.folder)
+        assert [line["iteration"] for line in found[name]] == [2, 3]
+        assert found[name][0]["datasets"] == found[name][1]["datasets"]
+    expected = found["one process"][0]["datasets"]
+    assert list(expected) == ["first", "second"]
+    assert expected["first"]["samples"] == expected["second"]["samples"] == expected["second"]["images"] == 11
+    assert expected["first"]["images"] == 8 and expected["first"]["labels"] > 0
+    for lines in found.values():
+        for name, own in expected.items():
+            assert lines[0]["datasets"][name] == pytest.approx(own, rel=1e-6)
+
+
+def validations(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert all(line.keys() == {"iteration", "datasets", "seconds"} for line in lines)
+    return lines
+
+
+def test_validation_leaves_training_as_it_is(
+    start: Callable[..., Finished], shards: Callable[[str], Path], workplace: Path
+) -> None:
+    """With validation after every step, twice interrupted or not: same losses, same lines."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    case, every = Case("", 2, layout(1, 2)), {"valid_data_path": str(shards("mixed")), "valid_interval": 1}
+    plain = start(case, "not_validated")
+    run = start(case, "validated", exit_duration_in_mins=1e-6, **every)
+    assert len(run.metrics) == len(validations(run.folder)) == 1
+    run = start(case, "validated", **every)
+    for ours, expected in zip(run.metrics, plain.metrics, strict=True):
+        assert ours["lm_loss"] == expected["lm_loss"] and ours["vm_loss"] == expected["vm_loss"]
+    lines = validations(run.folder)
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    losses = [line["datasets"]["shards_mixed"]["lm_loss"] for line in lines]
+    assert losses[0] > losses[1] > losses[2]
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    last = events.Scalars("validation_lm_loss/shards_mixed")[-1]
+    assert last.step == 3 and last.value == pytest.approx(losses[2])

@@ -14,14 +14,14 @@ FLAGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --pipeline-layout --num-layers-per-virtual-pipeline-stage
 --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --distributed-timeout-minutes
 --bf16 --fp8-format --transformer-impl --recompute-granularity
---data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler --supervise-final-eos
---max-images-per-sample --max-tokens-per-sample --num-workers
+--data-path --valid-data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler
+--supervise-final-eos --max-images-per-sample --max-tokens-per-sample --num-workers
 --training-stage --micro-batch-size --global-batch-size --train-iters --train-epochs --loss-normalization --vm-loss-rows
 --seed --max-bad-steps --exit-duration-in-mins
 --lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --projector-lr --denoiser-lr --vision-lr
 --weight-decay --decay-norm-weights --adam-beta1 --adam-beta2 --adam-eps --clip-grad
 --load --save --finetune --save-interval --save-retain-interval --keep-last
---log-interval --eval-interval --eval-images --tensorboard-dir
+--log-interval --eval-interval --eval-images --valid-interval --valid-samples --tensorboard-dir
 """.split()
 """Scripts out there use these names: a change here is a change for users."""
 

@@ -1,0 +1,79 @@
+"""Losses on held-out data sets: forward only, over the same samples with the same random draws every time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.config import Config
+from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.order import SampleOrder
+from ross_mcore.data.sources import MixtureDataset
+from ross_mcore.parallel.groups import Groups
+from ross_mcore.training.metrics import Validation
+from ross_mcore.training.step import agree_on_step, combine_losses, micro_batches_per_step, run_schedule
+
+DRAW_SEED = 0
+"""Keys timesteps and noise together with the number of a sample: runs of other seeds are measured with the same."""
+
+
+@torch.no_grad()
+def validate(
+    iteration: int,
+    model: DistributedDataParallel,
+    dataset: MixtureDataset,
+    groups: Groups,
+    config: Config,
+    model_config: ModelConfig,
+    row_multiple: int,
+    device: torch.device,
+) -> Validation:
+    """The losses of every data set, one after the other, on every rank. Collective.
+
+    Taken are the first `--valid-samples` samples of each in the order of its index. Data-parallel ranks share the rows;
+    the losses are means over all labels, and all images, whatever the arithmetic of training.
+    """
+    began = time.perf_counter()
+    options = replace(config.training, loss_normalization="global", vm_loss_rows="images")
+    found = {}
+    model.eval()
+    for name, part in zip(dataset.names, dataset.parts):
+        count = min(len(part), config.logging.valid_samples or len(part))
+        rows = options.micro_batch_size * groups.layout.data_parallel
+        micro_batches = min(micro_batches_per_step(options, groups), -(-count // rows))
+        losses = []
+        with StepLoader(
+            part,
+            SampleOrder(count, seed=0, shuffle=False),
+            global_batch_size=micro_batches * rows,
+            micro_batch_size=options.micro_batch_size,
+            packed=config.data.pack,
+            dp_rank=groups.data_rank,
+            dp_size=groups.layout.data_parallel,
+            tp_rank=groups.tensor_rank,
+            tp_size=groups.layout.tensor_parallel,
+            reads=groups.stage.reads_data,
+            num_workers=config.data.num_workers,
+            end=count,
+        ) as loader:
+            while loader.state_dict()["consumed_samples"] < count:
+                step = next(loader)
+                losses += run_schedule(
+                    model,
+                    step,
+                    agree_on_step(step, False, groups, row_multiple, device),
+                    groups,
+                    options,
+                    image_size=model_config.vision.image_size,
+                    device=device,
+                    forward_only=True,
+                    num_micro_batches=micro_batches,
+                    draw_seed=DRAW_SEED,
+                )
+        (found[name],) = combine_losses(losses, groups, device).datasets
+    model.train()
+    return Validation(iteration, found, time.perf_counter() - began)

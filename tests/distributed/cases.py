@@ -93,6 +93,9 @@ CASES = [
     Case("packed pp2 frozen LLM", 2, layout(1, 2), stage="pretrain", common=(*PACKED, ("template", "qwen_2"))),
     Case("two data sets dp2", 2, data="mixture"),
     Case("two data sets, packed, tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), data="mixture", common=PACKED),
+    Case("several pictures tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), data="several"),
+    Case("several pictures packed tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), data="several", common=PACKED),
+    Case("several pictures packed dp2", 2, layout(micro_batch_size=1), data="several", common=PACKED),
     # bf16 keeps 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
     # and norms, 1.5e-2 of a family's largest gradient
     Case("bf16 dp2", 2, common=(("bf16", True),), relative=3e-2),

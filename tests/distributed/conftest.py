@@ -36,7 +36,12 @@ def train_one_rank(flags: dict[str, Any]) -> None:
 
 
 def records(kind: str) -> list[dict[str, Any]]:
-    """Sixteen conversations; every third of `mixed` and all but every sixth of `sparse` are text only."""
+    """Sixteen conversations; every third of `mixed` and all but every sixth of `sparse` are text only.
+
+    Those of `several` have none to three pictures, in questions and in answers, side by side and not shown at all.
+    """
+    if kind == "several":
+        return [_several(number) for number in range(16)]
     found = []
     for number in range(16):
         picture = {"mixed": number % 3 != 2, "sparse": number % 6 == 0, "text_only": False, "captions": True}[kind]
@@ -52,6 +57,21 @@ def records(kind: str) -> list[dict[str, Any]]:
             record["image"] = f"img{number % 3}.png"
         found.append(record)
     return found
+
+
+def _several(number: int) -> dict[str, Any]:
+    texts: list[tuple[str, ...]] = [
+        ("How much is two and one?", "Three."),
+        ("<image><image>\nCompare them.", "The first has lines.", "And <image> ?", "More lines"),
+        ("What is <image> here?", "It is like <image> is.", "Nothing more?", "No"),
+        ("Describe them.", "I see many lines."),
+    ]
+    turns = [
+        {"from": ("human", "gpt")[place % 2], "value": text.replace("lines", f"{number} lines")}
+        for place, text in enumerate(texts[number % 4])
+    ]
+    pictures = [f"img{(number + ordinal) % 3}.png" for ordinal in range((0, 3, 2, 2)[number % 4])]
+    return {"id": f"several-{number}", "image": pictures, "conversations": turns}
 
 
 @dataclass

@@ -99,25 +99,40 @@ def assert_adds_up(run: Finished) -> None:
     assert first > second > 0
 
 
-@pytest.mark.parametrize("layout_of_packed", [{}, layout(2, 2, sequence_parallel=True)], ids=["tp1", "tp2xpp2+sp"])
+@pytest.mark.parametrize(
+    ("data", "layout_of_packed"),
+    [
+        ("mixed", {}),
+        ("mixed", layout(2, 2, sequence_parallel=True)),
+        ("several", layout(2, 2, sequence_parallel=True)),
+    ],
+    ids=["tp1", "tp2xpp2+sp", "several pictures tp2xpp2+sp"],
+)
 def test_packed_and_separate_samples_train_alike(
-    layout_of_packed: dict, start: Callable[..., Finished], workplace: Path
+    data: str, layout_of_packed: dict, start: Callable[..., Finished], workplace: Path
 ) -> None:
-    """One step over all sixteen samples, as rows of their own and packed: same losses, same gradients.
+    """One step over all sixteen samples, as rows of their own and packed: same losses over every picture there is.
 
     The draws of a picture follow from its sample's place in the stream, which is the same in both. Positions and
     attention begin anew with every sample, so only the order of sums differs.
     """
     settings = {"train_iters": 1, "seq_length": 256}
-    separate = start(Case("", 1), "samples_apart", global_batch_size=16, micro_batch_size=4, **settings)
+    apart = f"samples_apart_{data}"
+    separate = start(Case("", 1, data=data), apart, global_batch_size=16, micro_batch_size=4, **settings)
     world = 4 if layout_of_packed else 1
-    name = f"samples_packed_{world}"
-    rows = packed_rows(workplace / "shards_mixed", 256)
+    name = f"samples_packed_{data}_{world}"
+    rows = packed_rows(workplace / f"shards_{data}", 256)
     assert 1 < rows < 16
     packed = start(
-        Case("", world, layout_of_packed), name, global_batch_size=rows, micro_batch_size=1, pack=True, **settings
+        Case("", world, layout_of_packed, data=data),
+        name,
+        global_batch_size=rows,
+        micro_batch_size=1,
+        pack=True,
+        **settings,
     )
     ours, theirs = packed.metrics[0], separate.metrics[0]
+    assert ours["num_images"] == ShardReader(workplace / f"shards_{data}").num_images
     for name in ("num_tokens", "num_images", "consumed_samples"):
         assert ours[name] == theirs[name], name
     for name in ("lm_loss", "vm_loss", "grad_norm"):

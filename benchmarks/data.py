@@ -39,13 +39,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.data.image import ImagePreprocessing, decode_image
+from ross_mcore.data.indexing import length_source
 from ross_mcore.data.llava import convert_records
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import LengthSource
-from ross_mcore.data.tokenizer import fingerprint_tokenizer, load_tokenizer
+from ross_mcore.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo"
@@ -75,7 +75,7 @@ def make_shards(folder: Path, count: int) -> tuple[Path, Path]:
         turns[0]["value"] = "<image>\n" + turns[0]["value"]
         records.append({"image": f"{number}.jpg", "conversations": turns})
     tokenizer = load_tokenizer(DEMO / "weights" / "tokenizer")
-    source = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2", False)
+    source = length_source(tokenizer, "qwen_2")
     with ShardWriter(folder / "shards", max_samples=count // 4, length_source=source) as writer:
         convert_records(records, pictures, writer, tokenizer, "qwen_2")
     return folder / "shards", pictures

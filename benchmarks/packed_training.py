@@ -23,10 +23,10 @@ from data import DEMO, ROOT, WORDS, convert_demo
 from packing import instruction_lengths
 from PIL import Image
 
+from ross_mcore.data.indexing import length_source
 from ross_mcore.data.llava import convert_records
 from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import LengthSource
-from ross_mcore.data.tokenizer import encode, fingerprint_tokenizer, load_tokenizer
+from ross_mcore.data.tokenizer import encode, load_tokenizer
 
 SCALE = 8
 ROW_TOKENS = 4096 // SCALE
@@ -48,7 +48,7 @@ def make_shards(folder: Path, count: int) -> Path:
         turns[0]["value"] += " What is this?"
         turns[1]["value"] = " ".join(rng.choice(WORDS, words))
         records.append({"conversations": turns} | ({"image": "0.png"} if with_picture else {}))
-    source = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2", False)
+    source = length_source(tokenizer, "qwen_2")
     with ShardWriter(folder / "shards", length_source=source) as writer:
         convert_records(records, pictures, writer, tokenizer, "qwen_2")
     return folder / "shards"

@@ -104,12 +104,16 @@ class DataOptions:
     step all have a picture or all have none, and are of like length."""
     supervise_final_eos: bool = True
     """Template qwen_2: supervise the last <|im_end|> too. The reference does not (--no-supervise-final-eos)."""
+    data_cache_dir: str | None = None
+    """Where shards behind URLs (s3://, gs://, https://) are kept while they are read; the ranks of a node share it."""
+    data_cache_bytes: int = 64 << 30
+    """Most bytes of it; room for the shards of an order's window (32) keeps them from being fetched again."""
     num_workers: int = 2
     """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process.
     """
 
     def __post_init__(self) -> None:
-        _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample")
+        _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample", "data_cache_bytes")
         _not_negative(self, "num_workers")
 
 

@@ -419,7 +419,8 @@ def check_turns(conversations: Any, roles: tuple[str, ...] | None = ("human", "g
     for turn in conversations:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ConversationError("a turn has no text")
-        if roles is not None and turn.get("from") not in roles:
+        who = turn.get("from")
+        if not isinstance(who, str) or (roles is not None and who not in roles):
             raise ConversationError("a turn is neither the human's nor the gpt's")
         try:
             turn["value"].encode("utf-8")

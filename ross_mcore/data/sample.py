@@ -31,8 +31,9 @@ from ross_mcore.data.conversation import (
     tokenize_conversation,
 )
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
+from ross_mcore.data.indexing import length_source, stale_lengths
+from ross_mcore.data.remote import DEFAULT_CACHE_BYTES
 from ross_mcore.data.shards import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
-from ross_mcore.data.tokenizer import fingerprint_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,10 +80,12 @@ class ShardDataset:
         image_processor: dict[str, Any] | None = None,
         mm_use_im_start_end: bool = False,
         bounds: SampleBounds = UNBOUNDED,
+        cache_folder: Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         if template not in TRAINING_TEMPLATES:
             raise KeyError(f"template {template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
-        self.reader = ShardReader(path)
+        self.reader = ShardReader(path, cache_folder, cache_bytes)
         self.tokenizer = tokenizer
         self.template = template
         self.seq_length = seq_length
@@ -130,17 +133,13 @@ class ShardDataset:
 
     def require_lengths(self) -> None:
         """Raises ShardError unless the index has the samples' lengths under this tokenizer and template."""
-        if self.reader.length_source != self._length_source:
-            raise ShardError(
-                f"{self.reader.folder}: its index was not measured with this tokenizer and template "
-                f"{self.template!r}, so samples cannot be packed into rows. Measure it again with "
-                f"python tools/index_shards.py --data-path {self.reader.folder} --tokenizer TOKENIZER --template "
-                f"{self.template}, or train with --no-pack"
-            )
+        problem = stale_lengths(self.reader, self._length_source, self.tokenizer.name_or_path)
+        if problem is not None:
+            raise ShardError(f"samples cannot be packed into rows: {problem}; or train with --no-pack")
 
     @property
     def _length_source(self) -> LengthSource:
-        return LengthSource(fingerprint_tokenizer(self.tokenizer), self.template, self.mm_use_im_start_end)
+        return length_source(self.tokenizer, self.template, self.mm_use_im_start_end)
 
     def modality_lengths(self) -> NDArray[np.int64]:
         """Words of every sample [N], negative without a picture (the reference's modality_lengths); from the index.

@@ -24,7 +24,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class LengthSource:
     tokenizer: str
     template: str
     mm_use_im_start_end: bool = False
-    image_tokens: str = field(default="", compare=False)
+    image_tokens: str = ""
     """Fingerprint of what texts with pictures become (indexing.length_source): it changes with the program."""
 
     def difference(self, other: LengthSource) -> str | None:

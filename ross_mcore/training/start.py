@@ -105,6 +105,8 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, p
             image_processor=image_processor,
             mm_use_im_start_end=config.data.mm_use_im_start_end,
             bounds=bounds,
+            cache_folder=None if config.data.data_cache_dir is None else Path(config.data.data_cache_dir),
+            cache_bytes=config.data.data_cache_bytes,
         )
 
     dataset = MixtureDataset.open(Path(path), open_part)

@@ -15,10 +15,10 @@ from ross_mcore import platform
 platform.prepare()
 
 from ross_mcore.config import Config  # noqa: E402
+from ross_mcore.data.indexing import length_source  # noqa: E402
 from ross_mcore.data.llava import convert_records  # noqa: E402
 from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
-from ross_mcore.data.shards import LengthSource  # noqa: E402
-from ross_mcore.data.tokenizer import fingerprint_tokenizer, load_tokenizer  # noqa: E402
+from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
 from tests.distributed.cases import Case  # noqa: E402
 from tests.distributed.harness import run_ranks  # noqa: E402
 from tests.recorded import GOLDEN, recorded_checkpoint, tied_checkpoint  # noqa: E402
@@ -106,7 +106,7 @@ def shards(workplace: Path) -> Callable[[str], Path]:
         folder = workplace / f"shards_{kind}"
         if not folder.exists():
             tokenizer = load_tokenizer(GOLDEN / "data" / "tok_qwen2")
-            source = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2", False)
+            source = length_source(tokenizer, "qwen_2")
             with ShardWriter(folder, max_samples=5, length_source=source) as writer:
                 images = GOLDEN / "data" / "images"
                 convert_records(records(kind), images, writer, tokenizer, "qwen_2")

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_mcore.batch import IGNORE_INDEX, collate
+from ross_mcore.data.indexing import length_source
 from ross_mcore.data.llava import convert_records
 from ross_mcore.data.sample import IgnoredLabels, ShardDataset
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import LengthSource, ShardReader
-from ross_mcore.data.tokenizer import fingerprint_tokenizer
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red car."}]
 
@@ -181,7 +181,7 @@ def test_a_sample_without_labels_is_trained_on_for_its_picture(
 def test_ignored_labels_are_counted_from_the_index_where_it_fits(
     half_unanswered: Callable[..., Path], open_dataset: Callable[..., ShardDataset], tokenizer: Any
 ) -> None:
-    fitting = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2")
+    fitting = length_source(tokenizer, "qwen_2")
     dataset = open_dataset(half_unanswered(13, fitting))
     for shard in dataset.reader.index["shards"]:
         (dataset.reader.folder / shard["name"]).write_bytes(b"")  # the index has to be enough

@@ -24,8 +24,8 @@ class Sample:
     tokens[i] (not shifted), IGNORE_INDEX where nothing is supervised; image_starts: index of the first image token of
     every image; pixels: one [3, H, W] float32 per image in the tower's normalisation, or None where this rank does not
     need it. `key` names the sample in its data set; `position` is its number in the training stream, the key of its
-    random draws. `problem` says why a sample was skipped: such a sample is an empty row and weighs nothing. `source` is
-    the data set that it is of, by number.
+    random draws. `problem` says why a sample was skipped: such a sample is an empty row and weighs nothing; `is_bad`
+    says that its data is at fault, and not the options. `source` is the data set that it is of, by number.
     """
 
     key: str
@@ -35,6 +35,7 @@ class Sample:
     image_starts: list[int] = field(default_factory=list)
     pixels: list[Tensor | None] = field(default_factory=list)
     problem: str | None = None
+    is_bad: bool = False
     source: int = 0
 
     @property

@@ -108,13 +108,16 @@ class DataOptions:
     """Where shards behind URLs (s3://, gs://, https://) are kept while they are read; the ranks of a node share it."""
     data_cache_bytes: int = 64 << 30
     """Most bytes of it; room for the shards of an order's window (32) keeps them from being fetched again."""
+    max_bad_fraction: float = 0.001
+    """End the run when more than this share of the samples so far were bad (unreadable pictures or text, an index that
+    does not fit), once there are more than ten; 0 bears none. Each is replaced and listed in SAVE/quarantine.jsonl."""
     num_workers: int = 2
     """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process.
     """
 
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample", "data_cache_bytes")
-        _not_negative(self, "num_workers")
+        _not_negative(self, "num_workers", "max_bad_fraction")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class ConversationError(ValueError):
     """A conversation that cannot become a row; the message is a short reason, meant to be counted."""
 
 
+class NothingLeft(ConversationError):
+    """A good sample of which the options (template, row length, bounds) leave nothing to train on."""
+
+
 @dataclass(frozen=True)
 class Tokenized:
     """input_ids [L] with one IMAGE_TOKEN_INDEX per image, labels [L], unshifted.
@@ -75,11 +79,11 @@ class SampleBounds:
     tokens: int | None = None
 
     def require(self, num_images: int, text_tokens: int = 0) -> None:
-        """Raises ConversationError for a sample that has more."""
+        """Raises NothingLeft for a sample that has more."""
         if self.images is not None and num_images > self.images:
-            raise ConversationError(f"it has over {self.images} pictures")
+            raise NothingLeft(f"it has over {self.images} pictures")
         if self.tokens is not None and text_tokens > self.tokens:
-            raise ConversationError(f"its text is over {self.tokens} tokens")
+            raise NothingLeft(f"its text is over {self.tokens} tokens")
 
 
 UNBOUNDED = SampleBounds()
@@ -375,7 +379,7 @@ def cut_row(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
     """An expanded row's first `max_length` tokens and labels, and its images; the cut never goes through one.
 
-    It ends before an image that it would cut. Raises ConversationError when it loses images and leaves no image or no
+    It ends before an image that it would cut. Raises NothingLeft when it loses images and leaves no image or no
     label: of one image, which the reference does not cut either, the loss is always too much.
     """
     kept = [start for start in starts if start + image_tokens <= max_length]
@@ -383,7 +387,7 @@ def cut_row(
         return tokens[:max_length], labels[:max_length], starts
     end = min(max_length, starts[len(kept)])
     if not kept or not np.any(labels[1:end] != IGNORE_INDEX):
-        raise ConversationError(f"the cut at {max_length} tokens would go through a picture")
+        raise NothingLeft(f"the cut at {max_length} tokens would go through a picture")
     return tokens[:end], labels[:end], kept
 
 

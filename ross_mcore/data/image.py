@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ross_mcore.architecture import ArchitectureError, VisionConfig
 
@@ -52,6 +52,8 @@ def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.I
             return picture.convert("RGB"), kind
     except ImageError:
         raise
+    except UnidentifiedImageError:  # its message holds an address, which differs between ranks
+        raise ImageError(f"undecodable: not one of {', '.join(formats)}") from None
     except Image.DecompressionBombError:
         raise ImageError("too large in pixels") from None
     except Exception as error:  # a hostile file can raise anything out of a decoder

@@ -3,6 +3,9 @@
 Which samples share which row of which micro-batch is planned from the index alone (rows.py), on every rank, whether it
 reads data or not. A worker takes one planned micro-batch at a time: it reads the text of every row, then decodes this
 tensor-parallel rank's share of the micro-batch's pictures. The whole state is the plan's cursor.
+
+A rank reports what is bad in its part of a step; once all ranks have the reports of all, each puts the same other
+samples in (`StepLoader.replace`). Nobody waits for a rank that cannot read: it hands out a step that says so.
 Legend: J pictures decoded here, H W pixels.
 """
 
@@ -11,20 +14,23 @@ from __future__ import annotations
 import atexit
 import signal
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ross_mcore.batch import Row, Sample, Slots
 from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import Order, sample_digest
+from ross_mcore.data.replacement import ATTEMPTS, EMPTY, TEXT, Bad, Quarantined, substitute
 from ross_mcore.data.rows import PlannedRow, RowStream, micro_batches
 from ross_mcore.data.sample import ShardDataset, skipped_sample
+from ross_mcore.data.shards import ShardReadError
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.layout import share_of
 
@@ -46,14 +52,18 @@ class Step:
 
     `rows`: the planned rows of the *global* batch; `slots`: tokens that the rows of this rank's micro-batches reserve
     for their samples, None where a row is one sample of any length; `micro_batches`: those rows read, None on a rank
-    that reads nothing; `warnings`: what this rank had to replace; `cursor`: where the next step begins.
+    that reads nothing; `bad`: what this rank found wrong with samples that are to be replaced; `cursor`: where the next
+    step begins; `failure`: why this rank could not read the step, which then has nothing; `quarantined`: by position,
+    what was replaced.
     """
 
     rows: list[PlannedRow]
     slots: list[list[Slots]] | None
     micro_batches: list[list[Row]] | None
-    warnings: list[str]
+    bad: list[Bad]
     cursor: dict[str, int]
+    failure: Exception | None = None
+    quarantined: dict[int, Quarantined] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,10 +79,10 @@ class _MicroBatch:
     tokens_and_labels: Tensor
     pictures: list[tuple[int, int]]
     pixels: Tensor | None
-    warnings: list[str]
+    bad: list[Bad]
 
     @classmethod
-    def pack(cls, samples: list[Sample], row_sizes: list[int], warnings: list[str]) -> _MicroBatch:
+    def pack(cls, samples: list[Sample], row_sizes: list[int], bad: list[Bad]) -> _MicroBatch:
         pictures = [(r, i) for r, s in enumerate(samples) for i, p in enumerate(s.pixels) if p is not None]
         pixels = torch.stack([samples[row].pixels[i] for row, i in pictures]) if pictures else None  # type: ignore[misc]
         lengths = [sample.tokens.numel() for sample in samples]
@@ -80,7 +90,7 @@ class _MicroBatch:
         for sample in samples:
             sample.tokens = sample.labels = None  # type: ignore[assignment]
             sample.pixels = [None] * len(sample.pixels)
-        return cls(samples, row_sizes, lengths, both, pictures, pixels, warnings)
+        return cls(samples, row_sizes, lengths, both, pictures, pixels, bad)
 
     def unpack(self) -> list[Row]:
         tokens, labels = (row.split(self.lengths) for row in self.tokens_and_labels)
@@ -93,8 +103,11 @@ class _MicroBatch:
         return [[next(samples) for _ in range(size)] for size in self.row_sizes]
 
 
-class _MicroBatches(Dataset[_MicroBatch]):
-    """What a worker holds: a planned micro-batch -> the micro-batch read."""
+PAST_THE_END = "past the end, to fill the step"
+
+
+class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
+    """What a worker holds: a planned micro-batch -> the micro-batch read, or what the file system said."""
 
     def __init__(
         self, dataset: Readable, packed: bool, tp_rank: int, tp_size: int, needs_pixels: bool, end: int | None
@@ -102,41 +115,66 @@ class _MicroBatches(Dataset[_MicroBatch]):
         self.dataset, self.packed, self.end = dataset, packed, end
         self.tp_rank, self.tp_size, self.needs_pixels = tp_rank, tp_size, needs_pixels
 
-    def __getitem__(self, planned: PlannedMicroBatch) -> _MicroBatch:
-        numbers = np.concatenate([row.samples for row in planned])
-        positions = np.concatenate([row.positions for row in planned]).tolist()
-        samples = [self._text(number, place) for number, place in zip(numbers.tolist(), positions, strict=True)]
-        if self.packed:
-            reserved = self.dataset.row_lengths(numbers).tolist()
-            most = self.dataset.seq_length
-            samples = [_fitting(sample, room, most) for sample, room in zip(samples, reserved, strict=True)]
-        pictures = [(place, ordinal) for place, sample in enumerate(samples) for ordinal in range(len(sample.pixels))]
-        warnings: list[str] = []
-        if self.needs_pixels:
-            for picture in share_of(len(pictures), self.tp_rank, self.tp_size):
-                place, ordinal = pictures[picture]
-                warnings += self.dataset.decode(samples[place], int(numbers[place]), [ordinal])
-        return _MicroBatch.pack(samples, [row.samples.size for row in planned], warnings)
+    def __getitem__(self, planned: PlannedMicroBatch) -> _MicroBatch | ShardReadError:
+        numbers = [number for row in planned for number in row.samples.tolist()]
+        positions = [position for row in planned for position in row.positions.tolist()]
+        try:
+            samples = [self._text(number, position) for number, position in zip(numbers, positions, strict=True)]
+            bad = [Bad(sample.position, TEXT, sample.problem or "") for sample in samples if sample.is_bad]
+            bad += self._decode_share(samples, numbers)
+        except ShardReadError as error:
+            return error
+        return _MicroBatch.pack(samples, [row.samples.size for row in planned], bad)
+
+    def replace(self, planned: PlannedMicroBatch, rows: list[Row], positions: Collection[int]) -> list[Bad]:
+        """Reads the samples planned at `positions` into `rows`, in place; returns what is wrong with them.
+
+        Other samples may have other pictures: each rank's share is decoded anew where it has changed.
+        """
+        numbers = [number for row in planned for number in row.samples.tolist()]
+        for row, plan in zip(rows, planned, strict=True):
+            for place, old in enumerate(row):
+                number = int(plan.samples[place])
+                if old.position in positions and number != EMPTY:
+                    row[place] = self._text(number, old.position)
+                elif old.position in positions:
+                    row[place] = skipped_sample(old.key, old.position, "bad, and nothing could stand in for it")
+        samples = [sample for row in rows for sample in row]
+        bad = [
+            Bad(sample.position, TEXT, sample.problem)
+            for sample, number in zip(samples, numbers, strict=True)
+            if sample.position in positions and number != EMPTY and sample.problem
+        ]
+        return bad + self._decode_share(samples, numbers)
 
     def _text(self, number: int, position: int) -> Sample:
+        """The sample without its pictures; a bad one where the index was wrong about its length.
+
+        Only one that is cut takes less than its room: it ends before a picture, where the index does not know of one.
+        """
         if self.end and position >= self.end:
             return skipped_sample("", position, PAST_THE_END)
-        return self.dataset.get(number, position)
+        sample = self.dataset.get(number, position)
+        tokens, room = sample.tokens.numel(), int(self.dataset.row_lengths(np.array([number]))[0])
+        is_cut = tokens < room == self.dataset.seq_length
+        if self.packed and sample.problem is None and tokens != room and not is_cut:
+            reason = f"the index says another length: {room} tokens, and it has {tokens}"
+            return skipped_sample(sample.key, position, reason, is_bad=True)
+        return sample
 
-
-PAST_THE_END = "past the end, to fill the step"
-
-
-def _fitting(sample: Sample, room: int, seq_length: int) -> Sample:
-    """The sample, or an empty row where the index was wrong about its length.
-
-    Only one that is cut takes less than its room: it ends before a picture, where the index does not know of one.
-    """
-    tokens = sample.tokens.numel()
-    if sample.problem is None and tokens != room and not tokens < room == seq_length:
-        reason = f"it has {tokens} tokens and the index says {room}: make the index again (tools/index_shards.py)"
-        return skipped_sample(sample.key, sample.position, reason)
-    return sample
+    def _decode_share(self, samples: list[Sample], numbers: list[int]) -> list[Bad]:
+        """Makes this rank hold the pixels of its share of the pictures, and of no others."""
+        if not self.needs_pixels:
+            return []
+        pictures = [(place, ordinal) for place, sample in enumerate(samples) for ordinal in range(len(sample.pixels))]
+        share = share_of(len(pictures), self.tp_rank, self.tp_size)
+        bad: list[Bad] = []
+        for picture, (place, ordinal) in enumerate(pictures):
+            if picture not in share:
+                samples[place].pixels[ordinal] = None
+            elif samples[place].pixels[ordinal] is None:
+                bad += self.dataset.decode(samples[place], numbers[place], [ordinal])
+        return bad
 
 
 def _ignore_signals(_: int) -> None:
@@ -153,7 +191,8 @@ class StepLoader:
     holds as many samples as fit into the dataset's `seq_length`; otherwise one. The stream of rows does not depend on
     dp_size, micro_batch_size or num_workers. `reads=False` plans and reads nothing; `skip_rows` passes over the first
     rows; with `end`, the order is over the first `end` samples, and what comes after them is empty; `prefetch` counts
-    micro-batches per worker; num_workers=0 reads in the calling process. Call `close` (or use it in `with`) when done.
+    micro-batches per worker; num_workers=0 reads in the calling process; `seed` decides what
+    stands in for bad samples. Call `close` (or use it in `with`) when done.
     Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is over
     other samples than the data set's.
     """
@@ -174,6 +213,7 @@ class StepLoader:
         reads: bool = True,
         needs_pixels: bool = True,
         num_workers: int = 0,
+        seed: int = 0,
         state: dict[str, int] | None = None,
         prefetch: int = 2,
         end: int | None = None,
@@ -189,7 +229,7 @@ class StepLoader:
         self.dataset, self.packed = dataset, packed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.reads, self.num_workers, self.prefetch = reads, num_workers, prefetch
+        self.reads, self.num_workers, self.prefetch, self.seed = reads, num_workers, prefetch, seed
         self._rows = RowStream(order, dataset.row_lengths, dataset.seq_length, packed, window_samples(order))
         self._rows.skip(skip_rows)
         self._cursor = self._rows.state_dict()
@@ -197,7 +237,7 @@ class StepLoader:
             self.load_state_dict(state)
         self._source = _MicroBatches(dataset, packed, tp_rank, tp_size, needs_pixels, end)
         self._planned: deque[Step] = deque()
-        self._stream: Iterator[_MicroBatch] | None = None
+        self._stream: Iterator[_MicroBatch | ShardReadError] | None = None
 
     @property
     def num_microbatches(self) -> int:
@@ -211,18 +251,77 @@ class StepLoader:
             self._plan()
             step = self._planned.popleft()
         else:
-            if self._stream is None:
-                self._stream = self._open()
-            read = [next(self._stream) for _ in range(self.num_microbatches)]
+            try:
+                read = self._read()
+            except Exception as error:  # whatever it is, a killed worker too: the other ranks must hear of it
+                return Step([], None, None, [], self._cursor, error)
             step = self._planned.popleft()
             step.micro_batches = [micro_batch.unpack() for micro_batch in read]
-            step.warnings = [warning for micro_batch in read for warning in micro_batch.warnings]
+            step.bad = [bad for micro_batch in read for bad in micro_batch.bad]
         self._cursor = step.cursor
         return step
 
+    def _read(self) -> list[_MicroBatch]:
+        """The micro-batches of a step. Raises ShardReadError for what a worker could not read."""
+        if self._stream is None:
+            self._stream = self._open()
+        found = [next(self._stream) for _ in range(self.num_microbatches)]
+        for micro_batch in found:
+            if isinstance(micro_batch, ShardReadError):
+                raise micro_batch
+        return found  # type: ignore[return-value]
+
+    def replace(self, step: Step, bad: Iterable[Bad]) -> None:
+        """Puts other samples in the places of bad ones: in the step's rows, and read where this rank reads them.
+
+        Every rank is to be given the same `bad`, what all ranks found. `step.bad` is then what is wrong with the
+        samples put in, for which this is to be called again.
+        """
+        reasons = {found.position: found.reason for found in sorted(bad, reverse=True)}  # the first one's stays
+        step.bad, changed = [], set()
+        for number, row in enumerate(step.rows):
+            places = [place for place, position in enumerate(row.positions.tolist()) if position in reasons]
+            if places:
+                samples = row.samples.copy()
+                for place in places:
+                    samples[place] = self._substitute(step, int(row.positions[place]), int(samples[place]), reasons)
+                step.rows[number] = replace(row, samples=samples)
+                changed.add(number)
+        if step.micro_batches is None:
+            return
+        mine = micro_batches(range(len(step.rows)), self.micro_batch_size, self.dp_rank, self.dp_size)
+        try:
+            for numbers, rows in zip(mine, step.micro_batches, strict=True):
+                if changed.intersection(numbers):
+                    step.bad += self._source.replace([step.rows[number] for number in numbers], rows, reasons)
+        except Exception as error:
+            step.failure = error
+
+    def _substitute(self, step: Step, position: int, sample: int, reasons: dict[int, str]) -> int:
+        """Notes that `sample` is bad; the number of the next one to try in the place of the planned one."""
+        entry = step.quarantined.setdefault(position, Quarantined(position, sample, reasons[position]))
+        room = self._room(np.array([entry.sample]))[0]
+        entry.replacement = EMPTY
+        if entry.attempts < ATTEMPTS:
+            entry.replacement = substitute(
+                entry.sample,
+                self.dataset.peers(entry.sample),
+                lambda drawn: self._room(drawn) <= room,
+                self.seed,
+                position,
+                entry.attempts,
+            )
+            entry.attempts += 1
+        return entry.replacement
+
+    def _room(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens [P] that samples [P] reserve in their rows."""
+        return self.dataset.row_lengths(samples) if self.packed else np.full(samples.size, self.dataset.seq_length)
+
     def keys(self, step: Step) -> list[str]:
-        """Ids of the samples of the step's whole global batch, in order; read from the index alone."""
-        return self.dataset.keys(np.concatenate([row.samples for row in step.rows]))
+        """Ids of the samples trained in the step's whole global batch, in order; read from the index alone."""
+        samples = np.concatenate([row.samples for row in step.rows])
+        return self.dataset.keys(samples[samples != EMPTY])
 
     def digest(self, step: Step) -> str:
         """The step's `sample_digest`, over its whole global batch."""
@@ -266,7 +365,7 @@ class StepLoader:
         while True:
             yield from self._plan()
 
-    def _open(self) -> Iterator[_MicroBatch]:
+    def _open(self) -> Iterator[_MicroBatch | ShardReadError]:
         if not self.num_workers:
             return (self._source[planned] for planned in self._micro_batches())
         # Workers ignore SIGTERM, by which Python would end them at exit; so they are ended before that, by close().

@@ -1,8 +1,8 @@
 """From a record in a shard to a `Sample`: tokens, labels, image spans, pixels.
 
-What is wrong with the text decides a sample's fate (`Sample.problem`), because every rank reads the text; what is
-wrong with a picture never does, because only the rank that decodes it would know. `tools/make_shards.py` has decoded
-every picture once; one that fails all the same becomes a blank picture and a warning.
+Bad data raises nothing here: bad text makes an empty row that says so (`Sample.is_bad`), a bad picture a blank one and
+a reason. The loader replaces such samples once all ranks know of them, because only the rank that decodes a picture
+sees that it is bad. A good sample that the options leave nothing of is an empty row too, and stays one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ross_mcore.data.conversation import (
     TRAINING_TEMPLATES,
     UNBOUNDED,
     ConversationError,
+    NothingLeft,
     SampleBounds,
     cut_row,
     expand_images,
@@ -33,6 +34,7 @@ from ross_mcore.data.conversation import (
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.indexing import length_source, stale_lengths
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES
+from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
 
 if TYPE_CHECKING:
@@ -102,14 +104,24 @@ class ShardDataset:
         """The samples' keys, from the index alone."""
         return self.reader.keys(sample_numbers)
 
+    def shard(self, sample_number: int) -> str:
+        """The name of the shard that a sample is in."""
+        return self.reader.index["shards"][int(self.reader.samples[sample_number]["shard"])]["name"]
+
+    def peers(self, _: int) -> range:
+        """The samples that one may stand in for: all of them."""
+        return range(len(self))
+
     def get(self, sample_number: int, position: int, wanted_pixels: bool = False) -> Sample:
         """The sample at stream position `position`; its pixels are all None unless `wanted_pixels`."""
         key = self.reader.keys([sample_number])[0]
         try:
             record = _parse(self.reader.record_bytes(sample_number))
             sample = self._text(key, position, record, int(self.reader.samples[sample_number]["num_images"]))
-        except (ShardError, ConversationError) as error:
+        except NothingLeft as error:
             return skipped_sample(key, position, str(error))
+        except (ShardError, ConversationError) as error:
+            return skipped_sample(key, position, str(error), is_bad=True)
         if wanted_pixels:
             self.decode(sample, sample_number, range(len(sample.pixels)))
         return sample
@@ -167,24 +179,24 @@ class ShardDataset:
         sample = self.get(sample_number, position=0)
         return sample.problem == NOTHING_TO_LEARN or (sample.problem is None and not sample.label_tokens)
 
-    def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[str]:
-        """Fills in `sample.pixels` at `ordinals`; returns a warning for each picture that had to be left blank."""
-        warnings = []
+    def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
+        """Fills in `sample.pixels` at `ordinals`; returns what is wrong with those that had to be left blank."""
+        bad = []
         for ordinal in ordinals:
             try:
                 picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
                 sample.pixels[ordinal] = torch.from_numpy(self.preprocessing(picture))
             except (ShardError, ImageError) as error:
                 sample.pixels[ordinal] = self.blank()
-                warnings.append(f"sample {sample.key}, picture {ordinal}: {error}; trained on a blank picture")
-        return warnings
+                bad.append(Bad(sample.position, ordinal, str(error)))
+        return bad
 
     def blank(self) -> Tensor:
         """The mean colour, which is zero in normalised space: [3, H, W]."""
         return torch.zeros(3, self.preprocessing.image_size, self.preprocessing.image_size)
 
     def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:
-        """Raises ConversationError when the record has no usable row."""
+        """Raises ConversationError when the record has no usable row, NothingLeft where the options are why."""
         self.bounds.require(num_images)
         tokenized = tokenize_conversation(
             record.get("conversations"),
@@ -202,14 +214,14 @@ class ShardDataset:
         pixels: list[Tensor | None] = [None] * len(starts)
         sample = Sample(key, position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
         if not starts and not sample.label_tokens:
-            raise ConversationError(NOTHING_TO_LEARN)
+            raise NothingLeft(NOTHING_TO_LEARN)
         return sample
 
 
-def skipped_sample(key: str, position: int, problem: str) -> Sample:
+def skipped_sample(key: str, position: int, problem: str, is_bad: bool = False) -> Sample:
     """An empty row that weighs nothing and says why."""
     empty = torch.zeros(0, dtype=torch.int64)
-    return Sample(key, position, empty, empty.clone(), problem=problem)
+    return Sample(key, position, empty, empty.clone(), problem=problem, is_bad=is_bad)
 
 
 def _parse(data: bytes) -> dict[str, Any]:

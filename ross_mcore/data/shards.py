@@ -20,8 +20,10 @@ parses a tar at training time: a member is one `pread` at (shard, offset, size),
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -45,6 +47,8 @@ MAX_RECORD_BYTES = 16 << 20
 MAX_IMAGE_BYTES = 64 << 20
 MAX_PART_BYTES = 1 << 30
 MAX_IMAGES = 65535
+READ_PAUSES_SECONDS = (0.5, 1.0, 2.0)
+"""Before a read that the file system failed is tried again."""
 MAX_OPEN_SHARDS = 64
 """Tar files a reader keeps open at a time, well under the usual limit of 1024 descriptors a process."""
 UNKNOWN_LENGTH = -1
@@ -219,20 +223,34 @@ class ShardReader:
         name, total = self.index["shards"][shard]["name"], self.index["shards"][shard]["bytes"]
         if size > limit or offset + size > total:
             raise ShardError(f"{name}: a member of {size} bytes at {offset}, in {total} bytes, at most {limit} allowed")
-        try:
-            if is_remote(name):
-                assert self._cache is not None
+        if is_remote(name):
+            assert self._cache is not None
+            try:
                 with self._cache.open(name, total, self.index["shards"][shard].get("tag")) as handle:
-                    return self._whole(os.pread(handle, size, offset), size, offset, name)
-            if shard not in self._handles:
-                if len(self._handles) >= MAX_OPEN_SHARDS:
-                    os.close(self._handles.popitem(last=False)[1])
-                self._handles[shard] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
-            self._handles.move_to_end(shard)
-            data = os.pread(self._handles[shard], size, offset)
-        except OSError as error:
-            raise ShardReadError(f"{name if is_remote(name) else self.folder / name}: {error}") from None
-        return self._whole(data, size, offset, str(self.folder / name))
+                    data = os.pread(handle, size, offset)
+            except OSError as error:  # the cache has tried several times
+                raise ShardReadError(f"{name}: {error}") from None
+            return self._whole(data, size, offset, name)
+        return self._whole(self._read_local(shard, name, size, offset), size, offset, str(self.folder / name))
+
+    def _read_local(self, shard: int, name: str, size: int, offset: int) -> bytes:
+        for pause in (*READ_PAUSES_SECONDS, None):
+            try:
+                if shard not in self._handles:
+                    if len(self._handles) >= MAX_OPEN_SHARDS:
+                        os.close(self._handles.popitem(last=False)[1])
+                    self._handles[shard] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+                self._handles.move_to_end(shard)
+                return os.pread(self._handles[shard], size, offset)
+            except OSError as error:
+                if shard in self._handles:  # of a mount that may be another one by now
+                    with contextlib.suppress(OSError):
+                        os.close(self._handles.pop(shard))
+                if pause is None:
+                    attempts = len(READ_PAUSES_SECONDS) + 1
+                    raise ShardReadError(f"{self.folder / name}: {error}, {attempts} times in a row") from None
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
 
     @staticmethod
     def _whole(data: bytes, size: int, offset: int, name: str) -> bytes:

@@ -31,6 +31,7 @@ from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import TRAINING_TEMPLATES
 from ross_mcore.data.image import ImageAspectRatio
 from ross_mcore.data.mixture import counts_by_epochs, counts_by_weight
+from ross_mcore.data.replacement import Bad
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shards import ShardError
 
@@ -206,7 +207,18 @@ class MixtureDataset:
         sample.source = which
         return sample
 
-    def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[str]:
+    def shard(self, sample_number: int) -> str:
+        """As ShardDataset.shard; with the data set's name where there are several."""
+        which, local = self.place(sample_number)
+        shard = self.parts[which].shard(local)
+        return shard if len(self.parts) == 1 else f"{self.names[which]}/{shard}"
+
+    def peers(self, sample_number: int) -> range:
+        """The samples of the same data set."""
+        which, _ = self.place(sample_number)
+        return range(int(self.offsets[which]), int(self.offsets[which + 1]))
+
+    def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
         """As ShardDataset.decode."""
         which, local = self.place(sample_number)
         return self.parts[which].decode(sample, local, ordinals)

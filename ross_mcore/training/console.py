@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -10,27 +11,17 @@ from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
-from ross_mcore.data.loader import Step
 from ross_mcore.data.sample import IgnoredLabels
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.flops import forward_flops, step_flops
-from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation, duration
+from ross_mcore.training.quarantine import BadSample
 from ross_mcore.training.state import TrainState
-from ross_mcore.training.step import DataSetLosses, samples_of
+from ross_mcore.training.step import DataSetLosses
 from ross_mcore.training.stop import StopRequest
 
 IGNORED_SHARE_TO_WARN = 0.01
-
-
-def report_data_problems(iteration: int, step: Step, groups: Groups) -> None:
-    """Prints what was skipped or blanked in this rank's part of a step; ranks that hold the same rows say it once."""
-    for warning in step.warnings:
-        print(f"iteration {iteration}: {warning}", flush=True)
-    if groups.tensor_rank == 0:
-        for sample in (sample for sample in samples_of(step.micro_batches or []) if sample.problem):
-            print(f"iteration {iteration}: sample {sample.key} skipped: {sample.problem}", flush=True)
 
 
 def ignored_warning(found: IgnoredLabels, template: str) -> str | None:
@@ -168,6 +159,12 @@ class Console:
             )
         if self.log is not None:
             self.log.write_validation(found)
+
+    def bad_samples(self, bad: Sequence[BadSample]) -> None:
+        for entry in bad:
+            instead = "its place stays empty" if entry.replaced_by is None else f"{entry.replaced_by} takes its place"
+            where = f"iteration {entry.iteration}: sample {entry.key} of {entry.shard}"
+            self.say(f"{where} is bad: {entry.reason}; {instead}")
 
     def saved(self, state: TrainState) -> None:
         self.say(f"saved iteration {state.iteration} under {self.config.checkpoint.save}")

@@ -13,19 +13,20 @@ from ross_mcore import platform
 from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.config import Config, ConfigError
-from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.shards import ShardError, ShardReadError
 from ross_mcore.data.tokenizer import TokenizerError
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import RankError
 from ross_mcore.parallel.layout import LayoutError
-from ross_mcore.training.console import Console, report_data_problems
+from ross_mcore.training.console import Console
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.metrics import MetricsLog, StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
+from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, QuarantineLog, bad_samples, is_over_budget
 from ross_mcore.training.start import build, iterations_of, open_dataset, place, sample_order, starting_point
 from ross_mcore.training.state import TrainState, restore, save
-from ross_mcore.training.step import agree_on_step, combine_losses, run_schedule
+from ross_mcore.training.step import agree_on_step, combine_losses, replace_bad_samples, run_schedule
 from ross_mcore.training.stop import StopRequest
 from ross_mcore.training.validation import validate
 
@@ -55,7 +56,7 @@ def train(config: Config) -> int:
         process_groups.destroy()
         return 0
     except (*USER_ERRORS, TrainingError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, ShardReadError):
+        if os.environ.get("RANK", "0") == "0":
             print(f"pretrain_ross.py: error: {error}", file=sys.stderr, flush=True)
         return 2
 
@@ -106,13 +107,15 @@ def _train(config: Config, stop: StopRequest) -> None:
         tp_size=layout.tensor_parallel,
         reads=groups.stage.reads_data,
         num_workers=config.data.num_workers,
+        seed=config.training.seed,
         state=state.data or None,
     )
     save_folder = Path(config.checkpoint.save or "")
     board = Path(config.logging.tensorboard_dir or save_folder / "tensorboard")
     log = MetricsLog(save_folder, board, state.iteration) if groups.speaks else None
+    quarantine = QuarantineLog(save_folder, state.iteration) if groups.speaks else None
     say = Console(log, config, model_config, layout, rows_per_step, train_iters)
-    say.start(start, resume, state, dataset)
+    process_groups.together(lambda: say.start(start, resume, state, dataset))
 
     row_multiple = 8 * (layout.tensor_parallel if config.parallel.sequence_parallel else 1)
     saved = resume and start.path.parent == save_folder  # a finished run that is continued elsewhere is saved there
@@ -121,6 +124,13 @@ def _train(config: Config, stop: StopRequest) -> None:
         step = next(loader)
         data_seconds = time.perf_counter() - began
         size = agree_on_step(step, bool(stop), groups, row_multiple, device)
+        size = replace_bad_samples(step, size, loader, groups, row_multiple, device)
+        bad = bad_samples(state.iteration + 1, step, dataset)
+        if quarantine is not None:
+            quarantine.write(bad)
+        say.bad_samples(bad)
+        state = replace(state, bad_samples=state.bad_samples + len(bad))
+        _require_budget(state, step, bad, config)
         rate = learning_rate(state.iteration, train_iters, config.optimizer)
         set_hyperparameters(optimizer, state.iteration, train_iters, config.optimizer)
 
@@ -148,8 +158,6 @@ def _train(config: Config, stop: StopRequest) -> None:
             data=step.cursor,
             bad_steps_in_a_row=0 if applied else state.bad_steps_in_a_row + 1,
         )
-        if groups.stage.is_last:
-            report_data_problems(state.iteration, step, groups)
         if log is not None:
             metrics = StepMetrics(
                 iteration=state.iteration,
@@ -164,6 +172,7 @@ def _train(config: Config, stop: StopRequest) -> None:
                 sample_digest=loader.digest(step),
                 step_seconds=time.perf_counter() - began,
                 data_seconds=data_seconds,
+                bad_samples=len(bad),
                 skipped_samples=size.skipped_samples,
                 ignored_samples=size.ignored_samples,
                 applied=applied,
@@ -200,6 +209,20 @@ def _train(config: Config, stop: StopRequest) -> None:
             save(config, state, model, optimizer, model_config, start)
             say.saved(state)
         say.finished(state)
+    if quarantine is not None and (summary := quarantine.summary()):
+        say.say(summary)
     loader.close()
     if log is not None:
         log.close()
+
+
+def _require_budget(state: TrainState, step: Step, bad: list[BadSample], config: Config) -> None:
+    """Raises TrainingError, on all ranks alike, when more samples were bad than --max-bad-fraction allows."""
+    consumed, limit = step.cursor["consumed_samples"], config.data.max_bad_fraction
+    if bad and is_over_budget(state.bad_samples, consumed, limit):
+        raise TrainingError(
+            f"iteration {state.iteration + 1}: {state.bad_samples} of {consumed} samples so far were bad, more than "
+            f"--max-bad-fraction {limit}; the last one is {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}. All are "
+            f"in {Path(config.checkpoint.save or '') / QUARANTINE_FILE}. Index the shards again "
+            f"(tools/index_shards.py leaves bad samples out), or raise the limit; the last checkpoint is intact"
+        )

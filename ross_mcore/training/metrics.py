@@ -24,11 +24,11 @@ class StepMetrics:
     """One line of metrics.jsonl.
 
     lm_loss, vm_loss, loss: means over the step's labels and images; grad_norm: before clipping; learning_rate: of this
-    step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the step's sample ids
-    in global order; skipped_samples: empty rows; ignored_samples: rows without any label; applied: false when the
-    update was skipped because a loss or the gradient was not finite (such figures are null); step_seconds: the whole
-    step, of which data_seconds waiting for the loader; datasets: what each data set had of it (DataSetLosses), left out
-    when there is one.
+    step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the ids of the samples trained, in global
+    order; step_seconds: the whole step, of which data_seconds waiting for the loader; bad_samples: those that others
+    took the places of; skipped_samples: empty rows; ignored_samples: rows without any label; applied: false when the
+    update was skipped because a loss or the gradient was not finite (such figures are null); datasets: what each data
+    set had of it (DataSetLosses), left out when there is one.
     """
 
     iteration: int
@@ -43,6 +43,7 @@ class StepMetrics:
     sample_digest: str
     step_seconds: float
     data_seconds: float
+    bad_samples: int
     skipped_samples: int
     ignored_samples: int
     applied: bool
@@ -91,7 +92,7 @@ class MetricsLog:
         save.mkdir(parents=True, exist_ok=True)
         self._save = save
         for name in (METRICS_FILE, VALIDATION_FILE):
-            _drop_after(iteration, save / name)
+            drop_after(iteration, save / name)
         self._stream: IO[str] = (save / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(tensorboard), purge_step=iteration + 1)
 
@@ -129,7 +130,7 @@ class MetricsLog:
         self._board.close()
 
 
-def _drop_after(iteration: int, path: Path) -> None:
+def drop_after(iteration: int, path: Path) -> None:
     """Leaves the lines of a file, if there is one, up to `iteration`."""
     if path.exists():
         kept = [entry for entry in read_metrics(path) if entry.get("iteration", 0) <= iteration]

@@ -24,12 +24,13 @@ from ross_mcore.config import Config, ConfigError
 class TrainState:
     """All a run needs beside weights and moments: everything else is a function of these numbers and the options.
 
-    `data` is the loader's state, the place of the next row.
+    `data` is the loader's state, the place of the next row; `bad_samples` counts those replaced so far.
     """
 
     iteration: int = 0
     data: dict[str, int] = field(default_factory=dict)
     bad_steps_in_a_row: int = 0
+    bad_samples: int = 0
     training_stage: str = ""
     seed: int = 0
     data_fingerprint: str = ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, is_blank, segments
 from ross_mcore.config import TrainingOptions
-from ross_mcore.data.loader import Step
+from ross_mcore.data.loader import Step, StepLoader
+from ross_mcore.data.replacement import Bad
+from ross_mcore.data.shards import ShardReadError
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
 
@@ -26,7 +29,8 @@ class StepSize:
 
     seq_length: tokens of every row of the step; label_tokens, images, blank_samples (without a picture): what the two
     losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows;
-    ignored_samples: rows without any label, of which only the picture is learned; stop: some rank was asked to stop.
+    ignored_samples: rows without any label, of which only the picture is learned; found_bad: what ranks found wrong
+    with samples that are still in the step; stop: some rank was asked to stop.
     """
 
     seq_length: int
@@ -37,6 +41,7 @@ class StepSize:
     skipped_samples: int
     ignored_samples: int
     stop: bool
+    found_bad: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, dev
     """One all-gather over all ranks. Rows are padded to the longest of the step, rounded up to `row_multiple`.
 
     Every rank reports its longest row, as planned or else as read; what is summed is reported by one rank of each
-    data-parallel replica.
+    data-parallel replica. Raises ShardReadError, which names the rank, on all ranks when one could not read; that rank
+    raises what else it was.
     """
     planned = [sum(slots) for rows in step.slots or [] for slots in rows]
     read = [sum(sample.tokens.numel() for sample in row) for rows in step.micro_batches or [] for row in rows]
@@ -107,6 +113,8 @@ def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, dev
     mine = [
         max(planned or read, default=0),
         int(stop),
+        int(step.failure is not None),
+        len(step.bad),
         _labels(counted),
         _images(counted),
         len(blank_samples(counted)),
@@ -116,10 +124,38 @@ def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, dev
     ]
     everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(everyone, torch.tensor([mine], dtype=torch.int64, device=device))
-    longest, stopped = int(everyone[:, 0].max()), bool(everyone[:, 1].max())
-    totals = everyone[:, 2:].sum(0).tolist()
+    longest, stopped, failed = everyone[:, :3].amax(0).tolist()
+    if failed:
+        _refuse(step.failure)
+    found_bad, *totals = everyone[:, 3:].sum(0).tolist()
     seq_length = max(1, -(-longest // row_multiple)) * row_multiple
-    return StepSize(seq_length, *totals, stop=stopped)
+    return StepSize(seq_length, *totals, stop=bool(stopped), found_bad=found_bad)
+
+
+def _refuse(failure: Exception | None) -> NoReturn:
+    """Ends the run on all ranks when some could not read a step. Collective."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None and not isinstance(failure, ShardReadError):
+        raise failure
+    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+    raise ShardReadError(f"{message} (rank {rank})")
+
+
+def replace_bad_samples(
+    step: Step, size: StepSize, loader: StepLoader, groups: Groups, row_multiple: int, device: torch.device
+) -> StepSize:
+    """Puts other samples in the places of the step's bad ones, the same on all ranks; returns the step's new size.
+
+    Collective. Every rank tells every other what it found, and each does the same with it; so does nothing wait for a
+    rank that found something. Only a step with bad samples costs more than `agree_on_step`.
+    """
+    while size.found_bad:
+        found: list[list[Bad]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(found, step.bad)
+        loader.replace(step, chain.from_iterable(found))
+        size = agree_on_step(step, size.stop, groups, row_multiple, device)
+    return size
 
 
 def samples_of(micro_batches: list[list[Row]]) -> list[Sample]:

@@ -79,7 +79,7 @@ def test_a_step_is_the_global_batch_in_order(make: Callable[..., StepLoader]) ->
         range(8, 16)
     )
     assert [row.positions.tolist() for row in second.rows] == [[place] for place in range(8, 16)]
-    assert second.slots is None and second.warnings == []
+    assert second.slots is None and second.bad == []
     keys = [sample.key for micro_batch in second.micro_batches for row in micro_batch for sample in row]
     assert keys == loader.dataset.keys(SampleOrder(len(loader.dataset), 5).sample_at(range(8, 16)))
 
@@ -172,14 +172,15 @@ def test_a_micro_batch_of_nothing_but_problems_passes(
     assert collate(micro_batch, 8, 12).num_images == 0
 
 
-def test_blank_pictures_are_reported_from_workers(
+def test_bad_pictures_are_reported_from_workers(
     one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
 ) -> None:
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
     dataset = open_dataset(one_sample({"conversations": turns}, [("png", b"broken")]))
     with StepLoader(dataset, SampleOrder(1, 0), global_batch_size=2, micro_batch_size=1, num_workers=1) as loader:
         step = next(loader)
-    assert len(step.warnings) == 2 and all("blank" in warning for warning in step.warnings)
+    assert [(bad.position, bad.ordinal) for bad in step.bad] == [(0, 0), (1, 0)]
+    assert all("undecodable" in bad.reason for bad in step.bad)
 
 
 def test_sizes_that_do_not_divide_are_refused(make: Callable[..., StepLoader]) -> None:

@@ -102,6 +102,7 @@ def test_a_bad_record_is_a_problem_with_a_reason(
 ) -> None:
     sample = open_dataset(one_sample(record)).get(0, 5, wanted_pixels=True)
     assert sample.problem is not None and reason in sample.problem
+    assert sample.is_bad == ("nothing to learn" not in sample.problem)  # its data is whole
     assert sample.tokens.numel() == sample.labels.numel() == 0
     batch = collate([[sample]], 16, 12)
     assert batch.num_images == 0 and (batch.labels == IGNORE_INDEX).all()
@@ -123,13 +124,13 @@ def test_a_picture_the_text_never_shows_is_not_trained_on(
     assert sample.problem is None and not sample.image_starts and not sample.pixels
 
 
-def test_an_undecodable_picture_is_blank_and_reported(
+def test_an_undecodable_picture_is_bad_and_blank_until_replaced(
     one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
 ) -> None:
     dataset = open_dataset(one_sample({"conversations": TURNS}, [("png", b"\x89PNG broken")]))
-    sample = dataset.get(0, 0)
-    warnings = dataset.decode(sample, 0, [0])
-    assert sample.problem is None and len(warnings) == 1 and "only" in warnings[0] and "blank" in warnings[0]
+    sample = dataset.get(0, 5)
+    (bad,) = dataset.decode(sample, 0, [0])
+    assert sample.problem is None and (bad.position, bad.ordinal) == (5, 0) and "undecodable" in bad.reason
     assert sample.pixels[0] is not None and not sample.pixels[0].any()
 
 

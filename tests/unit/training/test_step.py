@@ -15,6 +15,7 @@ platform.prepare()
 from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
 from ross_mcore.config import TrainingOptions  # noqa: E402
 from ross_mcore.data.loader import Step  # noqa: E402
+from ross_mcore.data.shards import ShardReadError  # noqa: E402
 from ross_mcore.training.step import (  # noqa: E402
     DataSetLosses,
     MicroBatchLosses,
@@ -107,6 +108,20 @@ def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
     size = agree_on_step(step, False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
     assert (size.skipped_samples, size.ignored_samples) == (1, 3)
     assert (size.label_tokens, size.images, size.blank_samples) == (2 + 3, 4, 1)
+
+
+@pytest.mark.usefixtures("only_rank")
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (ShardReadError("a.tar: Input/output error"), ShardReadError, r"a\.tar: Input/output error \(rank 0\)"),
+        (RuntimeError("a worker was killed"), RuntimeError, "a worker was killed"),
+    ],
+)
+def test_a_rank_that_cannot_read_says_so(failure: Exception, kind: type[Exception], message: str) -> None:
+    groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
+    with pytest.raises(kind, match=message):
+        agree_on_step(Step([], None, None, [], {}, failure), False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_a_step_without_any_label_is_zero_and_not_nan() -> None:

@@ -1,0 +1,73 @@
+"""What stands in for a bad sample: a function of the seed and the sample's place in the stream alone.
+
+So all ranks of every layout train the same samples, and a run that is resumed replaces as it would have. Legend: P
+samples drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ross_mcore.data.order import keys, permute
+
+ATTEMPTS = 10
+"""Samples tried in place of a bad one before its slot stays empty."""
+SEARCHED_SAMPLES = 1 << 20
+"""Drawn to find one that fits, about a second when none does."""
+EMPTY = -1
+"""In place of a sample number: nothing could stand in."""
+TEXT = -1
+_DRAWN_AT_ONCE = 4096
+_PURPOSE = 0x5B5  # keeps these draws apart from those of the order
+
+
+@dataclass(frozen=True, order=True)
+class Bad:
+    """What one rank found wrong: with the text (`ordinal` is TEXT) or picture `ordinal` of the sample at `position`."""
+
+    position: int
+    ordinal: int
+    reason: str
+
+
+@dataclass
+class Quarantined:
+    """A planned sample that could not be trained on.
+
+    `sample`: its number, `replacement`: that of the one trained in its place, EMPTY when none could be; `attempts`: how
+    many were tried.
+    """
+
+    position: int
+    sample: int
+    reason: str
+    attempts: int = 0
+    replacement: int = EMPTY
+
+
+def substitute(
+    sample: int,
+    peers: range,
+    fits: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
+    seed: int,
+    position: int,
+    attempt: int,
+) -> int:
+    """The sample to try in place of `sample` at stream position `position`, EMPTY when no other is left.
+
+    The samples `peers` are drawn in an order keyed by (seed, position), and those that `fits` [P] -> [P] rejects passed
+    over: the result is number `attempt` (from 0) of the rest. So no attempt tries a sample twice.
+    """
+    key = keys(seed, _PURPOSE, position)
+    for start in range(0, min(len(peers), SEARCHED_SAMPLES), _DRAWN_AT_ONCE):
+        places = np.arange(start, min(len(peers), start + _DRAWN_AT_ONCE))
+        drawn = peers.start + permute(places, len(peers), key)
+        fitting = drawn[(drawn != sample) & fits(drawn)]
+        if attempt < fitting.size:
+            return int(fitting[attempt])
+        attempt -= fitting.size
+    return EMPTY

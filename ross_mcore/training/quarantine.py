@@ -1,0 +1,91 @@
+"""Bad samples of a run: the file that lists them, and how many a run bears."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ross_mcore.data.loader import Step
+from ross_mcore.data.replacement import EMPTY
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.training.metrics import drop_after, read_metrics
+
+QUARANTINE_FILE = "quarantine.jsonl"
+FEW = 10
+"""Bad samples that say nothing about their share yet."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One line of quarantine.jsonl: a place of the stream whose own sample was not trained.
+
+    position: its place in the stream; replaced_by: the key of the sample trained there, None when none could be.
+    """
+
+    iteration: int
+    position: int
+    shard: str
+    key: str
+    reason: str
+    replaced_by: str | None
+
+
+def bad_samples(iteration: int, step: Step, dataset: ShardDataset) -> list[BadSample]:
+    """What was replaced in a step, in the order of the stream; the same on all ranks."""
+
+    def key(number: int) -> str:
+        return dataset.keys([number])[0]
+
+    return [
+        BadSample(
+            iteration,
+            position,
+            dataset.shard(entry.sample),
+            key(entry.sample),
+            entry.reason,
+            None if entry.replacement == EMPTY else key(entry.replacement),
+        )
+        for position, entry in sorted(step.quarantined.items())
+    ]
+
+
+def is_over_budget(bad: int, consumed: int, max_bad_fraction: float) -> bool:
+    """Whether more than `max_bad_fraction` of the `consumed` samples were bad.
+
+    FEW bad samples are not judged, unless none is allowed.
+    """
+    return bad > max_bad_fraction * consumed and (bad > FEW or not max_bad_fraction)
+
+
+class QuarantineLog:
+    """Writes quarantine.jsonl; one rank holds it. Lines after `iteration` (of a branch left by a crash) are dropped."""
+
+    def __init__(self, save: Path, iteration: int) -> None:
+        self.path = save / QUARANTINE_FILE
+        self._reasons: Counter[str] = Counter()
+        drop_after(iteration, self.path)
+        if self.path.exists():
+            self._reasons.update(kind(entry["reason"]) for entry in read_metrics(self.path))
+
+    def write(self, bad: Sequence[BadSample]) -> None:
+        """Appends all lines of a step at once."""
+        if not bad:
+            return
+        self._reasons.update(kind(entry.reason) for entry in bad)
+        with self.path.open("ab", buffering=0) as stream:
+            stream.write("".join(json.dumps(asdict(entry)) + "\n" for entry in bad).encode())
+
+    def summary(self) -> str | None:
+        """Counts by reason, the most frequent first; None for a run without bad samples."""
+        if not self._reasons:
+            return None
+        counts = ", ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(5))
+        return f"{self._reasons.total()} bad samples were replaced: {counts}; all of them are in {self.path}"
+
+
+def kind(reason: str) -> str:
+    """A reason without its particulars, for counting."""
+    return reason.partition(":")[0]

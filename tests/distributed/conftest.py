@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,19 @@ from tests.recorded import GOLDEN, recorded_checkpoint, tied_checkpoint  # noqa:
 ITERATIONS = 3
 
 
-def train_one_rank(flags: dict[str, Any]) -> None:
-    """What each rank runs."""
+def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None:
+    """What each rank runs; with `stop_after`, one gets SIGTERM in time to end the run after that iteration."""
     from ross_mcore.training.loop import train
+    from ross_mcore.training.metrics import MetricsLog, StepMetrics
 
+    write = MetricsLog.write
+
+    def write_and_stop(log: MetricsLog, metrics: StepMetrics) -> None:
+        write(log, metrics)
+        if metrics.iteration + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    MetricsLog.write = write_and_stop
     status = train(Config.from_flat(**flags))
     if status:
         raise SystemExit(status)
@@ -129,7 +140,7 @@ def mixture(first: Path, second: Path) -> Path:
 def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], Path]) -> Callable[..., Finished]:
     """Runs (or continues) a case in a folder of its own under `name`."""
 
-    def run(case: Case, name: str, **flags: Any) -> Finished:
+    def run(case: Case, name: str, stop_after: int | None = None, **flags: Any) -> Finished:
         folder = workplace / "runs" / name
         data = "captions" if case.stage == "pretrain" else case.data
         options = {
@@ -152,7 +163,7 @@ def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], 
             **case.flags,
             **flags,
         }
-        run_ranks(train_one_rank, case.world, options)
+        run_ranks(train_one_rank, case.world, options, stop_after)
         return Finished(folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
 
     return run

@@ -235,7 +235,7 @@ def read_all(dataset: ShardDataset, micro_batch_size: int = 1) -> tuple[list[Sam
     ) as loader:
         while len(samples) < len(dataset):
             step = next(loader)
-            assert step.micro_batches is not None and step.slots is not None and not step.warnings
+            assert step.micro_batches is not None and step.slots is not None and not step.bad
             for rows, slots in zip(step.micro_batches, step.slots, strict=True):
                 batches.append((rows, collate(rows, dataset.seq_length, 12, slots)))
                 for row in rows:

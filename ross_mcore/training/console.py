@@ -36,7 +36,7 @@ def ignored_warning(found: IgnoredLabels, template: str) -> str | None:
     )
 
 
-def _by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]:
+def means_by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]:
     """TensorBoard scalars of every data set over some steps: samples, and losses weighted by what they are over."""
     scalars: dict[str, float] = {}
     for name in steps[0] if steps else ():
@@ -136,7 +136,7 @@ class Console:
             "throughput/teraflops_per_device": flops / seconds / devices / 1e12,
             "throughput/data_share": sum(m.data_seconds for m, _ in self._window) / seconds,
         }
-        scalars |= _by_data_set([m.datasets for m, _ in self._window if m.applied])
+        scalars |= means_by_data_set([m.datasets for m, _ in self._window if m.applied])
         self.say(
             f"iteration {metrics.iteration:>{len(str(self.train_iters))}}/{self.train_iters} | "
             f"samples {metrics.consumed_samples} | "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -101,7 +104,6 @@ def test_reconstructions_are_the_same_at_every_layout(start: Callable[..., Finis
 
 
 def decode(data: bytes) -> torch.Tensor:
-    import io
 
     import numpy as np
     from PIL import Image
@@ -162,3 +164,36 @@ def test_validation_leaves_training_as_it_is(
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     last = events.Scalars("validation_lm_loss/shards_mixed")[-1]
     assert last.step == 3 and last.value == pytest.approx(losses[2])
+
+
+def train_and_expect_refusal(flags: dict[str, Any], message: str) -> None:
+    """Bad input ends the run with status 2 and says why."""
+    from ross_mcore.config import Config
+    from ross_mcore.training.loop import train
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = train(Config.from_flat(**flags))
+    if status != 2 or not re.search(message, said.getvalue()):
+        raise SystemExit(f"status {status}: {said.getvalue()}")
+
+
+def test_a_changed_mixture_is_not_continued(flags: dict[str, Any], shards: Callable[[str], Path]) -> None:
+    text = shards("mixture").read_text()
+    changed = shards("mixture").with_name("changed.yaml")
+    changed.write_text(text.replace("weight: 3", "weight: 2"))
+    assert changed.read_text() != text
+    one = {**flags, **layout(), "train_iters": 1, "seq_length": 256, "data_path": str(shards("mixture"))}
+    run_ranks(train_and_expect, 1, one, 0)
+    refused = "data_fingerprint '[0-9a-f]{16}' and this run has '[0-9a-f]{16}' .--data-path.*--finetune"
+    run_ranks(train_and_expect_refusal, 1, {**one, "train_iters": 2, "data_path": str(changed)}, refused)
+
+
+def test_an_order_of_whole_passes_refuses_weights(flags: dict[str, Any], shards: Callable[[str], Path]) -> None:
+    """Where every data set is passed once, the order by modality is over all samples."""
+    one = {**flags, **layout(), "train_iters": 1, "seq_length": 256, "sampler": "modality_length"}
+    refused = "modality_length lays out one pass over all samples, but .*mixture.yaml takes 24 of 16 samples of 'first'"
+    run_ranks(train_and_expect_refusal, 1, {**one, "data_path": str(shards("mixture"))}, refused)
+    once = shards("mixture").with_name("once.yaml")
+    once.write_text(re.sub("weight: .,", "", shards("mixture").read_text()))
+    run_ranks(train_and_expect, 1, {**one, "data_path": str(once)}, 0)

@@ -48,9 +48,9 @@ PURE = {
     "models/denoiser.py": {"torch"},
     "models/diffusion.py": {"torch"},
     "data/order.py": {"numpy", "torch"},
+    "data/mixture.py": {"numpy"},
     "data/packing.py": {"numpy"},
     "data/rows.py": {"numpy"},
-    "data/mixture.py": {"numpy"},
     "parity/rows.py": {"torch"},
 }
 """Files whose only imports are the standard library, the package, and these."""

@@ -37,6 +37,11 @@ def refusal(arguments: list[str], data_parallel_size: int = 1, **platform: objec
     return str(error.value)
 
 
+@pytest.mark.parametrize("name", ["interval", "samples"])
+def test_validation_needs_data(name: str) -> None:
+    assert refusal([f"--valid-{name}", "5"]) == f"--valid-{name} needs --valid-data-path: what to measure"
+
+
 def test_the_list_of_flags_is_frozen() -> None:
     names = [flag(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section)]
     assert sorted(names) == sorted(FLAGS)

@@ -153,3 +153,13 @@ def test_an_order_over_other_data_is_refused(two: MixtureDataset) -> None:
     with pytest.raises(ValueError, match="the order is over 46 samples, the data set has 23"):
         orders = (BlockOrder(23, 0), BlockOrder(23, 1))
         StepLoader(two.parts[0], MixtureOrder(orders, (1, 1), 0), global_batch_size=1, micro_batch_size=1)
+
+
+def test_the_example_can_be_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "examples" / "data.yaml").read_text()
+    for name in ("captions", "instructions"):
+        (tmp_path / "shards" / name).mkdir(parents=True)
+    (tmp_path / "data.yaml").write_text(text)
+    captions, instructions = read_sources(tmp_path / "data.yaml")
+    assert (captions.name, captions.weight, captions.template) == ("captions", 1, "plain")
+    assert (instructions.name, instructions.weight, instructions.template) == ("llava", 3, None)

@@ -1,12 +1,26 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ross_mcore.training.metrics import MetricsLog, StepMetrics, duration, picture_grid, read_metrics
+from ross_mcore import platform
+
+platform.prepare()
+
+from ross_mcore.training.metrics import (  # noqa: E402
+    MetricsLog,
+    StepMetrics,
+    Validation,
+    duration,
+    picture_grid,
+    read_metrics,
+)
+from ross_mcore.training.step import DataSetLosses  # noqa: E402
 
 
 def entry(iteration: int) -> StepMetrics:
@@ -34,6 +48,31 @@ def test_every_promised_key_is_written(tmp_path: Path) -> None:
               sample_digest step_seconds data_seconds bad_samples skipped_samples
               ignored_samples""".split()
     assert set(keys) <= json.loads((tmp_path / "metrics.jsonl").read_text()).keys()
+
+
+def test_data_sets_are_written_where_there_are_several(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tmp_path / "board", 0)
+    own = {"a": DataSetLosses(3, 10, 0, 1.5, None), "b": DataSetLosses(1, 0, 2, math.nan, 0.5)}
+    log.write(entry(1))
+    log.write(replace(entry(2), datasets=own))
+    log.close()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert "datasets" not in first
+    assert second["datasets"] == {
+        "a": {"samples": 3, "labels": 10, "images": 0, "lm_loss": 1.5, "vm_loss": None},
+        "b": {"samples": 1, "labels": 0, "images": 2, "lm_loss": None, "vm_loss": 0.5},
+    }
+
+
+def test_a_restart_drops_what_was_measured_on_lost_iterations(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tmp_path / "board", 0)
+    assert not (tmp_path / "validation.jsonl").exists()
+    for iteration in (2, 4):
+        log.write_validation(Validation(iteration, {"a": DataSetLosses(3, 10, 0, 1.5, None)}, 0.1))
+    log.close()
+    MetricsLog(tmp_path, tmp_path / "board", 3).close()
+    (line,) = read_metrics(tmp_path / "validation.jsonl")
+    assert line["iteration"] == 2 and line["datasets"]["a"]["lm_loss"] == 1.5
 
 
 def test_grid_places_pictures_row_by_row() -> None:

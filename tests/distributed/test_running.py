@@ -111,6 +111,45 @@ def decode(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32))
 
 
+def test_samples_over_a_bound_are_counted_and_the_others_train(start: Callable[..., Finished]) -> None:
+    """An epoch of sixteen packed samples, of which four have three pictures, at tensor 2 x pipeline 2."""
+    case = Case("", 4, layout(2, 2, sequence_parallel=True), data="several")
+    epoch = {"pack": True, "train_iters": None, "train_epochs": 1, "global_batch_size": 1, "micro_batch_size": 1}
+    run = start(case, "bounded", **epoch, max_images_per_sample=2, save_interval=None)
+    total = {name: sum(entry[name] for entry in run.metrics) for name in ("skipped_samples", "num_images")}
+    assert total == {"skipped_samples": 4, "num_images": 16}
+    assert run.metrics[-1]["consumed_samples"] == 16
+    assert all(entry["applied"] for entry in run.metrics)
+
+
+def ask(run: Path) -> None:
+    """Questions about none, one and two pictures, alone and side by side: the same answers, which depend on both."""
+    from ross_mcore.data.conversation import ConversationError
+    from ross_mcore.inference import Question, _prompt, _run, answer, load_model
+
+    trained = load_model(run)
+    size = trained.config.vision.image_size
+    first, second = (torch.full((3, size, size), value) for value in (-0.5, 0.9))
+    compare = [{"from": "human", "value": "Is <image> like <image> ?"}]
+    questions = [
+        Question([{"from": "human", "value": "What is one and two?"}]),
+        Question([{"from": "human", "value": "<image>\nWhat is it?"}], [first]),
+        Question(compare, [first, second]),
+        Question(compare, [second, first]),
+        Question([{"from": "human", "value": "Compare them."}], [first, second]),
+    ]
+    alone = [answer(trained, [question], "qwen_2", max_new_tokens=3)[0] for question in questions]
+    assert answer(trained, questions, "qwen_2", max_new_tokens=3) == alone
+    states = [_run(trained, [_prompt(trained, question, "qwen_2")])[1][-1] for question in questions]
+    assert not torch.allclose(states[2], states[3], rtol=1e-4)  # the order of the pictures counts
+    with pytest.raises(ConversationError, match="3 <image> in the text, 2 pictures"):
+        answer(trained, [Question([{"from": "human", "value": "<image> " * 3}], [first, second])], "qwen_2")
+
+
+def test_questions_may_be_about_several_pictures(base: Callable[[str], Path]) -> None:
+    run_ranks(ask, 1, base("qwen2_siglip"))
+
+
 VALIDATED = {
     "one process": Case("", 1, {"micro_batch_size": 4, "num_workers": 1}),
     "tp2xpp2+sp, packed": Case("", 4, layout(2, 2, sequence_parallel=True, pack=True, micro_batch_size=1)),

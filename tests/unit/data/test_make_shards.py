@@ -180,6 +180,8 @@ def test_json_lines_with_a_damaged_line(make: Callable[..., int], tmp_path: Path
         ("[1]", ["--tokenizer", "nowhere", "--template", "v1_qwen2"], "v1_qwen2 is not one of"),
         ("[1]", ["--template", "plain"], "come together"),
         ("[1]", ["--shard-size", "0"], "at least 1"),
+        ("[1]", ["--max-images-per-sample", "0"], "at least 1"),
+        ("[1]", ["--max-tokens-per-sample", "9"], "needs --tokenizer and --template"),
         ("[1]", ["--image-folder", "nowhere"], "not a folder"),
     ],
 )

@@ -95,6 +95,20 @@ def test_answers_are_supervised_and_nothing_else(
     assert (labels[1:] != IGNORE_INDEX).sum() == row.label_tokens
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("name", "template", "end"), TEMPLATES)
+def test_what_one_generates_from_is_what_was_trained_on(
+    place: str, name: str, template: str, end: str, tokenizers: dict[str, Any]
+) -> None:
+    conversation, tokenizer = PLACES[place], tokenizers[name]
+    asked = conversation[:1]
+    prompt = tokenize_prompt(asked, shown(asked), tokenizer, template)
+    if shown(asked) != 1:  # one picture alone is moved to the start of its turn
+        row = tokenize_conversation(conversation, shown(conversation), tokenizer, template, 512)
+        assert prompt == row.input_ids[: len(prompt)]
+    assert prompt.count(IMAGE_TOKEN_INDEX) == shown(asked)
+
+
 @pytest.mark.parametrize(("name", "template", "end"), TEMPLATES)
 def test_a_picture_that_begins_an_answer_leaves_the_label_of_the_space_before_it(
     name: str, template: str, end: str, tokenizers: dict[str, Any]

@@ -83,9 +83,14 @@ class Batch:
         return int(self.sample_starts.numel())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; the keys of the random draws stay on the CPU, where draws are made."""
+        """The batch on `device`; the keys of the random draws stay on the CPU, where draws are made.
+
+        What goes to an accelerator goes through pinned memory, so that the copy runs beside the computation.
+        """
+        if device.type == "cpu":
+            return self
         kept = ("image_positions", "image_ordinals", "blank_positions")
-        moved = {n: v if n in kept else v.to(device, non_blocking=True) for n, v in vars(self).items()}
+        moved = {n: v if n in kept else v.pin_memory().to(device, non_blocking=True) for n, v in vars(self).items()}
         return Batch(**moved)
 
 

@@ -109,8 +109,8 @@ def main() -> int:
     print(f"{done.reread} shards read, {done.shards - done.reread} unchanged, in {seconds:.1f} s")
     if done.others:
         print(f"{done.others} members of the tars belong to no sample")
-    if done.bad:
-        print(f"bad: {done.bad} ({done.bad_fraction:.4%}), see {options.out / 'quarantine.jsonl'}")
+    if done.bad or done.over_bounds:
+        print(f"bad: {done.bad} ({done.bad_fraction:.4%}), over the bounds: {done.over_bounds}; see quarantine.jsonl")
         for reason, count in done.reasons.most_common():
             print(f"  {count} x {reason}")
     return 0

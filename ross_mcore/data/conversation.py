@@ -78,12 +78,16 @@ class SampleBounds:
     images: int | None = None
     tokens: int | None = None
 
+    @property
+    def reasons(self) -> tuple[str, str]:
+        """Why a sample is left out: its pictures, its tokens."""
+        return f"it has over {self.images} pictures", f"its text is over {self.tokens} tokens"
+
     def require(self, num_images: int, text_tokens: int = 0) -> None:
         """Raises NothingLeft for a sample that has more."""
-        if self.images is not None and num_images > self.images:
-            raise NothingLeft(f"it has over {self.images} pictures")
-        if self.tokens is not None and text_tokens > self.tokens:
-            raise NothingLeft(f"its text is over {self.tokens} tokens")
+        for limit, number, reason in zip((self.images, self.tokens), (num_images, text_tokens), self.reasons):
+            if limit is not None and number > limit:
+                raise NothingLeft(reason)
 
 
 UNBOUNDED = SampleBounds()

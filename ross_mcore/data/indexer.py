@@ -76,7 +76,10 @@ class Shard:
 
 @dataclass
 class Indexing:
-    """What came of it. `bad`: samples left out, and those that damaged bytes would have held at the mean size."""
+    """What came of it.
+
+    `bad`: samples left out, and those that damaged bytes would have held at the mean size, but not the `over_bounds`.
+    """
 
     samples: int = 0
     images: int = 0
@@ -85,6 +88,7 @@ class Indexing:
     others: int = 0
     lost_bytes: int = 0
     quarantined: int = 0
+    over_bounds: int = 0
     bad: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -180,7 +184,7 @@ def index_shards(
         IndexedShard(shard.name, shard.size, partial(ShardIndex.load, path), shard.tag)
         for shard, path in zip(shards, paths, strict=True)
     ]
-    done = _summary(entries)
+    done = _summary(entries, settings.bounds)
     done.reread = len(tasks)
     for old in set(parts.glob("*.npz")) - set(paths):
         old.unlink()
@@ -217,7 +221,7 @@ def _is_current(path: Path, about: dict[str, Any]) -> bool:
     return found is not None and found["about"] in (about, {**about, "verified": True})
 
 
-def _summary(entries: Sequence[IndexedShard]) -> Indexing:
+def _summary(entries: Sequence[IndexedShard], bounds: SampleBounds) -> Indexing:
     done = Indexing(shards=len(entries))
     held_bytes = 0
     for entry in entries:
@@ -232,7 +236,8 @@ def _summary(entries: Sequence[IndexedShard]) -> Indexing:
         held_bytes += entry.bytes - part.lost_bytes
     done.reasons += Counter()  # drops what never occurred
     mean_bytes = held_bytes / max(1, done.samples + done.quarantined)
-    done.bad = done.quarantined + round(done.lost_bytes / max(1.0, mean_bytes))
+    done.over_bounds = sum(done.reasons[reason] for reason in bounds.reasons)
+    done.bad = done.quarantined - done.over_bounds + round(done.lost_bytes / max(1.0, mean_bytes))
     return done
 
 

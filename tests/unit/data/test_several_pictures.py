@@ -360,7 +360,7 @@ def test_a_caption_in_a_tar_says_where_its_pictures_stand(tmp_path: Path, encode
                 tar.addfile(info, BytesIO(data))
 
     def keys(bounds: SampleBounds) -> tuple[ShardReader, list[str]]:
-        index_shards(find_shards([str(tmp_path)], tmp_path), tmp_path, Settings(bounds=bounds), max_bad_fraction=1)
+        index_shards(find_shards([str(tmp_path)], tmp_path), tmp_path, Settings(bounds=bounds), max_bad_fraction=0)
         reader = ShardReader(tmp_path)
         return reader, reader.keys(range(len(reader)))
 

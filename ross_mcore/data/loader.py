@@ -191,8 +191,8 @@ class StepLoader:
     holds as many samples as fit into the dataset's `seq_length`; otherwise one. The stream of rows does not depend on
     dp_size, micro_batch_size or num_workers. `reads=False` plans and reads nothing; `skip_rows` passes over the first
     rows; with `end`, the order is over the first `end` samples, and what comes after them is empty; `prefetch` counts
-    micro-batches per worker; num_workers=0 reads in the calling process; `seed` decides what
-    stands in for bad samples. Call `close` (or use it in `with`) when done.
+    micro-batches per worker; num_workers=0 reads in the calling process; `seed` decides what stands in for bad samples,
+    of which `attempts` are tried before a place stays empty. Call `close` (or use it in `with`) when done.
     Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is over
     other samples than the data set's.
     """
@@ -214,6 +214,7 @@ class StepLoader:
         needs_pixels: bool = True,
         num_workers: int = 0,
         seed: int = 0,
+        attempts: int = ATTEMPTS,
         state: dict[str, int] | None = None,
         prefetch: int = 2,
         end: int | None = None,
@@ -226,7 +227,7 @@ class StepLoader:
         ordered = int(order.offsets[-1]) if isinstance(order, MixtureOrder) else order.num_samples
         if ordered != min(len(dataset), end or len(dataset)):
             raise ValueError(f"the order is over {ordered} samples, the data set has {len(dataset)}")
-        self.dataset, self.packed = dataset, packed
+        self.dataset, self.packed, self.attempts = dataset, packed, attempts
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.reads, self.num_workers, self.prefetch, self.seed = reads, num_workers, prefetch, seed
@@ -302,7 +303,7 @@ class StepLoader:
         entry = step.quarantined.setdefault(position, Quarantined(position, sample, reasons[position]))
         room = self._room(np.array([entry.sample]))[0]
         entry.replacement = EMPTY
-        if entry.attempts < ATTEMPTS:
+        if entry.attempts < self.attempts:
             entry.replacement = substitute(
                 entry.sample,
                 self.dataset.peers(entry.sample),

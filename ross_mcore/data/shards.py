@@ -150,6 +150,7 @@ class ShardReader:
             raise ShardError(
                 f"{self.folder / 'keys.txt'}: {error}; make the index again: {INDEX_TOOL} --data-path {self.folder}"
             ) from None
+        self.max_open_shards = MAX_OPEN_SHARDS
         self._handles: OrderedDict[int, int] = OrderedDict()
         self._cache = None if cache_folder is None else ShardCache(Path(cache_folder), cache_bytes)
         remote = next((shard for shard in self.index["shards"] if is_remote(shard["name"])), None)
@@ -237,7 +238,7 @@ class ShardReader:
         for pause in (*READ_PAUSES_SECONDS, None):
             try:
                 if shard not in self._handles:
-                    if len(self._handles) >= MAX_OPEN_SHARDS:
+                    if len(self._handles) >= self.max_open_shards:
                         os.close(self._handles.popitem(last=False)[1])
                     self._handles[shard] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
                 self._handles.move_to_end(shard)

@@ -36,6 +36,8 @@ from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shards import ShardError
 
 SUFFIXES = (".yaml", ".yml")
+MAX_OPEN_SHARDS = 384
+"""Of all data sets: what trains and what is held out stay under the usual limit of 1024 descriptors together."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ class MixtureDataset:
         self.sizes = [len(part) for part in parts]
         self.offsets = np.cumsum([0, *self.sizes])
         self.seq_length = self.parts[0].seq_length
+        for part in self.parts:
+            part.reader.max_open_shards = max(1, min(part.reader.max_open_shards, MAX_OPEN_SHARDS // len(self.parts)))
 
     @property
     def shares(self) -> list[tuple[str, int, int]]:

@@ -188,9 +188,9 @@ def _train(config: Config, stop: StopRequest) -> None:
             )
         last, every = state.iteration == train_iters, config.logging.valid_interval
         if held_out is not None and (last or (every and state.iteration % every == 0)):
-            say.validated(
-                validate(state.iteration, model, held_out, groups, config, model_config, row_multiple, device)
-            )
+            found, bad = validate(state.iteration, model, held_out, groups, config, model_config, row_multiple, device)
+            say.bad_samples(bad)
+            say.validated(found)
         every = config.logging.eval_interval
         if every and (state.iteration % every == 0 or last) and model_config.denoiser:
             grid = reconstruction_grid(model, dataset, groups, config, model_config, row_multiple, device)

@@ -15,10 +15,17 @@ from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.metrics import Validation
-from ross_mcore.training.step import agree_on_step, combine_losses, micro_batches_per_step, run_schedule
+from ross_mcore.training.quarantine import BadSample, bad_samples
+from ross_mcore.training.step import (
+    agree_on_step,
+    combine_losses,
+    micro_batches_per_step,
+    replace_bad_samples,
+    run_schedule,
+)
 
 DRAW_SEED = 0
-"""Keys timesteps and noise together with the number of a sample: runs of other seeds are measured with the same."""
+"""Keys timesteps and noise, together with the number of a sample: runs of other seeds are measured with the same."""
 
 
 @torch.no_grad()
@@ -31,15 +38,15 @@ def validate(
     model_config: ModelConfig,
     row_multiple: int,
     device: torch.device,
-) -> Validation:
-    """The losses of every data set, one after the other, on every rank. Collective.
+) -> tuple[Validation, list[BadSample]]:
+    """The losses of every data set, one after the other, on every rank; and which samples were bad. Collective.
 
-    Taken are the first `--valid-samples` samples of each in the order of its index. Data-parallel ranks share the rows;
-    the losses are means over all labels, and all images, whatever the arithmetic of training.
+    Taken are the first `--valid-samples` samples of each in the order of its index, without bad ones. Data-parallel
+    ranks share the rows. The losses are means over all labels, and over all images, whatever the arithmetic of training.
     """
     began = time.perf_counter()
     options = replace(config.training, loss_normalization="global", vm_loss_rows="images")
-    found = {}
+    found, bad = {}, []
     model.eval()
     for name, part in zip(dataset.names, dataset.parts):
         count = min(len(part), config.logging.valid_samples or len(part))
@@ -58,14 +65,18 @@ def validate(
             tp_size=groups.layout.tensor_parallel,
             reads=groups.stage.reads_data,
             num_workers=config.data.num_workers,
+            attempts=0,
             end=count,
         ) as loader:
             while loader.state_dict()["consumed_samples"] < count:
                 step = next(loader)
+                size = agree_on_step(step, False, groups, row_multiple, device)
+                size = replace_bad_samples(step, size, loader, groups, row_multiple, device)
+                bad += bad_samples(iteration, step, part)
                 losses += run_schedule(
                     model,
                     step,
-                    agree_on_step(step, False, groups, row_multiple, device),
+                    size,
                     groups,
                     options,
                     image_size=model_config.vision.image_size,
@@ -76,4 +87,4 @@ def validate(
                 )
         (found[name],) = combine_losses(losses, groups, device).datasets
     model.train()
-    return Validation(iteration, found, time.perf_counter() - began)
+    return Validation(iteration, found, time.perf_counter() - began), bad

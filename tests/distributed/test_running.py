@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from ross_mcore.checkpoint.folder import find_checkpoint
+from ross_mcore.data.shards import ShardReader
 from tests.distributed.cases import Case, layout
 from tests.distributed.conftest import Finished
 from tests.distributed.harness import run_ranks
@@ -160,21 +162,39 @@ VALIDATED = {
 def test_validation_is_the_same_every_time_and_everywhere(
     start: Callable[..., Finished], shards: Callable[[str], Path]
 ) -> None:
-    """Eleven samples fill no step of these layouts. Without a learning rate, weights stay what they are."""
+    """Eleven samples fill no step of these layouts, and two of a data set are bad. Without a learning rate, weights
+    stay what they are."""
+    listed = shards("mixture").with_name("held_out.yaml")
+    damage(shards("captions"), listed.with_name("shards_damaged"))
+    listed.write_text(shards("mixture").read_text() + "- {path: shards_damaged, weight: 1, name: damaged}")
     found: dict[str, list[dict[str, Any]]] = {}
     for name, case in VALIDATED.items():
-        options = {"valid_data_path": str(shards("mixture")), "valid_interval": 2, "valid_samples": 11}
+        options = {"valid_data_path": str(listed), "valid_interval": 2, "valid_samples": 11}
         run = start(case, f"validated_{case.world}", lr=0.0, denoiser_lr=0.0, seed=case.world, **options)
         found[name] = validations(run.folder)
         assert [line["iteration"] for line in found[name]] == [2, 3]
         assert found[name][0]["datasets"] == found[name][1]["datasets"]
     expected = found["one process"][0]["datasets"]
-    assert list(expected) == ["first", "second"]
+    assert list(expected) == ["first", "second", "damaged"]
     assert expected["first"]["samples"] == expected["second"]["samples"] == expected["second"]["images"] == 11
     assert expected["first"]["images"] == 8 and expected["first"]["labels"] > 0
+    assert expected["damaged"]["samples"] == expected["damaged"]["images"] == 11 - 2
     for lines in found.values():
         for name, own in expected.items():
             assert lines[0]["datasets"][name] == pytest.approx(own, rel=1e-6)
+
+
+def damage(folder: Path, copy: Path) -> None:
+    """A copy of a data set in which a picture and the text of another sample are overwritten."""
+    shutil.copytree(folder, copy)
+    reader = ShardReader(copy)
+    for number, is_picture in ((1, True), (4, False)):
+        row = reader.samples[number]
+        image = reader.images[int(row["first_image"])]
+        offset, size = (image["offset"], image["size"]) if is_picture else (row["text_offset"], row["text_size"])
+        with (copy / reader.index["shards"][int(row["shard"])]["name"]).open("r+b") as stream:
+            stream.seek(int(offset))
+            stream.write(b"x" * int(size))
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:

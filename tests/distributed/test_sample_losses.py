@@ -1,0 +1,80 @@
+"""The losses of single samples: each is its own, whatever it shares a row and a micro-batch with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.harness import run_ranks
+
+LENGTHS = [40, 9, 0, 33, 12, 25]
+PICTURES = [2, 0, 0, 1, 0, 1]
+
+
+def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
+    """What each rank runs: six samples, the third skipped, in two rows of three and one after the other."""
+    from ross_mcore import platform
+
+    platform.prepare()
+    from ross_mcore.batch import Row, Sample
+    from ross_mcore.checkpoint.folder import Checkpoint
+    from ross_mcore.data.loader import Step
+    from ross_mcore.parallel import groups
+    from ross_mcore.parity.model import Layout, prepare, share_of_pixels
+    from ross_mcore.training.step import agree_on_step, run_schedule
+
+    platform.initialize_process_group(timeout_minutes=1)
+    checkpoint = Checkpoint(Path(folder) / "iter_0000000", 0)
+    trial = prepare(checkpoint, "finetune", Layout(tensor_parallel=tensor_parallel), pack=True)
+    vision, random = trial.model_config.vision, torch.Generator().manual_seed(1)
+    samples = []
+    for number, (length, pictures) in enumerate(zip(LENGTHS, PICTURES)):
+        tokens = torch.randint(3, 200, (length,), generator=random)
+        starts = [place * (vision.image_tokens + 2) + 1 for place in range(pictures)]
+        for start in starts:
+            tokens[start : start + vision.image_tokens] = 0
+        labels = torch.where((tokens > 0) & (torch.arange(length) % 3 > 0), tokens, -100)
+        pixels: list[Tensor | None] = [
+            torch.rand(3, vision.image_size, vision.image_size, generator=random) for _ in starts
+        ]
+        problem = None if length else "nothing in it"
+        samples.append(Sample(str(number), 10 + number, tokens, labels, starts, pixels, problem=problem))
+
+    def sums(rows: list[Row]) -> Tensor:
+        counts = [len(row) for row in rows]
+        shares = iter(share_of_pixels([sample for row in rows for sample in row], trial.groups))
+        mine = [[next(shares) for _ in range(count)] for count in counts]
+        slots = [[sample.tokens.numel() for sample in row] for row in rows]
+        step = Step([], [slots], [mine], [], {})
+        size = agree_on_step(step, False, trial.groups, 8, trial.device)
+        options = replace(trial.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
+        with torch.no_grad():
+            (found,) = run_schedule(
+                trial.model,
+                step,
+                size,
+                trial.groups,
+                options,
+                image_size=vision.image_size,
+                device=trial.device,
+                forward_only=True,
+            )
+        return found.sums
+
+    together = sums([samples[:3], samples[3:]])
+    alone = torch.cat([sums([[sample]]) for sample in samples])
+    groups.destroy()
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert (alone[[0, 1, 3, 4, 5]] > 0).all() and (alone[2] == 0).all()
+    assert len(set(alone.flatten().tolist())) == 11
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_each_sample_has_its_own_losses(tensor_parallel: int, base: Callable[[str], Path]) -> None:
+    """With blank samples denoised as well, as in the reference's arithmetic."""
+    run_ranks(compare_with_each_alone, tensor_parallel, str(base("qwen2_siglip")), tensor_parallel)

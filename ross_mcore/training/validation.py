@@ -42,7 +42,7 @@ def validate(
     """The losses of every data set, one after the other, on every rank; and which samples were bad. Collective.
 
     Taken are the first `--valid-samples` samples of each in the order of its index, without bad ones. Data-parallel
-    ranks share the rows. The losses are means over all labels, and over all images, whatever the arithmetic of training.
+    ranks share the rows. Losses are means over all labels, and over all images, whatever the arithmetic of training.
     """
     began = time.perf_counter()
     options = replace(config.training, loss_normalization="global", vm_loss_rows="images")

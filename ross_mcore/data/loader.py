@@ -340,6 +340,8 @@ class StepLoader:
 
     def close(self) -> None:
         """Ends the worker processes; iterating again starts new ones at the same place."""
+        if hasattr(self._stream, "_shutdown_workers"):  # its __del__ does it too, but not while a traceback holds it
+            self._stream._shutdown_workers()
         self._stream = None
         self._planned = deque()
         self._rows.load_state_dict(self._cursor)

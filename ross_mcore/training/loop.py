@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +52,8 @@ class TrainingError(RuntimeError):
 def train(config: Config) -> int:
     """Trains as `config` says and returns the exit status: 0 when finished or stopped on request, 2 for bad input."""
     try:
-        with StopRequest(config.training.exit_duration_in_mins) as stop:
-            _train(config, stop)
+        with StopRequest(config.training.exit_duration_in_mins) as stop, ExitStack() as closing:
+            _train(config, stop, closing)
         process_groups.destroy()
         return 0
     except (*USER_ERRORS, TrainingError) as error:
@@ -61,7 +62,7 @@ def train(config: Config) -> int:
         return 2
 
 
-def _train(config: Config, stop: StopRequest) -> None:
+def _train(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
     device = platform.device()
     start, resume = starting_point(config)
@@ -110,6 +111,7 @@ def _train(config: Config, stop: StopRequest) -> None:
         seed=config.training.seed,
         state=state.data or None,
     )
+    closing.enter_context(loader)
     save_folder = Path(config.checkpoint.save or "")
     board = Path(config.logging.tensorboard_dir or save_folder / "tensorboard")
     log = MetricsLog(save_folder, board, state.iteration) if groups.speaks else None
@@ -211,7 +213,6 @@ def _train(config: Config, stop: StopRequest) -> None:
         say.finished(state)
     if quarantine is not None and (summary := quarantine.summary()):
         say.say(summary)
-    loader.close()
     if log is not None:
         log.close()
 

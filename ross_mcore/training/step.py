@@ -135,7 +135,7 @@ def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, dev
 def _refuse(failure: Exception | None) -> NoReturn:
     """Ends the run on all ranks when some could not read a step. Collective."""
     messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
+    dist.all_gather_object(messages, None if failure is None else str(failure).strip() or type(failure).__name__)
     if failure is not None and not isinstance(failure, ShardReadError):
         raise failure
     rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)

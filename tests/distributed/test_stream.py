@@ -6,7 +6,11 @@ which only the tensor-parallel rank whose share it is looks at, is zeros.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from ross_mcore.checkpoint.folder import find_checkpoint  # noqa: E402
 from ross_mcore.data.shards import ShardReader  # noqa: E402
 from tests.distributed.cases import Case, layout  # noqa: E402
 from tests.distributed.conftest import Finished  # noqa: E402
+from tests.distributed.harness import run_ranks  # noqa: E402
 
 BAD_TEXT, BAD_PICTURE = (5, 11), (3, 13)
 PACKED = {"pack": True, "seq_length": 256, "global_batch_size": 2, "micro_batch_size": 1}
@@ -113,6 +118,85 @@ def test_a_run_that_is_stopped_and_continued_elsewhere_trains_the_same(
         run = start(case, "stream_in_parts", until, **{**flags, **case.flags})
         found = find_checkpoint(run.folder)
         assert found is not None and found.iteration == (until or 30)
+        assert found.train_state()["bad_samples"] == len(quarantine(run))
     assert_same(run, expected)
     assert len(quarantine(run)) > 10
     print(f"largest relative difference of a loss or norm: {difference(run, expected):.1e}")
+
+
+@pytest.fixture
+def flags(base: Callable[[str], Path], damaged: Path, tmp_path: Path) -> dict[str, Any]:
+    """Thirty steps at tensor 2 x pipeline 2, saved after every one."""
+    return {
+        "load": str(base("qwen2_siglip")),
+        "data_path": str(damaged),
+        "save": str(tmp_path / "run"),
+        "training_stage": "finetune",
+        "train_iters": 30,
+        "num_workers": 1,
+        "save_interval": 1,
+        "distributed_timeout_minutes": 1,
+        **PACKED,
+        **layout(2, 2),
+    }
+
+
+def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> None:
+    """Every rank has to return 2, and the first to say `message`; `fault` is what befalls rank 1 in its fifth step."""
+    from ross_mcore.config import Config
+    from ross_mcore.data import shards
+    from ross_mcore.training import loop
+
+    first, victim = os.environ["RANK"] == "0", fault and os.environ["RANK"] == "1"
+    if victim and fault == "file system":
+        shards.READ_PAUSES_SECONDS = (0.0, 0.0)
+        pread, calls = os.pread, []
+
+        def failing(*arguments: int) -> bytes:
+            calls.append(arguments)
+            if len(calls) > 20:
+                raise OSError(5, "Input/output error")
+            return pread(*arguments)
+
+        os.pread = failing
+    elif victim and fault == "worker":
+        read, steps = loop.StepLoader._read, []
+
+        def killing(loader: Any) -> Any:
+            steps.append(loader)
+            if len(steps) == 5:
+                for worker in loader._stream._workers:
+                    os.kill(worker.pid, signal.SIGKILL)
+            return read(loader)
+
+        loop.StepLoader._read = killing
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            status = loop.train(Config.from_flat(**flags))
+    except RuntimeError as error:
+        assert victim and fault == "worker" and "killed" in str(error), error  # no user's error: it has a traceback
+        return
+    assert status == 2 and (message in said.getvalue()) == first, said.getvalue()
+
+
+def test_too_many_bad_samples_end_the_run_on_all_ranks(flags: dict[str, Any]) -> None:
+    """Four of sixteen are bad: the eleventh ends the run, in its second epoch or third, before it is trained."""
+    run_ranks(train_and_expect, 4, flags, "--max-bad-fraction 0.001; the last one is 0000000")
+    found = find_checkpoint(Path(flags["save"]))
+    bad = [json.loads(line) for line in (Path(flags["save"]) / "quarantine.jsonl").read_text().splitlines()]
+    assert found is not None and found.iteration + 1 == bad[-1]["iteration"]
+    assert found.train_state()["bad_samples"] <= 10 < len(bad)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("file system", "Input/output error, 3 times in a row (rank 1)"),
+        ("worker", "killed by signal: Killed. (rank 1)"),
+    ],
+)
+def test_a_rank_that_cannot_read_ends_the_run_on_all_ranks(flags: dict[str, Any], fault: str, message: str) -> None:
+    run_ranks(train_and_expect, 4, {**flags, **BEARING}, message, fault)
+    found = find_checkpoint(Path(flags["save"]))
+    assert found is not None and 1 <= found.iteration < 30

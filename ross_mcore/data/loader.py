@@ -233,12 +233,12 @@ class StepLoader:
         self.reads, self.num_workers, self.prefetch, self.seed = reads, num_workers, prefetch, seed
         self._rows = RowStream(order, dataset.row_lengths, dataset.seq_length, packed, window_samples(order))
         self._rows.skip(skip_rows)
+        self._planned: deque[Step] = deque()
+        self._stream: Iterator[_MicroBatch | ShardReadError] | None = None
         self._cursor = self._rows.state_dict()
         if state is not None:
             self.load_state_dict(state)
         self._source = _MicroBatches(dataset, packed, tp_rank, tp_size, needs_pixels, end)
-        self._planned: deque[Step] = deque()
-        self._stream: Iterator[_MicroBatch | ShardReadError] | None = None
 
     @property
     def num_microbatches(self) -> int:

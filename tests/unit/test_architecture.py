@@ -48,6 +48,7 @@ PURE = {
     "models/denoiser.py": {"torch"},
     "models/diffusion.py": {"torch"},
     "data/order.py": {"numpy", "torch"},
+    "data/replacement.py": {"numpy"},
     "data/mixture.py": {"numpy"},
     "data/packing.py": {"numpy"},
     "data/rows.py": {"numpy"},

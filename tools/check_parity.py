@@ -18,7 +18,8 @@ EXAMPLE = """examples:
 
 Every row has our value, the recorded one, the largest absolute and relative difference (of the largest recorded
 magnitude), the tolerance, and ok or FAIL. Counted apart, never as ok: `instead`, where the reference raised or gave NaN
-and the row says what happens here; `unsupported`, recorded behaviour that is outside this trainer (docs/parity.md).
+and the row says what happens here; `unsupported`, recorded behaviour that is outside this trainer (docs/parity.md);
+`not recorded`, what the folder lacks a value for.
 Under torchrun the rows of whole models are made at the given layout; the others need no layout and are left out.
 Exit status: 0 when no row fails, 1 when one does, 2 when the folder or the layout cannot be used."""
 
@@ -81,6 +82,10 @@ def main() -> int:
     ) as error:
         if first:
             print(f"check_parity: {error}", file=sys.stderr)
+        return 2
+    if not any(row.status in ("ok", "FAIL") for row in rows):
+        if first:
+            print(f"check_parity: {options.golden} holds nothing to compare at this layout", file=sys.stderr)
         return 2
     if first:
         print(summary(rows))

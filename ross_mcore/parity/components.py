@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ross_mcore.architecture import DenoiserConfig, PixelDecoderConfig
 from ross_mcore.models.denoiser import (
@@ -30,7 +29,7 @@ from ross_mcore.models.diffusion import (
 )
 from ross_mcore.models.image_tokens import gather
 from ross_mcore.models.pixel_decoder import PixelDecoder, group_latents
-from ross_mcore.parity.golden import Golden, Tensors
+from ross_mcore.parity.golden import Golden, GoldenError, Tensors, where_recorded
 from ross_mcore.parity.rows import Row, compare, compare_exactly, compare_sets, unsupported
 
 TABLE_TOLERANCE = 1e-9
@@ -61,7 +60,8 @@ def diffusion_rows(golden: Golden) -> Iterator[Row]:
                 else:
                     yield compare("diffusion", name, ours, recorded, TABLE_TOLERANCE)
     if golden.has("diffusion_toy.safetensors"):
-        yield from _toy_rows(golden.tensors("diffusion_toy.safetensors")[0])
+        toy, _ = golden.tensors("diffusion_toy.safetensors")
+        yield from where_recorded("diffusion", "toy", _toy_rows(toy))
 
 
 def _table(schedule: Schedule, name: str) -> Tensor | None:
@@ -131,7 +131,7 @@ def denoiser_rows(golden: Golden) -> Iterator[Row]:
         if not metadata.get("module", "").endswith("denoiser_dit"):
             yield unsupported("denoiser", name, f"{metadata.get('module')}: never used by the reference's model")
             continue
-        yield from _denoiser_rows(name, tensors, metadata)
+        yield from where_recorded("denoiser", name, _denoiser_rows(name, tensors, metadata))
 
 
 def _denoiser_rows(name: str, tensors: Tensors, metadata: dict[str, str]) -> Iterator[Row]:
@@ -150,7 +150,7 @@ def _denoiser_rows(name: str, tensors: Tensors, metadata: dict[str, str]) -> Ite
     yield compare_sets(
         "denoiser", f"{name}: zero at start", zero, (key[4:] for key in json.loads(metadata["zero_at_init"])), "names"
     )
-    denoiser.load_state_dict({k[len("sd.net.") :]: v for k, v in tensors.items() if k.startswith("sd.net.")})
+    _load(denoiser, {k[len("sd.net.") :]: v for k, v in tensors.items() if k.startswith("sd.net.")}, name)
     positions = grid_position_embedding(config.width, grid)
     yield compare("denoiser", f"{name}: pos_embed", positions, tensors["sd.net.pos_embed"])
     condition = tensors["in.z_hidden"].clone().requires_grad_()
@@ -190,31 +190,42 @@ def _denoiser_rows(name: str, tensors: Tensors, metadata: dict[str, str]) -> Ite
 def vae_rows(golden: Golden) -> Iterator[Row]:
     """The denoiser's target from a picture: posterior mode, and a sample with the recorded noise."""
     for file in golden.names("vae_target_*.safetensors"):
-        tensors, metadata = golden.tensors(file)
         name = file.removesuffix(".safetensors")
-        decoder = PixelDecoder(
-            PixelDecoderConfig(golden.json(f"{golden.autoencoder}/config.json")),
-            json.loads(metadata["mean"]),
-            json.loads(metadata["std"]),
-            int(metadata["decode_image_size"]),
-        )
-        weights = golden.folder / golden.autoencoder / "diffusion_pytorch_model.safetensors"
-        decoder.autoencoder.load_state_dict(load_file(weights))
-        images = tensors["images"]
-        with torch.no_grad():
-            posterior = decoder.autoencoder.encode(decoder.images_for_encoder(images)).latent_dist
-        quantities = {
-            "images_vae": decoder.images_for_encoder(images),
-            "post_mean": posterior.mean,
-            "post_logvar": posterior.logvar,
-            "post_std": posterior.std,
-            "z_q_mode": decoder.encode(images, None),
-            "z_q_sampled": decoder.encode(images, tensors["posterior_noise"]),
-            "group_demo_out": group_latents(tensors["group_demo_in"]),
-        }
-        for key, ours in quantities.items():
-            yield compare("vae target", f"{name}: {key}", ours, tensors[key])
-        yield compare("vae target", f"{name}: cond_z_4x", _tiled_condition(tensors, metadata), tensors["cond_z_4x"])
+        yield from where_recorded("vae target", name, _vae_rows(golden, name, *golden.tensors(file)))
+
+
+def _vae_rows(golden: Golden, name: str, tensors: Tensors, metadata: dict[str, str]) -> Iterator[Row]:
+    decoder = PixelDecoder(
+        PixelDecoderConfig(golden.json(f"{golden.autoencoder}/config.json")),
+        json.loads(metadata["mean"]),
+        json.loads(metadata["std"]),
+        int(metadata["decode_image_size"]),
+    )
+    weights = f"{golden.autoencoder}/diffusion_pytorch_model.safetensors"
+    _load(decoder.autoencoder, golden.tensors(weights)[0], weights)
+    images = tensors["images"]
+    with torch.no_grad():
+        posterior = decoder.autoencoder.encode(decoder.images_for_encoder(images)).latent_dist
+    quantities = {
+        "images_vae": decoder.images_for_encoder(images),
+        "post_mean": posterior.mean,
+        "post_logvar": posterior.logvar,
+        "post_std": posterior.std,
+        "z_q_mode": decoder.encode(images, None),
+        "z_q_sampled": decoder.encode(images, tensors["posterior_noise"]),
+        "group_demo_out": group_latents(tensors["group_demo_in"]),
+    }
+    for key, ours in quantities.items():
+        yield compare("vae target", f"{name}: {key}", ours, tensors[key])
+    yield compare("vae target", f"{name}: cond_z_4x", _tiled_condition(tensors, metadata), tensors["cond_z_4x"])
+
+
+def _load(module: nn.Module, state: Tensors, name: str) -> None:
+    """Raises GoldenError when the recorded weights are those of another module."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise GoldenError(f"the weights in {name} do not fit its sizes: {error}") from None
 
 
 def _tiled_condition(tensors: Tensors, metadata: dict[str, str]) -> Tensor:

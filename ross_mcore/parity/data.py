@@ -26,11 +26,12 @@ from ross_mcore.data.conversation import (
 from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
 from ross_mcore.data.order import modality_length_order
 from ross_mcore.data.tokenizer import encode, load_tokenizer
-from ross_mcore.parity.golden import Golden
-from ross_mcore.parity.rows import Row, compare, compare_exactly, failed, instead, unsupported
+from ross_mcore.parity.golden import Golden, NotRecorded, where_recorded
+from ross_mcore.parity.rows import Row, compare, compare_exactly, failed, instead, not_recorded, unsupported
 
 CONVERSATIONS = "data/conversations.json"
 ASPECT_RATIOS = get_args(ImageAspectRatio)
+VARIANTS = r"maxlen\d+|im_start_end"
 
 
 class Conversations:
@@ -39,8 +40,13 @@ class Conversations:
     def __init__(self, golden: Golden) -> None:
         self.golden = golden
         self.recorded: dict[str, Any] = golden.json(CONVERSATIONS)["tokenized"]
-        self.samples = {sample["id"]: sample for sample in golden.json("data/samples.json")}
+        self._samples = {sample["id"]: sample for sample in golden.json("data/samples.json", list)}
         self._tokenizers: dict[str, Any] = {}
+
+    def sample(self, name: str) -> dict[str, Any]:
+        if name not in self._samples:
+            raise NotRecorded(f"data/samples.json has no sample {name}")
+        return self._samples[name]
 
     def tokenizer(self, case: str) -> Any:
         name = case.split("|")[0]
@@ -51,11 +57,8 @@ class Conversations:
     def max_length(self, case: str) -> int:
         """The recorded `model_max_length`; a variant that records none has that of its plain case."""
         plain = "|".join(case.split("|")[:2])
-        return next(
-            int(self.recorded[key]["model_max_length"])
-            for key in (case, plain)
-            if "model_max_length" in self.recorded[key]
-        )
+        key = case if "model_max_length" in self.recorded[case] else plain
+        return int(self.recorded[key]["model_max_length"])
 
     def ours(self, case: str, sample: dict[str, Any]) -> Tokenized:
         _, template, *variants = case.split("|")
@@ -76,30 +79,37 @@ def conversation_rows(golden: Golden) -> Iterator[Row]:
         return
     conversations = Conversations(golden)
     for case, table in conversations.recorded.items():
-        template = case.split("|")[1]
-        for name, recorded in table["samples"].items():
-            title = f"{case} {name}"
-            if template not in TEMPLATES:
-                yield unsupported("conversations", title, f"template {template}")
-                continue
-            try:
-                found = conversations.ours(case, conversations.samples[name])
-            except ConversationError as error:
-                reason = f"skipped: {error}"
-                made = instead if "error" in recorded else failed
-                yield made("conversations", title, reason, recorded.get("error", "tokens"))
-                continue
-            if "error" in recorded:
-                yield instead("conversations", title, f"{len(found.input_ids)} tokens", recorded["error"])
-                continue
-            warned = "mismatch" in (recorded.get("printed") or "")
-            yield compare_exactly(
-                "conversations",
-                title,
-                [*found.input_ids, *found.labels, found.mismatch],
-                [*recorded["input_ids"], *recorded["labels"], warned],
-                "tokens and labels",
-            )
+        for name in table["samples"]:
+            yield from where_recorded("conversations", f"{case} {name}", _conversation_row(conversations, case, name))
+
+
+def _conversation_row(conversations: Conversations, case: str, name: str) -> Iterator[Row]:
+    _, template, *variants = case.split("|")
+    title, recorded = f"{case} {name}", conversations.recorded[case]["samples"][name]
+    if template not in TEMPLATES:
+        yield unsupported("conversations", title, f"template {template}")
+        return
+    other = [variant for variant in variants if not re.fullmatch(VARIANTS, variant)]
+    if other:
+        yield unsupported("conversations", title, f"variant {other[0]}")
+        return
+    try:
+        found = conversations.ours(case, conversations.sample(name))
+    except ConversationError as error:
+        made = instead if "error" in recorded else failed
+        yield made("conversations", title, f"skipped: {error}", recorded.get("error", "tokens"))
+        return
+    if "error" in recorded:
+        yield instead("conversations", title, f"{len(found.input_ids)} tokens", recorded["error"])
+        return
+    warned = "mismatch" in (recorded.get("printed") or "")
+    yield compare_exactly(
+        "conversations",
+        title,
+        [*found.input_ids, *found.labels, found.mismatch],
+        [*recorded["input_ids"], *recorded["labels"], warned],
+        "tokens and labels",
+    )
 
 
 def prompt_rows(golden: Golden) -> Iterator[Row]:
@@ -109,32 +119,49 @@ def prompt_rows(golden: Golden) -> Iterator[Row]:
     conversations, prompts = Conversations(golden), golden.json(CONVERSATIONS).get("prompts", {})
     turns = _recorded_turns(prompts)
     if not turns:
-        yield unsupported("prompts", "all", "a conversation that cannot be read back from the recorded prompts")
+        yield not_recorded("prompts", "all", "the recorded prompts do not show from which conversation they were made")
         return
     for template, recorded in prompts.items():
-        if template.startswith("_"):
-            continue
-        if template not in TEMPLATES:
-            yield unsupported("prompts", template, f"template {template}")
-            continue
-        for key, generation, spoken in (("full", False, turns), ("generation", True, turns[:-1])):
-            if recorded.get(key) is None:
-                yield instead("prompts", f"{template} {key}", _said(spoken, template, generation), recorded["error"])
-            else:
-                text = write_prompt(spoken, 1, template, generation)
-                yield compare_exactly("prompts", f"{template} {key}", text, recorded[key], "characters")
+        if not template.startswith("_"):
+            yield from where_recorded("prompts", template, _text_rows(template, recorded, turns))
     for case, ids in prompts.get("_generation_ids", {}).items():
-        template = case.split("|")[1]
-        if template not in TEMPLATES:
-            yield unsupported("prompts", f"ids {case}", f"template {template}")
-            continue
-        ours = tokenize_prompt(turns[:-1], 1, conversations.tokenizer(case), template)
-        yield compare_exactly("prompts", f"ids {case}", ours, ids, "tokens")
-    for key in prompts:
+        yield from where_recorded("prompts", f"ids {case}", _prompt_ids_row(conversations, case, turns[:-1], ids))
+    for key, entries in prompts.items():
         name = re.fullmatch(r"_(\w+)_slow_vs_fast", key)
-        for entry in prompts[key] if name else []:
-            ours = encode(entry["text"], conversations.tokenizer(name[1] if name else ""))
-            yield compare_exactly("prompts", f"text {entry['text'][:40]!r}", ours, entry["slow"], "tokens")
+        for entry in entries if name else []:
+            title = f"text {entry['text'][:40]!r}"
+            row = _split_text_row(conversations, name[1] if name else "", title, entry)
+            yield from where_recorded("prompts", title, row)
+
+
+def _text_rows(template: str, recorded: dict[str, Any], turns: list[dict[str, str]]) -> Iterator[Row]:
+    if template not in TEMPLATES:
+        yield unsupported("prompts", template, f"template {template}")
+        return
+    for key, generation, spoken in (("full", False, turns), ("generation", True, turns[:-1])):
+        if recorded.get(key) is None:
+            yield instead("prompts", f"{template} {key}", _said(spoken, template, generation), recorded["error"])
+        else:
+            text = write_prompt(spoken, 1, template, generation)
+            yield compare_exactly("prompts", f"{template} {key}", text, recorded[key], "characters")
+
+
+def _prompt_ids_row(
+    conversations: Conversations, case: str, turns: list[dict[str, str]], recorded: list[int]
+) -> Iterator[Row]:
+    template = case.split("|")[1]
+    if template not in TEMPLATES:
+        yield unsupported("prompts", f"ids {case}", f"template {template}")
+        return
+    ours = tokenize_prompt(turns, 1, conversations.tokenizer(case), template)
+    yield compare_exactly("prompts", f"ids {case}", ours, recorded, "tokens")
+
+
+def _split_text_row(
+    conversations: Conversations, tokenizer: str, title: str, recorded: dict[str, Any]
+) -> Iterator[Row]:
+    ours = encode(recorded["text"], conversations.tokenizer(tokenizer))
+    yield compare_exactly("prompts", title, ours, recorded["slow"], "tokens")
 
 
 def _recorded_turns(prompts: dict[str, Any]) -> list[dict[str, str]]:
@@ -168,8 +195,15 @@ def _processor_size(processor: dict[str, Any]) -> int:
 
 
 def _picture(golden: Golden, name: str) -> Image.Image:
-    (path,) = golden.names(f"data/images/{name}.*")
-    return decode_image((golden.folder / path).read_bytes())[0]
+    paths = golden.names(f"data/images/{name}.*")
+    if not paths:
+        raise NotRecorded(f"data/images has no picture {name}")
+    return decode_image((golden.folder / paths[0]).read_bytes())[0]
+
+
+def _facts_of_images(golden: Golden) -> dict[str, Any]:
+    """data/images.json, empty where there is none."""
+    return golden.json("data/images.json") if golden.has("data/images.json") else {}
 
 
 def image_rows(golden: Golden) -> Iterator[Row]:
@@ -181,32 +215,45 @@ def image_rows(golden: Golden) -> Iterator[Row]:
     if not golden.has("data/images.safetensors"):
         return
     tensors, _ = golden.tensors("data/images.safetensors")
-    facts, processors = golden.json("data/images.json"), dict(golden.processors())
+    processors = dict(golden.processors())
     for name, recorded in tensors.items():
-        kind, processor_name, aspect_ratio, *rest = name.split(".")
-        processor = processors.get(processor_name)
-        if kind == "anyres" or processor is None or aspect_ratio not in ASPECT_RATIOS:
-            yield unsupported("images", name, "several crops of one picture (anyres)" if kind == "anyres" else kind)
-            continue
-        size, stride, image = _processor_size(processor), 1, rest[0] if rest else "img_gray"
-        if kind == "real":
-            size, stride = facts[name.rpartition(".")[0]]["shape"][-1], int(rest[1].removeprefix("stride"))
-        elif kind == "gray":
-            stride = _stride(size, recorded.shape[-1])
-        pixels = preprocessing(processor, aspect_ratio, size)(_picture(golden, image))
-        yield compare("images", name, pixels[:, ::stride, ::stride], recorded, 0.0)
-        if kind == "real":
-            for key, ours in (("mean", pixels.mean(dtype=np.float64)), ("std", pixels.std(ddof=1, dtype=np.float64))):
-                value = facts[name.rpartition(".")[0]][key]
-                yield compare("images", f"{name.rpartition('.')[0]} {key}", ours, value, floor=1e-6)
-    for name, colour in facts.get("pad_colour", {}).items():
-        ours = preprocessing(processors[name], "pad", _processor_size(processors[name])).background
-        yield compare_exactly("images", f"pad colour {name}", ours, colour, "channels")
+        yield from where_recorded("images", name, _image_rows(golden, name, recorded, processors))
+    for name, colour in _facts_of_images(golden).get("pad_colour", {}).items():
+        if name in processors:
+            ours = preprocessing(processors[name], "pad", _processor_size(processors[name])).background
+            yield compare_exactly("images", f"pad colour {name}", ours, colour, "channels")
+
+
+def _image_rows(golden: Golden, name: str, recorded: Tensor, processors: dict[str, Any]) -> Iterator[Row]:
+    kind, processor_name, *rest = name.split(".")
+    aspect_ratio = rest.pop(0) if rest else ""
+    processor = processors.get(processor_name)
+    if kind == "anyres":
+        yield unsupported("images", name, "several crops of one picture (anyres)")
+        return
+    if kind not in ("train", "real", "gray") or aspect_ratio not in ASPECT_RATIOS:
+        yield unsupported("images", name, f"{kind} {aspect_ratio}")
+        return
+    if processor is None:
+        raise NotRecorded(f"data/ has no proc_{processor_name}")
+    size, stride, image = _processor_size(processor), 1, rest[0] if rest else "img_gray"
+    facts = golden.json("data/images.json")[name.rpartition(".")[0]] if kind == "real" else {}
+    if kind == "real":
+        size, stride = facts["shape"][-1], int(rest[1].removeprefix("stride"))
+    elif kind == "gray":
+        stride = _stride(size, recorded.shape[-1])
+    pixels = preprocessing(processor, aspect_ratio, size)(_picture(golden, image))
+    yield compare("images", name, pixels[:, ::stride, ::stride], recorded, 0.0)
+    if kind == "real":
+        for key, ours in (("mean", pixels.mean(dtype=np.float64)), ("std", pixels.std(ddof=1, dtype=np.float64))):
+            yield compare("images", f"{name.rpartition('.')[0]} {key}", ours, facts[key], floor=1e-6)
 
 
 def _stride(size: int, kept: int) -> int:
     """The step at which `kept` of `size` pixels are left, every third if that fits."""
     fitting = [step for step in range(1, size + 1) if -(-size // step) == kept]
+    if not fitting:
+        raise NotRecorded(f"no step leaves {kept} of {size} pixels")
     return 3 if 3 in fitting else fitting[0]
 
 
@@ -216,20 +263,27 @@ def collated_rows(golden: Golden) -> Iterator[Row]:
     Which tokenizer, template, processor and aspect ratio it was made with is found by trying the recorded ones. The
     reference expands pictures inside the model; here they are expanded before, so its rows are expanded for comparison.
     """
-    if not golden.has("data/collated.safetensors"):
-        return
+    if golden.has("data/collated.safetensors"):
+        yield from where_recorded("collated", "collated batch", _collated_rows(golden))
+
+
+def _collated_rows(golden: Golden) -> Iterator[Row]:
     recorded, _ = golden.tensors("data/collated.safetensors")
     conversations = Conversations(golden)
-    samples = [conversations.samples[name] for name in golden.json("data/images.json")["collated_names"]]
+    samples = [conversations.sample(name) for name in golden.json("data/images.json")["collated_names"]]
     kept = [mask.bool() for mask in recorded["attention_mask"]]
     ids = [row[mask].tolist() for row, mask in zip(recorded["input_ids"], kept)]
     labels = [row[mask].tolist() for row, mask in zip(recorded["labels"], kept)]
     case = next((case for case in conversations.recorded if _tokens_are(conversations, case, samples, ids)), None)
-    found = next(_pixels_like(golden, samples, recorded["images"]), None)
-    if case is None or found is None:
-        yield failed("collated", "collated batch", "none of the recorded settings gives these rows and pictures")
+    if case is None:
+        raise NotRecorded("data/conversations.json records no setting with these tokens")
+    if recorded["images"].shape[-1] not in {_processor_size(processor) for _, processor in golden.processors()}:
+        raise NotRecorded(f"data/ has no proc_* for pictures of {recorded['images'].shape[-1]} pixels")
+    pixels = next(_pixels_like(golden, samples, recorded["images"]), None)
+    if pixels is None:
+        yield failed("collated", "pixels", "no recorded processor and aspect ratio gives these pictures")
         return
-    pixels, image_tokens = found, 4
+    image_tokens = 4  # any number: both sides are expanded alike
     ours, theirs = [], []
     for number, (sample, picture) in enumerate(zip(samples, pixels)):
         mine = conversations.ours(case, sample)
@@ -249,15 +303,8 @@ def collated_rows(golden: Golden) -> Iterator[Row]:
             getattr(wanted, name).flatten().tolist(),
         )
     pictured = [row for row, sample in enumerate(samples) if "image" in sample]
-    yield compare("collated", "pixels", mine.pixels, recorded["images"][pictured], 0.0)
-    blank = [row for row in range(len(samples)) if row not in pictured]
-    yield compare(
-        "collated",
-        "a text-only row's picture is zero",
-        torch.zeros_like(recorded["images"][blank]),
-        recorded["images"][blank],
-        0.0,
-    )
+    if pictured:
+        yield compare("collated", "pixels", mine.pixels, recorded["images"][pictured], 0.0)
 
 
 def _tokens_are(conversations: Conversations, case: str, samples: list[dict[str, Any]], ids: list[list[int]]) -> bool:
@@ -289,14 +336,14 @@ def _read(golden: Golden, name: str, read: ImagePreprocessing) -> Tensor:
 
 def order_rows(golden: Golden) -> Iterator[Row]:
     """The lengths by which the reference groups samples, and the order it makes of them."""
-    if golden.has("data/images.json") and golden.has("data/samples.json"):
-        facts, samples = golden.json("data/images.json"), golden.json("data/samples.json")
+    if golden.has("data/samples.json") and "modality_lengths" in _facts_of_images(golden):
+        samples = golden.json("data/samples.json", list)
         words = [count_words(sample["conversations"]) for sample in samples]
         signed = [count if "image" in sample else -count for count, sample in zip(words, samples)]
-        if "modality_lengths" in facts:
-            yield compare_exactly("sampler", "modality lengths", signed, facts["modality_lengths"], "samples")
+        recorded = _facts_of_images(golden)["modality_lengths"]
+        yield compare_exactly("sampler", "modality lengths", signed, recorded, "samples")
     if golden.has("data/sampler.json"):
-        for case in golden.json("data/sampler.json"):
+        for case in golden.json("data/sampler.json", list):
             generator = torch.Generator().manual_seed(case["torch_seed"])
             order = modality_length_order(case["lengths"], case["batch_size"], case["world_size"], generator)
             batch = f"{case['batch_size']} x {case['world_size']}"

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ross_mcore.parity.rows import Row, not_recorded
 
 Tensors = dict[str, Tensor]
 
@@ -28,8 +30,31 @@ class GoldenError(ValueError):
     """A folder that does not hold recorded values; the message names the file."""
 
 
+class NotRecorded(Exception):
+    """A value that this folder has none of; the message names file and key. Its row is left out, and said to be."""
+
+
+def where_recorded(family: str, name: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, and in place of those that the folder lacks values for one that says so."""
+    try:
+        yield from rows
+    except NotRecorded as missing:
+        yield not_recorded(family, name, str(missing))
+
+
+class _Recorded(dict[str, Any]):
+    """What a file holds. A key that is not there raises NotRecorded."""
+
+    def __init__(self, values: Any, file: str) -> None:
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise NotRecorded(f"{self.file} records no {key}")
+
+
 class Golden:
-    """Reads files of the folder. Raises GoldenError naming what is missing or damaged."""
+    """Reads files of the folder. Raises GoldenError naming one that is damaged, NotRecorded for what is not there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -42,15 +67,25 @@ class Golden:
             with safe_open(self.folder / name, framework="pt") as file:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
+        except FileNotFoundError:
+            raise NotRecorded(f"there is no {name}") from None
         except (OSError, SafetensorError) as error:
             raise GoldenError(f"{self.folder / name} cannot be read: {error}") from None
-        return {k: v.float() if v.dtype == torch.float16 else v for k, v in found.items()}, metadata
+        tensors = {key: value.float() if value.dtype == torch.float16 else value for key, value in found.items()}
+        return _Recorded(tensors, name), _Recorded(metadata, name)
 
-    def json(self, name: str) -> Any:
+    def json(self, name: str, kind: type = dict) -> Any:
+        """The contents, which must be of that kind."""
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            text = (self.folder / name).read_text(encoding="utf-8")
+            contents = json.loads(text, object_pairs_hook=partial(_Recorded, file=name))
+        except FileNotFoundError:
+            raise NotRecorded(f"there is no {name}") from None
+        except (OSError, ValueError, RecursionError) as error:
             raise GoldenError(f"{self.folder / name} cannot be read: {error}") from None
+        if not isinstance(contents, kind):
+            raise GoldenError(f"{self.folder / name} holds a {type(contents).__name__}, expected a {kind.__name__}")
+        return contents
 
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -67,9 +102,10 @@ class Golden:
     def autoencoder(self) -> str:
         """The folder of the VAE."""
         for name in self.names("components/*"):
-            if self.json(f"{name}/config.json").get("_class_name") == "AutoencoderKL":
+            config = self.json(f"{name}/config.json") if self.has(f"{name}/config.json") else {}
+            if config.get("_class_name") == "AutoencoderKL":
                 return name
-        raise GoldenError(f"{self.folder / 'components'} holds no AutoencoderKL")
+        raise NotRecorded("components/ holds no AutoencoderKL")
 
     def tokenizer_folder(self, name: str) -> Path:
         """The tokenizer that a recorded case calls `name`: data/tok_<name>, or the one that begins so."""
@@ -77,7 +113,7 @@ class Golden:
         exact = [folder for folder in folders if folder.name == f"tok_{name}"]
         found = exact or [folder for folder in folders if folder.name.startswith(f"tok_{name}")]
         if len(found) != 1:
-            raise GoldenError(f"{self.folder / 'data'}: no single folder tok_{name}*, for the tokenizer {name!r}")
+            raise NotRecorded(f"data/ has no single folder tok_{name}*, for the tokenizer {name!r}")
         return found[0]
 
     def processors(self) -> Iterator[tuple[str, dict[str, Any]]]:

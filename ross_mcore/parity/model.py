@@ -24,7 +24,8 @@ from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig, VisionConfig
 from ross_mcore.batch import Sample
 from ross_mcore.checkpoint.assembly import import_ross
-from ross_mcore.checkpoint.convert import convert_out
+from ross_mcore.checkpoint.convert import Row as TableRow
+from ross_mcore.checkpoint.convert import convert_out, match
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.mapping import ross_table
 from ross_mcore.checkpoint.safe_load import StoredTensors
@@ -37,7 +38,7 @@ from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import share_of
 from ross_mcore.parity.components import SINUSOID_PARAMETER, SINUSOID_TOLERANCE
-from ross_mcore.parity.golden import Golden, Tensors
+from ross_mcore.parity.golden import Golden, GoldenError, NotRecorded, Tensors, where_recorded
 from ross_mcore.parity.rows import TOLERANCE, Row, compare, compare_exactly, compare_sets, instead
 from ross_mcore.training.optimizer import (
     apply_gradients,
@@ -266,38 +267,56 @@ def model_rows(golden: Golden, layout: Layout) -> Iterator[Row]:
             yield from _optimizer_rows(golden, name, checkpoint, layout)
             for stage in STAGES:
                 if golden.has(f"{name}/train20_stage{stage}.json"):
-                    yield from _curve_rows(golden, name, checkpoint, stage, layout)
+                    curve = _curve_rows(golden, name, checkpoint, stage, layout)
+                    yield from where_recorded("curves", f"{name} stage {stage}", curve)
 
 
 def _oracle_rows(golden: Golden, name: str, checkpoint: Checkpoint, layout: Layout) -> Iterator[Row]:
+    for file in ("oracle.json", "oracle.safetensors"):
+        if not golden.has(f"{name}/{file}"):
+            raise GoldenError(f"{golden.folder / name} has no {file}: there is nothing to compare this model with")
     tensors, _ = golden.tensors(f"{name}/oracle.safetensors")
     oracle = golden.json(f"{name}/oracle.json")
-    yield from _checkpoint_rows(golden, name, checkpoint, oracle)
+    yield from where_recorded("checkpoint", name, _checkpoint_rows(name, checkpoint, oracle))
     for stage in STAGES:
         trial = prepare(checkpoint, STAGES[stage], layout)
-        rows = recorded_rows(tensors, "in.", trial.model_config.vision)
-        draws = replayed(tensors, "tape.", rows)
-        losses = trial.losses(rows, draws)
-        recorded = oracle["losses" if stage == 2 else "losses_stage1"]
-        yield from _loss_rows("model", f"{name} stage {stage}", losses, recorded)
-        gradients = trial.gradients()
-        names = oracle[f"trainable_stage{stage}"]
-        yield compare_sets("model", f"{name} stage {stage}: what trains", gradients, names, "parameters")
-        yield from _gradient_rows(f"{name} stage {stage}", gradients, oracle[f"grad_norms_stage{stage}"])
-        for key, whole in tensors.items():
-            prefix, _, parameter = key.partition(".")
-            if prefix == f"grad{stage}" and parameter in gradients:
-                tolerance = SINUSOID_TOLERANCE if SINUSOID_PARAMETER in parameter else TOLERANCE
-                title = f"{name} stage {stage}: whole gradient of {parameter}"
-                yield compare("model", title, gradients[parameter], whole, tolerance)
+        title = f"{name} stage {stage}"
+        yield from where_recorded("model", title, _stage_rows(title, trial, stage, tensors, oracle))
         if stage == 2:
-            for scales, key in (((1.0, 0.0), "grad_norms_lm_only"), ((0.0, 1.0), "grad_norms_vm_loss")):
-                trial.losses(rows, draws, scales)
-                loss = key.removeprefix("grad_norms_").removesuffix("_only")
-                yield from _gradient_rows(f"{name} {loss} alone", trial.gradients(), oracle[key])
-            yield from _state_rows(name, trial, tensors, rows, oracle)
-            yield from _edge_rows(name, trial, tensors, oracle)
-            yield from _generation_rows(name, trial, tensors)
+            yield from where_recorded("gradient norms", name, _single_loss_rows(name, trial, tensors, oracle))
+            yield from where_recorded("model", name, _state_rows(name, trial, tensors, oracle))
+            for case in oracle.get("edge_cases", {}):
+                title = f"{name} {case}"
+                yield from where_recorded("edge cases", title, _edge_rows(title, case, trial, tensors, oracle))
+            yield from where_recorded("generation", name, _generation_rows(name, trial, tensors))
+
+
+def _recorded_batch(trial: Trial, tensors: Tensors) -> tuple[list[Sample], Draws]:
+    rows = recorded_rows(tensors, "in.", trial.model_config.vision)
+    return rows, replayed(tensors, "tape.", rows)
+
+
+def _stage_rows(title: str, trial: Trial, stage: int, tensors: Tensors, oracle: dict[str, Any]) -> Iterator[Row]:
+    """Losses, what trains, gradients of the recorded batch in one training stage."""
+    losses = trial.losses(*_recorded_batch(trial, tensors))
+    yield from _loss_rows("model", title, losses, oracle["losses" if stage == 2 else "losses_stage1"])
+    gradients = trial.gradients()
+    yield compare_sets("model", f"{title}: what trains", gradients, oracle[f"trainable_stage{stage}"], "parameters")
+    yield from _gradient_rows(title, gradients, oracle[f"grad_norms_stage{stage}"])
+    for key, whole in tensors.items():
+        prefix, _, parameter = key.partition(".")
+        if prefix == f"grad{stage}":
+            tolerance = SINUSOID_TOLERANCE if SINUSOID_PARAMETER in parameter else TOLERANCE
+            ours = gradients.get(parameter, math.nan * whole)
+            yield compare("model", f"{title}: whole gradient of {parameter}", ours, whole, tolerance)
+
+
+def _single_loss_rows(name: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any]) -> Iterator[Row]:
+    """Gradients of each of the two losses alone."""
+    for scales, key in (((1.0, 0.0), "grad_norms_lm_only"), ((0.0, 1.0), "grad_norms_vm_loss")):
+        trial.losses(*_recorded_batch(trial, tensors), scales)
+        loss = key.removeprefix("grad_norms_").removesuffix("_only")
+        yield from _gradient_rows(f"{name} {loss} alone", trial.gradients(), oracle[key])
 
 
 def _loss_rows(family: str, title: str, losses: Losses, recorded: dict[str, float]) -> Iterator[Row]:
@@ -309,35 +328,38 @@ def _loss_rows(family: str, title: str, losses: Losses, recorded: dict[str, floa
 
 
 def _gradient_rows(title: str, gradients: Tensors, norms: dict[str, float | None]) -> Iterator[Row]:
-    largest = max(norm or 0.0 for norm in norms.values())
+    largest = max((norm or 0.0 for norm in norms.values()), default=0.0)
     for parameter, norm in norms.items():
         tolerance = SINUSOID_TOLERANCE if SINUSOID_PARAMETER in parameter else TOLERANCE
         ours = gradients[parameter].norm().item() if parameter in gradients else math.nan
         yield compare("gradient norms", f"{title}: {parameter}", ours, norm or 0.0, tolerance, ROUNDING * largest)
 
 
-def _checkpoint_rows(golden: Golden, name: str, checkpoint: Checkpoint, oracle: dict[str, Any]) -> Iterator[Row]:
-    """What the import kept: every recorded key, under its own name and shape again on the way out."""
+def _checkpoint_rows(name: str, checkpoint: Checkpoint, oracle: dict[str, Any]) -> Iterator[Row]:
+    """What the import kept: every recorded key, under its own name and shape again on the way out.
+
+    But for constants, and for a tied model's output matrix, which repeats the embedding and is not saved.
+    """
     model_config = checkpoint.model_config()
-    ours = {
-        key: list(tensor.shape)
-        for key, tensor in convert_out(ross_table(model_config), StoredTensors(checkpoint.path), model_config.language)
+    table = ross_table(model_config)
+    left = [row.name for row in table if not isinstance(row, TableRow)]
+    recorded = {
+        (key, tuple(shape))
+        for key, shape in oracle["all_keys"].items()
+        if not any(match(pattern, key) is not None for pattern in left)
     }
-    yield compare_sets(
-        "checkpoint",
-        f"{name}: names and shapes, in and out",
-        ((key, tuple(shape)) for key, shape in ours.items()),
-        ((key, tuple(shape)) for key, shape in oracle["all_keys"].items()),
-        "tensors",
-    )
+    exported = convert_out(table, StoredTensors(checkpoint.path), model_config.language)
+    ours = {(key, tuple(tensor.shape)) for key, tensor in exported}
+    yield compare_sets("checkpoint", f"{name}: names and shapes, in and out", ours, recorded, "tensors")
     lost = oracle.get("reload", {}).get("unexpected")
     if lost:
         text = f"keeps all {len(ours)} tensors"
         yield instead("checkpoint", f"{name}: loading a full checkpoint", text, f"drops {lost} tensors")
 
 
-def _state_rows(name: str, trial: Trial, tensors: Tensors, rows: list[Sample], oracle: dict[str, Any]) -> Iterator[Row]:
+def _state_rows(name: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any]) -> Iterator[Row]:
     """Features, expanded batch, hidden states, logits of the recorded batch."""
+    rows, _ = _recorded_batch(trial, tensors)
     features = projected = None
     if trial.groups.stage.is_first:
         module = trial.model.module
@@ -367,36 +389,40 @@ def _state_rows(name: str, trial: Trial, tensors: Tensors, rows: list[Sample], o
     yield compare_exactly("model", f"{name}: likeliest tokens", best, tensors["logits_argmax"][real].tolist(), "tokens")
 
 
-def _edge_rows(name: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any]) -> Iterator[Row]:
-    """Text only, pictures only, cut rows, nothing supervised; and what the reference cannot do."""
-    for case, recorded in oracle["edge_cases"].items():
-        title = f"{name} {case}"
-        prefix = f"case.{case}." if f"case.{case}.input_ids" in tensors else "in."
+def _edge_rows(title: str, case: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any]) -> Iterator[Row]:
+    """Text only, pictures only, cut rows, nothing supervised; and what the reference cannot do.
+
+    A case without a batch of its own has the model's; where the reference raised, that is an example.
+    """
+    recorded, own = oracle["edge_cases"][case], f"case.{case}.input_ids" in tensors
+    if not own and not {"error", "loss"} & recorded.keys():
+        raise NotRecorded(f"oracle.safetensors records no case.{case}.input_ids")
+    prefix, example = (f"case.{case}.", "") if own else ("in.", "on the model's first batch: ")
+    try:
         limit = recorded.get("tokenizer_model_max_length")
-        try:
-            rows = recorded_rows(tensors, prefix, trial.model_config.vision, limit)
-        except ConversationError as error:
-            yield instead("edge cases", title, f"the sample is skipped: {error}", recorded.get("error", "-"))
-            continue
-        if "error" in recorded:
-            yield instead(
-                "edge cases", title, f"trains on {max(r.tokens.numel() for r in rows)} tokens", recorded["error"]
-            )
-            continue
-        tape = prefix + "tape." if prefix != "in." else "tape."
-        losses = trial.losses(rows, replayed(tensors, tape, rows))
-        if "grad_total" not in recorded:
-            yield compare("edge cases", f"{title}: lm loss", losses.lm_loss, recorded["lm_loss"])
-            continue
-        yield from _loss_rows("edge cases", title, losses, recorded)
-        gradients = trial.gradients()
-        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-        yield compare("edge cases", f"{title}: gradient norm", norm, recorded["grad_total"])
-        denoiser = [g.norm() for key, g in gradients.items() if ".mm_inv_projector." in key]
-        total = torch.stack(denoiser).sum()
-        yield compare(
-            "edge cases", f"{title}: sum of the denoiser's gradient norms", total, recorded["inv_grad_norm_sum"]
-        )
+        rows = recorded_rows(tensors, prefix, trial.model_config.vision, limit)
+    except ConversationError as error:
+        yield instead("edge cases", title, f"{example}the sample is skipped: {error}", recorded.get("error", "-"))
+        return
+    if "error" in recorded:
+        longest = max(row.tokens.numel() for row in rows)
+        yield instead("edge cases", title, f"{example}trains on {longest} tokens", recorded["error"])
+        return
+    losses = trial.losses(rows, replayed(tensors, prefix + "tape." if own else "tape.", rows))
+    if "grad_total" not in recorded:
+        yield compare("edge cases", f"{title}: lm loss", losses.lm_loss, recorded["lm_loss"])
+        return
+    yield from _loss_rows("edge cases", title, losses, recorded)
+    gradients = trial.gradients()
+    norms = {key: gradient.norm() for key, gradient in gradients.items()}
+    total = torch.stack([*norms.values()]).norm()
+    yield compare("edge cases", f"{title}: gradient norm", total, recorded["grad_total"])
+    denoiser = torch.stack([norm for key, norm in norms.items() if ".mm_inv_projector." in key]).sum()
+    yield compare(
+        "edge cases", f"{title}: sum of the denoiser's gradient norms", denoiser, recorded["inv_grad_norm_sum"]
+    )
+    projector = next(norms[key] for key in sorted(norms) if ".mm_projector." in key and key.endswith("weight"))
+    yield compare("edge cases", f"{title}: gradient norm of the projector", projector, recorded["proj_grad_norm"])
 
 
 def _generation_rows(name: str, trial: Trial, tensors: Tensors) -> Iterator[Row]:
@@ -470,7 +496,7 @@ def schedule_rows(golden: Golden) -> Iterator[Row]:
     """The learning rate of every step of the recorded schedules, for both recorded groups."""
     if not golden.has("data/lr_schedule.json"):
         return
-    for case in golden.json("data/lr_schedule.json"):
+    for case in golden.json("data/lr_schedule.json", list):
         steps = case["total_steps"]
         options = OptimizerOptions(lr=case["base"])
         yield compare_exactly(
@@ -505,8 +531,10 @@ def _curve_rows(golden: Golden, name: str, checkpoint: Checkpoint, stage: int, l
     final, floor = trial.parameters(), ADAM_SHARE * curve["lr"] * len(curve["batch_index"])
     for key, norm in curve.get("final_param_norms", {}).items():
         title = f"{name} stage {stage} after the last step: norm of {key}"
-        yield compare("trained weights", title, final[key].norm().item(), norm, CURVE_TOLERANCE, floor)
+        ours = final[key].norm().item() if key in final else math.nan
+        yield compare("trained weights", title, ours, norm, CURVE_TOLERANCE, floor)
     for key, value in tensors.items():
         if key.startswith("final.") and stage == 2:
-            title = f"{name} after the last step: {key.removeprefix('final.')}"
-            yield compare("trained weights", title, final[key.removeprefix("final.")], value, CURVE_TOLERANCE, floor)
+            key = key.removeprefix("final.")
+            ours = final.get(key, math.nan * value)
+            yield compare("trained weights", f"{name} after the last step: {key}", ours, value, CURVE_TOLERANCE, floor)

@@ -8,28 +8,31 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ross_mcore.parity import components, data
-from ross_mcore.parity.golden import Golden
+from ross_mcore.parity.golden import Golden, where_recorded
 from ross_mcore.parity.model import Layout, model_rows, schedule_rows
 from ross_mcore.parity.rows import Row
+
+PARTS = {
+    "diffusion": components.diffusion_rows,
+    "denoiser": components.denoiser_rows,
+    "vae target": components.vae_rows,
+    "conversations": data.conversation_rows,
+    "prompts": data.prompt_rows,
+    "images": data.image_rows,
+    "collated": data.collated_rows,
+    "sampler": data.order_rows,
+    "learning rate": schedule_rows,
+}
+"""What needs no layout."""
 
 
 def all_rows(folder: Path, layout: Layout) -> Iterator[Row]:
     """Rows of every kind in one process; of the whole model alone on several ranks. Collective.
 
-    Needs a process group. Raises GoldenError naming what is missing, LayoutError for a layout that does not fit.
+    Needs a process group. Raises GoldenError naming a damaged file, LayoutError for a layout that does not fit.
     """
     golden = Golden(folder)
     if dist.get_world_size() == 1:
-        for part in (
-            components.diffusion_rows,
-            components.denoiser_rows,
-            components.vae_rows,
-            data.conversation_rows,
-            data.prompt_rows,
-            data.image_rows,
-            data.collated_rows,
-            data.order_rows,
-            schedule_rows,
-        ):
-            yield from part(golden)
+        for family, part in PARTS.items():
+            yield from where_recorded(family, "all", part(golden))
     yield from model_rows(golden, layout)

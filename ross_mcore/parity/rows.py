@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Status = Literal["ok", "FAIL", "instead", "unsupported"]
+Status = Literal["ok", "FAIL", "instead", "unsupported", "not recorded"]
 
 TOLERANCE = 1e-5
 """Of a tensor's largest recorded magnitude. What float32 sums in another order leave: eps is 1.2e-7, and a network a
@@ -25,7 +25,8 @@ HEADER = _COLUMNS.format("family", "quantity", "ours", "recorded", "absolute", "
 @dataclass(frozen=True)
 class Row:
     """`instead`: the reference raised or gave NaN here, and `ours` says what this trainer does. `unsupported`:
-    recorded, but outside what this trainer implements. Neither is counted as ok."""
+    recorded, but outside what this trainer implements. `not recorded`: the folder lacks what the row needs. None of
+    them is counted as ok."""
 
     family: str
     name: str
@@ -37,8 +38,10 @@ class Row:
     status: Status
 
     def __str__(self) -> str:
-        if self.status in ("instead", "unsupported"):
-            return f"{self.family:<16} {self.name:<90} {self.status}: recorded {self.recorded}; here {self.ours}"
+        if self.status == "instead":
+            return f"{self.family:<16} {self.name:<90} instead: recorded {self.recorded}; here {self.ours}"
+        if self.status in ("unsupported", "not recorded"):
+            return f"{self.family:<16} {self.name:<90} {self.status}: {self.ours}"
         figures = ("-" if v is None else f"{v:.1e}" for v in (self.absolute, self.relative, self.tolerance))
         return _COLUMNS.format(self.family, self.name, self.ours, self.recorded, *figures, self.status)
 
@@ -47,15 +50,15 @@ def compare(family: str, name: str, ours: Any, recorded: Any, tolerance: float =
     """Two numbers or two tensors. Relative is the largest difference over the largest recorded magnitude.
 
     It must stay within `tolerance`, or the absolute one within `floor`. A tensor is shown by its L2 norm. Other shapes,
-    and NaN on either side, fail.
+    nothing at all, and NaN on either side, fail.
     """
     mine, theirs = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (ours, recorded))
     if mine.shape != theirs.shape:
         return Row(
             family, name, f"shape {list(mine.shape)}", f"shape {list(theirs.shape)}", None, None, tolerance, "FAIL"
         )
-    absolute = (mine - theirs).abs().max().item() if mine.numel() else 0.0
-    scale = theirs.abs().max().item() if theirs.numel() else 0.0
+    absolute = (mine - theirs).abs().max().item() if mine.numel() else math.nan
+    scale = theirs.abs().max().item() if theirs.numel() else math.nan
     relative = absolute / scale if scale else (0.0 if absolute == 0 else math.inf)
     close = relative <= tolerance or absolute <= floor
     return Row(family, name, _show(mine), _show(theirs), absolute, relative, tolerance, "ok" if close else "FAIL")
@@ -91,6 +94,11 @@ def unsupported(family: str, name: str, reason: str) -> Row:
     return Row(family, name, reason, "recorded", None, None, None, "unsupported")
 
 
+def not_recorded(family: str, name: str, reason: str) -> Row:
+    """A row, or several, that cannot be made of what the folder holds."""
+    return Row(family, name, reason, "-", None, None, None, "not recorded")
+
+
 def failed(family: str, name: str, reason: str, recorded: str = "a value") -> Row:
     """Where this trainer raised although the reference did not."""
     return Row(family, name, reason, recorded, None, None, None, "FAIL")
@@ -119,4 +127,6 @@ def summary(rows: Sequence[Row]) -> str:
         "where the reference raised or gave NaN (the row says what happens here), "
         f"{count['unsupported']} not supported."
     )
+    if count["not recorded"]:
+        lines.append(f"{count['not recorded']} comparisons could not be made, because the folder lacks their values.")
     return "\n".join(lines)

@@ -22,8 +22,9 @@ class Sample:
 
     tokens [L] int64, with `image_tokens` zeros in place of every image; labels [L] int64, labels[i] belongs to
     tokens[i] (not shifted), IGNORE_INDEX where nothing is supervised; image_starts: index of the first image token of
-    every image; pixels: one [3, H, W] float32 per image in the tower's normalisation, or None where this rank does not
-    need it. `key` names the sample in its data set; `position` is its number in the training stream, the key of its
+    every image; pixels: one [3, H, W] float32 per image in the tower's normalisation, empty where this rank needs
+    precomputed parts alone, or None where it needs nothing of it; parts: those parts of the same images by kind, see
+    Batch. `key` names the sample in its data set; `position` is its number in the training stream, the key of its
     random draws. `problem` says why a sample was skipped: such a sample is an empty row and weighs nothing; `is_bad`
     says that its data is at fault, and not the options. `source` is the data set that it is of, by number.
     """
@@ -34,6 +35,7 @@ class Sample:
     labels: Tensor
     image_starts: list[int] = field(default_factory=list)
     pixels: list[Tensor | None] = field(default_factory=list)
+    parts: dict[str, list[Tensor | None]] = field(default_factory=dict)
     problem: str | None = None
     is_bad: bool = False
     source: int = 0
@@ -60,7 +62,8 @@ class Batch:
     position of that sample, and image_ordinals [I]: which of its images, the two of them the key of its random draws;
     blank_samples [K] and blank_positions [K] int64: the same of the samples without a picture that the reconstruction
     loss is to cover as well (none unless asked for, see collate); pixels [J, 3, H, W] float32: this rank's share of the
-    I images, in order.
+    I images, in order; parts: what was computed of that share beforehand and is wanted here, "latents" [J, 2, C, h, w]
+    (the VAE's posterior) and "features" [J, N, D] (the tower's), left out where the share is empty.
     """
 
     tokens: Tensor
@@ -73,6 +76,7 @@ class Batch:
     blank_samples: Tensor
     blank_positions: Tensor
     pixels: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -89,8 +93,13 @@ class Batch:
         """
         if device.type == "cpu":
             return self
-        kept = ("image_positions", "image_ordinals", "blank_positions")
-        moved = {n: v if n in kept else v.pin_memory().to(device, non_blocking=True) for n, v in vars(self).items()}
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        kept = ("image_positions", "image_ordinals", "blank_positions", "parts")
+        moved = {n: v if n in kept else move(v) for n, v in vars(self).items()}
+        moved["parts"] = {kind: move(part) for kind, part in self.parts.items()}
         return Batch(**moved)
 
 
@@ -133,6 +142,7 @@ def collate(
     tokens = torch.zeros(len(rows) * seq_length, dtype=torch.int64)
     labels = torch.full((len(rows) * seq_length,), IGNORE_INDEX, dtype=torch.int64)
     begins, starts, owners, positions, ordinals, pixels = [], [], [], [], [], []
+    parts: dict[str, list[Tensor]] = {}
     for number, (row, reserved) in enumerate(zip(rows, slots, strict=True)):
         if sum(reserved) > seq_length:
             raise ValueError(f"samples of {sum(reserved)} tokens in a row of {seq_length} tokens")
@@ -152,6 +162,9 @@ def collate(
                 positions.append(sample.position)
                 ordinals.append(ordinal)
             pixels.extend(picture for picture in sample.pixels if picture is not None)
+            for kind, held in sample.parts.items():
+                here = (part for part, pixels_too in zip(held, sample.pixels) if pixels_too is not None)
+                parts.setdefault(kind, []).extend(part for part in here if part is not None)
             begins.append(begin)
             begin += room
 
@@ -171,4 +184,5 @@ def collate(
         blank_samples=integers(blanks),
         blank_positions=integers([samples[place].position for place in blanks]),
         pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size),
+        parts={kind: torch.stack(held) for kind, held in parts.items() if held},
     )

@@ -111,6 +111,9 @@ class DataOptions:
     max_bad_fraction: float = 0.001
     """End the run when more than this share of the samples so far were bad (unreadable pictures or text, an index that
     does not fit), once there are more than ten; 0 bears none. Each is replaced and listed in SAVE/quarantine.jsonl."""
+    precomputed: bool = True
+    """Read what tools/precompute_latents.py computed of the pictures, where the shards have it, and build neither the
+    VAE nor the frozen vision tower. --no-precomputed computes it from the pictures."""
     num_workers: int = 2
     """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process.
     """

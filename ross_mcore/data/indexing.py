@@ -368,13 +368,14 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
     """
     totals, entries = np.zeros(3, np.int64), []
     precomputed: dict[str, Any] = {}
-    pictured = 0
+    pictured, left_out = 0, False
     for shard in shards:
         part = shard.part()
         totals += (len(part.samples), len(part.images), len(part.quarantine))
         if len(part.samples):
             tag = {} if shard.tag is None else {"tag": shard.tag}
             entries.append({"name": shard.name, "bytes": shard.bytes, "samples": len(part.samples), **tag})
+        left_out = left_out or bool((part.images["size"] == 0).any())
         pictured += int(np.count_nonzero(part.samples["num_images"]))
         for kind, sources in part.part_sources.items():
             about = precomputed.setdefault(kind, {"samples": 0, "sources": []})
@@ -421,6 +422,7 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
             "quarantined": num_quarantined,
             "fingerprint": content.hexdigest()[:16],
             "lengths": None if source is None else asdict(source),
+            "pictures_left_out": left_out,
             "precomputed": {kind: {**about, "of": pictured} for kind, about in precomputed.items()},
             "shards": entries,
         }

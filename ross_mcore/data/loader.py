@@ -68,9 +68,10 @@ class Step:
 
 @dataclass
 class _MicroBatch:
-    """A micro-batch on its way out of a worker, in two tensors: every tensor of its own would cost a descriptor.
+    """A micro-batch on its way out of a worker, in few tensors: every tensor of its own would cost a descriptor.
 
-    tokens_and_labels [2, sum of lengths]; pixels [J, 3, H, W], for the (sample, ordinal) pairs in `pictures`.
+    tokens_and_labels [2, sum of lengths]; pixels [J, 3, H, W] and parts [J, ...] by kind (see Sample), for the (sample,
+    ordinal) pairs in `pictures`.
     """
 
     samples: list[Sample]
@@ -79,18 +80,21 @@ class _MicroBatch:
     tokens_and_labels: Tensor
     pictures: list[tuple[int, int]]
     pixels: Tensor | None
+    parts: dict[str, Tensor]
     bad: list[Bad]
 
     @classmethod
     def pack(cls, samples: list[Sample], row_sizes: list[int], bad: list[Bad]) -> _MicroBatch:
         pictures = [(r, i) for r, s in enumerate(samples) for i, p in enumerate(s.pixels) if p is not None]
         pixels = torch.stack([samples[row].pixels[i] for row, i in pictures]) if pictures else None  # type: ignore[misc]
+        kinds = dict.fromkeys(kind for sample in samples for kind in sample.parts)
+        parts = {kind: torch.stack([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]
         lengths = [sample.tokens.numel() for sample in samples]
         both = torch.stack([torch.cat([s.tokens for s in samples]), torch.cat([s.labels for s in samples])])
         for sample in samples:
             sample.tokens = sample.labels = None  # type: ignore[assignment]
-            sample.pixels = [None] * len(sample.pixels)
-        return cls(samples, row_sizes, lengths, both, pictures, pixels, bad)
+            sample.pixels, sample.parts = [None] * len(sample.pixels), {}
+        return cls(samples, row_sizes, lengths, both, pictures, pixels, parts, bad)
 
     def unpack(self) -> list[Row]:
         tokens, labels = (row.split(self.lengths) for row in self.tokens_and_labels)
@@ -98,7 +102,10 @@ class _MicroBatch:
             sample.tokens, sample.labels = tokens[place], labels[place]
         for place, (row, ordinal) in enumerate(self.pictures):
             assert self.pixels is not None
-            self.samples[row].pixels[ordinal] = self.pixels[place]
+            sample = self.samples[row]
+            sample.pixels[ordinal] = self.pixels[place]
+            for kind, part in self.parts.items():
+                sample.parts.setdefault(kind, [None] * len(sample.pixels))[ordinal] = part[place]
         samples = iter(self.samples)
         return [[next(samples) for _ in range(size)] for size in self.row_sizes]
 

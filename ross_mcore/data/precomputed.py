@@ -108,6 +108,8 @@ class PrecomputedParts:
 
     def read(self, kind: str, number: int, ordinal: int) -> Tensor:
         """The posterior [2, C, h, w] or features [N, D] of a picture of a sample, as stored. Raises ShardError."""
+        if kind not in self.sources:
+            raise ShardError(f"{self.reader.folder} has no {kind}")
         if self._latest is None or self._latest[0] != (number, kind):
             pictures = int(self.reader.samples[number]["num_images"])
             data = self.reader.part_bytes(number, kind)
@@ -115,7 +117,9 @@ class PrecomputedParts:
         return self._latest[1][ordinal]
 
     def blank(self, kind: str) -> Tensor:
-        """The same of the picture of the mean colour, in float32. Raises ShardError."""
+        """The same of the picture of the mean colour. Raises ShardError."""
+        if kind not in self.sources:
+            raise ShardError(f"{self.reader.folder} has no {kind}")
         path = self.reader.folder / BLANK
         try:
             blank = load_file(path)[kind]
@@ -126,7 +130,7 @@ class PrecomputedParts:
         expected = ((2,) if kind == "latents" else ()) + self.sources[kind].shape
         if tuple(blank.shape) != expected:
             raise ShardError(f"{path}: {kind} of shape {list(blank.shape)}, expected {list(expected)}")
-        return blank
+        return blank.to(DTYPES[self.sources[kind].dtype])
 
 
 def _source(reader: ShardReader, kind: str, about: dict[str, Any]) -> PartSource:

@@ -33,6 +33,7 @@ from ross_mcore.data.conversation import (
 )
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.indexing import length_source, stale_lengths
+from ross_mcore.data.precomputed import PrecomputedParts
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
@@ -96,9 +97,23 @@ class ShardDataset:
         self.bounds = bounds
         self.image_tokens = model_config.vision.image_tokens
         self.preprocessing = ImagePreprocessing.for_tower(model_config.vision, image_aspect_ratio, image_processor)
+        self.stored: PrecomputedParts | None = None
+        self._wanted: frozenset[str] = frozenset({"pixels"})
+        self._blank_parts: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    def read_as(self, wanted: frozenset[str]) -> None:
+        """What `decode` is to give of a picture: any of "pixels", "features" and "latents". Raises ShardError.
+
+        To be called before workers start. The data set must have the parts that are wanted.
+        """
+        kinds = sorted(wanted - {"pixels"})
+        self.stored = PrecomputedParts(self.reader) if kinds and self.reader.num_images else None
+        stored = self.stored
+        self._blank_parts = {kind: stored.blank(kind) for kind in kinds} if stored is not None else {}
+        self._wanted = wanted
 
     def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The samples' keys, from the index alone."""
@@ -184,15 +199,28 @@ class ShardDataset:
         bad = []
         for ordinal in ordinals:
             try:
-                picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
-                sample.pixels[ordinal] = torch.from_numpy(self.preprocessing(picture))
+                pixels, parts = self._picture(sample_number, ordinal)
             except (ShardError, ImageError) as error:
-                sample.pixels[ordinal] = self.blank()
+                pixels, parts = self.blank(), self._blank_parts
                 bad.append(Bad(sample.position, ordinal, str(error)))
+            sample.pixels[ordinal] = pixels
+            for kind, part in parts.items():
+                sample.parts.setdefault(kind, [None] * len(sample.pixels))[ordinal] = part
         return bad
 
+    def _picture(self, sample_number: int, ordinal: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(pixels, parts) of a picture, as wanted. Raises ShardError or ImageError."""
+        stored, kinds = self.stored, self._blank_parts
+        parts = {} if stored is None else {kind: stored.read(kind, sample_number, ordinal) for kind in kinds}
+        if "pixels" not in self._wanted:
+            return torch.zeros(0), parts
+        picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
+        return torch.from_numpy(self.preprocessing(picture)), parts
+
     def blank(self) -> Tensor:
-        """The mean colour, which is zero in normalised space: [3, H, W]."""
+        """The mean colour, which is zero in normalised space: [3, H, W], or nothing where pixels are not wanted."""
+        if "pixels" not in self._wanted:
+            return torch.zeros(0)
         return torch.zeros(3, self.preprocessing.image_size, self.preprocessing.image_size)
 
     def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:

@@ -143,6 +143,7 @@ class ShardReader:
         self.samples = self._map("samples.npy", SAMPLE_ROW, self.num_samples)
         self.images = self._map("images.npy", IMAGE_ROW, self.num_images)
         self.precomputed: dict[str, Any] = self.index.get("precomputed", {})
+        self.pictures_left_out: bool = self.index.get("pictures_left_out", False)
         self.parts = self._map("parts.npy", PART_ROW, self.num_samples) if self.precomputed else None
         try:
             self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")

@@ -18,6 +18,9 @@ from ross_mcore.architecture import PixelDecoderConfig
 
 def group_latents(latents: Tensor) -> Tensor:
     """[J, C, h, w] -> latent tokens [J, 4C, g, g]: channel c * 4 + dy * 2 + dx holds pixel (dy, dx) of a 2x2 block."""
+    images, channels, height, width = latents.shape
+    if not images:  # of which pixel_unshuffle leaves the shape as it is
+        return latents.new_zeros(0, 4 * channels, height // 2, width // 2)
     return F.pixel_unshuffle(latents, 2)
 
 

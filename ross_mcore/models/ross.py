@@ -17,13 +17,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from ross_mcore import platform
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.batch import Batch
 from ross_mcore.models import diffusion, image_tokens
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.models.language import Execution, LanguageModel, packed_sequence, transformer_config
-from ross_mcore.models.pixel_decoder import PixelDecoder
+from ross_mcore.models.pixel_decoder import PixelDecoder, sample_latents
 from ross_mcore.models.projector import VisionProjection
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel import split
@@ -51,7 +51,13 @@ class RossModel(MegatronModule):
         *,
         seed: int = 0,
         train_vision: bool = False,
+        precomputed: Precomputed = NOTHING_PRECOMPUTED,
+        blank_posterior: Tensor | None = None,
+        decodes: bool = True,
     ) -> None:
+        """What is `precomputed` comes in `Batch.parts`, and its module is not built; `blank_posterior` [2, C, h, w] is
+        then the blank picture's, for blank samples. With `decodes` the VAE is there in any case, for `reconstruct`.
+        """
         super().__init__(config=transformer_config(model.language, groups, execution))
         stage = groups.stage
         self.model, self.groups, self.seed = model, groups, seed
@@ -60,8 +66,10 @@ class RossModel(MegatronModule):
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         self.language_model = LanguageModel(model.language, self.config, groups, execution)
         width = model.language.hidden_size
+        self.precomputed = precomputed
         if stage.is_first:
-            self.vision_model = VisionModel(model.vision, trainable=train_vision).to(execution.dtype)
+            if not precomputed.features:
+                self.vision_model = VisionModel(model.vision, trainable=train_vision).to(execution.dtype)
             self.vision_projection = VisionProjection(model.projector, model.vision.hidden_size, width).to(
                 execution.dtype
             )
@@ -70,9 +78,11 @@ class RossModel(MegatronModule):
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
             self.denoiser.to(execution.dtype)
             self.schedule = diffusion.Schedule.cosine()
-            self.pixel_decoder = PixelDecoder(
-                model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
-            )
+            if decodes or not precomputed.latents:
+                self.pixel_decoder = PixelDecoder(
+                    model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
+                )
+            self.register_buffer("blank_posterior", blank_posterior, persistent=False)
         self.to(platform.device())
         for part in ("vision_model", "vision_projection", "denoiser"):
             if hasattr(self, part):
@@ -127,12 +137,37 @@ class RossModel(MegatronModule):
         """Token embeddings with image features spliced in, [T, 1, D] or this rank's part of it."""
         embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None)
         # tower and projector also run without images: then their gradients are zero, not missing
-        projected = self.vision_projection(self.vision_model(batch.pixels.to(embeddings.dtype)))
+        projected = self.vision_projection(self._features(batch, embeddings.dtype))
         projected = split.gather_shares(projected, batch.num_images, self.groups.tensor)
         embeddings = image_tokens.splice(embeddings, projected, batch.image_starts)
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
+
+    def _features(self, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """The tower's features [J, N, Dv] of this rank's share of the images."""
+        if not self.precomputed.features:
+            return self.vision_model(batch.pixels.to(dtype))
+        if "features" not in batch.parts:
+            return batch.pixels.new_zeros(0, *self.model.feature_shape, dtype=dtype)
+        return batch.parts["features"].to(dtype)
+
+    def _latents(self, batch: Batch, blanks: int, noise: Tensor | None) -> Tensor:
+        """Latent tokens of this rank's share of the images and then of `blanks` pictures of the mean colour."""
+        if not self.precomputed.latents:
+            pixels = torch.cat([batch.pixels, batch.pixels.new_zeros(blanks, *batch.pixels.shape[1:])])
+            return self.pixel_decoder.encode(pixels, noise)
+        posteriors = self._posteriors(batch)
+        if blanks:
+            if self.blank_posterior is None:
+                raise ValueError("the posterior of a blank picture is needed and was not given")
+            posteriors = torch.cat([posteriors, self.blank_posterior.float().expand(blanks, -1, -1, -1, -1)])
+        return sample_latents(posteriors, noise, self.model.pixel_decoder)  # type: ignore[arg-type]
+
+    def _posteriors(self, batch: Batch) -> Tensor:
+        """Precomputed, [J, 2, C, h, w] float32."""
+        empty = batch.pixels.new_zeros(0, 2, *self.model.latent_shape)
+        return batch.parts.get("latents", empty).float()
 
     def _lm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sums [N] of the cross-entropies over the labels of each sample.
@@ -164,14 +199,13 @@ class RossModel(MegatronModule):
                 torch.cat([batch.image_positions[mine], batch.blank_positions[blanks]]),
                 torch.cat([batch.image_ordinals[mine], torch.zeros(len(blank), dtype=torch.int64)]),
                 self.denoiser.config.draws,
-                self.pixel_decoder.latent_shape,
+                self.model.latent_shape,
                 self.denoiser.grid,
             )
         else:
             draws = draws[[*share, *(batch.num_images + place for place in blank)]]
         draws = draws.to(hidden.device)
-        pixels = torch.cat([batch.pixels, batch.pixels.new_zeros(len(blank), *batch.pixels.shape[1:])])
-        latents = self.pixel_decoder.encode(pixels, draws.posterior_noise)
+        latents = self._latents(batch, len(blank), draws.posterior_noise)
         # a rank without images runs the denoiser on nothing: gradients are then zero, and no rank waits for another
         hidden = split.enter_share(hidden, self.groups.tensor)
         condition = image_tokens.gather(hidden, batch.image_starts[mine], self.model.vision.image_tokens)
@@ -215,6 +249,9 @@ class RossModel(MegatronModule):
             clip=LATENT_BOUND,
             device=hidden.device,
         )
+        if self.precomputed.latents:  # the picture itself may not be there: what the VAE keeps of it is
+            means = sample_latents(self._posteriors(batch), None, self.model.pixel_decoder)  # type: ignore[arg-type]
+            return self.pixel_decoder.decode(means), self.pixel_decoder.decode(latents)
         originals = self.pixel_decoder.images_for_encoder(batch.pixels) / 2 + 0.5
         return originals, self.pixel_decoder.decode(latents)
 

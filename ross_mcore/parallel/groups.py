@@ -99,6 +99,13 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
+def from_first_rank(action: Callable[[], T]) -> T:
+    """What `action` returns on the first rank, which alone runs it. Collective; raises as `together` does."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, together(lambda: action() if dist.get_rank() == 0 else None))
+    return found[0]
+
+
 def same_on_all_ranks(value: T) -> bool:
     """Whether every rank has an equal value. Collective."""
     values: list[Any] = [None] * dist.get_world_size()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ross_mcore import platform
 from ross_mcore.architecture import ArchitectureError
+from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.data.loader import Step, StepLoader
@@ -24,6 +25,7 @@ from ross_mcore.training.console import Console
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.metrics import MetricsLog, StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
+from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, QuarantineLog, bad_samples, is_over_budget
 from ross_mcore.training.start import build, iterations_of, open_dataset, place, sample_order, starting_point
 from ross_mcore.training.state import TrainState, restore, save
@@ -67,19 +69,27 @@ def _train(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     device = platform.device()
     start, resume = starting_point(config)
     model_config = start.model_config()
-    layout = process_groups.together(lambda: place(config, model_config))
-    groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
     dataset = process_groups.together(lambda: open_dataset(config, model_config, start, config.data.data_path or ""))
     held_out = None
     if config.data.valid_data_path is not None:
         held_out = process_groups.together(
             lambda: open_dataset(config, model_config, start, config.data.valid_data_path or "")
         )
+    parts_of_data = [*dataset.parts, *(held_out.parts if held_out is not None else [])]
+    precomputed = choose_precomputed(config, model_config, start, parts_of_data)
+    layout = process_groups.together(lambda: place(config, model_config, precomputed))
+    groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
+    process_groups.together(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
     order = sample_order(config, dataset, rows_per_step)
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
 
-    model, optimizer = build(config, model_config, groups, None if resume else start)
+    unused = unused_parts(config, precomputed)
+    carried = process_groups.together(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
+    weights = None if resume else start
+    model, optimizer = build(
+        config, model_config, groups, weights, precomputed, blank_posterior(parts_of_data), carried
+    )
     state = TrainState(
         training_stage=config.training.training_stage,
         seed=config.training.seed,
@@ -95,7 +105,7 @@ def _train(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         max_tokens_per_sample=config.data.max_tokens_per_sample,
     )
     if resume:
-        state = restore(start, model, optimizer, state)
+        state = restore(start, model, optimizer, carried, state)
     loader = StepLoader(
         dataset,
         order,
@@ -200,7 +210,7 @@ def _train(config: Config, stop: StopRequest, closing: ExitStack) -> None:
                 log.picture(state.iteration, "reconstruction", grid)
         interval = config.checkpoint.save_interval
         if (interval and state.iteration % interval == 0) or size.stop or state.iteration == train_iters:
-            save(config, state, model, optimizer, model_config, start)
+            save(config, state, model, optimizer, carried, model_config, start)
             saved = True
             say.saved(state)
         if size.stop:
@@ -208,7 +218,7 @@ def _train(config: Config, stop: StopRequest, closing: ExitStack) -> None:
             break
     else:
         if not saved:
-            save(config, state, model, optimizer, model_config, start)
+            save(config, state, model, optimizer, carried, model_config, start)
             say.saved(state)
         say.finished(state)
     if quarantine is not None and (summary := quarantine.summary()):

@@ -11,7 +11,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from ross_mcore import config as options
 from ross_mcore import platform
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
+from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.sharded import (
     Checkpoint,
     find_checkpoint,
@@ -67,7 +68,7 @@ def _starting_point(config: Config) -> tuple[Checkpoint, bool]:
     return found, same_stage and not checkpoint.finetune
 
 
-def place(config: Config, model_config: ModelConfig) -> Layout:
+def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = NOTHING_PRECOMPUTED) -> Layout:
     """The layout of this run, after every check that needs nothing built."""
     parallel = config.parallel
     layout = make_layout(
@@ -78,6 +79,7 @@ def place(config: Config, model_config: ModelConfig) -> Layout:
         pipeline_layout=parallel.pipeline_layout,
         llm_trains=config.training.training_stage == "finetune",
         vision_trains=config.optimizer.vision_lr is not None,
+        precomputed=precomputed,
     )
     options.check(
         config,
@@ -151,9 +153,18 @@ def iterations_of(config: Config, dataset: MixtureDataset, order: Order, global_
 
 
 def build(
-    config: Config, model_config: ModelConfig, groups: Groups, weights: Checkpoint | None
+    config: Config,
+    model_config: ModelConfig,
+    groups: Groups,
+    weights: Checkpoint | None,
+    precomputed: Precomputed = NOTHING_PRECOMPUTED,
+    blank_posterior: torch.Tensor | None = None,
+    carried: CarriedWeights | None = None,
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """This stage's part of the model, wrapped for data parallelism, and its optimizer; `weights` are loaded first."""
+    """This stage's part of the model, wrapped for data parallelism, and its optimizer; `weights` are loaded first.
+
+    `carried` takes the weights of what is not built because it is `precomputed`.
+    """
     execution = Execution(
         transformer_impl=config.execution.transformer_impl,
         dtype=torch.bfloat16 if config.execution.bf16 else torch.float32,
@@ -162,9 +173,22 @@ def build(
         recompute_granularity=config.execution.recompute_granularity,
     )
     train_vision = config.optimizer.vision_lr is not None
-    ross = RossModel(model_config, groups, execution, seed=config.training.seed, train_vision=train_vision)
+    ross = RossModel(
+        model_config,
+        groups,
+        execution,
+        seed=config.training.seed,
+        train_vision=train_vision,
+        precomputed=precomputed,
+        blank_posterior=blank_posterior,
+        decodes=config.logging.eval_interval is not None,
+    )
     if weights is not None:
-        ross.load_state_dict(load_model_weights(weights, ross.sharded_state_dict(metadata=sharding_metadata())))
+        pieces = ross.sharded_state_dict(metadata=sharding_metadata())
+        loaded = load_model_weights(weights, pieces if carried is None else {**pieces, **carried.pieces()})
+        if carried is not None:
+            carried.take(loaded)
+        ross.load_state_dict(loaded)
     set_trainable(ross, config.training.training_stage, train_vision)
     model = DistributedDataParallel(
         config=ross.config,

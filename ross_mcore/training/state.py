@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.sharded import (
     Checkpoint,
     CheckpointError,
@@ -88,10 +89,16 @@ def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, 
 
 
 def restore(
-    start: Checkpoint, model: DistributedDataParallel, optimizer: MegatronOptimizer, started: TrainState
+    start: Checkpoint,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    carried: CarriedWeights,
+    started: TrainState,
 ) -> TrainState:
     """Loads weights, moments and the loop's state. Raises ConfigError when seed or data are not the run's own."""
-    loaded = load_training_state(start, sharded_state(model, optimizer, is_loading=True))
+    wanted = sharded_state(model, optimizer, is_loading=True)
+    loaded = load_training_state(start, {**wanted, "model": {**wanted["model"], **carried.pieces()}})
+    carried.take(loaded["model"])
     try:
         state = TrainState(**loaded["train_state"])
     except TypeError as error:
@@ -109,14 +116,17 @@ def save(
     state: TrainState,
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
+    carried: CarriedWeights,
     model_config: ModelConfig,
     assets: Checkpoint,
 ) -> None:
     """Writes a checkpoint of this iteration under --save, with tokenizer and image processor beside the weights."""
+    whole = sharded_state(model, optimizer, is_loading=False)
+    whole["model"] = {**whole["model"], **carried.pieces()}
     save_checkpoint(
         Path(config.checkpoint.save or ""),
         state.iteration,
-        {**sharded_state(model, optimizer, is_loading=False), "train_state": asdict(state)},
+        {**whole, "train_state": asdict(state)},
         model_config,
         assets=assets.path,
         keep_last=config.checkpoint.keep_last,

@@ -1,0 +1,37 @@
+"""Weights that a run has no use for, kept so that its checkpoints are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.checkpoint.safe_load import StoredTensors
+
+
+class CarriedWeights:
+    """Frozen parts of a checkpoint that no rank builds, as they are stored: one rank has them in host memory.
+
+    They are loaded and saved with the model, under their own names, so a checkpoint lacks nothing, and nothing depends
+    on an older one that may be gone by then. `parts` are `vision_model` and `pixel_decoder`, or neither.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parts: Sequence[str], holds: bool) -> None:
+        """Raises CheckpointError."""
+        self.tensors: dict[str, Tensor] = {}
+        if holds and parts:
+            stored = StoredTensors(checkpoint.path)
+            names = (name for name in stored.names() if name.startswith(tuple(f"{part}." for part in parts)))
+            self.tensors = {name: torch.empty(stored.shape(name), dtype=stored.dtype(name)) for name in names}
+
+    def pieces(self) -> dict[str, ShardedTensor]:
+        """What to put among a model's sharded tensors when it is loaded or saved."""
+        return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in self.tensors.items()}
+
+    def take(self, loaded: dict[str, Any]) -> None:
+        """Takes its own out of what was loaded, which a model's `load_state_dict` would have no place for."""
+        self.tensors = {name: loaded.pop(name) for name in self.tensors}

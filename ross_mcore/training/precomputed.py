@@ -1,0 +1,109 @@
+"""What a run reads of its pictures instead of computing it, decided at start from the data sets and the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ross_mcore.architecture import ModelConfig, Precomputed
+from ross_mcore.checkpoint.fingerprint import part_fingerprint
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.config import Config, ConfigError
+from ross_mcore.data.precomputed import PrecomputedParts, part_source
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.parallel.groups import from_first_rank, together
+from ross_mcore.parallel.layout import Stage
+
+
+def choose_precomputed(
+    config: Config, model_config: ModelConfig, start: Checkpoint, datasets: Sequence[ShardDataset]
+) -> Precomputed:
+    """What is read from the shards instead of being computed. Collective.
+
+    Features only for a frozen tower, latents only for a denoiser, and either only where the data sets have it. Raises
+    ConfigError when they were made with another VAE, tower or preprocessing than this run's, or when some of the data
+    sets have them and others do not; ShardError for parts that are incomplete.
+    """
+    pictured = [part for part in datasets if part.reader.num_images]
+    kinds = together(lambda: _kinds_held(config, model_config, pictured))
+    weights = {kind: from_first_rank(lambda kind=kind: fingerprint_of(kind, start)) for kind in kinds}  # type: ignore[misc]
+    chosen = Precomputed(features="features" in kinds, latents="latents" in kinds)
+
+    def check() -> None:
+        for part in pictured:
+            _require_same(part, weights, model_config, start)
+            computes = not chosen.features or (model_config.denoiser is not None and not chosen.latents)
+            if computes and part.reader.pictures_left_out:
+                raise ConfigError(
+                    f"{part.reader.folder} was written without pictures (--drop-images) and this run needs them: what "
+                    f"it reads precomputed is {', '.join(kinds) or 'nothing'}"
+                )
+
+    together(check)
+    return chosen
+
+
+def _kinds_held(config: Config, model_config: ModelConfig, pictured: list[ShardDataset]) -> list[str]:
+    """The kinds of parts that this run can use and its data sets have."""
+    if not config.data.precomputed:
+        return []
+    usable = {"features": config.optimizer.vision_lr is None, "latents": model_config.denoiser is not None}
+    kinds = []
+    for kind in (kind for kind, is_usable in usable.items() if is_usable):
+        lacking = [str(part.reader.folder) for part in pictured if kind not in part.reader.precomputed]
+        if lacking and len(lacking) < len(pictured):
+            raise ConfigError(
+                f"{', '.join(lacking)} has no precomputed {kind} and other data sets have: make them there as well "
+                "(tools/precompute_latents.py), or pass --no-precomputed"
+            )
+        if pictured and not lacking:
+            kinds.append(kind)
+    return kinds
+
+
+def _require_same(part: ShardDataset, weights: dict[str, str], model_config: ModelConfig, start: Checkpoint) -> None:
+    """Raises ConfigError unless the parts of a data set are what this run would compute."""
+    sources = PrecomputedParts(part.reader).sources if weights else {}
+    for kind, fingerprint in weights.items():
+        ours = part_source(kind, fingerprint, model_config, part.preprocessing, sources[kind].dtype)
+        difference = sources[kind].difference(ours)
+        if difference is not None:
+            raise ConfigError(
+                f"the {kind} in {part.reader.folder} are not what this run would compute: {difference}. Make them "
+                f"again with tools/precompute_latents.py --load {start.path}, or pass --no-precomputed"
+            )
+
+
+def fingerprint_of(kind: str, checkpoint: Checkpoint) -> str:
+    """Of the VAE (for "latents") or the tower (for "features") of a checkpoint."""
+    model_config = checkpoint.model_config()
+    if kind == "features":
+        return part_fingerprint(checkpoint, "vision_model", model_config.vision.huggingface)
+    assert model_config.pixel_decoder is not None
+    return part_fingerprint(checkpoint, "pixel_decoder", model_config.pixel_decoder.diffusers)
+
+
+def read_pictures_as(
+    datasets: Sequence[ShardDataset], precomputed: Precomputed, stage: Stage, model_config: ModelConfig
+) -> None:
+    """Tells the data sets what this pipeline stage needs of a picture. Raises ShardError."""
+    wanted = set()
+    if stage.is_first:
+        wanted.add("features" if precomputed.features else "pixels")
+    if stage.is_last and model_config.denoiser is not None:
+        wanted.add("latents" if precomputed.latents else "pixels")
+    for part in datasets:
+        part.read_as(frozenset(wanted))
+
+
+def blank_posterior(datasets: Sequence[ShardDataset]) -> torch.Tensor | None:
+    """The VAE's posterior of the blank picture, from the first data set that has it."""
+    stored = [part.stored for part in datasets if part.stored is not None and "latents" in part.stored.sources]
+    return stored[0].blank("latents") if stored else None
+
+
+def unused_parts(config: Config, precomputed: Precomputed) -> list[str]:
+    """The parts of the model that no rank builds; --eval-interval decodes with the VAE."""
+    decodes = config.logging.eval_interval is not None
+    return ["vision_model"] * precomputed.features + ["pixel_decoder"] * (precomputed.latents and not decodes)

@@ -1,0 +1,112 @@
+"""Which precomputed parts a run takes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ross_mcore import platform
+
+platform.prepare()
+
+from ross_mcore.architecture import Precomputed  # noqa: E402
+from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
+from ross_mcore.config import Config, ConfigError  # noqa: E402
+from ross_mcore.data.sample import ShardDataset  # noqa: E402
+from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
+from ross_mcore.data.shards import ShardReader  # noqa: E402
+from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
+from ross_mcore.parallel.layout import Stage  # noqa: E402
+from ross_mcore.precompute import Precomputation, load_picture_parts  # noqa: E402
+from ross_mcore.training.precomputed import choose_precomputed, read_pictures_as, unused_parts  # noqa: E402
+from tests.recorded import GOLDEN, recorded_checkpoint  # noqa: E402
+
+BOTH = ("latents", "features")
+RECORD = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    platform.initialize_process_group(timeout_minutes=1)
+    root = tmp_path_factory.mktemp("bases")
+    return {family: recorded_checkpoint(family, root / family) for family in ("qwen2_siglip", "llama_clip")}
+
+
+@pytest.fixture
+def shards(bases: dict[str, Checkpoint], tmp_path: Path) -> Any:
+    with ShardWriter(tmp_path / "plain") as writer:
+        for number in range(3):
+            picture = GOLDEN / "data" / "images" / f"img{number}.png"
+            writer.write(f"key{number}", json.dumps(RECORD).encode(), [("png", picture.read_bytes())])
+
+    def get(*kinds: str, family: str = "qwen2_siglip", aspect_ratio: Any = "pad", drop_images: bool = False) -> Path:
+        if not kinds:
+            return tmp_path / "plain"
+        out = tmp_path / f"{family}_{'_'.join(kinds)}_{aspect_ratio}_{drop_images}"
+        parts = load_picture_parts(bases[family].path, kinds, aspect_ratio, "fp32")
+        Precomputation(ShardReader(tmp_path / "plain"), out, parts, drop_images).run()
+        return out
+
+    return get
+
+
+def opened(folder: Path, base: Checkpoint) -> ShardDataset:
+    tokenizer = load_tokenizer(base.tokenizer)
+    return ShardDataset(folder, tokenizer, base.model_config(), "plain", "pad", 64)
+
+
+def choose(folders: list[Path], base: Checkpoint, **flags: Any) -> Precomputed:
+    datasets = [opened(folder, base) for folder in folders]
+    return choose_precomputed(Config.from_flat(**flags), base.model_config(), base, datasets)
+
+
+def test_what_is_there_is_taken(shards: Any, bases: dict[str, Checkpoint]) -> None:
+    base = bases["qwen2_siglip"]
+    both, plain = shards(*BOTH), shards()
+    assert choose([both], base) == Precomputed(features=True, latents=True)
+    assert choose([both], base, precomputed=False) == choose([plain], base) == Precomputed()
+    assert choose([shards("latents")], base) == Precomputed(latents=True)
+    assert choose([both], base, vision_lr=1e-4) == Precomputed(latents=True)  # features of a tower that moves on
+    with pytest.raises(ConfigError, match="plain has no precomputed features and other data sets have"):
+        choose([both, plain], base)
+
+
+def test_what_this_run_would_not_compute_is_refused(shards: Any, bases: dict[str, Checkpoint]) -> None:
+    square = shards("latents", aspect_ratio="square")
+    with pytest.raises(ConfigError, match=r"preprocessing .*'square'\)\" against .*'pad'\)\".*--no-precomputed"):
+        choose([square], bases["qwen2_siglip"])
+    with pytest.raises(ConfigError, match="the features in .*: weights '[0-9a-f]{16}' against '[0-9a-f]{16}'"):
+        choose([shards("features")], bases["llama_clip"])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "flags", "read"),
+    [(("latents",), {}, "latents"), (BOTH, {"precomputed": False}, "nothing"), (BOTH, {"vision_lr": 1.0}, "latents")],
+)
+def test_pictures_that_are_needed_must_be_there(
+    kinds: tuple[str, ...], flags: dict[str, Any], read: str, shards: Any, bases: dict[str, Checkpoint]
+) -> None:
+    with pytest.raises(ConfigError, match=f"without pictures .--drop-images.*precomputed is {read}"):
+        choose([shards(*kinds, drop_images=True)], bases["qwen2_siglip"], **flags)
+
+
+def test_a_stage_reads_only_what_it_needs(shards: Any, bases: dict[str, Checkpoint]) -> None:
+    base = bases["qwen2_siglip"]
+    first, last = Stage(0, range(2), True, False), Stage(1, range(2, 4), False, True)
+    dataset = opened(shards(*BOTH, drop_images=True), base)
+    for stage, kind, shape in ((first, "features", (16, 32)), (last, "latents", (2, 16, 8, 8))):
+        read_pictures_as([dataset], Precomputed(True, True), stage, base.model_config())
+        sample = dataset.get(0, 0, wanted_pixels=True)
+        assert {held: [tuple(part.shape) for part in parts] for held, parts in sample.parts.items()} == {kind: [shape]}
+        assert sample.pixels[0].numel() == 0
+    read_pictures_as([opened(shards(), base)], Precomputed(), first, base.model_config())
+
+
+def test_the_vae_is_kept_for_reconstructions() -> None:
+    everything = Precomputed(features=True, latents=True)
+    assert unused_parts(Config(), everything) == ["vision_model", "pixel_decoder"]
+    assert unused_parts(Config.from_flat(eval_interval=5), everything) == ["vision_model"]
+    assert unused_parts(Config(), Precomputed()) == []

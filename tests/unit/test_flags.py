@@ -16,7 +16,7 @@ FLAGS = """
 --bf16 --fp8-format --transformer-impl --recompute-granularity
 --data-path --valid-data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler
 --supervise-final-eos --max-images-per-sample --max-tokens-per-sample --max-bad-fraction
---num-workers
+--num-workers --precomputed
 --data-cache-dir --data-cache-bytes
 --training-stage --micro-batch-size --global-batch-size --train-iters --train-epochs --loss-normalization --vm-loss-rows
 --seed --max-bad-steps --exit-duration-in-mins

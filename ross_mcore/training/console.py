@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ross_mcore import platform
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.sample import IgnoredLabels
@@ -60,7 +60,9 @@ class Console:
         layout: Layout,
         rows_per_step: int,
         train_iters: int,
+        precomputed: Precomputed = NOTHING_PRECOMPUTED,
     ) -> None:
+        self.precomputed = precomputed
         self.log, self.config, self.model_config, self.layout = log, config, model_config, layout
         self.rows_per_step, self.train_iters = rows_per_step, train_iters
         self._window: list[tuple[StepMetrics, int]] = []
@@ -74,8 +76,9 @@ class Console:
         layout, stages = self.layout, []
         for index in range(layout.pipeline_parallel):
             stage = layout.stage(index)
-            parts = (["vision, projector"] if stage.is_first else []) + [f"{len(stage.layers)} layers"]
-            parts += ["VAE, denoiser"] if stage.is_last and self.model_config.denoiser else []
+            tower, vae = "" if self.precomputed.features else "vision, ", "" if self.precomputed.latents else "VAE, "
+            parts = ([f"{tower}projector"] if stage.is_first else []) + [f"{len(stage.layers)} layers"]
+            parts += [f"{vae}denoiser"] if stage.is_last and self.model_config.denoiser else []
             stages.append(" + ".join(parts))
         where = f"continues from iteration {state.iteration}" if resume else "starts from the weights"
         self.say(
@@ -84,6 +87,8 @@ class Console:
             f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(stages)}\n"
             f"data: {len(dataset)} samples, {self.rows_per_step} a step, {self.train_iters} iterations"
         )
+        if given := [kind for kind, is_given in vars(self.precomputed).items() if is_given]:
+            self.say(f"precomputed: {' and '.join(given)} of the pictures are read, not computed")
         if len(dataset.parts) > 1:
             total = sum(dataset.counts)
             for name, count, size in dataset.shares:
@@ -118,7 +123,7 @@ class Console:
         rows = count * self.rows_per_step
         labels, images = (sum(getattr(m, name) for m, _ in self._window) for name in ("num_tokens", "num_images"))
         flops = rows * step_flops(
-            forward_flops(self.model_config, tokens / rows, labels / rows, images / rows),
+            forward_flops(self.model_config, tokens / rows, labels / rows, images / rows, self.precomputed),
             self.model_config.language.num_hidden_layers,
             llm_trains=self.config.training.training_stage == "finetune",
             vision_trains=self.config.optimizer.vision_lr is not None,

@@ -126,7 +126,7 @@ def _train(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     board = Path(config.logging.tensorboard_dir or save_folder / "tensorboard")
     log = MetricsLog(save_folder, board, state.iteration) if groups.speaks else None
     quarantine = QuarantineLog(save_folder, state.iteration) if groups.speaks else None
-    say = Console(log, config, model_config, layout, rows_per_step, train_iters)
+    say = Console(log, config, model_config, layout, rows_per_step, train_iters, precomputed)
     process_groups.together(lambda: say.start(start, resume, state, dataset))
 
     row_multiple = 8 * (layout.tensor_parallel if config.parallel.sequence_parallel else 1)

@@ -103,7 +103,7 @@ def main() -> None:
         for way, kinds in list(WAYS.items())[1:]:
             places[way] = folder / way.replace(" ", "_")
             where = ["--load", str(folder / "base"), "--data-path", str(places["pictures"]), "--out", str(places[way])]
-            run(["tools/precompute_latents.py", *where, *kinds, "--image-aspect-ratio", "square", "--drop-images"])
+            run(["tools/precompute_latents.py", *where, *kinds, "--image-aspect-ratio", "square"])
         taken: dict[str, list[float]] = {way: [] for way in WAYS}
         for turn in range(options.repeats):
             for way, shards in places.items():

@@ -12,6 +12,7 @@ Legend: J pictures decoded here, H W pixels.
 from __future__ import annotations
 
 import atexit
+import math
 import signal
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ross_mcore.batch import Row, Sample, Slots
 from ross_mcore.data.mixture import MixtureOrder
@@ -86,9 +87,9 @@ class _MicroBatch:
     @classmethod
     def pack(cls, samples: list[Sample], row_sizes: list[int], bad: list[Bad]) -> _MicroBatch:
         pictures = [(r, i) for r, s in enumerate(samples) for i, p in enumerate(s.pixels) if p is not None]
-        pixels = torch.stack([samples[row].pixels[i] for row, i in pictures]) if pictures else None  # type: ignore[misc]
+        pixels = _stacked([samples[row].pixels[i] for row, i in pictures]) if pictures else None  # type: ignore[misc]
         kinds = dict.fromkeys(kind for sample in samples for kind in sample.parts)
-        parts = {kind: torch.stack([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]
+        parts = {kind: _stacked([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]
         lengths = [sample.tokens.numel() for sample in samples]
         both = torch.stack([torch.cat([s.tokens for s in samples]), torch.cat([s.labels for s in samples])])
         for sample in samples:
@@ -108,6 +109,16 @@ class _MicroBatch:
                 sample.parts.setdefault(kind, [None] * len(sample.pixels))[ordinal] = part[place]
         samples = iter(self.samples)
         return [[next(samples) for _ in range(size)] for size in self.row_sizes]
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """torch.stack; in a worker straight into shared memory, where the result would be copied to otherwise."""
+    if get_worker_info() is None:
+        return torch.stack(tensors)
+    shape = (len(tensors), *tensors[0].shape)
+    out = torch.empty(0, dtype=tensors[0].dtype)
+    out.set_(out.untyped_storage()._new_shared(math.prod(shape) * out.element_size()))
+    return torch.stack(tensors, out=out.view(shape))
 
 
 PAST_THE_END = "past the end, to fill the step"

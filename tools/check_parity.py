@@ -33,7 +33,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P", help="[%(default)s]")
     parser.add_argument("--sequence-parallel", action="store_true", help="split norms and residuals over the sequence")
     parser.add_argument("--failures-only", action="store_true", help="print only rows that fail, and the summary")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.tensor_model_parallel_size, options.pipeline_model_parallel_size) < 1:
+        parser.error("a degree of parallelism is 1 or more")
+    return options
 
 
 def main() -> int:

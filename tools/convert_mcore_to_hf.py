@@ -64,8 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def export(options: argparse.Namespace) -> None:
-    """Plans, then writes. Raises the package's errors."""
+def export(options: argparse.Namespace) -> list[str]:
+    """Plans, then writes; returns what to mind. Raises the package's errors."""
     import torch
     from rich.progress import Progress
 
@@ -89,6 +89,7 @@ def export(options: argparse.Namespace) -> None:
         )
         progress.update(bar, total=outgoing.parameters_to_write(options.format))
         FORMATS[options.format](outgoing, options.save)
+    return outgoing.what_its_loader_needs(options.save) if options.format == "ross" else []
 
 
 def main() -> int:
@@ -99,11 +100,11 @@ def main() -> int:
     from ross_mcore.data.tokenizer import TokenizerError
 
     try:
-        export(options)
+        remarks = export(options)
     except (ArchitectureError, ConversionError, CheckpointError, TokenizerError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.save}")
+    print("\n".join([f"wrote {options.save}", *remarks]))
     return 0
 
 

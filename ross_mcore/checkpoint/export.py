@@ -98,6 +98,24 @@ class Export:
             self._write_tensors(partial, "model", mapping.ross_table(self.model))
             self._write_tokenizer(partial)
 
+    def what_its_loader_needs(self, save: Path) -> list[str]:
+        """What the reference's load_pretrained_model would stumble over in `save`, one sentence each.
+
+        It goes by the folder's name for the class, and takes slow tokenizers alone (reference builder.py).
+        """
+        qwen, name = self.model.language.model_type == "qwen2", save.resolve().name
+        found = []
+        if qwen != ("qwen2" in name):
+            wanted = "has qwen2 in it" if qwen else "does not have qwen2 in it"
+            found.append(f"the reference picks its class by the folder's name: rename {name} to one that {wanted}")
+        settings = self.checkpoint.tokenizer / "tokenizer_config.json"
+        kind = str(read_json(settings).get("tokenizer_class")) if settings.exists() else ""
+        needed = ("vocab.json", "merges.txt") if qwen else ("tokenizer.model",) if kind.startswith("Llama") else ()
+        missing = [file for file in needed if not (self.checkpoint.tokenizer / file).exists()]
+        if missing:
+            found.append(f"the reference loads a slow tokenizer: put {' and '.join(missing)} of the original beside it")
+        return found
+
     def write_stage1(self, save: Path) -> None:
         """`save`: mm_projector.bin, mm_inv_projector.bin and config.json, as stage 1 of the reference leaves them."""
         with _atomic(save) as partial:

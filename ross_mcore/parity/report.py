@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.parity import components, data
 from ross_mcore.parity.golden import Golden, where_recorded
 from ross_mcore.parity.model import Layout, model_rows, schedule_rows
@@ -31,7 +32,12 @@ def all_rows(folder: Path, layout: Layout) -> Iterator[Row]:
 
     Needs a process group. Raises GoldenError naming a damaged file, LayoutError for a layout that does not fit.
     """
-    golden = Golden(folder)
+    golden, ranks = Golden(folder), layout.tensor_parallel * layout.pipeline_parallel
+    if dist.get_world_size() != ranks:
+        raise LayoutError(
+            f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} is compared in {ranks} processes, "
+            f"not in {dist.get_world_size()}: start it with torchrun --nproc-per-node {ranks}"
+        )
     if dist.get_world_size() == 1:
         for family, part in PARTS.items():
             yield from where_recorded(family, "all", part(golden))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,19 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == []
+
+
+def test_what_the_reference_would_stumble_over_is_said(
+    base: Path, export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its class goes by the folder's name, and its tokenizer is the slow one."""
+    assert export("--load", base, "--save", tmp_path / "ross-qwen2-tiny") == 0
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'ross-qwen2-tiny'}\n")
+    shutil.copytree(SOURCE.tokenizer, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("merges.txt"))
+    import_ross(tmp_path / "fast", base.parent / "source" / "ross", tmp_path / "tokenizer")
+    assert export("--load", tmp_path / "fast", "--save", tmp_path / "model") == 0
+    said = capsys.readouterr().out
+    assert "rename model to one that has qwen2 in it" in said and "put merges.txt of the original" in said
 
 
 def test_a_folder_with_something_in_it_is_not_touched(

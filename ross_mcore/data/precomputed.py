@@ -72,8 +72,11 @@ def pack_part(kind: str, tensors: Tensor, source: PartSource, picture_bytes: Seq
     """The member of a sample: posteriors [n, 2, C, h, w] or features [n, N, D], as `source.dtype`.
 
     picture_bytes [n] are the sizes of the encoded pictures, by which their sample is known where they are left out.
+    Raises ShardError for values that `source.dtype` cannot hold.
     """
     tensors = tensors.to(DTYPES[source.dtype])
+    if not tensors.isfinite().all():
+        raise ShardError(f"{kind} that are not finite as {source.dtype}; give another --dtype")
     split = (tensors[:, place] for place in range(2)) if kind == "latents" else (tensors,)
     named = {name: tensor.contiguous() for name, tensor in zip(MEMBERS[kind], split, strict=True)}
     # one entry: safetensors writes several in an order of its own, and the same shard should be the same bytes

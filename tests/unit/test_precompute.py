@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ platform.prepare()
 
 from ross_mcore.data.image import decode_image  # noqa: E402
 from ross_mcore.data.indexer import Settings, find_shards, index_shards  # noqa: E402
-from ross_mcore.data.precomputed import PrecomputedParts  # noqa: E402
+from ross_mcore.data.precomputed import PrecomputedParts, pack_part  # noqa: E402
 from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
 from ross_mcore.data.shards import PART_SUFFIXES, ShardError, ShardReader  # noqa: E402
 from ross_mcore.precompute import PictureParts, Precomputation, load_picture_parts  # noqa: E402
@@ -137,6 +138,12 @@ def test_half_precision(dtype: str, base: Path, shards: ShardReader, tmp_path: P
     assert stored.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     pixels = torch.from_numpy(half.preprocessing(decode_image(shards.image_bytes(0, 0))[0]))[None]
     torch.testing.assert_close(stored.float(), half(pixels)["latents"][0], rtol=1e-2, atol=1e-3)
+
+
+def test_what_a_type_cannot_hold_is_refused(parts: PictureParts) -> None:
+    source = replace(parts.sources["features"], dtype="fp16")
+    with pytest.raises(ShardError, match="features that are not finite as fp16; give another --dtype"):
+        pack_part("features", torch.full((1, 16, 32), 1e5), source, [7])
 
 
 def test_incomplete_or_mixed_parts_are_no_source(shards: ShardReader, parts: PictureParts, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from ross_mcore.architecture import (
     LanguageConfig,
     ModelConfig,
     PixelDecoderConfig,
+    Precomputed,
     ProjectorConfig,
     VisionConfig,
 )
 from ross_mcore.flops import forward_flops
-from ross_mcore.parallel.layout import LayoutError, balance, make_layout, share_of
+from ross_mcore.parallel.layout import LayoutError, balance, make_layout, share_of, stage_extra_costs
 
 QWEN2_7B = LanguageConfig(
     "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 32768, 1e-6, 1e6, tie_word_embeddings=False, qkv_bias=True
@@ -77,6 +78,27 @@ def test_the_encoder_and_the_denoiser_weigh_in_the_balance() -> None:
     first, *_, last = layout.layers_per_stage
     assert sum(layout.layers_per_stage) == 28
     assert last < 7 <= layout.layers_per_stage[1] and first >= last
+
+
+def test_what_is_precomputed_weighs_nothing() -> None:
+    def place(precomputed: Precomputed) -> tuple[tuple[int, ...], tuple[float, float]]:
+        layout = make_layout(
+            ROSS_7B,
+            world_size=4,
+            tensor_parallel=1,
+            pipeline_parallel=4,
+            llm_trains=False,
+            precomputed=precomputed,
+        )
+        return layout.layers_per_stage, stage_extra_costs(ROSS_7B, False, False, 1029, precomputed)
+
+    (*_, computed), (first, last) = place(Precomputed())
+    (*_, read), (first_read, last_read) = place(Precomputed(features=True, latents=True))
+    assert read > computed  # the last stage has room for a layer more
+    parts = forward_flops(ROSS_7B, 1029, 1029 / 4)
+    step_of_a_layer = 2 * parts.layer
+    assert first - first_read == pytest.approx(parts.vision_model / step_of_a_layer)
+    assert last - last_read == pytest.approx(parts.pixel_decoder / step_of_a_layer)
 
 
 def test_stages_cover_the_layers() -> None:

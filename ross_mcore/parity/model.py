@@ -58,8 +58,8 @@ SCHEDULE_TOLERANCE = 1e-12
 ADAM_SHARE = 1e-2
 """A weight may end this share of the farthest that Adam can carry it (rate x steps) away, for the same reason."""
 KEY_BIASES = ("attn.qkv.bias", "k_proj.bias")
-"""A key's bias adds the same to all scores of a query, rotation aside, so its gradient is mostly rounding, of which Adam
-makes full steps: ten times that share."""
+"""A key's bias adds the same to all scores of a query, rotation aside, so its gradient is mostly rounding, of which
+Adam makes full steps: ten times that share."""
 ROUNDING = 1e-7
 """Of the largest norm beside it: a gradient this much smaller than its neighbours is their rounding (eps is 1.2e-7)."""
 REFERENCE = {

@@ -386,12 +386,12 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
         raise ShardError(f"no usable sample: no index was written to {folder}")
     content = hashlib.sha256()
     with (
+        replacing(folder / "index.json") as index,  # the first to be entered is the last to be left
         replacing(folder / "samples.npy") as samples,
         replacing(folder / "images.npy") as images,
         replacing(folder / "parts.npy") if precomputed else nullcontext() as parts,
         replacing(folder / "keys.txt") as keys,
         replacing(folder / "quarantine.jsonl") as quarantine,
-        replacing(folder / "index.json") as index,
     ):
         tables = [(samples, SAMPLE_ROW, num_samples), (images, IMAGE_ROW, num_images)]
         for stream, row, count in tables + ([(parts, PART_ROW, num_samples)] if parts is not None else []):

@@ -101,14 +101,14 @@ class ImagePreprocessing:
         red, green, blue = (int(channel * 255) for channel in self.image_mean)
         return red, green, blue
 
-    def __call__(self, picture: Image.Image) -> NDArray[np.float32]:
-        """RGB picture of any size -> [3, H, W] float32, normalised."""
+    def __call__(self, picture: Image.Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """RGB picture of any size -> [3, H, W] float32, normalised; written to `out` where it is given."""
         if self.aspect_ratio == "pad" and picture.width != picture.height:
             side = max(picture.size)
             square = Image.new("RGB", (side, side), self.background)
             square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             picture = square
-        pixels = np.empty((3, self.image_size, self.image_size), np.float32)
+        pixels = np.empty((3, self.image_size, self.image_size), np.float32) if out is None else out
         channels = self._resize(picture).split()
         for plane, channel, levels in zip(pixels, channels, self._normalised_levels, strict=True):
             np.take(levels, np.asarray(channel), out=plane, mode="clip")

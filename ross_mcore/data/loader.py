@@ -85,11 +85,11 @@ class _MicroBatch:
     bad: list[Bad]
 
     @classmethod
-    def pack(cls, samples: list[Sample], row_sizes: list[int], bad: list[Bad]) -> _MicroBatch:
+    def pack(cls, samples: list[Sample], row_sizes: list[int], bad: list[Bad], pixels: Tensor | None) -> _MicroBatch:
+        """`pixels` [J, 3, H, W] are those that the samples hold, in order."""
         pictures = [(r, i) for r, s in enumerate(samples) for i, p in enumerate(s.pixels) if p is not None]
-        pixels = _stacked([samples[row].pixels[i] for row, i in pictures]) if pictures else None  # type: ignore[misc]
         kinds = dict.fromkeys(kind for sample in samples for kind in sample.parts)
-        parts = {kind: _stacked([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]
+        parts = {kind: torch.stack([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]
         lengths = [sample.tokens.numel() for sample in samples]
         both = torch.stack([torch.cat([s.tokens for s in samples]), torch.cat([s.labels for s in samples])])
         for sample in samples:
@@ -111,14 +111,12 @@ class _MicroBatch:
         return [[next(samples) for _ in range(size)] for size in self.row_sizes]
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """torch.stack; in a worker straight into shared memory, where the result would be copied to otherwise."""
+def _room(shape: tuple[int, ...]) -> Tensor:
+    """An empty float32 tensor; in a worker in shared memory, where it would be copied to on its way out."""
     if get_worker_info() is None:
-        return torch.stack(tensors)
-    shape = (len(tensors), *tensors[0].shape)
-    out = torch.empty(0, dtype=tensors[0].dtype)
-    out.set_(out.untyped_storage()._new_shared(math.prod(shape) * out.element_size()))
-    return torch.stack(tensors, out=out.view(shape))
+        return torch.empty(shape)
+    out = torch.empty(0)
+    return out.set_(out.untyped_storage()._new_shared(math.prod(shape) * out.element_size())).view(shape)
 
 
 PAST_THE_END = "past the end, to fill the step"
@@ -139,10 +137,10 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         try:
             samples = [self._text(number, position) for number, position in zip(numbers, positions, strict=True)]
             bad = [Bad(sample.position, TEXT, sample.problem or "") for sample in samples if sample.is_bad]
-            bad += self._decode_share(samples, numbers)
+            found, pixels = self._decode_share(samples, numbers)
         except ShardReadError as error:
             return error
-        return _MicroBatch.pack(samples, [row.samples.size for row in planned], bad)
+        return _MicroBatch.pack(samples, [row.samples.size for row in planned], bad + found, pixels)
 
     def replace(self, planned: PlannedMicroBatch, rows: list[Row], positions: Collection[int]) -> list[Bad]:
         """Reads the samples planned at `positions` into `rows`, in place; returns what is wrong with them.
@@ -163,7 +161,7 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
             for sample, number in zip(samples, numbers, strict=True)
             if sample.position in positions and number != EMPTY and sample.problem
         ]
-        return bad + self._decode_share(samples, numbers)
+        return bad + self._decode_share(samples, numbers)[0]
 
     def _text(self, number: int, position: int) -> Sample:
         """The sample without its pictures; a bad one where the index was wrong about its length.
@@ -180,19 +178,25 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
             return skipped_sample(sample.key, position, reason, is_bad=True)
         return sample
 
-    def _decode_share(self, samples: list[Sample], numbers: list[int]) -> list[Bad]:
-        """Makes this rank hold the pixels of its share of the pictures, and of no others."""
+    def _decode_share(self, samples: list[Sample], numbers: list[int]) -> tuple[list[Bad], Tensor | None]:
+        """Makes this rank hold the pixels of its share of the pictures, and of no others.
+
+        Returns what is wrong with pictures, and the pixels [n, 3, H, W] of those that were not held before.
+        """
         if not self.needs_pixels:
-            return []
+            return [], None
         pictures = [(place, ordinal) for place, sample in enumerate(samples) for ordinal in range(len(sample.pixels))]
         share = share_of(len(pictures), self.tp_rank, self.tp_size)
+        for place, ordinal in (picture for number, picture in enumerate(pictures) if number not in share):
+            samples[place].pixels[ordinal] = None
+        mine = [pictures[number] for number in share]
+        missing = [(place, ordinal) for place, ordinal in mine if samples[place].pixels[ordinal] is None]
         bad: list[Bad] = []
-        for picture, (place, ordinal) in enumerate(pictures):
-            if picture not in share:
-                samples[place].pixels[ordinal] = None
-            elif samples[place].pixels[ordinal] is None:
-                bad += self.dataset.decode(samples[place], numbers[place], [ordinal])
-        return bad
+        pixels = _room((len(missing), *self.dataset.pixel_shape)) if missing else None
+        for row, (place, ordinal) in enumerate(missing):
+            samples[place].pixels[ordinal] = pixels[row]  # type: ignore[index]
+            bad += self.dataset.decode(samples[place], numbers[place], [ordinal])
+        return bad, pixels
 
 
 def _ignore_signals(_: int) -> None:

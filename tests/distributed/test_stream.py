@@ -35,7 +35,7 @@ BEARING = {"max_bad_fraction": 1.0}
 
 @pytest.fixture(scope="session")
 def damaged(shards: Callable[[str], Path], workplace: Path) -> Path:
-    folder = workplace / "shards_damaged"
+    folder = workplace / "shards_overwritten"
     if not folder.exists():
         folder.mkdir()
         for path in shards("mixed").iterdir():

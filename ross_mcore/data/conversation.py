@@ -125,14 +125,33 @@ class _Prompt:
     def rounds(self) -> list[tuple[list[int], list[int]]]:
         """(ids of the round, ids of the round up to the answer), as far as rounds are well-formed."""
         found = []
-        for text in self.text.split(self.style.round_end):
+        texts, shows = self.text.split(self.style.round_end), self.num_images > 0
+        cut_out = self._rounds_cut_out()
+        for number, text in enumerate(texts):
             parts = text.split(self.style.answer_start)
             if len(parts) != 2:
                 break
-            instruction = parts[0] + self.style.answer_start
-            shows = self.num_images > 0
-            found.append((_encode(text, shows, self.tokenizer), _encode(instruction, shows, self.tokenizer)))
+            whole = cut_out[number] if len(cut_out) == len(texts) else _encode(text, shows, self.tokenizer)
+            found.append((whole, _encode(parts[0] + self.style.answer_start, shows, self.tokenizer)))
         return found
+
+    def _rounds_cut_out(self) -> list[list[int]]:
+        """The ids of the rounds out of those of the row, which saves tokenizing them again; none where that may differ.
+
+        It does not where no token opens a text and a special token, which splits text before anything else does, ends
+        every round.
+        """
+        is_whole = self.num_images > 0 or len(self.ids) < self.max_length
+        end = _special_end(self.style.round_end, self.tokenizer) if is_whole else None
+        if end is None:
+            return []
+        rounds: list[list[int]] = [[]]
+        for token in self.ids:
+            if token == end:
+                rounds.append([])
+            else:
+                rounds[-1].append(token)
+        return rounds
 
     def require_shown(self) -> None:
         if self.num_images and IMAGE_PLACEHOLDER not in self.text:
@@ -408,6 +427,13 @@ def encode_with_images(text: str, tokenizer: PreTrainedTokenizerBase) -> list[in
         ids.append(IMAGE_TOKEN_INDEX)
         ids.extend(encode(piece, tokenizer)[skip:])
     return ids
+
+
+@lru_cache(maxsize=16)
+def _special_end(text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that `text` is, in a tokenizer that adds none of its own."""
+    ids = encode(text, tokenizer)
+    return ids[0] if len(ids) == 1 and ids[0] in tokenizer.all_special_ids and not encode("", tokenizer) else None
 
 
 @lru_cache(maxsize=16)

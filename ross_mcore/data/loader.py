@@ -12,7 +12,6 @@ Legend: J pictures decoded here, H W pixels.
 from __future__ import annotations
 
 import atexit
-import math
 import signal
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from ross_mcore.batch import Row, Sample, Slots
 from ross_mcore.data.mixture import MixtureOrder
@@ -111,14 +110,6 @@ class _MicroBatch:
         return [[next(samples) for _ in range(size)] for size in self.row_sizes]
 
 
-def _room(shape: tuple[int, ...]) -> Tensor:
-    """An empty float32 tensor; in a worker in shared memory, where it would be copied to on its way out."""
-    if get_worker_info() is None:
-        return torch.empty(shape)
-    out = torch.empty(0)
-    return out.set_(out.untyped_storage()._new_shared(math.prod(shape) * out.element_size())).view(shape)
-
-
 PAST_THE_END = "past the end, to fill the step"
 
 
@@ -192,7 +183,7 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         mine = [pictures[number] for number in share]
         missing = [(place, ordinal) for place, ordinal in mine if samples[place].pixels[ordinal] is None]
         bad: list[Bad] = []
-        pixels = _room((len(missing), *self.dataset.pixel_shape)) if missing else None
+        pixels = torch.empty(len(missing), *self.dataset.pixel_shape) if missing else None
         for row, (place, ordinal) in enumerate(missing):
             samples[place].pixels[ordinal] = pixels[row]  # type: ignore[index]
             bad += self.dataset.decode(samples[place], numbers[place], [ordinal])

@@ -8,6 +8,7 @@ not the architecture's are errors that name it.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,24 +37,24 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(ABC):
     """One family of tensors. `ours` and `theirs` are name patterns; our tensor is made of all of theirs."""
 
     ours: str
 
     @property
-    def theirs(self) -> tuple[str, ...]:
-        return ()
+    @abstractmethod
+    def theirs(self) -> tuple[str, ...]: ...
 
+    @abstractmethod
     def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
         """Shapes of their tensors, given that of ours."""
-        raise NotImplementedError
 
-    def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor: ...
 
-    def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ class Sample:
 
     tokens [L] int64, with `image_tokens` zeros in place of every image; labels [L] int64, labels[i] belongs to
     tokens[i] (not shifted), IGNORE_INDEX where nothing is supervised; image_starts: index of the first image token of
-    every image; pixels: one [3, H, W] float32 per image in the tower's normalisation, empty where this rank needs
-    precomputed parts alone, or None where it needs nothing of it; parts: those parts of the same images by kind, see
-    Batch. `key` names the sample in its data set; `position` is its number in the training stream, the key of its
-    random draws. `problem` says why a sample was skipped: such a sample is an empty row and weighs nothing; `is_bad`
-    says that its data is at fault, and not the options. `source` is the data set that it is of, by number.
+    every image; pixels: one [3, H, W] per image (see Batch), empty where this rank needs precomputed parts alone, or
+    None where it needs nothing of it; parts: those parts of the same images by kind, see Batch. `key` names the sample
+    in its data set; `position` is its number in the training stream, the key of its random draws. `problem` says why a
+    sample was skipped: such a sample is an empty row and weighs nothing; `is_bad` says that its data is at fault, and
+    not the options. `source` is the data set that it is of, by number.
     """
 
     key: str
@@ -61,9 +61,10 @@ class Batch:
     image's tokens begin; image_samples [I] int64: which of the N samples it is of; image_positions [I] int64: stream
     position of that sample, and image_ordinals [I]: which of its images, the two of them the key of its random draws;
     blank_samples [K] and blank_positions [K] int64: the same of the samples without a picture that the reconstruction
-    loss is to cover as well (none unless asked for, see collate); pixels [J, 3, H, W] float32: this rank's share of the
-    I images, in order; parts: what was computed of that share beforehand and is wanted here, "latents" [J, 2, C, h, w]
-    (the VAE's posterior) and "features" [J, N, D] (the tower's), left out where the share is empty.
+    loss is to cover as well (none unless asked for, see collate); pixels [J, 3, H, W]: this rank's share of the I
+    images, in order, uint8 levels or float32 in the tower's normalisation (see normalised_pixels); parts: what was
+    computed of that share beforehand and is wanted here, "latents" [J, 2, C, h, w] (the VAE's posterior) and "features"
+    [J, N, D] (the tower's), left out where the share is empty.
     """
 
     tokens: Tensor
@@ -101,6 +102,20 @@ class Batch:
         moved = {n: v if n in kept else move(v) for n, v in vars(self).items()}
         moved["parts"] = {kind: move(part) for kind, part in self.parts.items()}
         return Batch(**moved)
+
+
+def normalised_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 levels [..., 3, H, W] -> float32 in the normalisation of a tower; what is floating already stays as it is.
+
+    mean, std: of the three channels, for levels scaled to [0, 1]. A level has 256 values, so their normalised values
+    are looked up: the same bits as Hugging Face's processors give (scaled in float64), on any device.
+    """
+    if pixels.is_floating_point():
+        return pixels
+    levels = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float().expand(3, 256)
+    table = ((levels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).to(pixels.device)
+    channels = zip(table, pixels.unbind(-3), strict=True)
+    return torch.stack([values[channel.int()] for values, channel in channels], dim=-3)
 
 
 def is_blank(sample: Sample) -> bool:
@@ -183,6 +198,6 @@ def collate(
         image_ordinals=integers(ordinals),
         blank_samples=integers(blanks),
         blank_positions=integers([samples[place].position for place in blanks]),
-        pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size),
+        pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8),
         parts={kind: torch.stack(held) for kind, held in parts.items() if held},
     )

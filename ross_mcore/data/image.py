@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ross_mcore.architecture import ArchitectureError, VisionConfig
+from ross_mcore.batch import normalised_pixels
 
 ImageAspectRatio = Literal["square", "pad"]
 
@@ -101,26 +102,44 @@ class ImagePreprocessing:
         red, green, blue = (int(channel * 255) for channel in self.image_mean)
         return red, green, blue
 
-    def __call__(self, picture: Image.Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """RGB picture of any size -> [3, H, W] float32, normalised; written to `out` where it is given."""
-        if self.aspect_ratio == "pad" and picture.width != picture.height:
-            side = max(picture.size)
-            square = Image.new("RGB", (side, side), self.background)
-            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-            picture = square
-        pixels = np.empty((3, self.image_size, self.image_size), np.float32) if out is None else out
-        channels = self._resize(picture).split()
-        for plane, channel, levels in zip(pixels, channels, self._normalised_levels, strict=True):
-            np.take(levels, np.asarray(channel), out=plane, mode="clip")
-        return pixels
+    def __call__(self, picture: Image.Image) -> NDArray[np.float32]:
+        """RGB picture of any size -> [3, H, W] float32, normalised."""
+        levels = np.empty((3, self.image_size, self.image_size), np.uint8)
+        self.write_levels(picture, levels)
+        return normalised_pixels(torch.from_numpy(levels), self.image_mean, self.image_std).numpy()
 
-    @cached_property
-    def _normalised_levels(self) -> NDArray[np.float32]:
-        """[3, 256]: what each of the 256 levels of a channel becomes; an 8-bit picture has no others."""
-        levels = np.tile(np.arange(256) * (1 / 255), (3, 1)).astype(np.float32)  # from float64, as the library does
-        levels -= np.array(self.image_mean, np.float32)[:, None]
-        levels /= np.array(self.image_std, np.float32)[:, None]
-        return levels
+    def write_levels(self, picture: Image.Image, out: NDArray[np.uint8]) -> None:
+        """Writes an RGB picture of any size to `out` [3, H, W], resized and not yet normalised.
+
+        That is a quarter of the bytes to hand from process to process and to a device, where normalising costs nothing.
+        """
+        for plane, channel in zip(out, self._fit(picture).split(), strict=True):
+            plane[:] = np.asarray(channel)
+
+    def write_background(self, out: NDArray[np.uint8]) -> None:
+        """Writes a picture of the background's colour to `out` [3, H, W]."""
+        out[:] = np.array(self.background, np.uint8)[:, None, None]
+
+    def _fit(self, picture: Image.Image) -> Image.Image:
+        """The picture at the tower's size."""
+        if self.aspect_ratio == "pad" and picture.width != picture.height:
+            return self._pad(picture)
+        return self._resize(picture)
+
+    def _pad(self, picture: Image.Image) -> Image.Image:
+        """The picture in the middle of a square, at the tower's size.
+
+        Pillow resizes rows first and columns second. Rows of one colour stay what they are, so they are put above and
+        below a wide picture in between: the same pixels in three quarters of the time.
+        """
+        size, side = self.image_size, max(picture.size)
+        width = side
+        if picture.width == side:
+            width = size
+            picture = picture.resize((size, picture.height), Image.Resampling.BICUBIC)
+        square = Image.new("RGB", (width, side), self.background)
+        square.paste(picture, ((width - picture.width) // 2, (side - picture.height) // 2))
+        return square.resize((size, size), Image.Resampling.BICUBIC)
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         size = self.image_size

@@ -183,7 +183,7 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         mine = [pictures[number] for number in share]
         missing = [(place, ordinal) for place, ordinal in mine if samples[place].pixels[ordinal] is None]
         bad: list[Bad] = []
-        pixels = torch.empty(len(missing), *self.dataset.pixel_shape) if missing else None
+        pixels = torch.empty(len(missing), *self.dataset.pixel_shape, dtype=torch.uint8) if missing else None
         for row, (place, ordinal) in enumerate(missing):
             samples[place].pixels[ordinal] = pixels[row]  # type: ignore[index]
             bad += self.dataset.decode(samples[place], numbers[place], [ordinal])

@@ -202,12 +202,12 @@ class ShardDataset:
         bad = []
         for ordinal in ordinals:
             room = sample.pixels[ordinal]
-            pixels = torch.empty(self.pixel_shape) if room is None else room
+            pixels = torch.empty(self.pixel_shape, dtype=torch.uint8) if room is None else room
             try:
                 parts = self._picture(sample_number, ordinal, pixels)
             except (ShardError, ImageError) as error:
                 parts = self._blank_parts
-                pixels.zero_()  # the mean colour, in normalised space
+                self._write_blank(pixels)
                 bad.append(Bad(sample.position, ordinal, str(error)))
             sample.pixels[ordinal] = pixels
             for kind, part in parts.items():
@@ -220,8 +220,12 @@ class ShardDataset:
         parts = {} if stored is None else {kind: stored.read(kind, sample_number, ordinal) for kind in kinds}
         if pixels.numel():
             picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
-            self.preprocessing(picture, out=pixels.numpy())
+            self.preprocessing.write_levels(picture, pixels.numpy())
         return parts
+
+    def _write_blank(self, pixels: Tensor) -> None:
+        if pixels.numel():
+            self.preprocessing.write_background(pixels.numpy())
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
-from ross_mcore.batch import Batch
+from ross_mcore.batch import Batch, normalised_pixels
 from ross_mcore.models import diffusion, image_tokens
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.diffusion import Draws
@@ -144,18 +144,23 @@ class RossModel(MegatronModule):
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
 
+    def _pixels(self, batch: Batch) -> Tensor:
+        """[J, 3, H, W] float32 in the tower's normalisation."""
+        return normalised_pixels(batch.pixels, self.model.vision.image_mean, self.model.vision.image_std)
+
     def _features(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """The tower's features [J, N, Dv] of this rank's share of the images."""
         if not self.precomputed.features:
-            return self.vision_model(batch.pixels.to(dtype))
+            return self.vision_model(self._pixels(batch).to(dtype))
         if "features" not in batch.parts:
-            return batch.pixels.new_zeros(0, *self.model.feature_shape, dtype=dtype)
+            return torch.zeros(0, *self.model.feature_shape, dtype=dtype, device=batch.pixels.device)
         return batch.parts["features"].to(dtype)
 
     def _latents(self, batch: Batch, blanks: int, noise: Tensor | None) -> Tensor:
         """Latent tokens of this rank's share of the images and then of `blanks` pictures of the mean colour."""
         if not self.precomputed.latents:
-            pixels = torch.cat([batch.pixels, batch.pixels.new_zeros(blanks, *batch.pixels.shape[1:])])
+            pixels = self._pixels(batch)
+            pixels = torch.cat([pixels, pixels.new_zeros(blanks, *pixels.shape[1:])])
             return self.pixel_decoder.encode(pixels, noise)
         posteriors = self._posteriors(batch)
         if blanks:
@@ -166,7 +171,7 @@ class RossModel(MegatronModule):
 
     def _posteriors(self, batch: Batch) -> Tensor:
         """Precomputed, [J, 2, C, h, w] float32."""
-        empty = batch.pixels.new_zeros(0, 2, *self.model.latent_shape)
+        empty = torch.zeros(0, 2, *self.model.latent_shape, device=batch.pixels.device)
         return batch.parts.get("latents", empty).float()
 
     def _lm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -252,7 +257,7 @@ class RossModel(MegatronModule):
         if self.precomputed.latents:  # the picture itself may not be there: what the VAE keeps of it is
             means = sample_latents(self._posteriors(batch), None, self.model.pixel_decoder)  # type: ignore[arg-type]
             return self.pixel_decoder.decode(means), self.pixel_decoder.decode(latents)
-        originals = self.pixel_decoder.images_for_encoder(batch.pixels) / 2 + 0.5
+        originals = self.pixel_decoder.images_for_encoder(self._pixels(batch)) / 2 + 0.5
         return originals, self.pixel_decoder.decode(latents)
 
 

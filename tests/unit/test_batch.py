@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from ross_mcore.batch import IGNORE_INDEX, Sample, collate, segments
+from ross_mcore.batch import IGNORE_INDEX, Sample, collate, normalised_pixels, segments
 
 
 def sample(position: int, tokens: list[int], image_at: int | None = None) -> Sample:
@@ -53,3 +54,13 @@ def test_segments_fill_their_rows(slots: list[list[int]], lengths: list[int]) ->
 def test_what_does_not_fit_is_an_error(slots: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate([[sample(1, [1, 2, 3]), sample(2, [4])]], 8, 2, slots)
+
+
+def test_normalised_levels_are_the_bits_of_the_library() -> None:
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    levels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 256).reshape(2, 3, 16, 16)
+    scaled = (levels.numpy() * np.float64(1 / 255)).astype(np.float32)  # transformers' rescale, then its normalize
+    wanted = (scaled - np.float32(mean)[:, None, None]) / np.float32(std)[:, None, None]
+    normalised = normalised_pixels(levels, mean, std)
+    assert normalised.dtype == torch.float32 and np.array_equal(normalised.numpy(), wanted)
+    assert normalised_pixels(normalised, mean, std) is normalised

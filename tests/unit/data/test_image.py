@@ -100,6 +100,19 @@ def test_padding_is_centred_on_the_mean_colour() -> None:
     assert np.allclose(rows[[0, 7]], 127 / 127.5 - 1, atol=1e-6) and np.allclose(rows[2:5], 1)
 
 
+@pytest.mark.parametrize("crop", [True, False])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (13, 12), (500, 3), (5, 4), (12, 5)])
+def test_padding_while_resizing_gives_the_pixels_of_padding_first(crop: bool, size: tuple[int, int]) -> None:
+    make = ImagePreprocessing(12, crop, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "pad")
+    drawn = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture, side = Image.fromarray(drawn), max(size)
+    square = Image.new("RGB", (side, side), make.background)
+    square.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
+    levels = np.empty((3, 12, 12), np.uint8)
+    make.write_levels(picture, levels)
+    assert np.array_equal(levels.transpose(1, 2, 0), np.asarray(square.resize((12, 12), Image.Resampling.BICUBIC)))
+
+
 def test_a_processor_that_disagrees_is_refused(model_config: ModelConfig) -> None:
     fine = {"size": {"height": 12, "width": 12}, "resample": 3, "image_mean": [0.5] * 3, "rescale_factor": 1 / 255}
     ImagePreprocessing.for_tower(model_config.vision, "pad", fine)

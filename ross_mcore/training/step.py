@@ -220,10 +220,9 @@ def run_schedule(
     """Runs all micro-batches through mcore's schedule and leaves the reduced gradients in the model.
 
     Returns what the last stage computed per micro-batch (MicroBatchLosses, or hidden states with `output="hidden"`),
-    and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless
-    given; `draws` replays recorded randomness, one entry a micro-batch, and `draw_seed` keys other draws than the
-    model's seed (see RossModel.forward); `scales` multiply
-    lm_loss and vm_loss, so that one of them can be had alone.
+    and nothing on other stages. `num_micro_batches` is the global batch's share of this rank unless given; `draws`
+    replays recorded randomness, one entry a micro-batch, and `draw_seed` keys other draws than the model's seed (see
+    RossModel.forward); `scales` multiply lm_loss and vm_loss, so that one of them can be had alone.
     """
     count = num_micro_batches or micro_batches_per_step(options, groups)
     everywhere = options.vm_loss_rows == "all"

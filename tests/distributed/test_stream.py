@@ -145,6 +145,7 @@ def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> No
     """Every rank has to return 2, and the first to say `message`; `fault` is what befalls rank 1 in its fifth step."""
     from ross_mcore.config import Config
     from ross_mcore.data import shards
+    from ross_mcore.data.loader import StepLoader
     from ross_mcore.training import loop
 
     first, victim = os.environ["RANK"] == "0", fault and os.environ["RANK"] == "1"
@@ -160,7 +161,7 @@ def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> No
 
         os.pread = failing
     elif victim and fault == "worker":
-        read, steps = loop.StepLoader._read, []
+        read, steps = StepLoader._read, []
 
         def killing(loader: Any) -> Any:
             steps.append(loader)
@@ -169,7 +170,7 @@ def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> No
                     os.kill(worker.pid, signal.SIGKILL)
             return read(loader)
 
-        loop.StepLoader._read = killing
+        StepLoader._read = killing
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

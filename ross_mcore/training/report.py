@@ -1,0 +1,68 @@
+"""What a run tells, from the rank that speaks: files of figures and of bad samples, TensorBoard, the console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ross_mcore.training.console import Console
+from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation
+from ross_mcore.training.quarantine import BadSample, QuarantineLog
+from ross_mcore.training.run import Run
+from ross_mcore.training.state import TrainState
+
+
+class Report:
+    """Every rank has one and calls it alike; those that do not speak (`Groups.speaks`) write and print nothing."""
+
+    def __init__(self, run: Run, state: TrainState) -> None:
+        folder = run.save_folder
+        self._log: MetricsLog | None = None
+        self._quarantine: QuarantineLog | None = None
+        if run.groups.speaks:
+            board = Path(run.config.logging.tensorboard_dir or folder / "tensorboard")
+            self._log = MetricsLog(folder, board, state.iteration)
+            self._quarantine = QuarantineLog(folder, state.iteration)
+        self.console = Console(
+            self._log,
+            run.config,
+            run.model_config,
+            run.groups.layout,
+            run.rows_per_step,
+            run.train_iters,
+            run.precomputed,
+        )
+
+    @property
+    def speaks(self) -> bool:
+        return self._log is not None
+
+    def step(self, metrics: StepMetrics, row_tokens: int, keys: list[str]) -> None:
+        """One iteration; `row_tokens` that are not padding, `keys` of its samples where they must be named."""
+        if self._log is not None:
+            self._log.write(metrics)
+        self.console.step(metrics, row_tokens, keys)
+
+    def bad_samples(self, bad: Sequence[BadSample]) -> None:
+        """Bad samples of a training step, which are listed for good."""
+        if self._quarantine is not None:
+            self._quarantine.write(bad)
+        self.console.bad_samples(bad)
+
+    def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
+        self.console.bad_samples(bad)
+        self.console.validated(found)
+
+    def picture(self, iteration: int, grid: Tensor | None) -> None:
+        """Originals over reconstructions [3, H, W] in [0, 1], where this rank has them."""
+        if self._log is not None and grid is not None:
+            self._log.picture(iteration, "reconstruction", grid)
+
+    def close(self) -> None:
+        """The summary of bad samples, and the end of the files."""
+        if self._quarantine is not None and (summary := self._quarantine.summary()):
+            self.console.say(summary)
+        if self._log is not None:
+            self._log.close()

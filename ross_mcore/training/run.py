@@ -1,0 +1,152 @@
+"""Everything a run needs, opened, placed and built in the one order that works; what stays the same while it trains."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig, Precomputed
+from ross_mcore.checkpoint.carried import CarriedWeights
+from ross_mcore.checkpoint.sharded import Checkpoint
+from ross_mcore.config import Config
+from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.order import Order
+from ross_mcore.data.sources import MixtureDataset
+from ross_mcore.parallel import groups as process_groups
+from ross_mcore.parallel.groups import Groups
+from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
+from ross_mcore.training.start import build, iterations_of, open_dataset, place, sample_order, starting_point
+from ross_mcore.training.state import TrainState, restore
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training works with.
+
+    `start`: the checkpoint begun from, `resume`: whether its run is continued; `held_out`: the data of validation;
+    `row_multiple`: rows are padded to a multiple of it.
+    """
+
+    config: Config
+    model_config: ModelConfig
+    start: Checkpoint
+    resume: bool
+    groups: Groups
+    device: torch.device
+    dataset: MixtureDataset
+    held_out: MixtureDataset | None
+    precomputed: Precomputed
+    carried: CarriedWeights
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    loader: StepLoader
+    rows_per_step: int
+    train_iters: int
+
+    @property
+    def save_folder(self) -> Path:
+        return Path(self.config.checkpoint.save or "")
+
+    @property
+    def row_multiple(self) -> int:
+        return 8 * (self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1)
+
+
+def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
+    """The run that `config` describes and the state it begins in. Collective; `closing` ends the data workers."""
+    platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
+    start, resume = starting_point(config)
+    model_config = start.model_config()
+    dataset, held_out = _open_data(config, model_config, start)
+    parts_of_data = [*dataset.parts, *(held_out.parts if held_out is not None else [])]
+    precomputed = choose_precomputed(config, model_config, start, parts_of_data)
+    layout = process_groups.together(lambda: place(config, model_config, precomputed))
+    groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
+    process_groups.together(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
+    rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
+    order = sample_order(config, dataset, rows_per_step)
+    train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
+
+    unused = unused_parts(config, precomputed)
+    carried = process_groups.together(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
+    weights, blank = None if resume else start, blank_posterior(parts_of_data)
+    model, optimizer = build(config, model_config, groups, weights, precomputed, blank, carried)
+    state = _first_state(config, dataset, rows_per_step)
+    if resume:
+        state = restore(start, model, optimizer, carried, state)
+    loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state))
+    run = Run(
+        config,
+        model_config,
+        start,
+        resume,
+        groups,
+        platform.device(),
+        dataset,
+        held_out,
+        precomputed,
+        carried,
+        model,
+        optimizer,
+        loader,
+        rows_per_step,
+        train_iters,
+    )
+    return run, state
+
+
+def _open_data(
+    config: Config, model_config: ModelConfig, start: Checkpoint
+) -> tuple[MixtureDataset, MixtureDataset | None]:
+    """What trains, and what is held out where there is such."""
+
+    def opened(path: str) -> MixtureDataset:
+        return process_groups.together(lambda: open_dataset(config, model_config, start, path))
+
+    dataset = opened(config.data.data_path or "")
+    return dataset, None if config.data.valid_data_path is None else opened(config.data.valid_data_path)
+
+
+def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int) -> TrainState:
+    """The state at iteration 0, with what a run that goes on must not change."""
+    return TrainState(
+        training_stage=config.training.training_stage,
+        seed=config.training.seed,
+        data_fingerprint=dataset.fingerprint,
+        global_batch_size=rows_per_step,
+        seq_length=config.data.seq_length,
+        template=dataset.template,
+        image_aspect_ratio=dataset.image_aspect_ratio,
+        sampler=config.data.sampler,
+        mm_use_im_start_end=config.data.mm_use_im_start_end,
+        pack=config.data.pack,
+        max_images_per_sample=config.data.max_images_per_sample,
+        max_tokens_per_sample=config.data.max_tokens_per_sample,
+    )
+
+
+def _open_loader(
+    config: Config, dataset: MixtureDataset, order: Order, groups: Groups, rows_per_step: int, state: TrainState
+) -> StepLoader:
+    """This rank's share of the steps, from where `state` stands."""
+    return StepLoader(
+        dataset,
+        order,
+        global_batch_size=rows_per_step,
+        micro_batch_size=config.training.micro_batch_size,
+        packed=config.data.pack,
+        dp_rank=groups.data_rank,
+        dp_size=groups.layout.data_parallel,
+        tp_rank=groups.tensor_rank,
+        tp_size=groups.layout.tensor_parallel,
+        reads=groups.stage.reads_data,
+        num_workers=config.data.num_workers,
+        seed=config.training.seed,
+        state=state.data or None,
+    )

@@ -3,18 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Transformer Engine's Python layer without its kernels (tests/te); all other packages are those of $(VENV)
+TE_VENV := .venv-te
+TE_INSTALLED := $(TE_VENV)/.installed
+SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: help demo demo-stamps test test-unit lint bench clean
+.PHONY: help demo demo-stamps test test-te test-unit lint bench clean
 
 help:
 	@echo "make demo         train a small model on 4 CPU ranks, stop and resume it, ask it, see what it reconstructs"
 	@echo "make demo-stamps  the same on 150 real pictures (fetches a Debian package)"
 	@echo "make test         the whole test suite        make test-unit  its fast part"
+	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
 	@echo "make lint         ruff                        make bench      ratios, each measured in one run"
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(TE_INSTALLED): $(INSTALLED) constraints-te.txt
+	$(PYTHON) -m venv $(TE_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > $$($(TE_VENV)/bin/python $(SITE_PACKAGES))/base.pth
+	$(TE_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-te.txt
 	@touch $@
 
 demo: $(INSTALLED)
@@ -25,6 +36,9 @@ demo-stamps: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-te: $(TE_INSTALLED)
+	$(TE_VENV)/bin/python -m pytest tests/te
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
@@ -37,4 +51,4 @@ bench: $(INSTALLED)
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(TE_VENV) runs build *.egg-info

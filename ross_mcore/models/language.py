@@ -13,10 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
@@ -158,7 +155,9 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
 def layer_spec(execution: Execution, num_layers: int) -> TransformerBlockSubmodules | ModuleSpec:
     """The decoder layers of one stage: mcore's own Transformer Engine spec, or the local one with SDPA and RMSNorm."""
     if execution.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
+        from ross_mcore.models import transformer_engine
+
+        return transformer_engine.layer_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm

@@ -80,7 +80,7 @@ def assemble(
                     del tensor  # before the next one is made
             if missing:
                 raise ConversionError(f"nothing was given for {min(missing)} and {len(missing) - 1} more")
-        return folder.publish(root, 0, partial, model)
+        return folder.publish(root, 0, partial, model, records=writer.records)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -4,46 +4,51 @@
 root/
   latest_checkpointed_iteration.txt     the iteration saved last, for people and scripts
   iter_0000100/                         renamed into place when complete
-    complete.json                       the final marker: written last, lists every other file with its size
+    complete.json                       the final marker: written last, every other file with size and checksum
     config.json  train_state.json  tokenizer/  preprocessor_config.json
     metadata.json  common.pt  .metadata  __<rank>_<n>.distcp        mcore's torch_dist format
   .iter_0000200.partial/                being written, or left by a process that died: ignored, removed by the next save
 ```
 
-A checkpoint is complete when its marker is there and every file it lists has the size it says. The *newest* is the one
-saved last (`sequence` in the marker), not the one of the largest iteration: a run that was rolled back to iteration 50
-and saved at 60 continues from 60, whatever an abandoned branch left at 100.
+A checkpoint is complete when its marker is there and every file it lists has the size it says; it is intact when the
+checksums agree too (verification.py). The *newest* is the one saved last (`sequence` in the marker), not the one of the
+largest iteration: a run that was rolled back to iteration 50 and saved at 60 continues from 60, whatever an abandoned
+branch left at 100.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ross_mcore.architecture import ModelConfig, read_model_config
+from ross_mcore.checkpoint.manifest import (
+    MARKER,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    read_json,
+    read_manifest,
+    record_of,
+    sync,
+    wrong_size,
+)
 
-MARKER = "complete.json"
 POINTER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer"
 PREPROCESSOR = "preprocessor_config.json"
-FORMAT = "ross_mcore_checkpoint"
-FORMAT_VERSION = 1
 
 # `.replaced`: the former checkpoint of the same iteration, between two renames of `publish`. Still complete.
 _NAME = re.compile(r"iter_(\d{7,})(\.replaced)?")
 _LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(partial|deleting)")
 _logger = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the file or tensor and what to do."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,16 @@ class Checkpoint:
 
     def image_processor(self) -> dict[str, Any] | None:
         """The image processor's configuration, None where none was saved. Raises CheckpointError."""
-        return _read_json(self.preprocessor_config) if self.preprocessor_config.exists() else None
+        return read_json(self.preprocessor_config) if self.preprocessor_config.exists() else None
 
     def train_state(self) -> dict[str, Any]:
         """Reads the loop's own state, empty where none was saved (a converted model). Raises CheckpointError."""
         path = self.path / TRAIN_STATE
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
+
+    def manifest(self) -> Manifest:
+        """Every file with its size and checksum. Raises CheckpointError."""
+        return read_manifest(self.path)
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -93,29 +102,11 @@ def partial_folder(root: Path, iteration: int) -> Path:
 def inspect(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`. Raises CheckpointError saying why it is not complete."""
     folder = Path(folder)
-    marker = folder / MARKER
-    if not marker.is_file():
-        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MARKER}")
-    data = _read_json(marker)
-    if data.get("format") != FORMAT or data.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{marker} says format {data.get('format')!r} version {data.get('version')!r}; "
-            f"this code reads {FORMAT!r} version {FORMAT_VERSION}"
-        )
-    try:
-        iteration, sequence = int(data["iteration"]), int(data["sequence"])
-        files = {str(name): int(size) for name, size in data["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{marker} is malformed: {error!r}") from None
-    for name, expected_bytes in files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{marker} lists {name!r}, which lies outside the checkpoint")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is not complete")
-        if path.stat().st_size != expected_bytes:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {expected_bytes}: it is damaged")
-    return Checkpoint(folder, iteration, sequence)
+    manifest = read_manifest(folder)
+    for name, record in manifest.files.items():
+        if problem := wrong_size(folder, name, record):
+            raise CheckpointError(problem)
+    return Checkpoint(folder, manifest.iteration, manifest.sequence)
 
 
 def checkpoints(root: Path) -> list[Checkpoint]:
@@ -180,6 +171,7 @@ def begin(root: Path, iteration: int) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         for left_over in root.iterdir():
             if _LEFT_OVER.fullmatch(left_over.name):
+                _logger.warning("removed %s, which a process that died had not finished", left_over)
                 shutil.rmtree(left_over)
         partial.mkdir()
     except OSError as error:
@@ -194,11 +186,14 @@ def publish(
     model_config: ModelConfig,
     train_state: dict[str, Any] | None = None,
     assets: Path | None = None,
+    records: Mapping[str, FileRecord] | None = None,
+    layout: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Completes `partial` and makes it the newest checkpoint of `root`: other files, marker, rename, pointer.
 
     `assets` is a folder that has `tokenizer/` and `preprocessor_config.json`, such as the checkpoint that was loaded;
     when it is gone by now (retired, moved), the newest checkpoint of `root` that has them serves as well.
+    `records`: of the files that have reached the disk and need no second reading. `layout`: see `Manifest`.
     Raises CheckpointError; whatever happens, the checkpoints that were complete before still are.
     """
     root, partial = Path(root), Path(partial)
@@ -209,47 +204,45 @@ def publish(
         _write_json(partial / "config.json", model_config.to_dict())
         if train_state is not None:
             _write_json(partial / TRAIN_STATE, train_state)
-        files = {}
+        written = dict(records or {})
         for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-            _sync(path)
-            files[path.relative_to(partial).as_posix()] = path.stat().st_size
+            name = path.relative_to(partial).as_posix()
+            written[name] = written.get(name) or record_of(path)
         sequence = max((c.sequence for c in checkpoints(root)), default=0) + 1
-        marker = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "iteration": iteration,
-            "sequence": sequence,
-            "files": files,
-        }
-        _write_json(partial / MARKER, marker)
-        _sync(partial)
-        if target.exists():
-            replaced = target.with_name(target.name + ".replaced")
-            if replaced.exists():
-                _remove(replaced)
-            target.rename(replaced)
-            partial.rename(target)
-            _sync(root)
-            _remove(replaced)
-        else:
-            partial.rename(target)
-            _sync(root)
+        _write_text(partial / MARKER, Manifest(iteration, sequence, written, layout or {}).text())
+        inspect(partial)
+        for folder in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
+            sync(folder)
+        _rename(partial, target)
         pointer = root / POINTER
         _write_text(pointer.with_name(pointer.name + ".new"), f"{iteration}\n")
         pointer.with_name(pointer.name + ".new").replace(pointer)
-        _sync(root)
+        sync(root)
+        return inspect(target)
     except OSError as error:
         raise CheckpointError(f"checkpoint {iteration} under {root} was not completed: {error}") from None
-    return inspect(target)
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Gives a complete checkpoint its name. A former one of that name stays findable until then. Raises OSError."""
+    former = target.with_name(target.name + ".replaced")
+    if target.exists():
+        if former.exists():
+            _remove(former)
+        target.rename(former)
+    partial.rename(target)
+    sync(target.parent)
+    if former.exists():
+        _remove(former)
 
 
 def rename_into_place(partial: Path, target: Path) -> None:
     """Makes a finished folder appear under its name at once, its files safe from a power cut. Raises OSError."""
     for path in (path for path in partial.rglob("*") if path.is_file()):
-        _sync(path)
-    _sync(partial)
+        sync(path)
+    sync(partial)
     partial.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _copy_assets(sources: list[Path], target: Path) -> None:
@@ -293,16 +286,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a mapping")
-    return data
-
-
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     try:
         text = json.dumps(data, indent=2)
@@ -313,13 +296,4 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

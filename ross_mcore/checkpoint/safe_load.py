@@ -20,7 +20,7 @@ import importlib
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -98,11 +98,12 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def read_common(folder: Path) -> dict[str, Any]:
-    """Reads `common.pt`. Raises CheckpointError when it is missing, damaged or holds more than plain data."""
+def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any]:
+    """Reads `common.pt`, or what is to become it. Raises CheckpointError when it is missing, damaged or holds more
+    than plain data."""
     path = Path(folder) / COMMON_FILE
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path if content is None else content, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError of the zip reader ...

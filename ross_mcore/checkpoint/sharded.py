@@ -13,35 +13,27 @@ save_checkpoint(root, 100, state, model_config, assets=loaded.path, keep_last=2)
 
 All functions that take a state are collective: every rank calls them, and an error on one rank ends the call on all of
 them with the same message. They need a process group (one of a single process will do).
-
-Saving runs inside the ranks. mcore's own save starts a server process and forks writers, which costs seconds for a
-small model and forks processes that have threads; torch's writer needs neither.
 """
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_inplace,
     extract_matching_values,
     merge,
     nested_values,
 )
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, StateDict
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    MCoreSavePlanner,
     TorchDistLoadShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
@@ -49,21 +41,17 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import (
-    determine_global_metadata,
-    validate_sharding_integrity,
-)
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, ReadItem
+from torch.distributed.checkpoint import Metadata, ReadItem
 from torch.distributed.checkpoint import load as read_shards
-from torch.distributed.checkpoint import save as write_shards
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, require_checkpoint
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
-from ross_mcore.checkpoint.torch_dist import COMMON_FILE, OPTIMIZER_PREFIX, SHARDING, sharding_metadata
+from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
+from ross_mcore.checkpoint.together import exchange, together
+from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX, SHARDING, sharding_metadata
 
 __all__ = [
     "Checkpoint",
@@ -77,49 +65,18 @@ __all__ = [
 ]
 
 MASTER_PREFIX = OPTIMIZER_PREFIX + "state.param."
-T = TypeVar("T")
 
 
 def save_checkpoint(
-    root: Path,
-    iteration: int,
-    state: dict[str, Any],
-    model_config: ModelConfig,
-    assets: Path | None = None,
-    keep_last: int | None = None,
-    save_retain_interval: int | None = None,
+    root: Path, iteration: int, state: dict[str, Any], model_config: ModelConfig, **options: Any
 ) -> Checkpoint:
     """Writes `root/iter_<iteration>` and makes it the newest checkpoint of `root`. Collective.
 
-    state: sharded state dicts ("model", "optimizer"), other entries that are the same on all ranks, and "train_state",
-    a JSON-able dict. assets: folder whose tokenizer/ and preprocessor_config.json are copied. keep_last,
-    save_retain_interval: see `folder.retire`. The state is not changed.
+    state: see `begin_save`. options: the other fields of `Destination`.
     Raises CheckpointError on every rank when any rank fails; what was complete before stays so.
     """
-    root = Path(root)
-    first = dist.get_rank() == 0
-    _together(lambda: folder.begin(root, iteration) if first else None)
-    partial = folder.partial_folder(root, iteration)
-    train_state = state.get("train_state")
-    pieces, common = _together(lambda: _pieces(state))
-    _together(lambda: validate_sharding_integrity(determine_global_metadata(pieces)[1]))
-    _together(lambda: _write_common(partial, common) if first else None)
-    by_name, _, _ = _replace_state_dict_keys_with_sharded_keys(pieces, keep_only_main_replica=True)
-    torch_state = _together(lambda: mcore_to_pyt_state_dict(by_name, is_loading=False))
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    try:
-        write_shards(torch_state, storage_writer=_Writer(partial), planner=planner)
-    except CheckpointException as error:
-        raise CheckpointError(_first_failure(f"{partial} was not written", error)) from None
-
-    def publish() -> None:
-        if first:
-            save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-            folder.publish(root, iteration, partial, model_config, train_state, assets)
-            folder.retire(root, keep_last, save_retain_interval)
-
-    _together(publish)
-    return _together(lambda: folder.inspect(folder.iteration_folder(root, iteration)))
+    destination = Destination(Path(root), iteration, model_config, **options)
+    return begin_save(destination, state).finish().checkpoint
 
 
 def load_model_weights(checkpoint: Checkpoint, sharded_state: dict[str, Any]) -> dict[str, Any]:
@@ -144,39 +101,12 @@ def load_training_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[s
             f"{checkpoint.path} holds a model without training state ({folder.TRAIN_STATE} is missing): "
             "start a new run from it instead of resuming"
         )
-    train_state = _together(checkpoint.train_state)
+    train_state = together(checkpoint.train_state)
     return {**_load(checkpoint, state), "train_state": train_state}
 
 
-def _pieces(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits a state into this rank's sharded tensors and the plain part that is the same on every rank."""
-    plain = {key: value for key, value in state.items() if key != "train_state"}
-    # a copy of the nesting: mcore applies its factories in place
-    copy, _ = extract_matching_values(plain, lambda value: not _is_extra_state(value))
-    pieces, common = save_preprocess(copy, validate_access_integrity=False)
-    common["content_metadata"] = sharding_metadata()
-    return pieces, common
-
-
-def _is_extra_state(value: Any) -> bool:
-    """mcore's per-module `_extra_state`: nothing for plain layers, for Transformer Engine a pickle of fp8 scales.
-
-    It is neither written nor read: loading it would run a pickle, and without it fp8 scaling starts afresh.
-    """
-    return isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
-
-
-def _write_common(partial: Path, common: dict[str, Any]) -> None:
-    path = partial / COMMON_FILE
-    with path.open("wb") as stream:
-        torch.save(common, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    read_common(partial)  # what cannot be read back safely must not be saved
-
-
 def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
-    extra_state, wanted = extract_matching_values(state, _is_extra_state)
+    extra_state, wanted = extract_matching_values(state, is_extra_state)
 
     def check() -> tuple[Metadata, dict[str, Any]]:
         metadata, common = read_metadata(checkpoint.path), read_common(checkpoint.path)
@@ -185,7 +115,7 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{checkpoint.path} was sharded with {stored}, this code reads {SHARDING}")
         return metadata, common
 
-    metadata, common = _together(check)
+    metadata, common = together(check)
     masters: dict[str, Any] = {}
     if "optimizer" in wanted:
         masters = _as_the_other_optimizer(checkpoint, metadata, common, wanted)
@@ -260,7 +190,7 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
     tensors, _, _ = load_preprocess(wanted)
     mine = {t.key: tuple(t.global_shape) for t in nested_values(tensors) if isinstance(t, ShardedTensor)}
     asked: dict[str, tuple[int, ...]] = {}
-    for names in _exchange(mine):
+    for names in exchange(mine):
         asked.update(names)
     stored = tensor_shapes(metadata)
     with_optimizer = any(name.startswith(OPTIMIZER_PREFIX) for name in asked)
@@ -294,46 +224,10 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _exchange(value: T) -> list[T]:
-    """`value` of every rank, in rank order."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _together(action: Callable[[], T]) -> T:
-    """Runs `action` on every rank; when it fails on any, raises CheckpointError on all, after all have tried.
-
-    An action that communicates must fail only after its last collective call.
-    """
-    result: Any = None
-    problem: str | None = None
-    try:
-        result = action()
-    except CheckpointError as error:
-        problem = str(error)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    problems = {text: rank for rank, text in reversed(list(enumerate(_exchange(problem)))) if text is not None}
-    if problems:
-        raise CheckpointError("; ".join(f"{text} (rank {rank})" for text, rank in sorted(problems.items())))
-    return result
-
-
 def _first_failure(what: str, error: CheckpointException) -> str:
     """One line of torch's exception, which carries a traceback for every rank that failed."""
     rank, (reason, _) = sorted(error.failures.items())[0]
     return f"{what}: {type(reason).__name__}: {reason} (rank {rank})"
-
-
-class _Writer(FileSystemWriter):
-    """torch's writer without the absolute path and random number it would store."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, thread_count=1, sync_files=True)
-
-    def storage_meta(self) -> StorageMeta | None:
-        return None
 
 
 class _LoadPlanner(MCoreLoadPlanner):

@@ -30,7 +30,7 @@ def fail_on_rank_one(root: str, where: str, message: str) -> None:
     import torch.distributed as dist
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from ross_mcore.checkpoint import sharded
+    from ross_mcore.checkpoint import saving, sharded
 
     rank = dist.get_rank()
 
@@ -50,8 +50,8 @@ def fail_on_rank_one(root: str, where: str, message: str) -> None:
                 def broken(*_: Any, **__: Any) -> None:
                     raise OSError(28, "No space left on device")
 
-                owner, name = {"prepare": (sharded, "_pieces"), "write": (sharded._Writer, "write_data")}[where]
-                setattr(owner, name, broken)
+                name = {"prepare": "split_state", "write": "_write"}[where]
+                setattr(saving, name, broken)
             sharded.save_checkpoint(Path(root), 2, state(), model_config())
     except folder.CheckpointError as error:
         assert message in str(error), str(error)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import CheckpointError
+from ross_mcore.checkpoint.manifest import FORMAT, FileRecord
 
 
 def write(root: Path, iteration: int, model: ModelConfig, content: str = "weights") -> folder.Checkpoint:
@@ -148,9 +152,35 @@ def test_train_state_that_json_cannot_hold_is_refused(tmp_path: Path, model_conf
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
 def test_marker_that_points_outside_is_refused(tmp_path: Path, model_config: ModelConfig, name: str) -> None:
-    path = write(tmp_path, 1, model_config).path
-    marker = json.loads((path / folder.MARKER).read_text())
-    marker["files"][name] = 3
-    (path / folder.MARKER).write_text(json.dumps(marker))
+    checkpoint = write(tmp_path, 1, model_config)
+    manifest = checkpoint.manifest()
+    hostile = replace(manifest, files={**manifest.files, name: FileRecord(3, 0)})
+    (checkpoint.path / folder.MARKER).write_text(hostile.text())
     with pytest.raises(CheckpointError, match="outside"):
-        folder.require_checkpoint(path)
+        folder.require_checkpoint(checkpoint.path)
+
+
+def test_marker_says_what_every_file_is(tmp_path: Path, model_config: ModelConfig) -> None:
+    checkpoint = write(tmp_path, 1, model_config, "weights")
+    files = checkpoint.manifest().files
+    assert set(files) == {"__0_0.distcp", "config.json", "train_state.json"}
+    assert files["__0_0.distcp"] == FileRecord(7, zlib.crc32(b"weights"))
+
+
+@pytest.mark.parametrize("change", ['"iteration": 2', '"sequence": 9', '"bytes": 6'])
+def test_changed_marker_is_noticed(tmp_path: Path, model_config: ModelConfig, change: str) -> None:
+    marker = write(tmp_path, 1, model_config).path / folder.MARKER
+    key = change.split(":")[0]
+    marker.write_text(re.sub(rf"{key}: \d+", change, marker.read_text(), count=1))
+    with pytest.raises(CheckpointError, match=r"complete\.json is damaged"):
+        folder.require_checkpoint(marker.parent)
+    assert folder.find_checkpoint(tmp_path) is None
+
+
+def test_checkpoints_without_checksums_are_read(tmp_path: Path, model_config: ModelConfig) -> None:
+    checkpoint = write(tmp_path, 1, model_config)
+    sizes = {name: record.bytes for name, record in checkpoint.manifest().files.items()}
+    first_version = {"format": FORMAT, "version": 1, "iteration": 1, "sequence": 1, "files": sizes}
+    (checkpoint.path / folder.MARKER).write_text(json.dumps(first_version))
+    assert folder.find_checkpoint(tmp_path) == checkpoint
+    assert not checkpoint.manifest().has_checksums

@@ -1,0 +1,181 @@
+"""The final marker of a checkpoint: every file with its size and checksum, written last.
+
+```
+{"format": "ross_mcore_checkpoint", "version": 2, "iteration": 100, "sequence": 7,
+ "layout": {"world_size": 4, ...},                          # what it was saved at, for people
+ "files": {"config.json": {"bytes": 812, "crc32": "0c2fa411"}, ...},
+ "crc32": "5d1b7a90"}                                       # of this file itself, without this entry
+```
+
+The checksum is CRC-32 as zlib computes it: 1 to 4 GB/s on one core, faster than blake2b or SHA-256, without a further
+dependency, and it lets other threads run meanwhile. It finds every error within 32 neighbouring bits and misses other
+damage once in 4 * 10^9 times. It is meant against disks and networks, not against forgery: whoever can write to a
+checkpoint can write its marker too.
+
+Version 1 had sizes alone ("files": {"config.json": 812}); it is read, and only its sizes can be checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MARKER = "complete.json"
+FORMAT = "ross_mcore_checkpoint"
+FORMAT_VERSION = 2
+_CHUNK_BYTES = 2**20
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the file or tensor and what to do."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be. `crc32` is None in a checkpoint of version 1."""
+
+    bytes: int
+    crc32: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a marker. `files`: path inside the checkpoint -> record. `layout` is empty when it is unknown."""
+
+    iteration: int
+    sequence: int
+    files: Mapping[str, FileRecord]
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    @property
+    def has_checksums(self) -> bool:
+        return all(record.crc32 is not None for record in self.files.values())
+
+    @property
+    def bytes(self) -> int:
+        """Of all files but the marker."""
+        return sum(record.bytes for record in self.files.values())
+
+    def text(self) -> str:
+        """The marker as it stands in the file."""
+        data = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "iteration": self.iteration,
+            "sequence": self.sequence,
+            "layout": dict(self.layout),
+            "files": {name: asdict(r) | {"crc32": f"{r.crc32 or 0:08x}"} for name, r in self.files.items()},
+        }
+        return json.dumps(data | {"crc32": _own_checksum(data)}, indent=2) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The marker of a checkpoint. Raises CheckpointError when there is none, or when it is damaged or hostile."""
+    marker = Path(folder) / MARKER
+    if not marker.is_file():
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MARKER}")
+    data = read_json(marker)
+    version = data.get("version")
+    if data.get("format") != FORMAT or version not in (1, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{marker} says format {data.get('format')!r} version {version!r}; this code reads {FORMAT!r} versions 1 "
+            f"and {FORMAT_VERSION}"
+        )
+    if version == FORMAT_VERSION and data.pop("crc32", None) != _own_checksum(data):
+        raise CheckpointError(f"{marker} is damaged: its content does not have the crc32 that it says")
+    try:
+        files = {str(name): _record(entry) for name, entry in data["files"].items()}
+        manifest = Manifest(int(data["iteration"]), int(data["sequence"]), files, data.get("layout", {}), version)
+        if manifest.iteration < 0 or not isinstance(manifest.layout, dict):
+            raise ValueError(f"iteration {manifest.iteration}, layout {manifest.layout!r}")
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise CheckpointError(f"{marker} is malformed: {error!r}") from None
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{marker} lists {name!r}, which lies outside the checkpoint")
+    return manifest
+
+
+def _record(entry: Any) -> FileRecord:
+    if isinstance(entry, int):  # version 1
+        return FileRecord(entry, None)
+    return FileRecord(int(entry["bytes"]), int(entry["crc32"], 16))
+
+
+def _own_checksum(data: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
+
+
+def wrong_size(folder: Path, name: str, record: FileRecord) -> str | None:
+    """What is wrong with a file as far as its size tells, None when nothing is."""
+    path = folder / name
+    try:
+        found = path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if found is None:
+        return f"{path} is missing: the checkpoint is not complete"
+    if found != record.bytes:
+        return f"{path} has {found} bytes, expected {record.bytes}: it is damaged"
+    return None
+
+
+def damage(
+    folder: Path, name: str, record: FileRecord, advance: Callable[[int], None] = lambda read_bytes: None
+) -> str | None:
+    """What is wrong with a file's size or content, None when nothing is. `advance`: called as bytes are read."""
+    problem = wrong_size(folder, name, record)
+    if problem is not None or record.crc32 is None:
+        return problem
+    path = folder / name
+    try:
+        found = checksum(path, advance)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if found != record.crc32:
+        return f"{path} is damaged: its content has crc32 {found:08x}, {MARKER} says {record.crc32:08x}"
+    return None
+
+
+def checksum(path: Path, advance: Callable[[int], None] = lambda read_bytes: None, from_disk: bool = False) -> int:
+    """CRC-32 of a file. from_disk: what the system has cached of it is dropped first, where it can. Raises OSError."""
+    value, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := stream.readinto(buffer):
+            value = zlib.crc32(buffer[:count], value)
+            advance(count)
+    return value
+
+
+def record_of(path: Path) -> FileRecord:
+    """The record of a file as it is, which reaches the disk first. Raises OSError."""
+    sync(path)
+    return FileRecord(path.stat().st_size, checksum(path))
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping. Raises CheckpointError naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a mapping")
+    return data

@@ -1,0 +1,308 @@
+"""Writing a checkpoint of a model that is spread over ranks, while training goes on.
+
+1. `begin_save`, with the training at rest: who writes what is decided, every rank copies what it writes to host memory.
+2. A thread of every rank writes its file, brings it to the disk and reads it back.
+3. When `poll` finds that all are done, the first rank gathers where everything stands and, in a thread, writes the
+   index, the small files and the marker, renames the folder, and deletes older checkpoints.
+4. When that is done, `poll` returns the checkpoint.
+
+Threads never communicate: what ranks tell each other, they tell in `begin_save` and `poll`, which all of them call.
+
+mcore's own asynchronous save does the same in forked processes. Here are threads: a fork of a process that has threads
+(and gloo's) may deadlock, its shared queue needs a server process and seconds to start, and nothing is won, because
+writing and checksums leave the interpreter's lock alone.
+
+Replicated tensors are written once, by whichever rank has least to write (mcore's fully parallel save).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import io
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, extract_matching_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from torch import Tensor
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint import folder
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.checkpoint.manifest import CheckpointError, FileRecord, checksum
+from ross_mcore.checkpoint.safe_load import read_common
+from ross_mcore.checkpoint.tensor_file import TensorFile, write_index
+from ross_mcore.checkpoint.together import exchange, to_first_rank, together
+from ross_mcore.checkpoint.torch_dist import COMMON_FILE, sharding_metadata
+from ross_mcore.parallel.groups import sum_over_ranks
+
+POLL_SECONDS = 0.5
+"""How often ranks that wait for a save hear of each other; far below any timeout of a collective call."""
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a checkpoint goes and what is kept beside it.
+
+    assets: folder whose tokenizer/ and preprocessor_config.json are copied. layout: see `Manifest`. keep_last,
+    save_retain_interval: see `folder.retire`.
+    """
+
+    root: Path
+    iteration: int
+    model_config: ModelConfig
+    assets: Path | None = None
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    keep_last: int | None = None
+    save_retain_interval: int | None = None
+
+    @property
+    def partial(self) -> Path:
+        return folder.partial_folder(self.root, self.iteration)
+
+
+class HostCopies:
+    """Host memory for what one rank writes. It is kept from save to save: as much as one save's share, never more."""
+
+    def __init__(self) -> None:
+        self._held: dict[MetadataIndex, Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._held.values())
+
+    def of(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> dict[MetadataIndex, Tensor | io.BytesIO]:
+        """The same pieces, of which training changes none any more."""
+        former, self._held = self._held, {}
+        copies: dict[MetadataIndex, Tensor | io.BytesIO] = {}
+        for index, piece in pieces.items():
+            if isinstance(piece, Tensor):
+                held = former.pop(index, None)
+                if held is None or held.shape != piece.shape or held.dtype != piece.dtype:
+                    held = torch.empty(piece.shape, dtype=piece.dtype, device="cpu")
+                piece = self._held[index] = held.copy_(piece.detach())
+            copies[index] = piece
+        return copies
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one rank has written: its file, and where in it everything stands."""
+
+    places: dict[MetadataIndex, _StorageInfo]
+    records: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A finished save. Bytes: of the tensors, and of the largest copy that a rank holds in host memory."""
+
+    checkpoint: Checkpoint
+    bytes: int
+    copy_bytes: int
+    seconds: float
+
+
+def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopies | None = None) -> RunningSave:
+    """Starts to save. Collective; afterwards training may change the state, if `copies` were given.
+
+    state: sharded state dicts ("model", "optimizer"), other entries that are the same on all ranks, and "train_state",
+    a JSON-able dict. It is not changed. Without `copies` the state's own memory is read until the save is finished.
+    Raises CheckpointError on every rank when any rank fails; what was complete before stays so.
+    """
+    first = dist.get_rank() == 0
+    together(lambda: folder.begin(destination.root, destination.iteration) if first else None)
+    try:
+        tensors, common = together(lambda: split_state(state))
+        pieces, metadata = _plan(tensors)
+        common_file = together(lambda: _pickled(common, destination.partial))
+        if copies is not None:
+            pieces = together(lambda: copies.of(pieces))
+    except BaseException:
+        _discard(destination)
+        raise
+    return RunningSave(destination, pieces, metadata, common_file, state.get("train_state"), copies)
+
+
+class RunningSave:
+    """A save that has begun. Made by `begin_save`."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        pieces: dict[MetadataIndex, Tensor | io.BytesIO],
+        metadata: Metadata | None,
+        common_file: bytes,
+        train_state: dict[str, Any] | None,
+        copies: HostCopies | None,
+    ) -> None:
+        self.destination, self._metadata = destination, metadata
+        self._common_file, self._train_state = common_file, train_state
+        self._copy_bytes = copies.bytes if copies is not None else 0
+        self._began = time.monotonic()
+        self._written = _in_thread(lambda: _write(destination.partial, pieces))
+        self._published: concurrent.futures.Future[Saved | None] | None = None
+
+    def poll(self) -> Saved | None:
+        """The checkpoint, once it is complete. Collective. Raises CheckpointError on every rank when any failed."""
+        current = self._published or self._written
+        if sum_over_ranks([float(not current.done())], platform.device())[0]:
+            return None
+        try:
+            if self._published is not None:
+                done = exchange(together(self._published.result))[0]
+                assert done is not None  # the first rank published
+                return done
+            written = together(self._written.result)
+            all_written, copied = to_first_rank(written), max(exchange(self._copy_bytes))
+        except CheckpointError:
+            _discard(self.destination)
+            raise
+        self._published = _in_thread(lambda: self._publish(all_written, copied))
+        return None
+
+    def finish(self) -> Saved:
+        """Waits for the checkpoint. Collective; raises as `poll` does."""
+        while (saved := self.poll()) is None:
+            concurrent.futures.wait([self._published or self._written], timeout=POLL_SECONDS)
+        return saved
+
+    def _publish(self, written: list[_Written], copy_bytes: int) -> Saved | None:
+        """On the first rank: completes the folder and deletes what is not to be kept."""
+        if self._metadata is None:
+            return None
+        to, partial = self.destination, self.destination.partial
+        self._metadata.storage_data = {index: place for own in written for index, place in own.places.items()}
+        records = {name: record for own in written for name, record in own.records.items()}
+        try:
+            write_index(partial, self._metadata)
+            (partial / COMMON_FILE).write_bytes(self._common_file)
+        except OSError as error:
+            raise CheckpointError(f"{partial} cannot be written: {error}") from None
+        checkpoint = folder.publish(
+            to.root, to.iteration, partial, to.model_config, self._train_state, to.assets, records, to.layout
+        )
+        try:
+            folder.retire(to.root, to.keep_last, to.save_retain_interval)
+        except OSError as error:
+            _logger.warning("%s is complete, but an older checkpoint cannot be deleted: %s", checkpoint.path, error)
+        total = sum(record.bytes for record in records.values())
+        return Saved(checkpoint, total, copy_bytes, time.monotonic() - self._began)
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state -> this rank's sharded tensors, and the plain part that is the same on every rank."""
+    plain = {key: value for key, value in state.items() if key != "train_state"}
+    # a copy of the nesting: mcore applies its factories in place
+    nested, _ = extract_matching_values(plain, lambda value: not is_extra_state(value))
+    pieces, common = save_preprocess(nested, validate_access_integrity=False)
+    common["content_metadata"] = sharding_metadata()
+    return pieces, common
+
+
+def is_extra_state(value: Any) -> bool:
+    """mcore's per-module `_extra_state`: nothing for plain layers, for Transformer Engine a pickle of fp8 scales.
+
+    It is neither written nor read: loading it would run a pickle, and without it fp8 scaling starts afresh.
+    """
+    return isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
+
+
+def _plan(tensors: dict[str, Any]) -> tuple[dict[MetadataIndex, Tensor | io.BytesIO], Metadata | None]:
+    """What this rank writes, and on the first rank the index of everything, yet without places. Collective."""
+
+    def share_out() -> dict[str, Any]:
+        # copies, because what follows says in each whether this rank writes it
+        own = dict_list_map_outplace(lambda v: copy.copy(v) if isinstance(v, ShardedTensor) else v, tensors)
+        distribution = determine_main_replica_uniform_distribution(own, dist.group.WORLD)
+        distribute_main_replicas_with_precomputed_distribution(own, dist.group.WORLD, distribution)
+        validate_sharding_integrity(determine_global_metadata(own)[1])
+        return own
+
+    own = together(share_out)
+    by_name, _, _ = _replace_state_dict_keys_with_sharded_keys(own, keep_only_main_replica=True)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    first = dist.get_rank() == 0
+
+    def local_plan() -> Any:
+        planner.set_up_planner(mcore_to_pyt_state_dict(by_name, is_loading=False), is_coordinator=first)
+        return planner.create_local_plan()
+
+    plan = together(local_plan)
+    plans = to_first_rank(plan)
+    metadata = together(lambda: planner.create_global_plan(plans)[1] if first else None)
+    return {item.index: planner.resolve_data(item) for item in plan.items}, metadata
+
+
+def _pickled(common: dict[str, Any], partial: Path) -> bytes:
+    """common.pt. Raises CheckpointError for what could not be read back safely."""
+    stream = io.BytesIO()
+    torch.save(common, stream)
+    stream.seek(0)
+    read_common(partial, stream)
+    return stream.getvalue()
+
+
+def _write(partial: Path, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> _Written:
+    """Writes this rank's file, brings it to the disk and reads it back. Raises CheckpointError naming it."""
+    if not pieces:
+        return _Written({}, {})
+    path = partial / f"__{dist.get_rank()}_0.distcp"
+    with TensorFile(path) as file:
+        places = {index: file.append(piece) for index, piece in pieces.items()}
+    try:
+        found = checksum(path, from_disk=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} was written but cannot be read back: {error.strerror}") from None
+    if found != file.record.crc32:
+        raise CheckpointError(
+            f"{path} was written with crc32 {file.record.crc32:08x} and reads back with {found:08x}: the disk or its "
+            "controller is at fault"
+        )
+    return _Written(places, {path.name: file.record})
+
+
+def _in_thread(action: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Runs an action in a thread that does not keep the process from ending."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _discard(destination: Destination) -> None:
+    """Gives back the space of a save that failed."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(destination.partial, ignore_errors=True)

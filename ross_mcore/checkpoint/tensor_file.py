@@ -1,0 +1,119 @@
+"""One file of tensors in torch_dist's format, written piece by piece, and the index of all files of a checkpoint.
+
+Every piece is what `torch.save` makes of it; the index says which bytes of which file it is. torch's own writer does
+the same; this one also computes the checksum on the way, and says which file could not be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import zlib
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from ross_mcore.checkpoint.manifest import CheckpointError, FileRecord
+from ross_mcore.checkpoint.torch_dist import BACKEND, BACKEND_FILE, INDEX_FILE
+
+
+class _Stream:
+    """What torch.save writes to: a file, the count and the checksum of what was written.
+
+    torch.save must not see an error, which would end the process from within a destructor. So the first one is kept
+    for TensorFile to raise, and what comes after it is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb", buffering=2**20)
+        self.written, self.crc32 = 0, 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+                self.crc32 = zlib.crc32(data, self.crc32)
+            except OSError as error:
+                self.error = error
+        count = memoryview(data).nbytes
+        self.written += count
+        return count
+
+    def flush(self) -> None:
+        """For torch.save; `close` flushes."""
+
+    def close(self) -> None:
+        """Brings everything to the disk. Raises OSError."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+
+
+class TensorFile:
+    """`with TensorFile(path) as file: file.append(tensor)`; on leaving, its content is on the disk.
+
+    `record` is then its size and checksum. Raises CheckpointError naming the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._stream = _Stream(path)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self._stream.written, self._stream.crc32)
+
+    def append(self, piece: Tensor | io.BytesIO) -> _StorageInfo:
+        """Writes a tensor, or an object that is pickled already, and returns where it stands."""
+        start = self._stream.written
+        if isinstance(piece, io.BytesIO):
+            self._stream.write(piece.getbuffer())
+        else:
+            whole = piece.detach().cpu().contiguous()
+            # a copy when the tensor is a view: torch.save would write the whole storage behind it
+            whole = whole.clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole
+            torch.save(whole, self._stream)  # type: ignore[arg-type]
+        if self._stream.error is not None:
+            raise self._failed(self._stream.error)
+        return _StorageInfo(self.path.name, start, self._stream.written - start)
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path} cannot be written: {error.strerror}")
+
+    def close(self) -> None:
+        try:
+            self._stream.close()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(CheckpointError):  # the first error counts
+                self.close()
+
+
+def write_index(folder: Path, metadata: Metadata) -> None:
+    """Writes what makes files of tensors a torch_dist checkpoint. Raises OSError."""
+    with (folder / INDEX_FILE).open("wb") as stream:
+        pickle.dump(metadata, stream)
+    (folder / BACKEND_FILE).write_text(json.dumps(BACKEND))

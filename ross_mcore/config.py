@@ -150,10 +150,12 @@ class TrainingOptions:
     """End the run after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
     exit_duration_in_mins: float | None = None
     """Save and exit 0 after this many minutes."""
+    exit_interval: int | None = None
+    """Save and exit 0 after an iteration that is a multiple of N."""
 
     def __post_init__(self) -> None:
         _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_epochs", "max_bad_steps")
-        _positive(self, "exit_duration_in_mins")
+        _positive(self, "exit_duration_in_mins", "exit_interval")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ConfigError("--train-iters and --train-epochs exclude each other; give one")
 
@@ -219,7 +221,8 @@ class CheckpointOptions:
     finetune: bool = False
     """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage."""
     save_interval: int | None = None
-    """Save every N iterations; the end of the run, SIGTERM, SIGINT and --exit-duration-in-mins save as well."""
+    """Save every N iterations; the end of the run, SIGTERM, SIGINT, SIGUSR1 (which does not end the run),
+    --exit-duration-in-mins and --exit-interval save as well."""
     save_retain_interval: int | None = None
     """Keep every checkpoint whose iteration is a multiple of N, whatever --keep-last says."""
     keep_last: int | None = None

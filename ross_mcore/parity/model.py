@@ -98,7 +98,7 @@ class Trial:
 
     def size(self, rows: list[Sample]) -> StepSize:
         multiple = self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1
-        return agree_on_step(_as_step(rows), False, self.groups, multiple, self.device)
+        return agree_on_step(_as_step(rows), self.groups, multiple, self.device)
 
     def run(self, rows: list[Sample], **options: Any) -> list[Any]:
         """One micro-batch through mcore's schedule."""

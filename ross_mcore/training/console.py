@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +21,6 @@ from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation, dur
 from ross_mcore.training.quarantine import BadSample
 from ross_mcore.training.state import TrainState
 from ross_mcore.training.step import DataSetLosses
-from ross_mcore.training.stop import StopRequest
 
 IGNORED_SHARE_TO_WARN = 0.01
 
@@ -85,7 +86,8 @@ class Console:
             f"{self.config.training.training_stage}: {where} of {start.path}\n"
             f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
             f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(stages)}\n"
-            f"data: {len(dataset)} samples, {self.rows_per_step} a step, {self.train_iters} iterations"
+            f"data: {len(dataset)} samples, {self.rows_per_step} a step, {self.train_iters} iterations\n"
+            f"process {os.getpid()} on {socket.gethostname()}: SIGUSR1 saves and goes on, SIGTERM saves and ends"
         )
         if given := [kind for kind, is_given in vars(self.precomputed).items() if is_given]:
             self.say(f"precomputed: {' and '.join(given)} of the pictures are read, not computed")
@@ -174,9 +176,9 @@ class Console:
     def saved(self, state: TrainState) -> None:
         self.say(f"saved iteration {state.iteration} under {self.config.checkpoint.save}")
 
-    def stopped(self, state: TrainState, stop: StopRequest) -> None:
+    def stopped(self, state: TrainState, reason: str) -> None:
         self.say(
-            f"stopped by {stop.reason or 'another rank'} after iteration {state.iteration}; the same command continues "
+            f"stopped by {reason} after iteration {state.iteration}; the same command continues "
             f"from there, at any layout (--load {self.config.checkpoint.save} does too)"
         )
 

@@ -52,7 +52,7 @@ def reconstruction_grid(
         reads=groups.stage.reads_data,
     ) as loader:
         step = next(loader)
-    size = agree_on_step(step, False, groups, row_multiple, device)
+    size = agree_on_step(step, groups, row_multiple, device)
     model.eval()
     hidden = run_schedule(
         model,

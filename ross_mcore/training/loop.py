@@ -27,7 +27,7 @@ from ross_mcore.training.report import Report
 from ross_mcore.training.run import Run, open_run
 from ross_mcore.training.state import TrainState, save
 from ross_mcore.training.step import Losses, StepSize, agree_on_step, combine_losses, replace_bad_samples, run_schedule
-from ross_mcore.training.stop import StopRequest
+from ross_mcore.training.stop import Asked, Requests
 from ross_mcore.training.validation import validate
 
 USER_ERRORS = (
@@ -51,8 +51,8 @@ class TrainingError(RuntimeError):
 def train(config: Config) -> int:
     """Trains as `config` says and returns the exit status: 0 when finished or stopped on request, 2 for bad input."""
     try:
-        with StopRequest(config.training.exit_duration_in_mins) as stop, ExitStack() as closing:
-            _train(config, stop, closing)
+        with Requests(config.training.exit_duration_in_mins) as requests, ExitStack() as closing:
+            _train(config, requests, closing)
         process_groups.destroy()
         return 0
     except (*USER_ERRORS, TrainingError) as error:
@@ -61,24 +61,25 @@ def train(config: Config) -> int:
         return 2
 
 
-def _train(config: Config, stop: StopRequest, closing: ExitStack) -> None:
+def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
     run, state = open_run(config, closing)
     report = process_groups.together(lambda: _open_report(run, state))
     saved = run.resume and run.start.path.parent == run.save_folder  # one that goes on elsewhere is saved there
-    asked_to_stop = False
-    while state.iteration < run.train_iters and not asked_to_stop:
-        taken = _take_step(run, state, report, bool(stop))
-        state, asked_to_stop = taken.state, taken.size.stop
+    stopped_by: str | None = None
+    while state.iteration < run.train_iters and stopped_by is None:
+        taken = _take_step(run, state, report, requests.asked())
+        state, asked = taken.state, taken.size.asked
         _report_step(run, report, taken)
         _require_progress(run, taken)
         _evaluate(run, state, report)
-        saved = asked_to_stop or _is_due(state, run, config.checkpoint.save_interval)
+        stopped_by = _why_to_stop(run, state, asked, requests)
+        saved = bool(asked or stopped_by) or _is_due(state, run, config.checkpoint.save_interval)
         if saved:
             _save(run, state, report)
     if not saved:
         _save(run, state, report)
-    if asked_to_stop:
-        report.console.stopped(state, stop)
+    if stopped_by is not None:
+        report.console.stopped(state, stopped_by)
     else:
         report.console.finished(state)
     report.close()
@@ -106,12 +107,12 @@ class _TakenStep:
     data_seconds: float
 
 
-def _take_step(run: Run, state: TrainState, report: Report, stop: bool) -> _TakenStep:
+def _take_step(run: Run, state: TrainState, report: Report, asked: Asked) -> _TakenStep:
     """Reads, computes and applies the step after `state`: everything of an iteration that changes weights."""
     began = time.perf_counter()
     step = next(run.loader)
     data_seconds = time.perf_counter() - began
-    size = agree_on_step(step, stop, run.groups, run.row_multiple, run.device)
+    size = agree_on_step(step, run.groups, run.row_multiple, run.device, asked)
     size = replace_bad_samples(step, size, run.loader, run.groups, run.row_multiple, run.device)
     bad = bad_samples(state.iteration + 1, step, run.dataset)
     report.bad_samples(bad)
@@ -192,6 +193,14 @@ def _evaluate(run: Run, state: TrainState, report: Report) -> None:
 def _is_due(state: TrainState, run: Run, interval: int | None) -> bool:
     """Whether an iteration is one of those every `interval`, or the last of the run."""
     return state.iteration == run.train_iters or bool(interval and state.iteration % interval == 0)
+
+
+def _why_to_stop(run: Run, state: TrainState, asked: Asked, requests: Requests) -> str | None:
+    """What ends the run after this iteration, on all ranks alike; None for nothing."""
+    interval = run.config.training.exit_interval
+    if asked is Asked.STOP:
+        return requests.reason or "another rank"
+    return f"--exit-interval {interval}" if interval and state.iteration % interval == 0 else None
 
 
 def _save(run: Run, state: TrainState, report: Report) -> None:

@@ -21,6 +21,7 @@ from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import ShardReadError
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
+from ross_mcore.training.stop import Asked
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StepSize:
     seq_length: tokens of every row of the step; label_tokens, images, blank_samples (without a picture): what the two
     losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows;
     ignored_samples: rows without any label, of which only the picture is learned; found_bad: what ranks found wrong
-    with samples that are still in the step; stop: some rank was asked to stop.
+    with samples that are still in the step; asked: the most that a rank was asked to do after it.
     """
 
     seq_length: int
@@ -40,8 +41,8 @@ class StepSize:
     row_tokens: int
     skipped_samples: int
     ignored_samples: int
-    stop: bool
     found_bad: int = 0
+    asked: Asked = Asked.NOTHING
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class MicroBatchLosses:
         return cls(parts.detach(), sums.detach(), torch.tensor(counts, dtype=torch.float64), sources)
 
 
-def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, device: torch.device) -> StepSize:
+def agree_on_step(
+    step: Step, groups: Groups, row_multiple: int, device: torch.device, asked: Asked = Asked.NOTHING
+) -> StepSize:
     """One all-gather over all ranks. Rows are padded to the longest of the step, rounded up to `row_multiple`.
 
     Every rank reports its longest row, as planned or else as read; what is summed is reported by one rank of each
@@ -112,7 +115,7 @@ def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, dev
     counted = samples if counts else []
     mine = [
         max(planned or read, default=0),
-        int(stop),
+        int(asked),
         int(step.failure is not None),
         len(step.bad),
         _labels(counted),
@@ -124,12 +127,12 @@ def agree_on_step(step: Step, stop: bool, groups: Groups, row_multiple: int, dev
     ]
     everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(everyone, torch.tensor([mine], dtype=torch.int64, device=device))
-    longest, stopped, failed = everyone[:, :3].amax(0).tolist()
+    longest, most_asked, failed = everyone[:, :3].amax(0).tolist()
     if failed:
         _refuse(step.failure)
     found_bad, *totals = everyone[:, 3:].sum(0).tolist()
     seq_length = max(1, -(-longest // row_multiple)) * row_multiple
-    return StepSize(seq_length, *totals, stop=bool(stopped), found_bad=found_bad)
+    return StepSize(seq_length, *totals, found_bad=found_bad, asked=Asked(most_asked))
 
 
 def _refuse(failure: Exception | None) -> NoReturn:
@@ -154,7 +157,7 @@ def replace_bad_samples(
         found: list[list[Bad]] = [[]] * dist.get_world_size()
         dist.all_gather_object(found, step.bad)
         loader.replace(step, chain.from_iterable(found))
-        size = agree_on_step(step, size.stop, groups, row_multiple, device)
+        size = agree_on_step(step, groups, row_multiple, device, size.asked)
     return size
 
 

@@ -1,43 +1,88 @@
-"""Being asked to stop: signals and the time limit."""
+"""What is asked of a running job: signals and the time limit."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 import time
+from enum import IntEnum
 from types import FrameType
 from typing import Any
 
 REPEAT_SECONDS = 2.0
 """A second Ctrl-C later than this aborts at once; before, it is the launcher passing on the first one."""
+ABORTED = 128 + signal.SIGINT
+"""Exit status after a second Ctrl-C, as shells have it."""
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGINT or the time limit; the loop finishes its step, saves and returns."""
+class Asked(IntEnum):
+    """What a rank is asked to do after a step; of all ranks, the largest counts, and STOP saves as well."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+class Requests:
+    """SIGTERM, SIGINT and the time limit end the run after its step; SIGUSR1 saves after the step and goes on.
+
+    A second SIGINT ends the process at once, wherever it is: a rank that waits for another inside a collective runs no
+    Python, so a thread listens for it. What was being saved is then incomplete and is not read; what was saved before
+    is intact. `reason`: why the run is to end.
+    """
 
     def __init__(self, exit_duration_in_mins: float | None) -> None:
         self.reason: str | None = None
+        self._save = False
         self._deadline = None if exit_duration_in_mins is None else time.monotonic() + 60 * exit_duration_in_mins
         self._former: dict[int, Any] = {}
-        self._interrupted_at: float | None = None
+        self._pipe = (-1, -1)
+        self._former_wakeup = -1
 
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def __enter__(self) -> Requests:
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        threading.Thread(target=self._listen, args=(self._pipe[0],), daemon=True, name="second Ctrl-C").start()
+        self._former_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former_wakeup)
+        os.close(self._pipe[1])  # ends the thread, which closes the other end
+
+    def asked(self) -> Asked:
+        """What to do after the step that begins; a request to save is handed out once."""
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = "--exit-duration-in-mins"
+        if self.reason is not None:
+            return Asked.STOP
+        if self._save:
+            self._save = False
+            return Asked.SAVE
+        return Asked.NOTHING
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self._interrupted_at is not None and now - self._interrupted_at > REPEAT_SECONDS:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT and self._interrupted_at is None:
-            self._interrupted_at = now
-        self.reason = signal.Signals(number).name
+        if number == signal.SIGUSR1:
+            self._save = True
+        else:
+            self.reason = signal.Signals(number).name
 
-    def __bool__(self) -> bool:
-        if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
-            self.reason = "--exit-duration-in-mins"
-        return self.reason is not None
+    @staticmethod
+    def _listen(pipe: int) -> None:
+        """Python writes the number of each signal that it handles into the pipe, whatever the main thread does."""
+        first: float | None = None
+        while found := os.read(pipe, 1):
+            now = time.monotonic()
+            if found[0] == signal.SIGINT and first is None:
+                first = now
+            elif found[0] == signal.SIGINT and now - first > REPEAT_SECONDS:
+                rank = os.environ.get("RANK", "0")
+                print(f"rank {rank}: aborted; the newest complete checkpoint is intact", file=sys.stderr, flush=True)
+                os._exit(ABORTED)
+        os.close(pipe)

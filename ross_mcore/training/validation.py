@@ -70,7 +70,7 @@ def validate(
         ) as loader:
             while loader.state_dict()["consumed_samples"] < count:
                 step = next(loader)
-                size = agree_on_step(step, False, groups, row_multiple, device)
+                size = agree_on_step(step, groups, row_multiple, device)
                 size = replace_bad_samples(step, size, loader, groups, row_multiple, device)
                 bad += bad_samples(iteration, step, part)
                 losses += run_schedule(

@@ -51,7 +51,7 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
         mine = [[next(shares) for _ in range(count)] for count in counts]
         slots = [[sample.tokens.numel() for sample in row] for row in rows]
         step = Step([], [slots], [mine], [], {})
-        size = agree_on_step(step, False, trial.groups, 8, trial.device)
+        size = agree_on_step(step, trial.groups, 8, trial.device)
         options = replace(trial.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
         with torch.no_grad():
             (found,) = run_schedule(

@@ -66,7 +66,7 @@ def rows(*kinds: str) -> list[Sample]:
 )
 def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
     """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
-    size = StepSize(8, 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0, stop=False)
+    size = StepSize(8, 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0)
     options = TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows)  # type: ignore[arg-type]
     assert _micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
     without_picture = _micro_batch_weights(rows("t", "s"), size, options, parts=8)
@@ -107,7 +107,7 @@ def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
     groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
     micro_batches = [[rows("i", "n"), rows("s")], [rows("t", "n", "n")]]
     step = Step([], None, micro_batches, [], {})
-    size = agree_on_step(step, False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+    size = agree_on_step(step, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
     assert (size.skipped_samples, size.ignored_samples) == (1, 3)
     assert (size.label_tokens, size.images, size.blank_samples) == (2 + 3, 4, 1)
 
@@ -123,11 +123,11 @@ def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
 def test_a_rank_that_cannot_read_says_so(failure: Exception, kind: type[Exception], message: str) -> None:
     groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
     with pytest.raises(kind, match=message):
-        agree_on_step(Step([], None, None, [], {}, failure), False, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+        agree_on_step(Step([], None, None, [], {}, failure), groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
-    size = StepSize(8, 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1, stop=False)
+    size = StepSize(8, 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1)
     for normalization in ("global", "microbatch"):
         options = TrainingOptions(loss_normalization=normalization)  # type: ignore[arg-type]
         weights = _micro_batch_weights(rows("n"), size, options, parts=1)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from ross_mcore.training.stop import Asked, Requests
+
+
+def test_a_request_to_save_is_handed_out_once_and_the_run_goes_on() -> None:
+    with Requests(None) as requests:
+        assert requests.asked() is Asked.NOTHING
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert [requests.asked() for _ in range(2)] == [Asked.SAVE, Asked.NOTHING]
+        assert requests.reason is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_whatever_else_is_asked(number: signal.Signals) -> None:
+    with Requests(None) as requests:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), number)
+        assert [requests.asked() for _ in range(2)] == [Asked.STOP] * 2
+        assert requests.reason == number.name
+
+
+def test_a_launcher_that_passes_on_a_ctrl_c_is_no_second_one() -> None:
+    with Requests(None) as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.asked() is Asked.STOP
+
+
+def test_the_time_limit_ends_the_run() -> None:
+    with Requests(1e-9) as requests:
+        assert requests.asked() is Asked.STOP and requests.reason == "--exit-duration-in-mins"
+    with Requests(60.0) as requests:
+        assert requests.asked() is Asked.NOTHING
+
+
+def test_signals_are_as_before_afterwards() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with Requests(None):
+        pass
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert signal.set_wakeup_fd(-1) == -1

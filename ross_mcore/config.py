@@ -227,6 +227,11 @@ class CheckpointOptions:
     """Keep every checkpoint whose iteration is a multiple of N, whatever --keep-last says."""
     keep_last: int | None = None
     """Keep the newest N checkpoints. Default: all."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory as large as what a rank writes."""
+    verify: bool = True
+    """Compare the checksums of all files of a checkpoint before loading it; if a damaged one is the newest of a run,
+    the one before is taken. --no-verify looks at the sizes alone."""
 
     def __post_init__(self) -> None:
         _positive(self, "save_interval", "save_retain_interval", "keep_last")

@@ -21,6 +21,7 @@ import concurrent.futures
 import copy
 import io
 import logging
+import os
 import shutil
 import threading
 import time
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, extract_matching_values
@@ -97,6 +99,12 @@ class HostCopies:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._held.values())
 
+    def have_room_for(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> bool:
+        """Whether host memory has room for copies, if the other ranks of this machine need as much."""
+        needed = sum(piece.nbytes for piece in pieces.values() if isinstance(piece, Tensor)) - self.bytes
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return needed * ranks < psutil.virtual_memory().available
+
     def of(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> dict[MetadataIndex, Tensor | io.BytesIO]:
         """The same pieces, of which training changes none any more."""
         former, self._held = self._held, {}
@@ -130,10 +138,11 @@ class Saved:
 
 
 def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopies | None = None) -> RunningSave:
-    """Starts to save. Collective; afterwards training may change the state, if `copies` were given.
+    """Starts to save. Collective; afterwards training may change the state, if it was copied.
 
     state: sharded state dicts ("model", "optimizer"), other entries that are the same on all ranks, and "train_state",
-    a JSON-able dict. It is not changed. Without `copies` the state's own memory is read until the save is finished.
+    a JSON-able dict. It is not changed. Without `copies`, or room for them, the state's own memory is read until the
+    save is finished (`RunningSave.is_copied`).
     Raises CheckpointError on every rank when any rank fails; what was complete before stays so.
     """
     first = dist.get_rank() == 0
@@ -142,8 +151,10 @@ def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopi
         tensors, common = together(lambda: split_state(state))
         pieces, metadata = _plan(tensors)
         common_file = together(lambda: _pickled(common, destination.partial))
-        if copies is not None:
+        if copies is not None and all(exchange(copies.have_room_for(pieces))):
             pieces = together(lambda: copies.of(pieces))
+        else:
+            copies = None
     except BaseException:
         _discard(destination)
         raise
@@ -164,6 +175,7 @@ class RunningSave:
     ) -> None:
         self.destination, self._metadata = destination, metadata
         self._common_file, self._train_state = common_file, train_state
+        self.is_copied = copies is not None
         self._copy_bytes = copies.bytes if copies is not None else 0
         self._began = time.monotonic()
         self._written = _in_thread(lambda: _write(destination.partial, pieces))

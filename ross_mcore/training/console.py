@@ -173,9 +173,6 @@ class Console:
             where = f"iteration {entry.iteration}: sample {entry.key} of {entry.shard}"
             self.say(f"{where} is bad: {entry.reason}; {instead}")
 
-    def saved(self, state: TrainState) -> None:
-        self.say(f"saved iteration {state.iteration} under {self.config.checkpoint.save}")
-
     def stopped(self, state: TrainState, reason: str) -> None:
         self.say(
             f"stopped by {reason} after iteration {state.iteration}; the same command continues "

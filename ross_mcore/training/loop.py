@@ -25,7 +25,8 @@ from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learni
 from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
 from ross_mcore.training.report import Report
 from ross_mcore.training.run import Run, open_run
-from ross_mcore.training.state import TrainState, save
+from ross_mcore.training.saver import Saver
+from ross_mcore.training.state import TrainState
 from ross_mcore.training.step import Losses, StepSize, agree_on_step, combine_losses, replace_bad_samples, run_schedule
 from ross_mcore.training.stop import Asked, Requests
 from ross_mcore.training.validation import validate
@@ -64,20 +65,23 @@ def train(config: Config) -> int:
 def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
     run, state = open_run(config, closing)
     report = process_groups.together(lambda: _open_report(run, state))
-    saved = run.resume and run.start.path.parent == run.save_folder  # one that goes on elsewhere is saved there
+    saver = Saver(run, report.console.say)
     stopped_by: str | None = None
-    while state.iteration < run.train_iters and stopped_by is None:
-        taken = _take_step(run, state, report, requests.asked())
-        state, asked = taken.state, taken.size.asked
-        _report_step(run, report, taken)
-        _require_progress(run, taken)
-        _evaluate(run, state, report)
-        stopped_by = _why_to_stop(run, state, asked, requests)
-        saved = bool(asked or stopped_by) or _is_due(state, run, config.checkpoint.save_interval)
-        if saved:
-            _save(run, state, report)
-    if not saved:
-        _save(run, state, report)
+    try:
+        while state.iteration < run.train_iters and stopped_by is None:
+            taken = _take_step(run, state, report, requests.asked())
+            state, asked = taken.state, taken.size.asked
+            _report_step(run, report, taken)
+            saver.after_step(state)
+            _require_progress(run, taken)
+            _evaluate(run, state, report)
+            stopped_by = _why_to_stop(run, state, asked, requests)
+            if asked or _is_due(state, run, config.checkpoint.save_interval):
+                saver.save(state)
+    except TrainingError:  # raised by all ranks alike
+        saver.wait(state.iteration)
+        raise
+    saver.finish(state)
     if stopped_by is not None:
         report.console.stopped(state, stopped_by)
     else:
@@ -201,11 +205,6 @@ def _why_to_stop(run: Run, state: TrainState, asked: Asked, requests: Requests) 
     if asked is Asked.STOP:
         return requests.reason or "another rank"
     return f"--exit-interval {interval}" if interval and state.iteration % interval == 0 else None
-
-
-def _save(run: Run, state: TrainState, report: Report) -> None:
-    save(run.config, state, run.model, run.optimizer, run.carried, run.model_config, run.start)
-    report.console.saved(state)
 
 
 def _require_progress(run: Run, taken: _TakenStep) -> None:

@@ -1,24 +1,21 @@
-"""What a run is beside its options: weights, moments and a few numbers; how they are saved and restored."""
+"""What a run is beside its options: weights, moments and a few numbers; how they are restored."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.sharded import (
     Checkpoint,
     CheckpointError,
     load_training_state,
-    save_checkpoint,
     sharding_metadata,
 )
-from ross_mcore.config import Config, ConfigError
+from ross_mcore.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -109,26 +106,3 @@ def restore(
     model.module.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     return state
-
-
-def save(
-    config: Config,
-    state: TrainState,
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    carried: CarriedWeights,
-    model_config: ModelConfig,
-    assets: Checkpoint,
-) -> None:
-    """Writes a checkpoint of this iteration under --save, with tokenizer and image processor beside the weights."""
-    whole = sharded_state(model, optimizer, is_loading=False)
-    whole["model"] = {**whole["model"], **carried.pieces()}
-    save_checkpoint(
-        Path(config.checkpoint.save or ""),
-        state.iteration,
-        {**whole, "train_state": asdict(state)},
-        model_config,
-        assets=assets.path,
-        keep_last=config.checkpoint.keep_last,
-        save_retain_interval=config.checkpoint.save_retain_interval,
-    )

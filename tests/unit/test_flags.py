@@ -22,7 +22,7 @@ FLAGS = """
 --seed --max-bad-steps --exit-duration-in-mins --exit-interval
 --lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --projector-lr --denoiser-lr --vision-lr
 --weight-decay --decay-norm-weights --adam-beta1 --adam-beta2 --adam-eps --clip-grad
---load --save --finetune --save-interval --save-retain-interval --keep-last
+--load --save --finetune --save-interval --save-retain-interval --keep-last --async-save --verify
 --log-interval --eval-interval --eval-images --valid-interval --valid-samples --tensorboard-dir
 """.split()
 """Scripts out there use these names: a change here is a change for users."""

@@ -48,6 +48,9 @@ class ParallelOptions:
     """Shard optimizer state over data-parallel ranks. Default: with --bf16, where it cannot be turned off."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights over data-parallel ranks while the next forward pass already runs. Needs the distributed
+    optimizer and --overlap-grad-reduce."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 
@@ -62,12 +65,42 @@ class ExecutionOptions:
     bf16: bool = False
     """Weights in bfloat16 with fp32 masters; vision tower and language model compute in it, denoiser and VAE stay fp32.
     """
-    fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """FP8 linear layers in the language model. Needs --transformer-impl transformer_engine and --bf16."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """local: SDPA attention, runs anywhere. transformer_engine: NVIDIA's fused kernels."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    """Transformer Engine's attention: flash-attn (flash), cuDNN (fused), torch (unfused, not for packed rows), or
+    whichever it prefers (auto)."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """FP8 linear layers in the language model: e4m3 everywhere, or e5m2 for gradients (hybrid). Needs --bf16 and
+    --transformer-impl transformer_engine."""
+    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
+    """Where FP8 scales come from: a history of maxima (delayed), the tensor itself (tensorwise), or its blocks of 32
+    (mxfp8, from Blackwell on) or 128 (blockwise, from Hopper on)."""
+    fp8_margin: int = 0
+    """Of --fp8-recipe delayed: scales leave 2^N of room above the largest number seen."""
+    fp8_amax_history_len: int = 1
+    """Of --fp8-recipe delayed: how many steps of maxima are kept."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """Of --fp8-recipe delayed: which of the kept maxima makes the scale."""
+    fp8_param_gather: bool = False
+    """Keep the language model's weights in FP8 and gather them so over data-parallel ranks."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and the last decoder layers in bf16; not with --fp8-recipe delayed."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many first layers that is."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many last layers that is."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to the gradient buffer inside the matrix product. Needs Apex's extension."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with the matrix products it feeds. Needs Transformer Engine on GPUs and
+    --sequence-parallel; all rows are then padded to --seq-length."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in backward: full layers, or selective (core attention only)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "fp8_amax_history_len")
+        _not_negative(self, "fp8_margin", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
 @dataclass(frozen=True)
@@ -328,8 +361,11 @@ def require_complete(config: Config) -> None:
             raise ConfigError(f"{flag} is missing; see pretrain_ross.py --help")
 
 
-def check(config: Config, *, data_parallel_size: int, backend: str, has_transformer_engine: bool) -> None:
-    """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy."""
+def check(config: Config, *, data_parallel_size: int, backend: str) -> None:
+    """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy.
+
+    What precision and kernels need is in training/execution.py.
+    """
     parallel, execution, training = config.parallel, config.execution, config.training
     for name in ("valid_interval", "valid_samples"):
         if getattr(config.logging, name) is not None and not config.data.valid_data_path:
@@ -346,18 +382,6 @@ def check(config: Config, *, data_parallel_size: int, backend: str, has_transfor
             "--no-use-distributed-optimizer with --bf16: checkpoints of mcore's other mixed-precision optimizer do not "
             "load at another layout; remove the flag"
         )
-    if execution.transformer_impl == "transformer_engine" and not has_transformer_engine:
-        raise ConfigError(
-            "--transformer-impl transformer_engine: Transformer Engine is not installed; install it with "
-            "pip install '.[gpu]' in this repository on a machine with a CUDA GPU, or use --transformer-impl local"
-        )
-    if execution.fp8_format is not None and execution.transformer_impl != "transformer_engine":
-        raise ConfigError(
-            f"--fp8-format {execution.fp8_format} needs --transformer-impl transformer_engine; "
-            "remove --fp8-format or install Transformer Engine on a GPU machine"
-        )
-    if execution.fp8_format is not None and not execution.bf16:
-        raise ConfigError("--fp8-format needs --bf16")
     if training.global_batch_size is not None:
         rows = data_parallel_size * training.micro_batch_size
         if training.global_batch_size % rows:

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,8 +44,39 @@ def backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
-def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
+@dataclass(frozen=True)
+class Libraries:
+    """What is installed beside this package's requirements, and whether there is a GPU for it."""
+
+    gpu: bool
+    transformer_engine: bool
+    flash_attention: bool
+    gradient_fusion: bool
+    """Apex's fused_weight_gradient_mlp_cuda."""
+
+
+def libraries() -> Libraries:
+    def installed(name: str) -> bool:
+        return importlib.util.find_spec(name) is not None
+
+    return Libraries(
+        gpu=has_gpu(),
+        transformer_engine=installed("transformer_engine"),
+        flash_attention=installed("flash_attn"),
+        gradient_fusion=installed("fused_weight_gradient_mlp_cuda"),
+    )
+
+
+def fp8_refusal(recipe: str) -> str | None:
+    """Why Transformer Engine, which is installed, cannot compute this FP8 recipe here; None where it can."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    asked = {
+        "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
+        "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
+    }
+    works, reason = asked.get(recipe, FP8GlobalStateManager.is_fp8_available)()
+    return None if works else reason.rstrip(".")
 
 
 def synchronize() -> None:

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,13 +34,45 @@ from ross_mcore.parallel.groups import Groups
 
 
 @dataclass(frozen=True)
+class Fp8:
+    """FP8 in the linear layers of the decoder, in mcore's terms (transformer_config.py, "fp8 related")."""
+
+    format: Literal["e4m3", "hybrid"]
+    recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
+    margin: int = 0
+    amax_history_len: int = 1
+    amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    param: bool = False
+    layers_in_bf16: tuple[int, int] | None = None
+    """How many first and last layers stay in bf16."""
+
+    def megatron(self) -> dict[str, Any]:
+        """The fields of a TransformerConfig."""
+        start, end = self.layers_in_bf16 or (1, 1)
+        return {
+            "fp8": self.format,
+            "fp8_recipe": self.recipe,
+            "fp8_margin": self.margin,
+            "fp8_amax_history_len": self.amax_history_len,
+            "fp8_amax_compute_algo": self.amax_compute_algo,
+            "fp8_param": self.param,
+            "first_last_layers_bf16": self.layers_in_bf16 is not None,
+            "num_layers_at_start_in_bf16": start,
+            "num_layers_at_end_in_bf16": end,
+        }
+
+
+@dataclass(frozen=True)
 class Execution:
     """How the model is computed, as against what it is: precision, kernels, memory."""
 
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
-    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    fp8: Fp8 | None = None
+    gradient_accumulation_fusion: bool = False
+    tp_comm_overlap: bool = False
     recompute_granularity: Literal["full", "selective"] | None = None
 
 
@@ -131,7 +164,7 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
         params_dtype=execution.dtype,
         pipeline_dtype=execution.dtype,
         bf16=execution.dtype == torch.bfloat16,
-        fp8=execution.fp8_format,
+        attention_backend=AttnBackend[execution.attention_backend],
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         pipeline_model_parallel_layout=layout.megatron_pipeline_layout(),
@@ -141,13 +174,15 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
         perform_initialization=False,
         use_cpu_initialization=not platform.has_gpu(),
         deallocate_pipeline_outputs=True,
-        # fusions need Transformer Engine or Apex; the Transformer Engine spec brings its own
+        # fusions of the local layers need Apex's kernels; Transformer Engine's layers bring their own
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=execution.gradient_accumulation_fusion,
+        tp_comm_overlap=execution.tp_comm_overlap,
+        **(execution.fp8.megatron() if execution.fp8 else {}),
         **recompute,
     )
 

@@ -80,6 +80,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
         clip_grad=options.clip_grad,
         bf16=config.execution.bf16,
         use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     overrides: dict[Any, Any] = {_no_decay(options.decay_norm_weights): {"wd_mult": 0.0}}
     for part, tag in PART_TAGS.items():

@@ -20,6 +20,7 @@ from ross_mcore.data.order import Order
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups
+from ross_mcore.training.execution import row_multiple
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.start import build, iterations_of, open_dataset, place, sample_order, starting_point
 from ross_mcore.training.state import TrainState, restore
@@ -55,7 +56,7 @@ class Run:
 
     @property
     def row_multiple(self) -> int:
-        return 8 * (self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1)
+        return row_multiple(self.config)
 
 
 def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:

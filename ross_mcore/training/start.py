@@ -29,11 +29,11 @@ from ross_mcore.data.rows import RowStream
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.tokenizer import load_tokenizer
-from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel
 from ross_mcore.parallel import groups as groups_of_ranks
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Layout, make_layout
+from ross_mcore.training.execution import check_execution, execution_of
 from ross_mcore.training.optimizer import build_optimizer, set_trainable
 from ross_mcore.training.step import finalize_gradients
 
@@ -85,8 +85,8 @@ def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = 
         config,
         data_parallel_size=layout.data_parallel,
         backend=platform.backend(),
-        has_transformer_engine=platform.has_transformer_engine(),
     )
+    check_execution(config, model_config.language, platform.libraries())
     return layout
 
 
@@ -165,13 +165,7 @@ def build(
 
     `carried` takes the weights of what is not built because it is `precomputed`.
     """
-    execution = Execution(
-        transformer_impl=config.execution.transformer_impl,
-        dtype=torch.bfloat16 if config.execution.bf16 else torch.float32,
-        sequence_parallel=config.parallel.sequence_parallel,
-        fp8_format=config.execution.fp8_format,
-        recompute_granularity=config.execution.recompute_granularity,
-    )
+    execution = execution_of(config)
     train_vision = config.optimizer.vision_lr is not None
     ross = RossModel(
         model_config,
@@ -196,6 +190,8 @@ def build(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=config.use_distributed_optimizer,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+            fp8_param_gather=config.execution.fp8_param_gather,
         ),
         module=ross,
     )

@@ -138,9 +138,15 @@ def mixture(first: Path, second: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], Path]) -> Callable[..., Finished]:
-    """Runs (or continues) a case in a folder of its own under `name`."""
+    """Runs (or continues) a case in a folder of its own under `name`; `rank` is what each rank runs."""
 
-    def run(case: Case, name: str, stop_after: int | None = None, **flags: Any) -> Finished:
+    def run(
+        case: Case,
+        name: str,
+        stop_after: int | None = None,
+        rank: Callable[[dict[str, Any], int | None], None] = train_one_rank,
+        **flags: Any,
+    ) -> Finished:
         folder = workplace / "runs" / name
         data = "captions" if case.stage == "pretrain" else case.data
         options = {
@@ -163,7 +169,7 @@ def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], 
             **case.flags,
             **flags,
         }
-        run_ranks(train_one_rank, case.world, options, stop_after)
+        run_ranks(rank, case.world, options, stop_after)
         return Finished(folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
 
     return run

@@ -177,7 +177,7 @@ def test_options(recipe: Recipe) -> None:
     assert flags.read_yaml(str(recipe.path), flags.build_parser()) == recipe.options()
     config, model = read_config(recipe), read_model(recipe)
     layout = place(recipe, config, model)
-    options.check(config, data_parallel_size=layout.data_parallel, backend="gloo", has_transformer_engine=False)
+    options.check(config, data_parallel_size=layout.data_parallel, backend="gloo")
     assert config.template(model) == recipe.template
 
 

@@ -1,0 +1,175 @@
+"""Options of precision and kernels: what they need, and what they become. docs/gpu.md has the table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from ross_mcore import platform
+from ross_mcore.architecture import LanguageConfig
+from ross_mcore.config import Config, ConfigError, ExecutionOptions
+from ross_mcore.models.language import Execution, Fp8
+from ross_mcore.platform import Libraries
+
+FP8_ONLY = (
+    "fp8_recipe",
+    "fp8_margin",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "fp8_param_gather",
+    "first_last_layers_bf16",
+)
+DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+
+
+def execution_of(config: Config) -> Execution:
+    """What the model is told of the options."""
+    options = config.execution
+    fp8 = None
+    if options.fp8_format is not None:
+        fp8 = Fp8(
+            options.fp8_format,
+            options.fp8_recipe,
+            options.fp8_margin,
+            options.fp8_amax_history_len,
+            options.fp8_amax_compute_algo,
+            options.fp8_param_gather,
+            (options.num_layers_at_start_in_bf16, options.num_layers_at_end_in_bf16)
+            if options.first_last_layers_bf16
+            else None,
+        )
+    return Execution(
+        transformer_impl=options.transformer_impl,
+        dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        sequence_parallel=config.parallel.sequence_parallel,
+        attention_backend=options.attention_backend,
+        fp8=fp8,
+        gradient_accumulation_fusion=options.gradient_accumulation_fusion,
+        tp_comm_overlap=options.tp_comm_overlap,
+        recompute_granularity=options.recompute_granularity,
+    )
+
+
+def row_multiple(config: Config) -> int:
+    """What the tokens of a row are padded to a multiple of, whatever part of them a rank has.
+
+    8 fills the tiles of 16-bit matrix products; FP8 ones refuse anything but multiples of 16, or of a block of scales.
+    """
+    multiple = 8
+    if config.execution.fp8_format is not None:
+        multiple = {"mxfp8": 32, "blockwise": 128}.get(config.execution.fp8_recipe, 16)
+    multiple *= config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    if config.execution.tp_comm_overlap:  # its buffers are made once, for one length
+        multiple *= -(-config.data.seq_length // multiple)
+    return multiple
+
+
+def check_execution(config: Config, language: LanguageConfig, libraries: Libraries) -> None:
+    """Raises ConfigError, before anything is built, with the reason and the remedy for what cannot work here."""
+    for message in (*_engine(config, libraries), *_fp8(config, language), *_overlap(config, libraries)):
+        raise ConfigError(message)
+    if config.execution.fp8_format is not None:
+        reason = platform.fp8_refusal(config.execution.fp8_recipe)
+        if reason is not None:
+            raise ConfigError(
+                f"--fp8-format {config.execution.fp8_format} --fp8-recipe {config.execution.fp8_recipe}: {reason}; "
+                "take another recipe, or remove --fp8-format to train in bf16"
+            )
+
+
+def _changed(options: ExecutionOptions, names: tuple[str, ...]) -> Iterator[str]:
+    """The flags among `names` that were given something else than their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    return (f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults[name])
+
+
+def _engine(config: Config, libraries: Libraries) -> Iterator[str]:
+    """Transformer Engine itself and its attention."""
+    options, backend = config.execution, config.execution.attention_backend
+    if options.transformer_impl != "transformer_engine":
+        for flag in _changed(options, ("fp8_format", "attention_backend", "tp_comm_overlap")):
+            yield f"{flag} needs --transformer-impl transformer_engine; add it, or remove {flag}"
+        return
+    if not libraries.transformer_engine:
+        yield (
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; install it with "
+            "pip install '.[gpu]' in this repository on a machine with a CUDA GPU, or use --transformer-impl local"
+        )
+    if not options.bf16 and backend in ("flash", "fused"):
+        yield f"--attention-backend {backend} computes in 16 bits; add --bf16, or use --attention-backend unfused"
+    if config.data.pack and (not options.bf16 or backend == "unfused"):
+        yield (
+            "--pack with --transformer-impl transformer_engine: packed rows need its flash or fused attention, which "
+            "computes in 16 bits; add --bf16 and --attention-backend auto, or use --no-pack"
+        )
+    if backend == "flash" and not libraries.flash_attention:
+        yield "--attention-backend flash: flash-attn is not installed; pip install flash-attn, or use auto"
+
+
+def _fp8(config: Config, language: LanguageConfig) -> Iterator[str]:
+    """FP8 options among each other, and matrices that FP8 products take."""
+    options, parallel = config.execution, config.parallel
+    if options.fp8_format is None:
+        for flag in _changed(options, (*FP8_ONLY, *BF16_LAYERS)):
+            yield f"{flag} has no effect without --fp8-format; add --fp8-format hybrid, or remove it"
+        return
+    if not options.bf16:
+        yield f"--fp8-format {options.fp8_format} needs --bf16: what is not FP8 is computed in it"
+    if options.fp8_recipe != "delayed":
+        for flag in _changed(options, DELAYED_ONLY):
+            yield f"{flag} belongs to --fp8-recipe delayed; remove it"
+    elif options.first_last_layers_bf16:
+        yield "--first-last-layers-bf16 does not work with --fp8-recipe delayed; use --fp8-recipe tensorwise"
+    stage_layers = language.num_hidden_layers // parallel.pipeline_model_parallel_size
+    for name in BF16_LAYERS:
+        flag = f"--{name.replace('_', '-')}"
+        if not options.first_last_layers_bf16 and flag in _changed(options, BF16_LAYERS):
+            yield f"{flag} has no effect without --first-last-layers-bf16; add it"
+        elif options.first_last_layers_bf16 and getattr(options, name) > stage_layers:
+            yield f"{flag} {getattr(options, name)} is more than the {stage_layers} layers of a stage; lower it"
+    yield from _matrices(config, language)
+
+
+def _matrices(config: Config, language: LanguageConfig) -> Iterator[str]:
+    """Both sides of every weight, as a tensor-parallel rank has it, must be whole blocks of an FP8 product."""
+    block = 32 if config.execution.fp8_recipe == "mxfp8" else 16
+    ranks = config.parallel.tensor_model_parallel_size
+    heads = language.num_attention_heads * language.head_dim
+    sides = {
+        "hidden_size": language.hidden_size,
+        "intermediate_size / tensor-parallel size": language.intermediate_size // ranks,
+        "attention heads x head_dim / tensor-parallel size": heads // ranks,
+        "key and value heads x head_dim / tensor-parallel size": language.num_key_value_heads
+        * language.head_dim
+        // ranks,
+    }
+    for name, size in sides.items():
+        if size % block:
+            yield (
+                f"--fp8-format with --fp8-recipe {config.execution.fp8_recipe}: {name} is {size}, and FP8 matrix "
+                f"products take multiples of {block}; lower --tensor-model-parallel-size, or remove --fp8-format"
+            )
+
+
+def _overlap(config: Config, libraries: Libraries) -> Iterator[str]:
+    """Overlap and fusion."""
+    options, parallel = config.execution, config.parallel
+    if parallel.overlap_param_gather and not (config.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "--overlap-param-gather gathers the weights that the distributed optimizer updates; add "
+            "--use-distributed-optimizer and --overlap-grad-reduce"
+        )
+    if options.fp8_param_gather and not config.use_distributed_optimizer:
+        yield "--fp8-param-gather gathers the weights of the distributed optimizer; add --use-distributed-optimizer"
+    if options.tp_comm_overlap and not parallel.sequence_parallel:
+        yield "--tp-comm-overlap overlaps the communication of --sequence-parallel; add it"
+    if options.tp_comm_overlap and not libraries.gpu:
+        yield "--tp-comm-overlap: Transformer Engine's buffers for it need CUDA GPUs; remove it"
+    if options.gradient_accumulation_fusion and not libraries.gradient_fusion:
+        yield (
+            "--gradient-accumulation-fusion: Apex's extension fused_weight_gradient_mlp_cuda is not installed; build "
+            "Apex with --cpp_ext and --cuda_ext (docs/gpu.md), or remove it"
+        )

@@ -41,7 +41,10 @@ def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None
             os.kill(os.getpid(), signal.SIGTERM)
 
     MetricsLog.write = write_and_stop
-    status = train(Config.from_flat(**flags))
+    try:
+        status = train(Config.from_flat(**flags))
+    finally:
+        MetricsLog.write = write
     if status:
         raise SystemExit(status)
 
@@ -136,6 +139,32 @@ def mixture(first: Path, second: Path) -> Path:
     return path
 
 
+def run_options(
+    case: Case, folder: Path, base: Callable[[str], Path], shards: Callable[[str], Path], **flags: Any
+) -> dict[str, Any]:
+    """The options of a case that is saved in `folder`."""
+    return {
+        "load": str(base(case.family)),
+        "data_path": str(shards("captions" if case.stage == "pretrain" else case.data)),
+        "save": str(folder),
+        "training_stage": case.stage,
+        "seq_length": 256,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "train_iters": ITERATIONS,
+        "lr": 1e-3,
+        "lr_warmup_iters": 0,
+        "denoiser_lr": 2e-3,
+        "num_workers": 0,
+        "pack": False,
+        "save_interval": 1,
+        "distributed_timeout_minutes": 1,
+        **dict(case.common),
+        **case.flags,
+        **flags,
+    }
+
+
 @pytest.fixture(scope="session")
 def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], Path]) -> Callable[..., Finished]:
     """Runs (or continues) a case in a folder of its own under `name`; `rank` is what each rank runs."""
@@ -148,27 +177,7 @@ def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], 
         **flags: Any,
     ) -> Finished:
         folder = workplace / "runs" / name
-        data = "captions" if case.stage == "pretrain" else case.data
-        options = {
-            "load": str(base(case.family)),
-            "data_path": str(shards(data)),
-            "save": str(folder),
-            "training_stage": case.stage,
-            "seq_length": 256,
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "train_iters": ITERATIONS,
-            "lr": 1e-3,
-            "lr_warmup_iters": 0,
-            "denoiser_lr": 2e-3,
-            "num_workers": 0,
-            "pack": False,
-            "save_interval": 1,
-            "distributed_timeout_minutes": 1,
-            **dict(case.common),
-            **case.flags,
-            **flags,
-        }
+        options = run_options(case, folder, base, shards, **flags)
         run_ranks(rank, case.world, options, stop_after)
         return Finished(folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
 

@@ -19,7 +19,8 @@ LIMIT_SECONDS = 120
 multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -42,7 +43,7 @@ def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> Non
     errors = context.SimpleQueue()
     processes = torch.multiprocessing.start_processes(
         _rank,
-        args=(function, world, _free_port(), errors, arguments),
+        args=(function, world, free_port(), errors, arguments),
         nprocs=world,
         join=False,
         start_method="forkserver",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
 from ross_mcore.data.packing import pack
 from ross_mcore.data.shards import ShardReader
-from tests.distributed.cases import CASES, PACKED, Case, layout
+from tests.distributed.cases import CASES, Case, layout
 from tests.distributed.conftest import Finished
 
 FAMILIES = {
@@ -147,67 +147,6 @@ def packed_rows(shards: Path, seq_length: int) -> int:
     samples = ShardReader(shards).samples
     lengths = samples["text_tokens"].astype(int) + 16 * samples["image_spans"].astype(int)
     return len(pack(lengths, seq_length, key=0))
-
-
-RESUMES = [
-    ("same layout", Case("", 4, layout(2, 2)), Case("", 4, layout(2, 2))),
-    ("other layout", Case("", 4, layout(2, 2)), Case("", 3, layout(1, 3))),
-    ("more data parallelism", Case("", 2, layout(1, 2)), Case("", 2, layout(2))),
-    (
-        "distributed optimizer at another layout",
-        Case("", 4, layout(2, use_distributed_optimizer=True)),
-        Case("", 2, layout(1, 2, use_distributed_optimizer=True)),
-    ),
-    (
-        "plain optimizer, then the distributed one",
-        Case("", 2, layout(2)),
-        Case("", 4, layout(2, use_distributed_optimizer=True)),
-    ),
-    (
-        "distributed optimizer, then the plain one",
-        Case("", 2, layout(use_distributed_optimizer=True)),
-        Case("", 2, layout(1, 2)),
-    ),
-    (
-        "pretrain, a stage that trains nothing",
-        Case("", 3, layout(1, 3), "pretrain"),
-        Case("", 2, layout(2), "pretrain"),
-    ),
-    (
-        "packed, with another micro-batch and workers",
-        Case("", 4, layout(2, 2), common=PACKED),
-        Case("", 4, layout(1, 2), common=PACKED),
-    ),
-    (
-        "two data sets, packed, at another layout",
-        Case("", 4, layout(2, 2), data="mixture", common=PACKED),
-        Case("", 2, layout(1, 2), data="mixture", common=PACKED),
-    ),
-    (
-        "bf16 at another layout",
-        Case("", 4, layout(2, 2), common=(("bf16", True),), relative=3e-2),
-        Case("", 2, common=(("bf16", True),)),
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "before", "after"), RESUMES, ids=[row[0] for row in RESUMES])
-def test_resumes(
-    name: str,
-    before: Case,
-    after: Case,
-    start: Callable[..., Finished],
-    reference: Callable[[Case], Finished],
-    workplace: Path,
-) -> None:
-    """Two iterations at one layout, the rest at another, against the uninterrupted one-process run."""
-    folder = "resume_" + name.replace(" ", "_").replace(",", "")
-    expected = reference(before)
-    run = start(before, folder, exit_duration_in_mins=1e-6)  # stops after its first step
-    assert len(run.metrics) == 1
-    run = start(after, folder, num_workers=1)
-    assert [entry["iteration"] for entry in run.metrics] == [1, 2, 3]
-    assert_same(run, expected, before.relative)
 
 
 def test_bf16_masters_are_not_dropped_in_silence(start: Callable[..., Finished]) -> None:

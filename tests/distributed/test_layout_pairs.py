@@ -1,0 +1,243 @@
+"""A run that is saved at one layout and continued at another trains as one that was never interrupted.
+
+Every row of PAIRS: two steps at one layout; what they saved is loaded at the other and saved again untouched, which
+has to leave every weight and moment as it was, to the bit; then ten steps more, whose losses and gradient norms are
+compared with those of one process that ran without a break.
+`pytest -s tests/distributed/test_layout_pairs.py` prints the differences as a table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ross_mcore.checkpoint.folder import require_checkpoint
+from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
+from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
+from tests.distributed.cases import PACKED, Case, layout
+from tests.distributed.conftest import run_options, train_one_rank
+from tests.distributed.harness import free_port, run_ranks
+
+SAVED_AT, STEPS_AFTER = 2, 10
+TRAIN_ITERS = SAVED_AT + STEPS_AFTER
+FIGURES = ("lm_loss", "vm_loss", "grad_norm")
+ALIKE = ("sample_digest", "num_tokens", "num_images", "learning_rate", "consumed_samples")
+MASTER = OPTIMIZER_PREFIX + "state.param."
+
+LAYOUTS = {
+    "one process": Case("", 1),
+    "tp2": Case("", 2, layout(2)),
+    "tp2+sp": Case("", 2, layout(2, sequence_parallel=True)),
+    "pp2": Case("", 2, layout(1, 2)),
+    "pp2 layers 3,1": Case("", 2, layout(1, 2, pipeline_layout="3,1")),
+    "pp2 layers 1,3": Case("", 2, layout(1, 2, pipeline_layout="1,3")),
+    "pp3": Case("", 3, layout(1, 3)),
+    "dp2": Case("", 2),
+    "dp2 overlap": Case("", 2, layout(overlap_grad_reduce=True)),
+    "dp2 distributed": Case("", 2, layout(use_distributed_optimizer=True)),
+    "dp4 distributed": Case("", 4, layout(use_distributed_optimizer=True, micro_batch_size=1)),
+    "tp2xpp2": Case("", 4, layout(2, 2)),
+    "tp2xpp2+sp": Case("", 4, layout(2, 2, sequence_parallel=True)),
+    "tp2xpp2+sp distributed overlap": Case(
+        "", 4, layout(2, 2, sequence_parallel=True, use_distributed_optimizer=True, overlap_grad_reduce=True)
+    ),
+    "tp2xdp2 distributed overlap": Case("", 4, layout(2, use_distributed_optimizer=True, overlap_grad_reduce=True)),
+    "pp2xdp2": Case("", 4, layout(1, 2)),
+    "pp2xdp2 distributed": Case("", 4, layout(1, 2, use_distributed_optimizer=True)),
+}
+"""Layouts by the names that the table prints: tp, pp, dp tensor, pipeline and data parallel; sp sequence parallel;
+distributed: with the distributed optimizer, which the others are without; overlap: of the gradients' reduction."""
+
+WORK = {
+    "finetune": Case("", 1),
+    "pretrain": Case("", 1, stage="pretrain"),
+    "packed": Case("", 1, common=PACKED),
+    "two data sets, packed": Case("", 1, data="mixture", common=PACKED),
+    # bf16 keeps 8 bits (4e-3), and sums in another order round differently
+    "bf16": Case("", 1, common=(("bf16", True),), relative=3e-2),
+}
+"""What is trained, in the one process that everything is compared with."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    saved: str
+    loaded: str
+    work: str = "finetune"
+
+    def __str__(self) -> str:
+        return f"{self.saved} -> {self.loaded}" + ("" if self.work == "finetune" else f" ({self.work})")
+
+
+PAIRS = [
+    Pair("one process", "tp2xpp2+sp"),
+    Pair("one process", "dp4 distributed"),
+    Pair("tp2xpp2+sp", "one process"),
+    Pair("tp2xpp2+sp", "tp2xpp2+sp distributed overlap"),
+    Pair("tp2", "tp2+sp"),
+    Pair("tp2", "dp2 overlap"),
+    Pair("tp2", "tp2xdp2 distributed overlap"),
+    Pair("pp2 layers 3,1", "pp2 layers 1,3"),
+    Pair("pp2 layers 3,1", "tp2xpp2"),
+    Pair("pp3", "tp2"),
+    Pair("pp3", "pp2xdp2 distributed"),
+    Pair("tp2xdp2 distributed overlap", "pp2xdp2 distributed"),
+    Pair("tp2xdp2 distributed overlap", "one process"),
+    Pair("dp2 distributed", "pp2"),
+    Pair("dp2 distributed", "dp2 distributed"),
+    Pair("pp3", "tp2", "pretrain"),
+    Pair("tp2xpp2", "pp2xdp2", "packed"),
+    Pair("tp2xpp2", "pp2", "two data sets, packed"),
+    Pair("tp2xpp2", "dp2", "bf16"),
+]
+"""In pretrain at pp3, the middle stage trains nothing."""
+
+
+RUNS_TOGETHER = 8
+"""Runs one after another in the same processes: starting those costs as much as a run, and has a time limit."""
+
+
+@dataclass
+class Job:
+    """A run, or a part of one: its folder, its options, and after which iteration it stops."""
+
+    folder: Path
+    case: Case
+    flags: dict[str, Any]
+    stop_after: int | None = None
+
+
+def train_one_after_another(jobs: list[tuple[dict[str, Any], int | None]], ports: list[int]) -> None:
+    """What each rank runs. Every run has a rendezvous of its own, so that none meets the last one's."""
+    for (flags, stop_after), port in zip(jobs, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        train_one_rank(flags, stop_after)
+
+
+class Runs:
+    """Every run of the table, made when first asked for, together with others of as many ranks."""
+
+    def __init__(self, root: Path, options: Callable[..., dict[str, Any]]) -> None:
+        self._root, self._options = root, options
+        self._made: set[str] = set()
+
+    def reference(self, work: str) -> Path:
+        """The uninterrupted run in one process."""
+        self._make([self._job(f"reference {name}", case) for name, case in WORK.items()])
+        return self._root / f"reference {work}"
+
+    def source(self, pair: Pair) -> Path:
+        """The run that was stopped after SAVED_AT iterations."""
+        rows = [other for other in PAIRS if LAYOUTS[other.saved].world == LAYOUTS[pair.saved].world]
+        cases = {self._source(other): self._case(other.saved, other.work) for other in rows}
+        self._make([self._job(name, case, SAVED_AT) for name, case in cases.items()])
+        return self._root / self._source(pair)
+
+    def resaved(self, pair: Pair) -> Path:
+        """What was saved at the second layout before any step was taken there; the run then went on."""
+        jobs = []
+        for other in PAIRS:
+            if LAYOUTS[other.loaded].world == LAYOUTS[pair.loaded].world:
+                case, source = self._case(other.loaded, other.work), {"load": str(self.source(other))}
+                jobs.append(self._job(str(other), case, train_iters=SAVED_AT, **source))
+                jobs.append(self._job(str(other), case, **source))
+        self._make(jobs)
+        return self._root / str(pair)
+
+    @staticmethod
+    def _case(place: str, work: str) -> Case:
+        return replace(WORK[work], world=LAYOUTS[place].world, flags=LAYOUTS[place].flags)
+
+    @staticmethod
+    def _source(pair: Pair) -> str:
+        return f"source {pair.saved} {pair.work}"
+
+    def _job(self, name: str, case: Case, stop_after: int | None = None, **flags: Any) -> Job:
+        options = self._options(case, self._root / name, **{"train_iters": TRAIN_ITERS, "save_interval": None, **flags})
+        return Job(self._root / name, case, options, stop_after)
+
+    def _make(self, jobs: list[Job]) -> None:
+        """Runs those that were not run before; all are of as many ranks."""
+        jobs = [job for job in jobs if job.folder.name not in self._made]
+        self._made.update(job.folder.name for job in jobs)
+        for first in range(0, len(jobs), RUNS_TOGETHER):
+            some = jobs[first : first + RUNS_TOGETHER]
+            work = [(job.flags, job.stop_after) for job in some]
+            run_ranks(train_one_after_another, some[0].case.world, work, [free_port() for _ in some])
+
+
+@pytest.fixture(scope="module")
+def runs(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], Path]) -> Runs:
+    def options(case: Case, folder: Path, **flags: Any) -> dict[str, Any]:
+        return run_options(case, folder, base, shards, **flags)
+
+    return Runs(workplace / "pairs", options)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    metadata = read_metadata(folder)
+    for name in tensor_shapes(metadata):
+        yield name, read_tensor(folder, metadata, name)
+
+
+def moved(before: Path, after: Path) -> float:
+    """The largest difference between two checkpoints' weights, masters and moments; names have to agree.
+
+    Without the distributed optimizer there are no masters: in fp32, they are the weights.
+    """
+    theirs = dict(stored(before))
+    ours = dict(stored(after))
+    for tensors in (theirs, ours):
+        for name in [name for name in tensors if name.startswith(MASTER)]:
+            master = tensors.pop(name)
+            weight = name.removeprefix(MASTER)
+            if tensors[weight].dtype == torch.float32:
+                assert torch.equal(master, tensors[weight]), name
+            else:
+                tensors[name + " rounded"] = master
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours if ours[name].numel())
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    """Lines to print at the end."""
+    lines: list[str] = []
+    yield lines
+    print("\n\n| saved -> loaded | weights and moments moved |", " | ".join(FIGURES), "|")
+    print("|---" * (len(FIGURES) + 2) + "|")
+    print("\n".join(lines))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_run_goes_on_at_another_layout(pair: Pair, runs: Runs, table: list[str]) -> None:
+    relative = WORK[pair.work].relative
+    expected, run = metrics(runs.reference(pair.work)), runs.resaved(pair)
+    ours = metrics(run)
+    assert [entry["iteration"] for entry in ours] == list(range(SAVED_AT + 1, TRAIN_ITERS + 1))
+
+    at = f"iter_{SAVED_AT:07d}"
+    source = runs.source(pair)
+    assert require_checkpoint(source).iteration == SAVED_AT
+    difference = moved(source / at, run / at)
+
+    largest = dict.fromkeys(FIGURES, 0.0)
+    for entry, other in zip(ours, expected[SAVED_AT:], strict=True):
+        for name in FIGURES:
+            largest[name] = max(largest[name], abs(entry[name] - other[name]) / abs(other[name]))
+    table.append(f"| {pair} | {difference:.0e} | {' | '.join(f'{value:.1e}' for value in largest.values())} |")
+    assert difference == 0
+    assert all(value <= relative for value in largest.values()), largest
+    for entry, other in zip(ours, expected[SAVED_AT:], strict=True):
+        assert {name: entry[name] for name in ALIKE} == {name: other[name] for name in ALIKE}

@@ -119,14 +119,17 @@ def shards(workplace: Path) -> Callable[[str], Path]:
             return mixture(get("mixed"), get("captions"))
         folder = workplace / f"shards_{kind}"
         if not folder.exists():
-            tokenizer = load_tokenizer(GOLDEN / "data" / "tok_qwen2")
-            source = length_source(tokenizer, "qwen_2")
-            with ShardWriter(folder, max_samples=5, length_source=source) as writer:
-                images = GOLDEN / "data" / "images"
-                convert_records(records(kind), images, writer, tokenizer, "qwen_2")
+            write_shards(folder, kind)
         return folder
 
     return get
+
+
+def write_shards(folder: Path, kind: str) -> None:
+    """The conversations of `records(kind)` as shards of five."""
+    tokenizer = load_tokenizer(GOLDEN / "data" / "tok_qwen2")
+    with ShardWriter(folder, max_samples=5, length_source=length_source(tokenizer, "qwen_2")) as writer:
+        convert_records(records(kind), GOLDEN / "data" / "images", writer, tokenizer, "qwen_2")
 
 
 def mixture(first: Path, second: Path) -> Path:

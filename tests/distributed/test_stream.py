@@ -37,16 +37,21 @@ BEARING = {"max_bad_fraction": 1.0}
 def damaged(shards: Callable[[str], Path], workplace: Path) -> Path:
     folder = workplace / "shards_overwritten"
     if not folder.exists():
-        folder.mkdir()
-        for path in shards("mixed").iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        reader = ShardReader(folder)
-        for number in BAD_TEXT:
-            damage(reader, number, int(reader.samples[number]["text_offset"]), int(reader.samples[number]["text_size"]))
-        for number in BAD_PICTURE:
-            image = reader.images[int(reader.samples[number]["first_image"])]
-            damage(reader, number, int(image["offset"]), int(image["size"]))
+        overwrite(shards("mixed"), folder)
     return folder
+
+
+def overwrite(whole: Path, folder: Path) -> None:
+    """A copy of a data set in which BAD_TEXT and BAD_PICTURE are so."""
+    folder.mkdir()
+    for path in whole.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    reader = ShardReader(folder)
+    for number in BAD_TEXT:
+        damage(reader, number, int(reader.samples[number]["text_offset"]), int(reader.samples[number]["text_size"]))
+    for number in BAD_PICTURE:
+        image = reader.images[int(reader.samples[number]["first_image"])]
+        damage(reader, number, int(image["offset"]), int(image["size"]))
 
 
 def damage(reader: ShardReader, number: int, offset: int, size: int) -> None:

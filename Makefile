@@ -8,13 +8,14 @@ TE_VENV := .venv-te
 TE_INSTALLED := $(TE_VENV)/.installed
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: help demo demo-stamps test test-te test-unit lint bench clean
+.PHONY: help demo demo-stamps test test-te test-unit test-soak lint bench clean
 
 help:
 	@echo "make demo         train a small model on 4 CPU ranks, stop and resume it, ask it, see what it reconstructs"
 	@echo "make demo-stamps  the same on 150 real pictures (fetches a Debian package)"
 	@echo "make test         the whole test suite        make test-unit  its fast part"
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
+	@echo "make test-soak    runs killed anywhere and continued"
 	@echo "make lint         ruff                        make bench      ratios, each measured in one run"
 
 $(INSTALLED): setup.py constraints.txt
@@ -42,6 +43,9 @@ test-te: $(TE_INSTALLED)
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
+
+test-soak: $(INSTALLED)
+	$(BIN)/python tests/soak/kill_resume.py --trials 20
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

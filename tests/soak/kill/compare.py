@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,8 @@ def _compare_boards(ours: Path, theirs: Path) -> list[str]:
     """Each iteration once on every curve, as TensorBoard itself reads the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # it tells of every purge, which is what a run that goes on asks of it
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     mine, other = (EventAccumulator(str(folder)).Reload() for folder in (ours, theirs))
     problems = []
     for tag in sorted({*mine.Tags()["scalars"], *other.Tags()["scalars"]}):

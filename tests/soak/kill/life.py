@@ -82,7 +82,7 @@ def live(flags: dict[str, Any], world: int, folder: Path, kill: Kill | None) -> 
     for rank in range(world):
         errand = kill.errand if kill is not None and rank == kill.rank else None
         arguments = (rank, world, port, flags, folder, errand, tells)
-        ranks.append(context.Process(target=_rank, args=arguments, daemon=True))
+        ranks.append(context.Process(target=_rank, args=arguments))
         ranks[-1].start()
     tells.close()
     try:

@@ -18,7 +18,7 @@ from tests.soak.kill.compare import compare
 from tests.soak.kill.life import Kill, Life, live
 from tests.soak.kill.places import Errand
 
-TRAIN_ITERS = 8
+TRAIN_ITERS = 6
 MOST_KILLS = 4
 MOST_LIVES = 12
 LONGEST_DELAY_SECONDS = 0.05
@@ -54,7 +54,7 @@ class Material:
             "load": str(self.folder / "base"),
             "data_path": str(self.folder / "shards"),
             "valid_data_path": str(self.folder / "whole"),
-            "valid_interval": 3,
+            "valid_interval": 4,
             "valid_samples": 2,
             "max_bad_fraction": 1.0,
             "save": str(save),

@@ -1,0 +1,25 @@
+"""Two trials of kill_resume.py, and that it sees what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.soak.kill.compare import compare
+from tests.soak.kill.trial import Soak
+from tests.soak.kill_resume import describe
+
+SEED = 5
+
+
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    soak, rows = Soak(tmp_path, SEED), ("one process", "dp2 distributed overlap")
+    for number, row in enumerate(rows):
+        trial = soak.run(number, row)
+        assert not trial.problems, describe(trial, SEED)
+        assert trial.places and trial.weights == 0.0
+
+    # what two rows leave is not the same, and everything of it has to be noticed
+    found = compare(*(soak.uninterrupted(row).folder for row in rows))
+    assert found.weights > 0
+    for sign in ("tensors differ", "train_state.json", "metrics.jsonl differs", "quarantine.jsonl differs"):
+        assert any(sign in problem for problem in found.problems), (sign, found.problems)

@@ -109,55 +109,59 @@ def inspect(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest.iteration, manifest.sequence)
 
 
-def checkpoints(root: Path) -> list[Checkpoint]:
-    """Every complete checkpoint of a run's root, newest first. Incomplete ones are logged and left out."""
-    found = []
-    root = Path(root)
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if _NAME.fullmatch(folder.name) and folder.is_dir():
+def scan(path: Path) -> tuple[list[Checkpoint], list[str]]:
+    """The complete checkpoints that `path` may mean, newest first, and what is wrong with the others.
+
+    path: a run's root, or the folder of an iteration, which means that one alone. Needs no pointer file, trusts none.
+    Not collective. Raises CheckpointError when the folder cannot be read.
+    """
+    path, found, problems = Path(path), [], []
+    try:
+        names = sorted(p for p in path.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()) if path.is_dir() else []
+        for folder in [path] if is_iteration(path) else names:
             try:
                 found.append(inspect(folder))
             except CheckpointError as error:
-                _logger.warning("ignored: %s", error)
-    return sorted(found, key=lambda c: (c.sequence, c.iteration, not c.path.name.endswith(".replaced")), reverse=True)
+                problems.append(str(error))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    found.sort(key=lambda c: (c.sequence, c.iteration, not c.path.name.endswith(".replaced")), reverse=True)
+    return found, problems
+
+
+def is_iteration(path: Path) -> bool:
+    """Whether a path is that of one checkpoint, not of a run's root."""
+    return _NAME.fullmatch(path.name) is not None or (path / MARKER).exists()
+
+
+def checkpoints(root: Path) -> list[Checkpoint]:
+    """Every complete checkpoint of a run's root, newest first."""
+    return scan(root)[0]
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run's root, or the one in an iteration folder; None where there is none.
-
-    Needs no pointer file and trusts none. Not collective: every rank may call it, and sees the same files.
-    """
-    path = Path(path)
-    if (path / MARKER).exists():
-        try:
-            return inspect(path)
-        except CheckpointError as error:
-            _logger.warning("ignored: %s", error)
-            return None
-    return next(iter(checkpoints(path)), None)
+    """The newest of `scan`, None where there is none. Says what it ignores."""
+    found, problems = scan(path)
+    for problem in problems:
+        _logger.warning("ignored: %s", problem)
+    return found[0] if found else None
 
 
 def require_checkpoint(path: Path) -> Checkpoint:
     """`find_checkpoint`, or CheckpointError saying what is there instead."""
-    path = Path(path)
     found = find_checkpoint(path)
-    if found is not None:
-        return found
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist or is not a folder, so there is no checkpoint to load")
-    if _NAME.fullmatch(path.name) or (path / MARKER).exists():
-        inspect(path)
-    problems = []
-    for folder in sorted(path.iterdir()):
-        if _NAME.fullmatch(folder.name):
-            try:
-                inspect(folder)
-            except CheckpointError as error:
-                problems.append(str(error))
-    reason = "; ".join(problems) or (
-        "it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"
-    )
-    raise CheckpointError(f"{path} holds no complete checkpoint: {reason}")
+    if found is None:
+        raise nothing_at(path, scan(path)[1])
+    return found
+
+
+def nothing_at(path: Path, problems: list[str]) -> CheckpointError:
+    """What to say when there is no checkpoint at `path` that can be loaded; `problems`: of those that cannot."""
+    if not Path(path).is_dir():
+        return CheckpointError(f"{path} does not exist or is not a folder, so there is no checkpoint to load")
+    if not problems:
+        problems = ["it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"]
+    return CheckpointError(f"{path} holds no complete checkpoint: {'; '.join(problems)}")
 
 
 def begin(root: Path, iteration: int) -> Path:

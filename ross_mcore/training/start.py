@@ -13,13 +13,9 @@ from ross_mcore import config as options
 from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
-from ross_mcore.checkpoint.sharded import (
-    Checkpoint,
-    find_checkpoint,
-    load_model_weights,
-    require_checkpoint,
-    sharding_metadata,
-)
+from ross_mcore.checkpoint.folder import Checkpoint, nothing_at
+from ross_mcore.checkpoint.sharded import load_model_weights, sharding_metadata
+from ross_mcore.checkpoint.verification import find_intact
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.loader import window_samples
@@ -44,27 +40,23 @@ ROWS_COUNTED_IN = 1_000_000
 def starting_point(config: Config) -> tuple[Checkpoint, bool]:
     """The checkpoint to start from, and whether to continue its run (True) or take its weights alone (False).
 
-    Collective. Raises ConfigError when ranks see different checkpoints, CheckpointError when there is none.
+    Collective. A run of --save is continued; else --load is taken. Raises ConfigError for a run of another stage,
+    CheckpointError when there is no checkpoint, none that is intact, or when ranks see different ones.
     """
-    found = groups_of_ranks.together(lambda: _starting_point(config))
-    if not groups_of_ranks.same_on_all_ranks((str(found[0].path), found[1])):
-        raise ConfigError(
-            f"ranks see different checkpoints: --save {config.checkpoint.save} and --load {config.checkpoint.load} "
-            "must lie on a file system that all nodes share"
-        )
-    return found
-
-
-def _starting_point(config: Config) -> tuple[Checkpoint, bool]:
-    checkpoint = config.checkpoint
-    own = find_checkpoint(Path(checkpoint.save or ""))
+    checkpoint, stage = config.checkpoint, config.training.training_stage
+    own = find_intact(Path(checkpoint.save or ""), checkpoint.verify)
     if own is not None:
-        stage = own.train_state().get("training_stage")
-        if stage != config.training.training_stage:
-            raise ConfigError(f"--save {checkpoint.save} holds a run of training stage {stage!r}; give another folder")
+        saved_stage = groups_of_ranks.together(lambda: own.train_state().get("training_stage"))
+        if saved_stage != stage:
+            raise ConfigError(
+                f"--save {checkpoint.save} holds a run of training stage {saved_stage!r}; give another folder"
+            )
         return own, True
-    found = require_checkpoint(Path(checkpoint.load or ""))
-    same_stage = found.train_state().get("training_stage") == config.training.training_stage
+    load = Path(checkpoint.load or "")
+    found = find_intact(load, checkpoint.verify)
+    if found is None:
+        raise nothing_at(load, [])
+    same_stage = groups_of_ranks.together(lambda: found.train_state().get("training_stage")) == stage
     return found, same_stage and not checkpoint.finetune
 
 

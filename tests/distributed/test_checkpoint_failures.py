@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,45 +38,107 @@ def fail_on_rank_one(root: str, where: str, message: str) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from ross_mcore.checkpoint import saving, sharded
+    from ross_mcore.checkpoint.verification import find_intact
 
     rank = dist.get_rank()
 
-    def state(rows: int = 2) -> dict[str, Any]:
-        mine = torch.full((rows, 3), float(rank))
+    def state(columns: int = 30_000) -> dict[str, Any]:
+        mine = torch.full((2, columns), float(rank))
         return {"model": {"w": ShardedTensor.from_rank_offsets("w", mine, (0, rank, 2))}, "train_state": {}}
 
-    good = sharded.save_checkpoint(Path(root), 1, state(), model_config())
+    def save(iteration: int, copies: saving.HostCopies | None = None) -> folder.Checkpoint:
+        destination = saving.Destination(Path(root), iteration, model_config())
+        return saving.begin_save(destination, state(), copies).finish().checkpoint
+
+    good = save(1)
     try:
         if where == "load":
             other = "other" if rank else "w"
             wanted = {other: ShardedTensor.from_rank_offsets(other, torch.zeros(2, 3), (0, rank, 2))}
             sharded.load_model_weights(good, wanted)
-        else:
+        elif where == "prepare":
             if rank == 1:
-
-                def broken(*_: Any, **__: Any) -> None:
-                    raise OSError(28, "No space left on device")
-
-                name = {"prepare": "split_state", "write": "_write"}[where]
-                setattr(saving, name, broken)
-            sharded.save_checkpoint(Path(root), 2, state(), model_config())
+                saving.split_state = lambda state: 1 / 0
+            save(2)
+        elif where == "damaged":
+            damaged = save(2)
+            if rank == 1:
+                content = bytearray((damaged.path / "__1_0.distcp").read_bytes())
+                content[5000] ^= 1
+                (damaged.path / "__1_0.distcp").write_bytes(content)
+            dist.barrier()
+            assert find_intact(Path(root)) == good  # the ranks agree, whoever read the file
+            find_intact(damaged.path)
+        else:  # on rank 1, files may not grow beyond 64 KiB
+            if rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+            save(2, saving.HostCopies() if where == "write a copy" else None)
     except folder.CheckpointError as error:
         assert message in str(error), str(error)
     else:
         raise AssertionError("nothing was refused")
-    assert folder.find_checkpoint(Path(root)) == good
+    assert find_intact(Path(root)) == good
     loaded = sharded.load_model_weights(good, state()["model"])
-    assert torch.equal(loaded["w"], torch.full((2, 3), float(rank)))
+    assert torch.equal(loaded["w"], torch.full((2, 30_000), float(rank)))
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("prepare", "No space left on device (rank 1)"),
-        ("write", "No space left on device (rank 1)"),
+        ("prepare", "ZeroDivisionError: division by zero (rank 1)"),
+        ("write", "__1_0.distcp cannot be written: File too large (rank 1)"),
+        ("write a copy", "__1_0.distcp cannot be written: File too large (rank 1)"),
         ("load", "it lacks other"),
+        ("damaged", "__1_0.distcp is damaged: its content has crc32"),
     ],
 )
 def test_failure_on_one_rank_ends_all(tmp_path: Path, where: str, message: str) -> None:
     run_ranks(fail_on_rank_one, 2, str(tmp_path), where, message)
+
+
+def train_with_a_full_disk(flags: dict[str, Any]) -> None:
+    """Rank 1 cannot write tensors until five steps are logged; nothing else of the run is as large."""
+    from ross_mcore.config import Config
+    from ross_mcore.training.loop import train
+
+    metrics = Path(flags["save"]) / "metrics.jsonl"
+
+    def make_room() -> None:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+            time.sleep(0.02)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, resource.RLIM_INFINITY))
+        threading.Thread(target=make_room, daemon=True).start()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = train(Config.from_flat(**flags))
+    found = [line for line in said.getvalue().splitlines() if "could not be saved" in line]
+    if status or (said.getvalue() and not found):
+        raise SystemExit(f"status {status}: {said.getvalue()}")
+    if found:
+        assert "__1_0.distcp cannot be written: File too large (rank 1)" in found[0], found
+        assert "it is tried again after iteration" in found[0]
+
+
+def test_a_run_goes_on_without_checkpoints_until_the_disk_has_room(
+    base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = {
+        "load": str(base("qwen2_siglip")),
+        "data_path": str(shards("mixed")),
+        "save": str(tmp_path / "run"),
+        "training_stage": "finetune",
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+        "train_iters": 9,
+        "save_interval": 2,
+        "num_workers": 0,
+        "distributed_timeout_minutes": 1,
+    }
+    run_ranks(train_with_a_full_disk, 2, flags)
+    saved = folder.checkpoints(tmp_path / "run")
+    assert saved[0].iteration == 9 and saved[0].manifest().layout["data_parallel_size"] == 2
+    assert not list((tmp_path / "run").glob(".iter_*"))

@@ -1,0 +1,86 @@
+"""Whether a checkpoint is intact, and which of a run's is the newest that is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ross_mcore.checkpoint.folder import Checkpoint, is_iteration, nothing_at, require_checkpoint, scan
+from ross_mcore.checkpoint.manifest import CheckpointError, Manifest, damage
+from ross_mcore.checkpoint.together import exchange, together
+from ross_mcore.parallel.groups import same_on_all_ranks
+
+_logger = logging.getLogger(__name__)
+
+
+def find_intact(path: Path, verify: bool = True) -> Checkpoint | None:
+    """The newest checkpoint of a run's root whose files are all what they were, or the one in an iteration's folder.
+
+    Collective: every rank reads its share of the files. A damaged one is reported, and the one before is taken; None
+    where there never was a checkpoint. verify: False looks at the sizes alone.
+    Raises CheckpointError, on every rank, when there are checkpoints but none is intact (a run that starts anew in
+    silence would lose them), when `path` names a damaged one, or when the ranks see different files.
+    """
+    path = Path(path)
+    found, problems = together(lambda: scan(path))
+    if not same_on_all_ranks([str(checkpoint.path) for checkpoint in found]):
+        raise CheckpointError(f"ranks see different checkpoints in {path}: it must lie on a file system that all share")
+    first = dist.get_rank() == 0
+    for checkpoint in found:
+        damaged = shared_damage(checkpoint) if verify else []
+        if not damaged:
+            for problem in problems if first else ():
+                _logger.warning("not used: %s. Going back to %s", problem, checkpoint.path)
+            return checkpoint
+        problems.append("; ".join(damaged))
+    if is_iteration(path) and problems:
+        raise CheckpointError(problems[0])
+    if problems:
+        raise nothing_at(path, problems)
+    return None
+
+
+def require_intact(path: Path, verify: bool = True) -> Checkpoint:
+    """The newest complete checkpoint of `path`, for one process. Raises CheckpointError when it is damaged."""
+    checkpoint = require_checkpoint(path)
+    manifest = checkpoint.manifest()
+    problems = damages(checkpoint.path, manifest, list(manifest.files)) if verify else []
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return checkpoint
+
+
+def shared_damage(checkpoint: Checkpoint) -> list[str]:
+    """What is wrong with a checkpoint's files, the same on every rank. Collective: each rank reads its share."""
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        manifest = checkpoint.manifest()
+        own = damages(checkpoint.path, manifest, share_of_files(manifest, rank, size))
+        if not manifest.has_checksums and rank == 0:
+            _logger.warning("%s has no checksums: only the sizes of its files were compared", checkpoint.path)
+    except CheckpointError as error:  # the marker has gone since it was listed
+        own = [str(error)]
+    return [problem for problems in exchange(own) for problem in problems]
+
+
+def share_of_files(manifest: Manifest, rank: int, size: int) -> list[str]:
+    """The files that one of `size` ranks reads: the largest first, each to the rank that has least so far."""
+    shares: list[list[str]] = [[] for _ in range(size)]
+    loads = [0] * size
+    for name, record in sorted(manifest.files.items(), key=lambda item: (-item[1].bytes, item[0])):
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += record.bytes
+    return shares[rank]
+
+
+def damages(
+    folder: Path, manifest: Manifest, names: list[str], advance: Callable[[int], None] = lambda read_bytes: None
+) -> list[str]:
+    """What is wrong with the named files, one line each; `advance` is called as bytes are read."""
+    found = (damage(folder, name, manifest.files[name], advance) for name in names)
+    return [problem for problem in found if problem is not None]

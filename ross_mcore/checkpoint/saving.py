@@ -239,9 +239,9 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def is_extra_state(value: Any) -> bool:
-    """mcore's per-module `_extra_state`: nothing for plain layers, for Transformer Engine a pickle of fp8 scales.
+    """mcore's per-module `_extra_state`: nothing for plain layers, for Transformer Engine a pickle of FP8 scales.
 
-    It is neither written nor read: loading it would run a pickle, and without it fp8 scaling starts afresh.
+    It is neither written nor read, because reading it would run a pickle: scales are tensors of their own (FP8_PREFIX).
     """
     return isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
 

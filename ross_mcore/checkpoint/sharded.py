@@ -51,7 +51,7 @@ from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError, find_check
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
 from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
 from ross_mcore.checkpoint.together import exchange, together
-from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX, SHARDING, sharding_metadata
+from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, OPTIMIZER_PREFIX, SHARDING, sharding_metadata
 
 __all__ = [
     "Checkpoint",
@@ -92,7 +92,8 @@ def load_model_weights(checkpoint: Checkpoint, sharded_state: dict[str, Any]) ->
 def load_training_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     """Loads model, optimizer and everything else that `save_checkpoint` was given, at any layout. Collective.
 
-    state: {"model": ..., "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=...)}.
+    state: {"model": ..., "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=...)}, and
+    "fp8" with the scales and histories of FP8 layers, of which those come back that the checkpoint has in this shape.
     Returns the same keys with what `load_state_dict` takes, the common entries, and "train_state".
     Raises CheckpointError as `load_model_weights` does, and when the checkpoint has no optimizer or train state.
     """
@@ -116,6 +117,10 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
         return metadata, common
 
     metadata, common = together(check)
+    if "fp8" in wanted:
+        stored_shapes = tensor_shapes(metadata)
+        fits = {k: t for k, t in wanted["fp8"].items() if stored_shapes.get(t.key) == tuple(t.global_shape)}
+        wanted["fp8"] = fits
     masters: dict[str, Any] = {}
     if "optimizer" in wanted:
         masters = _as_the_other_optimizer(checkpoint, metadata, common, wanted)
@@ -200,7 +205,7 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
         for name in stored
         if name not in asked
         and (with_optimizer or not name.startswith(OPTIMIZER_PREFIX))
-        and not name.startswith(MASTER_PREFIX)
+        and not name.startswith((MASTER_PREFIX, FP8_PREFIX))
     )
     other_shape = sorted(name for name in asked if name in stored and stored[name] != asked[name])
     problems = []

@@ -17,6 +17,8 @@ BACKEND = {
 }
 OPTIMIZER_PREFIX = "optimizer."
 """What the names of optimizer state begin with; the others are the model's."""
+FP8_PREFIX = OPTIMIZER_PREFIX + "fp8."
+"""What the names of FP8 scales and histories begin with: training state that a checkpoint may have or lack."""
 SHARDING = {
     # the only distributed-optimizer format of 0.16.1 that every other layout can read
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -246,6 +246,14 @@ class LanguageModel(GPTModel):
         """The last-stage hook (gpt_model.py:_postprocess): hidden states instead of logits or a loss."""
         return hidden_states
 
+    def fp8_state(self) -> dict[str, Tensor]:
+        """What FP8 layers keep from step to step beside their weights, see transformer_engine.fp8_state."""
+        if self.config.fp8 is None:
+            return {}
+        from ross_mcore.models import transformer_engine
+
+        return transformer_engine.fp8_state(self.decoder)
+
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, D], whole on every rank -> this rank's columns of the logits [N, V/T], fp32, -inf at padding."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.fp8_utils import TE_LINEAR_TYPES, get_fp8_recipe
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 
@@ -52,3 +54,28 @@ def layer_spec() -> ModuleSpec:
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.submodules.core_attention = CoreAttention
     return spec
+
+
+def fp8_state(decoder: TransformerBlock) -> dict[str, Tensor]:
+    """Scales and amax histories of delayed FP8 scaling, by layer and module; nothing with another recipe.
+
+    The tensors are the layers' own: copying into them sets the state. Transformer Engine makes them in the first pass,
+    or here when that has not been. It would save them inside a pickle per module (`get_extra_state`).
+    """
+    recipe = get_fp8_recipe(decoder.config) if decoder.config.fp8 else None
+    if recipe is None or not recipe.delayed():
+        return {}
+    state = {}
+    for layer in decoder.layers:
+        for name, module in layer.named_modules():
+            if not isinstance(module, TE_LINEAR_TYPES):
+                continue
+            if not module.fp8_meta_tensors_initialized:
+                module.fp8_meta["num_gemms"] = 1
+                module.init_fp8_meta_tensors(recipe)
+            for direction in ("fwd", "bwd"):
+                scaling = module.fp8_meta[f"scaling_{direction}"]
+                where = f"layers.{layer.layer_number - 1}.{name}"
+                state[f"{where}.scale_{direction}"] = scaling.scale
+                state[f"{where}.amax_history_{direction}"] = scaling.amax_history
+    return state

@@ -1,8 +1,9 @@
-"""AdamW with the contract of Transformer Engine's and Apex's FusedAdam, for machines that have neither.
+"""Adam as mcore needs it: Transformer Engine's or Apex's FusedAdam, or for machines that have neither, torch's.
 
 mcore's distributed optimizer saves checkpoints that it can reload only in the FusedAdam contract: `step` lives in the
 parameter groups (empty groups count too), the state of a parameter is exp_avg and exp_avg_sq alone
-(optimizer/distrib_optimizer.py:641 and :940 read the step so). The arithmetic is torch's own functional Adam.
+(optimizer/distrib_optimizer.py:641 and :940 read the step so). The arithmetic of PlainAdam is
+torch's own functional Adam.
 """
 
 from __future__ import annotations
@@ -65,8 +66,25 @@ class PlainAdam(torch.optim.Optimizer):
             )
 
 
+def counting(fused: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A FusedAdam of Transformer Engine or Apex that counts the steps of empty groups too.
+
+    They skip groups without parameters, such as those of another pipeline stage's modules. mcore's plain optimizer
+    saves the groups of rank 0 for all ranks, so a resumed run would begin such a group's bias correction anew.
+    """
+
+    def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        result = fused.step(self, *args, **kwargs)
+        for group in self.param_groups:
+            if not group["params"]:
+                group["step"] = group.get("step", 0) + 1
+        return result
+
+    return type(fused.__name__, (fused,), {"step": step, "__module__": fused.__module__})
+
+
 def give_to_mcore() -> None:
-    """Makes mcore take its FusedAdam code paths with PlainAdam. Nothing changes where TE or Apex is installed."""
+    """Makes mcore take its FusedAdam code paths: with Transformer Engine's or Apex's where installed, or PlainAdam."""
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
@@ -74,3 +92,5 @@ def give_to_mcore() -> None:
         optimizers.Adam = distrib_optimizer.Adam = PlainAdam
         optimizers.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    elif optimizers.Adam is not PlainAdam and optimizers.Adam is distrib_optimizer.Adam:
+        optimizers.Adam = counting(distrib_optimizer.Adam)

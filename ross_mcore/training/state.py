@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
 
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.sharded import (
@@ -15,7 +18,10 @@ from ross_mcore.checkpoint.sharded import (
     load_training_state,
     sharding_metadata,
 )
+from ross_mcore.checkpoint.torch_dist import FP8_PREFIX
 from ross_mcore.config import ConfigError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,18 @@ RUN_IDENTITY = (
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    """Model and optimizer as a checkpoint holds them."""
+    """Model, optimizer and FP8 scales as a checkpoint holds them."""
     weights = model.module.sharded_state_dict(metadata=sharding_metadata())
-    return {
+    state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata()),
     }
+    replica = (0, model.module.groups.tensor_rank, model.module.groups.data_rank)
+    scales = {
+        name: ShardedTensor.from_rank_offsets(FP8_PREFIX + name, tensor, replica_id=replica)
+        for name, tensor in model.module.language_model.fp8_state().items()
+    }
+    return {**state, "fp8": scales} if scales else state
 
 
 def restore(
@@ -105,4 +117,13 @@ def restore(
     state.refuse_other(started)
     model.module.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
+    _restore_fp8(model, loaded.get("fp8", {}), start)
     return state
+
+
+def _restore_fp8(model: DistributedDataParallel, stored: dict[str, Tensor], start: Checkpoint) -> None:
+    own = model.module.language_model.fp8_state()
+    for name, tensor in stored.items():
+        own[name].copy_(tensor)
+    if len(stored) < len(own) and model.module.groups.rank == 0:
+        _logger.warning("%s has no FP8 histories of this length: FP8 scales start afresh", start.path)

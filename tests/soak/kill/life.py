@@ -89,7 +89,8 @@ def live(flags: dict[str, Any], world: int, folder: Path, kill: Kill | None) -> 
         killed = _watch_over(ranks, kill, hears)
     except TimeoutError:
         alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-        _signal(ranks, signal.SIGKILL)
+        for process in ranks:
+            process.kill()
         return Life(None, False, time.monotonic() - began, f"ranks {alive} still ran after {LIMIT_SECONDS:.0f} s")
     seconds, codes = time.monotonic() - began, [process.exitcode for process in ranks]
     if killed:
@@ -112,7 +113,8 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, hears: Connection) 
             ranks[kill.rank].kill()
             due = None
         if now > last:
-            _signal(ranks, signal.SIGKILL)
+            for process in alive:
+                process.kill()
         waited_for: list[Any] = [process.sentinel for process in alive]
         if kill is not None and kill.errand is not None and due is None and not killed:
             waited_for.append(hears)
@@ -121,7 +123,8 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, hears: Connection) 
             due = _time_of_death(hears, kill)
         if kill is not None and not killed and ranks[kill.rank].exitcode == -signal.SIGKILL:
             killed = True
-            _signal(ranks, signal.SIGKILL if kill.everyone else signal.SIGTERM)
+            for process in ranks:
+                process.kill() if kill.everyone else process.terminate()
             last = time.monotonic() + GRACE_SECONDS
     return killed
 
@@ -134,9 +137,3 @@ def _time_of_death(hears: Connection, kill: Kill | None) -> float:
     except EOFError:  # all ranks have ended
         return float("inf")
     return time.monotonic() + (kill.errand.delay or 0.0)
-
-
-def _signal(ranks: list[BaseProcess], number: signal.Signals) -> None:
-    for process in ranks:
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, number)

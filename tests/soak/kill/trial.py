@@ -153,7 +153,7 @@ def plan(draw: random.Random, expected: Uninterrupted) -> Kill:
     """Who is to be killed, and where: at a place that this rank comes to, or at any time."""
     rank, everyone = draw.randrange(len(expected.arrivals)), draw.random() < 0.5
     if draw.random() < 0.25:
-        return Kill(rank, everyone, after=draw.uniform(0, expected.seconds))
+        return Kill(rank, everyone, after=draw.uniform(0, 0.8 * expected.seconds))
     arrivals = expected.arrivals[rank]
     place = draw.choice(sorted(arrivals))
     # the first half: later lives have less before them

@@ -167,6 +167,9 @@ class TrainingOptions:
     """Rows a pipeline stage computes at once."""
     global_batch_size: int | None = None
     """Rows of one optimizer step over all ranks. Default: micro-batch size x data-parallel size."""
+    override_global_batch_size: bool = False
+    """Let a run go on with another --global-batch-size than before: its data goes on where it stopped, its iterations
+    count on."""
     train_iters: int | None = None
     """Optimizer steps of the whole run; or give --train-epochs."""
     train_epochs: float | None = None

@@ -17,6 +17,7 @@ from ross_mcore.data.sample import IgnoredLabels
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.parallel.layout import Layout
+from ross_mcore.training.continuity import changes
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation, duration
 from ross_mcore.training.quarantine import BadSample
 from ross_mcore.training.state import TrainState
@@ -82,6 +83,7 @@ class Console:
             parts += [f"{vae}denoiser"] if stage.is_last and self.model_config.denoiser else []
             stages.append(" + ".join(parts))
         where = f"continues from iteration {state.iteration}" if resume else "starts from the weights"
+        changed = changes(start.train_state(), state) if resume and self.log is not None else []
         self.say(
             f"{self.config.training.training_stage}: {where} of {start.path}\n"
             f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
@@ -89,6 +91,8 @@ class Console:
             f"data: {len(dataset)} samples, {self.rows_per_step} a step, {self.train_iters} iterations\n"
             f"process {os.getpid()} on {socket.gethostname()}: SIGUSR1 saves and goes on, SIGTERM saves and ends"
         )
+        if changed:
+            self.say(f"changed since that checkpoint: {', '.join(changed)}")
         if given := [kind for kind, is_given in vars(self.precomputed).items() if is_given]:
             self.say(f"precomputed: {' and '.join(given)} of the pictures are read, not computed")
         if len(dataset.parts) > 1:

@@ -20,6 +20,7 @@ from ross_mcore.data.order import Order
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups
+from ross_mcore.training.continuity import changeable_options, continued, refuse_other_model
 from ross_mcore.training.execution import row_multiple
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.start import build, iterations_of, open_dataset, place, sample_order, starting_point
@@ -63,6 +64,8 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     """The run that `config` describes and the state it begins in. Collective; `closing` ends the data workers."""
     platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
     start, resume = starting_point(config)
+    if resume and config.checkpoint.load is not None:
+        process_groups.together(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
     model_config = start.model_config()
     dataset, held_out = _open_data(config, model_config, start)
     parts_of_data = [*dataset.parts, *(held_out.parts if held_out is not None else [])]
@@ -74,13 +77,15 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     order = sample_order(config, dataset, rows_per_step)
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
 
+    state = _first_state(config, dataset, rows_per_step, train_iters)
+    if resume:
+        state = process_groups.together(lambda: continued(start, state, config))
     unused = unused_parts(config, precomputed)
     carried = process_groups.together(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
     weights, blank = None if resume else start, blank_posterior(parts_of_data)
     model, optimizer = build(config, model_config, groups, weights, precomputed, blank, carried)
-    state = _first_state(config, dataset, rows_per_step)
     if resume:
-        state = restore(start, model, optimizer, carried, state)
+        restore(start, model, optimizer, carried)
     loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state))
     run = Run(
         config,
@@ -114,7 +119,7 @@ def _open_data(
     return dataset, None if config.data.valid_data_path is None else opened(config.data.valid_data_path)
 
 
-def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int) -> TrainState:
+def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, train_iters: int) -> TrainState:
     """The state at iteration 0, with what a run that goes on must not change."""
     return TrainState(
         training_stage=config.training.training_stage,
@@ -129,6 +134,9 @@ def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int) ->
         pack=config.data.pack,
         max_images_per_sample=config.data.max_images_per_sample,
         max_tokens_per_sample=config.data.max_tokens_per_sample,
+        supervise_final_eos=config.data.supervise_final_eos,
+        vision_trains=config.optimizer.vision_lr is not None,
+        options=changeable_options(config, train_iters),
     )
 
 

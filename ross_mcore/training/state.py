@@ -14,12 +14,10 @@ from torch import Tensor
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.sharded import (
     Checkpoint,
-    CheckpointError,
     load_training_state,
     sharding_metadata,
 )
 from ross_mcore.checkpoint.torch_dist import FP8_PREFIX
-from ross_mcore.config import ConfigError
 
 _logger = logging.getLogger(__name__)
 
@@ -28,13 +26,15 @@ _logger = logging.getLogger(__name__)
 class TrainState:
     """All a run needs beside weights and moments: everything else is a function of these numbers and the options.
 
-    `data` is the loader's state, the place of the next row; `bad_samples` counts those replaced so far.
+    `data` is the loader's state, the place of the next row; `bad_samples` counts those replaced so far; `options` may
+    be others when the run goes on, what comes after them may not (continuity.py).
     """
 
     iteration: int = 0
     data: dict[str, int] = field(default_factory=dict)
     bad_steps_in_a_row: int = 0
     bad_samples: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
     training_stage: str = ""
     seed: int = 0
     data_fingerprint: str = ""
@@ -47,39 +47,12 @@ class TrainState:
     pack: bool = False
     max_images_per_sample: int = 64
     max_tokens_per_sample: int | None = None
+    supervise_final_eos: bool = True
+    vision_trains: bool = False
 
     @property
     def consumed_samples(self) -> int:
         return self.data.get("consumed_samples", 0)
-
-    def refuse_other(self, started: TrainState) -> None:
-        """Raises ConfigError unless `self` (from a checkpoint) continues the run that `started` describes."""
-        flags = {"data_fingerprint": "--data-path"}
-        for name in RUN_IDENTITY:
-            before, now = getattr(self, name), getattr(started, name)
-            if before != now:
-                flag = flags.get(name, "--" + name.replace("_", "-"))
-                raise ConfigError(
-                    f"the checkpoint was trained with {name} {before!r} and this run has {now!r} ({flag}), so it "
-                    "cannot be continued exactly; give the same, or start a new run from its weights with --finetune "
-                    "and a --save folder of its own"
-                )
-
-
-RUN_IDENTITY = (
-    "seed",
-    "data_fingerprint",
-    "global_batch_size",
-    "seq_length",
-    "template",
-    "image_aspect_ratio",
-    "sampler",
-    "mm_use_im_start_end",
-    "pack",
-    "max_images_per_sample",
-    "max_tokens_per_sample",
-)
-"""What decides which samples a step trains on and how they read: a run that goes on must not change it."""
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
@@ -98,27 +71,15 @@ def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, 
 
 
 def restore(
-    start: Checkpoint,
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    carried: CarriedWeights,
-    started: TrainState,
-) -> TrainState:
-    """Loads weights, moments and the loop's state. Raises ConfigError when seed or data are not the run's own."""
+    start: Checkpoint, model: DistributedDataParallel, optimizer: MegatronOptimizer, carried: CarriedWeights
+) -> None:
+    """Loads weights and moments. Collective; raises CheckpointError as `load_training_state` does."""
     wanted = sharded_state(model, optimizer, is_loading=True)
     loaded = load_training_state(start, {**wanted, "model": {**wanted["model"], **carried.pieces()}})
     carried.take(loaded["model"])
-    try:
-        state = TrainState(**loaded["train_state"])
-    except TypeError as error:
-        raise CheckpointError(
-            f"{start.path / 'train_state.json'} is of another version of this trainer: {error}"
-        ) from None
-    state.refuse_other(started)
     model.module.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     _restore_fp8(model, loaded.get("fp8", {}), start)
-    return state
 
 
 def _restore_fp8(model: DistributedDataParallel, stored: dict[str, Tensor], start: Checkpoint) -> None:

@@ -21,8 +21,8 @@ FLAGS = """
 --supervise-final-eos --max-images-per-sample --max-tokens-per-sample --max-bad-fraction
 --num-workers --precomputed
 --data-cache-dir --data-cache-bytes
---training-stage --micro-batch-size --global-batch-size --train-iters --train-epochs --loss-normalization --vm-loss-rows
---seed --max-bad-steps --exit-duration-in-mins --exit-interval
+--training-stage --micro-batch-size --global-batch-size --override-global-batch-size --train-iters --train-epochs
+--loss-normalization --vm-loss-rows --seed --max-bad-steps --exit-duration-in-mins --exit-interval
 --lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --projector-lr --denoiser-lr --vision-lr
 --weight-decay --decay-norm-weights --adam-beta1 --adam-beta2 --adam-eps --clip-grad
 --load --save --finetune --save-interval --save-retain-interval --keep-last --async-save --verify

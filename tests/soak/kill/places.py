@@ -139,4 +139,5 @@ def _absolute(path: Any, folder_descriptor: int) -> str:
 
 def last_place(place_file: Path) -> str:
     """Where the rank that wrote the file was last."""
-    return place_file.read_bytes().rstrip(b"\0").decode() or "before its first line"
+    found = place_file.read_bytes() if place_file.exists() else b""
+    return found.rstrip(b"\0").decode() or "before its first line"

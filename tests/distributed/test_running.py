@@ -237,15 +237,44 @@ def train_and_expect_refusal(flags: dict[str, Any], message: str) -> None:
         raise SystemExit(f"status {status}: {said.getvalue()}")
 
 
-def test_a_changed_mixture_is_not_continued(flags: dict[str, Any], shards: Callable[[str], Path]) -> None:
+def go_on_with_changes(
+    first: dict[str, Any], refusals: list[tuple[dict[str, Any], str]], batch: dict[str, Any]
+) -> None:
+    """A run of one step is continued with every change of `refusals`, and at last with those of `batch`."""
+    train_and_expect(first, 0)
+    for changes, message in refusals:
+        train_and_expect_refusal({**first, "train_iters": 2, **changes}, message)
+    train_and_expect({**first, "train_iters": 2, **batch}, 0)
+    train_and_expect({**first, "train_iters": 3, **batch, "save": first["save"] + " small batches"}, 0)
+
+
+def test_what_must_not_change_when_a_run_goes_on(
+    flags: dict[str, Any], base: Callable[[str], Path], shards: Callable[[str], Path]
+) -> None:
+    """Each is refused with both values; another batch size goes on in the same stream when that is asked for."""
     text = shards("mixture").read_text()
     changed = shards("mixture").with_name("changed.yaml")
     changed.write_text(text.replace("weight: 3", "weight: 2"))
     assert changed.read_text() != text
     one = {**flags, **layout(), "train_iters": 1, "seq_length": 256, "data_path": str(shards("mixture"))}
-    run_ranks(train_and_expect, 1, one, 0)
-    refused = "data_fingerprint '[0-9a-f]{16}' and this run has '[0-9a-f]{16}' .--data-path.*--finetune"
-    run_ranks(train_and_expect_refusal, 1, {**one, "train_iters": 2, "data_path": str(changed)}, refused)
+    refusals = [
+        (
+            {"data_path": str(changed)},
+            "data_fingerprint '[0-9a-f]{16}' and this run has '[0-9a-f]{16}' .--data-path.*--finetune",
+        ),
+        ({"load": str(base("llama_clip"))}, "another model .*language.model_type 'qwen2' and 'llama'.*--load"),
+        ({"global_batch_size": 2}, "global_batch_size 4 and this run has 2 .*--override-global-batch-size"),
+        ({"seed": 7}, "seed 42 and this run has 7 .--seed."),
+        ({"vision_lr": 1e-4}, "vision_trains False and this run has True .--vision-lr."),
+        ({"supervise_final_eos": False}, "supervise_final_eos True and this run has False"),
+    ]
+    run_ranks(go_on_with_changes, 1, one, refusals, {"global_batch_size": 2, "override_global_batch_size": True})
+    ours, small = (
+        [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one["save"], one["save"] + " small batches")
+    )
+    assert [line["consumed_samples"] for line in ours] == [line["consumed_samples"] for line in small[1:]]
+    assert ours[1]["sample_digest"] == small[2]["sample_digest"] != small[1]["sample_digest"]
 
 
 def test_an_order_of_whole_passes_refuses_weights(flags: dict[str, Any], shards: Callable[[str], Path]) -> None:

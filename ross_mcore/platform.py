@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -20,6 +21,10 @@ from typing import Any
 import torch
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
+
+
+RECORDED_COLLECTIVES = 64
+"""How many torch's flight recorder keeps, from which the last is read; its own default makes reading it slow."""
 
 
 class PlatformError(RuntimeError):
@@ -111,12 +116,31 @@ def initialize_process_group(timeout_minutes: float) -> None:
                 'a machine, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to run on the CPU'
             )
         torch.cuda.set_device(local_rank)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend(), timeout=timeout)
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def flight_recorder() -> dict[str, Any]:
+    """What torch recorded of this process's latest collectives; {} where this version records none."""
+    library = torch._C._distributed_c10d
+    dump = getattr(library, "_dump_nccl_trace_json" if has_gpu() else "_dump_fr_trace_json", None)
+    return {} if dump is None else json.loads(dump(True, False))
+
+
+def is_collective_failure(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is that other ranks could not be reached."""
+    while error is not None:
+        if isinstance(error, torch.distributed.DistError):
+            return True
+        if isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "gloo::" in str(error)):
+            return True  # gloo raises plain RuntimeErrors, which name its source file
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _on_cpu(where: Any) -> Any:

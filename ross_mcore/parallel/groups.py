@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
+from ross_mcore import platform
 from ross_mcore.parallel.layout import Layout, Stage
 
 T = TypeVar("T")
@@ -111,3 +112,18 @@ def same_on_all_ranks(value: T) -> bool:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return all(other == value for other in values)
+
+
+def last_collective() -> tuple[str, bool]:
+    """The collective that this rank entered last, and whether it is unfinished; ("", False) when torch knows none.
+
+    It is in torch's flight recorder, which takes note of every collective anyway; the device is not asked.
+    """
+    recorder = platform.flight_recorder()
+    entries = recorder.get("entries", [])
+    if not entries:
+        return "", False
+    last = entries[-1]
+    name, group = last["profiling_name"], last["process_group"]
+    number = last["p2p_seq_id" if last.get("is_p2p") else "collective_seq_id"]
+    return f"{name} number {number} of {group[1] or group[0]}", not last["retired"]

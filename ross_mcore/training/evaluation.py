@@ -15,6 +15,7 @@ from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.split import gather_shares
 from ross_mcore.training.metrics import picture_grid
+from ross_mcore.training.progress import at
 from ross_mcore.training.step import agree_on_step, run_schedule, slots_of
 
 SEARCHED_SAMPLES = 100_000
@@ -36,6 +37,7 @@ def reconstruction_grid(
     The pictures are the first `--eval-images` of samples in the order of the shards, from the first that has one; every
     data-parallel replica computes the same ones.
     """
+    at("reconstructions", is_long=True)
     first = dataset.first_picture(SEARCHED_SAMPLES)
     if first is None:
         return None

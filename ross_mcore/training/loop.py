@@ -22,6 +22,7 @@ from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.metrics import StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
+from ross_mcore.training.progress import at
 from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
 from ross_mcore.training.report import Report
 from ross_mcore.training.run import Run, open_run
@@ -30,6 +31,7 @@ from ross_mcore.training.state import TrainState
 from ross_mcore.training.step import Losses, StepSize, agree_on_step, combine_losses, replace_bad_samples, run_schedule
 from ross_mcore.training.stop import Asked, Requests
 from ross_mcore.training.validation import validate
+from ross_mcore.training.watchdog import Watchdog
 
 USER_ERRORS = (
     ArchitectureError,
@@ -50,7 +52,10 @@ class TrainingError(RuntimeError):
 
 
 def train(config: Config) -> int:
-    """Trains as `config` says and returns the exit status: 0 when finished or stopped on request, 2 for bad input."""
+    """Trains as `config` says and returns the exit status: 0 when finished or stopped on request, 2 for bad input.
+
+    The process itself ends when another rank died or hangs (watchdog.py).
+    """
     try:
         with Requests(config.training.exit_duration_in_mins) as requests, ExitStack() as closing:
             _train(config, requests, closing)
@@ -63,6 +68,8 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
+    platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
+    closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
     run, state = open_run(config, closing)
     report = process_groups.together(lambda: _open_report(run, state))
     saver = Saver(run, report.console.say)
@@ -72,15 +79,19 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
             taken = _take_step(run, state, report, requests.asked())
             state, asked = taken.state, taken.size.asked
             _report_step(run, report, taken)
+            at("looking after a save")
             saver.after_step(state)
             _require_progress(run, taken)
             _evaluate(run, state, report)
             stopped_by = _why_to_stop(run, state, asked, requests)
             if asked or _is_due(state, run, config.checkpoint.save_interval):
+                at("saving a checkpoint", is_long=True)
                 saver.save(state)
     except TrainingError:  # raised by all ranks alike
+        at("waiting for a save", is_long=True)
         saver.wait(state.iteration)
         raise
+    at("saving the last checkpoint", is_long=True)
     saver.finish(state)
     if stopped_by is not None:
         report.console.stopped(state, stopped_by)
@@ -114,8 +125,10 @@ class _TakenStep:
 def _take_step(run: Run, state: TrainState, report: Report, asked: Asked) -> _TakenStep:
     """Reads, computes and applies the step after `state`: everything of an iteration that changes weights."""
     began = time.perf_counter()
+    at("reading data", iteration=state.iteration + 1, is_long=True)
     step = next(run.loader)
     data_seconds = time.perf_counter() - began
+    at("agreeing on the step")
     size = agree_on_step(step, run.groups, run.row_multiple, run.device, asked)
     size = replace_bad_samples(step, size, run.loader, run.groups, run.row_multiple, run.device)
     bad = bad_samples(state.iteration + 1, step, run.dataset)
@@ -128,7 +141,9 @@ def _take_step(run: Run, state: TrainState, report: Report, asked: Asked) -> _Ta
     losses, norm = _compute_gradients(run, step, size)
     applied = math.isfinite(losses.loss) and math.isfinite(norm)
     if applied:
+        at("optimizer step")
         apply_gradients(run.optimizer, norm, run.config.optimizer.clip_grad)
+    at("waiting for the device")
     platform.synchronize()
     state = replace(
         state,
@@ -153,13 +168,16 @@ def _compute_gradients(run: Run, step: Step, size: StepSize) -> tuple[Losses, fl
         image_size=run.model_config.vision.image_size,
         device=run.device,
     )
+    at("losses")
     losses = combine_losses(parts, run.groups, run.device, len(run.dataset.parts))
+    at("gradient norm")
     return losses, gradient_norm(run.optimizer)
 
 
 def _report_step(run: Run, report: Report, taken: _TakenStep) -> None:
     if not report.speaks:
         return
+    at("writing the log")
     losses, size, state = taken.losses, taken.size, taken.state
     metrics = StepMetrics(
         iteration=state.iteration,

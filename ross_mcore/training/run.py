@@ -62,7 +62,6 @@ class Run:
 
 def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     """The run that `config` describes and the state it begins in. Collective; `closing` ends the data workers."""
-    platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
     start, resume = starting_point(config)
     if resume and config.checkpoint.load is not None:
         process_groups.together(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))

@@ -21,6 +21,7 @@ from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import ShardReadError
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
+from ross_mcore.training.progress import at
 from ross_mcore.training.stop import Asked
 
 
@@ -232,6 +233,7 @@ def run_schedule(
 
     def forward_step(numbers: Iterator[int], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
+        at(f"forward and backward, micro-batch {number + 1} of {count}")
         rows = step.micro_batches[number] if step.micro_batches is not None else None
         slots = slots_of(step, number, size, options)
         batch: Batch | None = None
@@ -300,4 +302,5 @@ def _data_set_losses(
 
 def finalize_gradients(model: list[DistributedDataParallel], _: Tensor | None = None, **options: Any) -> None:
     """mcore's finalize without its division by a token count: both denominators are already in the loss."""
+    at("gradient reduction")
     finalize_model_grads(model, None, **options)

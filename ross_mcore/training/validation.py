@@ -15,6 +15,7 @@ from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.metrics import Validation
+from ross_mcore.training.progress import at
 from ross_mcore.training.quarantine import BadSample, bad_samples
 from ross_mcore.training.step import (
     agree_on_step,
@@ -69,6 +70,7 @@ def validate(
             end=count,
         ) as loader:
             while loader.state_dict()["consumed_samples"] < count:
+                at("validation", is_long=True)
                 step = next(loader)
                 size = agree_on_step(step, groups, row_multiple, device)
                 size = replace_bad_samples(step, size, loader, groups, row_multiple, device)

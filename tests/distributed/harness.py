@@ -63,3 +63,26 @@ def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> Non
         for process in processes.processes:
             if process.is_alive():
                 process.kill()
+
+
+def end_of_ranks(function: Callable[..., None], world: int, *arguments: Any, but: int | None = None) -> list[int]:
+    """How every rank ends, all but rank `but`, which is killed when the others have: exit statuses, -9 for a kill."""
+    context = multiprocessing.get_context("forkserver")
+    errors, port = context.SimpleQueue(), _free_port()
+    processes = [
+        context.Process(target=_rank, args=(rank, function, world, port, errors, arguments)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + LIMIT_SECONDS
+    try:
+        for rank, process in enumerate(processes):
+            if rank != but:
+                process.join(max(0.0, deadline - time.monotonic()))
+                assert process.exitcode is not None, f"rank {rank} of {world} still runs after {LIMIT_SECONDS} s"
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [process.exitcode for process in processes]

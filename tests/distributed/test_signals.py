@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ross_mcore.checkpoint.folder import find_checkpoint
+from ross_mcore.training.stop import ABORTED
+from ross_mcore.training.watchdog import LOST_A_RANK
 from tests.distributed.cases import layout
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import end_of_ranks
 
 
 @pytest.fixture
@@ -34,30 +40,115 @@ def flags(base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: 
     }
 
 
-def train_with_a_signal(flags: dict[str, Any], rank: int, iteration: int, number: signal.Signals) -> None:
-    """The `rank` sends itself a signal when its step after `iteration` begins."""
+def stop(pause: float) -> None:
+    time.sleep(pause)  # some heartbeats say where this rank was
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang(_: float) -> None:
+    time.sleep(1000)
+
+
+def die(_: float) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_to_save(_: float) -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def fail(_: float) -> None:
+    raise MemoryError("no memory is left")
+
+
+def press_ctrl_c_twice(pause: float) -> None:
+    """From a thread of its own, while this rank goes on to wait for the others."""
+
+    def press() -> None:
+        for _ in range(2):
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+
+
+def train_with_faults(flags: dict[str, Any], said: str, iteration: int, faults: dict[int, Callable[..., None]]) -> None:
+    """Each rank of `faults` meets its own when it is to read for `iteration`; what it says goes to a file of `said`."""
     from ross_mcore.config import Config
     from ross_mcore.data.loader import StepLoader
+    from ross_mcore.training import stop as requests
     from ross_mcore.training.loop import train
 
+    rank = int(os.environ["RANK"])
+    requests.REPEAT_SECONDS = 0.2
+    os.dup2(os.open(f"{said}/{rank}", os.O_WRONLY | os.O_CREAT), 2)
     read, steps = StepLoader.__next__, []
 
-    def signalling(loader: Any) -> Any:
+    def faulty(loader: Any) -> Any:
         steps.append(loader)
-        if len(steps) == iteration + 1:
-            os.kill(os.getpid(), number)
+        if len(steps) == iteration and rank in faults:
+            faults[rank](0.5)
         return read(loader)
 
-    if os.environ["RANK"] == str(rank):
-        StepLoader.__next__ = signalling
-    if train(Config.from_flat(**flags)):
-        raise SystemExit(1)
+    StepLoader.__next__ = faulty
+    raise SystemExit(train(Config.from_flat(**flags)))
 
 
-def test_usr1_to_any_rank_saves_and_the_run_goes_on_to_its_exit_interval(flags: dict[str, Any]) -> None:
+def test_usr1_to_any_rank_saves_and_the_run_goes_on_to_its_exit_interval(flags: dict[str, Any], tmp_path: Path) -> None:
     """Asked for while the second step reads, after the request of that step was taken: so the third one saves."""
-    run_ranks(train_with_a_signal, 2, {**flags, "exit_interval": 5}, 1, 1, signal.SIGUSR1)
+    arguments = {**flags, "exit_interval": 5}, str(tmp_path), 2, {1: ask_to_save}
+    assert end_of_ranks(train_with_faults, 2, *arguments) == [0, 0]
     folder = Path(flags["save"])
     saved = sorted(int(path.name.removeprefix("iter_")) for path in folder.glob("iter_*"))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert saved == [3, 5] and json.loads(lines[-1])["iteration"] == 5
+
+
+HUNG = {"distributed_timeout_minutes": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "expected"),
+    [
+        pytest.param(
+            stop,
+            HUNG,
+            r"rank 1 \(process \d+ on .*\) gives no sign of life: its process is stopped \(SIGSTOP\); last heard of in "
+            r"iteration 4, reading data",
+            id="frozen",
+        ),
+        pytest.param(
+            hang,
+            HUNG,
+            r"every rank is alive, and the others wait for rank 1, (not waiting for any|behind them): iteration 4, "
+            r"reading data",
+            id="hung",
+        ),
+        pytest.param(
+            die,
+            layout(2, 2),
+            r"rank 1 \(process \d+ on .*\) gives no sign of life: its process (is gone|has ended); last heard of in "
+            r"iteration \d, .*, for \d+ s; last collective: gloo",
+            id="killed",
+        ),
+        pytest.param(
+            fail, {}, r"rank 1 failed \(MemoryError: no memory is left\) in iteration 4, reading data", id="failed"
+        ),
+    ],
+)
+def test_a_lost_rank_ends_the_others_and_is_named(
+    flags: dict[str, Any], tmp_path: Path, fault: Callable[..., None], options: dict[str, Any], expected: str
+) -> None:
+    world = 4 if fault is die else 2
+    statuses = end_of_ranks(train_with_faults, world, {**flags, **options}, str(tmp_path), 4, {1: fault}, but=1)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(world)]
+    assert statuses[0] == LOST_A_RANK and set(statuses[2:]) <= {LOST_A_RANK}, said
+    assert len(re.findall(expected, "".join(said))) == 1, said  # and one rank says it for all
+
+
+def test_a_second_ctrl_c_aborts_a_rank_that_waits_for_another(flags: dict[str, Any], tmp_path: Path) -> None:
+    faults = {0: press_ctrl_c_twice, 1: stop}
+    statuses = end_of_ranks(train_with_faults, 2, {**flags, "save_interval": 1}, str(tmp_path), 4, faults, but=1)
+    assert statuses[0] == ABORTED and "rank 0: aborted" in (tmp_path / "0").read_text()
+    found = find_checkpoint(Path(flags["save"]))
+    assert found is not None and found.iteration == 3

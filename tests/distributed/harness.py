@@ -68,7 +68,7 @@ def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> Non
 def end_of_ranks(function: Callable[..., None], world: int, *arguments: Any, but: int | None = None) -> list[int]:
     """How every rank ends, all but rank `but`, which is killed when the others have: exit statuses, -9 for a kill."""
     context = multiprocessing.get_context("forkserver")
-    errors, port = context.SimpleQueue(), _free_port()
+    errors, port = context.SimpleQueue(), free_port()
     processes = [
         context.Process(target=_rank, args=(rank, function, world, port, errors, arguments)) for rank in range(world)
     ]

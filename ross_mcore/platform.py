@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import sys
+import time
+import uuid
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -118,11 +120,35 @@ def initialize_process_group(timeout_minutes: float) -> None:
         torch.cuda.set_device(local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     timeout = datetime.timedelta(minutes=timeout_minutes)
+    store, rank, world_size = torch.distributed.HashStore(), 0, 1
     if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend(), timeout=timeout)
-    else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)
+        shared, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        store = _store_of_this_start(shared, rank, world_size)
+    torch.distributed.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _store_of_this_start(shared: Any, rank: int, world_size: int) -> Any:
+    """A part of the launcher's store in which nothing is left of processes that torchrun has started before.
+
+    torchrun keeps its store when it starts ranks again, with the addresses of the dead in it, and its count of restarts
+    differs between machines. So the first rank draws a name for this start, and gives it to whoever asks under a name
+    drawn for the question; it hears from each that the answer arrived. Questions of the dead are answered too.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        shared.set(f"start/asks/{rank}", name)
+        start = shared.get(f"start/answer/{name}").decode()
+        shared.set(f"start/heard/{start}/{rank}", "")
+        return torch.distributed.PrefixStore(f"start/{start}", shared)
+    waiting = set(range(1, world_size))
+    while waiting:
+        for other in list(waiting):
+            if shared.check([f"start/asks/{other}"]):
+                shared.set(f"start/answer/{shared.get(f'start/asks/{other}').decode()}", name)
+            if shared.check([f"start/heard/{name}/{other}"]):
+                waiting.remove(other)
+        time.sleep(0.01)
+    return torch.distributed.PrefixStore(f"start/{name}", shared)
 
 
 def flight_recorder() -> dict[str, Any]:

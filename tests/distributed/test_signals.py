@@ -151,4 +151,4 @@ def test_a_second_ctrl_c_aborts_a_rank_that_waits_for_another(flags: dict[str, A
     statuses = end_of_ranks(train_with_faults, 2, {**flags, "save_interval": 1}, str(tmp_path), 4, faults, but=1)
     assert statuses[0] == ABORTED and "rank 0: aborted" in (tmp_path / "0").read_text()
     found = find_checkpoint(Path(flags["save"]))
-    assert found is not None and found.iteration == 3
+    assert found is not None and found.iteration in (2, 3)  # the last save may have been under way

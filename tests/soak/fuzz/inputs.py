@@ -1,0 +1,103 @@
+"""Valid files of every kind, made once by the tools themselves; and what the tools import, imported here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.recorded import GOLDEN
+from tests.soak.fuzz import child
+
+TRAIN = """\
+training-stage: finetune
+template: qwen_2
+image-aspect-ratio: pad
+seq-length: 128
+global-batch-size: 2
+micro-batch-size: 1
+lr: 1.0e-4
+num-workers: 0
+eval-images: 1
+clip-grad: 1
+save-interval: 5
+log-interval: 1
+"""
+MIXTURE = """\
+datasets:
+  - {path: shards, weight: 2, name: first}
+  - {path: more, weight: 1, image_aspect_ratio: square, name: second}
+"""
+MAKE_SHARDS = "--tokenizer tokenizer --template qwen_2 --num-workers 1"
+STEPS: tuple[tuple[str, str], ...] = (
+    (
+        "tools/convert_hf_to_mcore.py",
+        "--ross-model ross --tokenizer tokenizer --vision-model tower --pixel-decoder vae --save base",
+    ),
+    ("tools/make_shards.py", f"--data records.json --image-folder images --out shards --shard-size 4 {MAKE_SHARDS}"),
+    ("tools/make_shards.py", f"--data records.jsonl --image-folder images --out more {MAKE_SHARDS}"),
+    ("tools/index_shards.py", "--data-path shards --tokenizer tokenizer --template qwen_2 --num-workers 0"),
+    (
+        "tools/precompute_latents.py",
+        "--load base --data-path shards --out latents --image-aspect-ratio pad --latents --features --num-workers 1",
+    ),
+    ("pretrain_ross.py", "--config run.yaml --load base --data-path shards --save run --train-iters 1"),
+    ("tools/convert_mcore_to_hf.py", "--load base --save parts --format hf"),
+)
+"""Script and arguments, in this order: each reads what those before it wrote."""
+
+
+class InputsError(RuntimeError):
+    """A tool that does not do what it should with valid files, so that there is nothing to fuzz."""
+
+
+def make_inputs(folder: Path, log: Path) -> None:
+    """Fills the new `folder` with valid inputs. Raises InputsError with a tool's own words."""
+    folder.mkdir(parents=True)
+    (folder / "tmp").mkdir()
+    recorded = GOLDEN / "model_qwen2_siglip" / "hf_checkpoint"
+    for source, name in (
+        (recorded, "ross"),
+        (GOLDEN / "components" / "tiny_siglip", "tower"),
+        (GOLDEN / "components" / "tiny_vae", "vae"),
+        (GOLDEN / "data" / "tok_qwen2", "tokenizer"),
+        (GOLDEN / "data" / "images", "images"),
+    ):
+        shutil.copytree(source, folder / name)
+    (folder / "images" / "inner").mkdir()
+    records = [_record(number) for number in range(8)]
+    (folder / "records.json").write_text(json.dumps(records))
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:5]))
+    (folder / "run.yaml").write_text(TRAIN)
+    (folder / "mixture.yaml").write_text(MIXTURE)
+    for script, arguments in STEPS:
+        require_works(script, arguments.split(), folder, log)
+    shutil.rmtree(folder / "tmp")
+    bad = {"iteration": 1, "position": 0, "shard": "s", "key": "k", "reason": "a picture", "replaced_by": None}
+    (folder / "run" / "quarantine.jsonl").write_text(json.dumps(bad) + "\n")
+
+
+def require_works(script: str, arguments: Sequence[str], folder: Path, log: Path) -> None:
+    """Runs a script, and then imports here what it had to import, so that the next one need not."""
+    names = log.with_suffix(".modules")
+    outcome = child.run(script, arguments, folder, log, names)
+    if outcome.status != 0:
+        raise InputsError(f"{script} {' '.join(arguments)} ended with {outcome.status}: {outcome.stderr[-3000:]}")
+    for name in names.read_text().split():
+        if not name.startswith(("script_", "torch._dynamo", "torch._inductor")):
+            try:
+                importlib.import_module(name)
+            except Exception:  # noqa: S112  a module that some other one made up
+                continue
+
+
+def _record(number: int) -> dict[str, object]:
+    pictures = ("img0.png", "img1.png", "img2.png", "img_gray.png")
+    turns = [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": f"It is {number} lines."}]
+    record: dict[str, object] = {"id": f"r{number}", "conversations": turns}
+    if number % 3:
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        record["image"] = pictures[number % 4]
+    return record

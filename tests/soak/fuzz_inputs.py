@@ -1,0 +1,157 @@
+"""Feeds every tool damaged files, and accepts two outcomes: it works, or it exits 2 with one paragraph that names the
+file and the remedy.
+
+    python tests/soak/fuzz_inputs.py --cases 300 --seed 1
+    python tests/soak/fuzz_inputs.py --seed 1 --case 137           one case again
+    python tests/soak/fuzz_inputs.py --cases 50 --only reconstruct
+
+A traceback, a hang, memory over the bound, a file written outside the output folder or half-written under a final name
+is a failure, and so is an error that speaks of the program's inside. Cases follow from the seed; the first of every
+target damages nothing. Files and output of failures are kept. Exit status 1 when anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+if TYPE_CHECKING:
+    from tests.soak.fuzz.case import Result
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=150, metavar="N", help="how many [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="what they follow from [%(default)s]")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first one [%(default)s]")
+    parser.add_argument("--only", metavar="TARGET", help="only targets whose name contains this")
+    parser.add_argument("--case", type=int, metavar="K", help="only case number K, and print what the tool said")
+    parser.add_argument("--messages", action="store_true", help="print the error of every refused case")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where failures are kept [a temporary folder]")
+    options = parser.parse_args(arguments)
+    if options.cases < 1 or options.first < 0:
+        parser.error("--cases is at least 1 and --first not negative")
+    return options
+
+
+def case_numbers(cases: int, first: int, only: str | None, case: int | None) -> list[int]:
+    """The numbers of the cases to run. Raises ValueError for `only` that no target's name contains."""
+    from tests.soak.fuzz.targets import TARGETS
+
+    if case is not None:
+        return [case]
+    chosen = {which for which, target in enumerate(TARGETS) if (only or "") in target.name}
+    if not chosen:
+        raise ValueError(f"--only {only}: the targets are {', '.join(target.name for target in TARGETS)}")
+    numbers, number = [], first
+    while len(numbers) < cases:
+        if number % len(TARGETS) in chosen:
+            numbers.append(number)
+        number += 1
+    return numbers
+
+
+def fuzz(
+    numbers: Iterable[int], seed: int, work: Path, keep: Path, report: Callable[[Result], None] = lambda result: None
+) -> list[Result]:
+    """Makes valid inputs under `work`, runs the cases, moves the folders of failures to `keep`.
+
+    The calling process must have one thread, and the imports of tests/distributed/preload.py behind it.
+    """
+    from tests.soak.fuzz.case import run_case
+    from tests.soak.fuzz.inputs import make_inputs
+
+    make_inputs(work / "valid", work / "inputs")
+    results = []
+    for number in numbers:
+        folder = work / "case"
+        result = run_case(number, seed, work / "valid", folder)
+        if result.problems:
+            kept = keep / f"seed{seed}-case{number}"
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir(parents=True)
+            for path in (folder, folder.with_suffix(".out"), folder.with_suffix(".err")):
+                shutil.move(path, kept / path.name)
+            (kept / "about.txt").write_text(describe(result, seed) + "\n")
+        results.append(result)
+        report(result)
+    return results
+
+
+def describe(result: Result, seed: int) -> str:
+    """A failure in a few lines, with the command that makes it again."""
+    return "\n  ".join(
+        [
+            f"seed {seed} case {result.number}, {result.target}: {result.what}",
+            *(f"FAILED: {problem}" for problem in result.problems),
+            f"status {result.status}, {result.message[:1000]}",
+            f"again: python tests/soak/fuzz_inputs.py --seed {seed} --case {result.number}",
+        ]
+    )
+
+
+def table(results: list[Result]) -> str:
+    """Cases, worked, refused and failed of every target."""
+    counts: dict[str, Counter[str]] = {}
+    for result in results:
+        ending = "failed" if result.problems else "worked" if result.status == 0 else "refused"
+        counts.setdefault(result.target, Counter())[ending] += 1
+    rows = [(name, found.total(), found["worked"], found["refused"], found["failed"]) for name, found in counts.items()]
+    rows.append(("all", *(sum(row[place] for row in rows) for place in range(1, 5))))
+    lines = [f"{'target':30}{'cases':>8}{'worked':>8}{'refused':>9}{'failed':>8}"]
+    return "\n".join(lines + [f"{row[0]:30}{row[1]:8}{row[2]:8}{row[3]:9}{row[4]:8}" for row in rows])
+
+
+def main() -> int:
+    options = parse_arguments()
+    try:
+        numbers = case_numbers(options.cases, options.first, options.only, options.case)
+    except ValueError as error:
+        print(f"fuzz_inputs: {error}", file=sys.stderr)
+        return 2
+    import tests.distributed.preload  # noqa: F401  once, before the first fork
+
+    with tempfile.TemporaryDirectory(prefix="fuzz.") as work:
+        keep = options.keep or Path(tempfile.mkdtemp(prefix="fuzz.failures."))
+        done: list[Result] = []
+
+        def report(result: Result) -> None:
+            done.append(result)
+            if result.problems:
+                print("\r" + describe(result, options.seed), flush=True)
+            elif options.messages and result.status:
+                print(f"\r{result.number:5} {result.what[:100]}\n      {result.message}", flush=True)
+            failed = sum(bool(found.problems) for found in done)
+            bar = "#" * (30 * len(done) // len(numbers))
+            print(f"\r[{bar:30}] {len(done)}/{len(numbers)}, {failed} failed", end="", file=sys.stderr, flush=True)
+
+        results = fuzz(numbers, options.seed, Path(work), keep, report)
+        print(file=sys.stderr)
+        if options.case is not None:
+            print(f"{results[0].what}\nstatus {results[0].status}: {results[0].message}")
+    print(table(results))
+    slowest = max(results, key=lambda result: result.seconds)
+    most = max(results, key=lambda result: result.peak_bytes)
+    seconds = sum(result.seconds for result in results) / len(results)
+    print(f"{seconds:.2f} s a case; the slowest is {slowest.number} with {slowest.seconds:.1f} s")
+    print(f"most memory beyond the imports: {most.peak_bytes >> 20} MiB, in case {most.number}")
+    if any(result.problems for result in results):
+        print(f"what failed is kept in {keep}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,9 +8,12 @@ import json
 import random
 import re
 import shutil
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ross_mcore.checkpoint.manifest import MARKER, CheckpointError, read_manifest, record_of
 from tests.soak.fuzz import child
 from tests.soak.fuzz.formats import damage
 from tests.soak.fuzz.targets import TARGETS, Target
@@ -82,19 +85,25 @@ def damage_files(target: Target, folder: Path, rng: random.Random) -> str:
     what = damage(path, folder, rng)
     if rng.random() < 0.15 and path.is_file() and not path.is_symlink():
         what += " and " + damage(path, folder, rng)
-    if rng.random() < 0.7 and path.is_file() and path.name not in ("complete.json", "index.json"):
-        state_true_sizes(path)
+    if rng.random() < 0.75 and path.is_file():
+        with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError, CheckpointError):
+            state_truly(path)
     return what
 
 
-def state_true_sizes(path: Path) -> None:
-    """Makes the marker of a checkpoint, or the index of shards, agree with a file's size, to get to what lies deeper."""
+def state_truly(path: Path) -> None:
+    """Makes the marker of a checkpoint, or the index of shards, agree with a file again, to get to what lies deeper."""
     for folder in path.parents[:2]:
-        marker, index = folder / "complete.json", folder / "index.json"
-        if marker.is_file():
-            facts = json.loads(marker.read_bytes())
-            facts["files"][path.relative_to(folder).as_posix()] = path.stat().st_size
-            marker.write_text(json.dumps(facts))
+        marker, index = folder / MARKER, folder / "index.json"
+        if path == marker:
+            facts = json.loads(path.read_bytes())
+            facts.pop("crc32", None)
+            facts["crc32"] = f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
+            path.write_text(json.dumps(facts))
+        elif marker.is_file():
+            manifest = read_manifest(folder)
+            manifest.files[path.relative_to(folder).as_posix()] = record_of(path)
+            marker.write_text(manifest.text())
         elif index.is_file() and path.suffix == ".tar":
             facts = json.loads(index.read_bytes())
             for shard in facts["shards"]:

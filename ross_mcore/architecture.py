@@ -7,11 +7,15 @@ the configuration dictionary of their library word for word; the language model 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from ross_mcore import checked, library_configs
+from ross_mcore.library_configs import MOST_LAYERS
 
 FORMAT = "ross_mcore"
 FORMAT_VERSION = 1
@@ -25,6 +29,17 @@ DENOISER_WIDTHS = {8: 1280, 12: 1536}
 
 class ArchitectureError(ValueError):
     """A model description that is malformed or that this trainer does not implement; the message says what to do."""
+
+
+@contextmanager
+def _malformed(what: str) -> Iterator[None]:
+    """What is wrong with a value, as an ArchitectureError."""
+    try:
+        yield
+    except ArchitectureError:
+        raise
+    except ValueError as error:
+        raise ArchitectureError(f"{what}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,12 @@ class LanguageConfig:
     qkv_bias: bool
 
     def __post_init__(self) -> None:
+        with _malformed("the language model"):
+            fields = vars(self)
+            for name in (field.name for field in dataclasses.fields(self) if field.type == "int"):
+                checked.count(fields, name, most=MOST_LAYERS if name == "num_hidden_layers" else checked.MOST_COUNT)
+            checked.real(fields, "rms_norm_eps", above=0)
+            checked.real(fields, "rope_theta", above=0)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ArchitectureError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -62,41 +83,46 @@ class LanguageConfig:
         """Reads the dictionary of an HF `config.json` (transformers 4.x and 5.x spellings of rope).
 
         Raises ArchitectureError for a family or a feature (rope scaling, sliding window in use, attention bias on the
-        output projection) that is not implemented.
+        output projection) that is not implemented, and for a value that is none.
         """
         family = str(config.get("model_type", "")).removeprefix("ross_")
         if family not in ("qwen2", "llama"):
-            raise ArchitectureError(f"model_type {config.get('model_type')!r}: only qwen2 and llama are implemented")
+            raise ArchitectureError(
+                f"model_type {checked.shown(config.get('model_type'))}: only qwen2 and llama are implemented"
+            )
         if config.get("hidden_act", "silu") != "silu":
-            raise ArchitectureError(f"hidden_act {config['hidden_act']!r} is not implemented; expected 'silu'")
+            raise ArchitectureError(f"hidden_act {checked.shown(config['hidden_act'])} is not implemented; only 'silu'")
         if config.get("use_sliding_window"):
             raise ArchitectureError("use_sliding_window=true is not implemented; set it to false")
         if family == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
             raise ArchitectureError("Llama with attention_bias or mlp_bias is not implemented")
-        rope = config.get("rope_parameters") or {}
-        scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k not in ("rope_theta",)}
-        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-        if kind != "default":
-            raise ArchitectureError(f"rope scaling of type {kind!r} is not implemented; only plain rotary embeddings")
-        try:
-            heads = int(config["num_attention_heads"])
+        with _malformed("the language model"):
+            rope = checked.mapping(config.get("rope_parameters") or {}, "rope_parameters")
+            scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k not in ("rope_theta",)}
+            scaling = checked.mapping(scaling, "rope_scaling")
+            kind = scaling.get("rope_type", scaling.get("type", "default"))
+            if kind != "default":
+                raise ArchitectureError(
+                    f"rope scaling of type {checked.shown(kind)} is not implemented; only plain rotary embeddings"
+                )
+            heads, hidden = checked.count(config, "num_attention_heads"), checked.count(config, "hidden_size")
             return cls(
                 model_type=family,  # type: ignore[arg-type]
-                hidden_size=int(config["hidden_size"]),
-                intermediate_size=int(config["intermediate_size"]),
-                num_hidden_layers=int(config["num_hidden_layers"]),
+                hidden_size=hidden,
+                intermediate_size=checked.count(config, "intermediate_size"),
+                num_hidden_layers=checked.count(config, "num_hidden_layers", most=MOST_LAYERS),
                 num_attention_heads=heads,
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-                vocab_size=int(config["vocab_size"]),
-                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                num_key_value_heads=checked.count(config, "num_key_value_heads", heads),
+                head_dim=checked.count(config, "head_dim", max(1, hidden // heads)),
+                vocab_size=checked.count(config, "vocab_size"),
+                max_position_embeddings=checked.count(config, "max_position_embeddings", 2048),
+                rms_norm_eps=checked.real(config, "rms_norm_eps", 1e-6, above=0),
+                rope_theta=checked.real(
+                    rope if config.get("rope_theta") is None else config, "rope_theta", 10000.0, above=0
+                ),
+                tie_word_embeddings=checked.switch(config, "tie_word_embeddings", False),
                 qkv_bias=family == "qwen2",
             )
-        except KeyError as missing:
-            raise ArchitectureError(f"the language model's config.json has no key {missing}") from None
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,15 @@ class VisionConfig:
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
         object.__setattr__(self, "image_std", tuple(self.image_std))
         if self.model_type not in ("siglip_vision_model", "clip_vision_model"):
-            raise ArchitectureError(f"vision model_type {self.model_type!r}: only SigLIP and CLIP are implemented")
+            kind = checked.shown(self.huggingface.get("model_type"))
+            raise ArchitectureError(f"vision model_type {kind}: only SigLIP and CLIP are implemented")
+        with _malformed("the vision tower"):
+            library_configs.check_vision(self.huggingface)
+            for name, above in (("image_mean", -checked.MOST_COUNT), ("image_std", 0.0)):
+                if len(values := getattr(self, name)) != 3:
+                    raise ValueError(f"{name} has {len(values)} numbers, expected one for each of 3 colours")
+                for channel in values:
+                    checked.real({name: channel}, name, above=above)
         if not -self.num_layers - 1 <= self.select_layer <= -1:
             raise ArchitectureError(f"select_layer={self.select_layer} with {self.num_layers} vision layers")
 
@@ -151,7 +185,11 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         if self.projector_type != "linear" and not re.fullmatch(r"mlp[1-9]\d*x_gelu", self.projector_type):
-            raise ArchitectureError(f"projector_type {self.projector_type!r}: expected linear or mlp<N>x_gelu")
+            raise ArchitectureError(
+                f"projector_type {checked.shown(self.projector_type)}: expected linear or mlp<N>x_gelu"
+            )
+        if self.depth > MOST_LAYERS:
+            raise ArchitectureError(f"projector_type {checked.shown(self.projector_type)}: over {MOST_LAYERS} layers")
 
     @property
     def depth(self) -> int:
@@ -170,6 +208,9 @@ class DenoiserConfig:
     """(timestep, noise) draws per image and step: the reference tiles its batch four times."""
 
     def __post_init__(self) -> None:
+        with _malformed("the denoiser"):
+            for name in vars(self):
+                checked.count(vars(self), name, most=checked.MOST_COUNT if name == "width" else MOST_LAYERS)
         if self.width % self.num_heads or self.width % 4:
             raise ArchitectureError(f"denoiser width {self.width} is not a multiple of {self.num_heads} heads and of 4")
 
@@ -178,8 +219,8 @@ class DenoiserConfig:
         """`denoiser_vit3x` -> depth 3, width 1024; `width` overrides the reference's table (small models)."""
         match = re.fullmatch(r"denoiser_vit([1-9]\d*)x", denoiser_type)
         if not match:
-            raise ArchitectureError(f"denoiser type {denoiser_type!r}: expected denoiser_vit<depth>x")
-        depth = int(match[1])
+            raise ArchitectureError(f"denoiser type {checked.shown(denoiser_type)}: expected denoiser_vit<depth>x")
+        depth = int(match[1][:9])
         return cls(depth=depth, width=width or DENOISER_WIDTHS.get(depth, 1024))
 
 
@@ -188,6 +229,10 @@ class PixelDecoderConfig:
     """The frozen diffusers `AutoencoderKL`: its configuration, word for word."""
 
     diffusers: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        with _malformed("the VAE"):
+            library_configs.check_autoencoder(self.diffusers)
 
     @property
     def latent_channels(self) -> int:
@@ -271,7 +316,9 @@ class ModelConfig:
                 f"{source} is not a {FORMAT} model description; convert the model with tools/convert_hf_to_mcore.py"
             )
         if data.get("version") != FORMAT_VERSION:
-            raise ArchitectureError(f"{source} has format version {data.get('version')!r}; this code reads 1")
+            raise ArchitectureError(
+                f"{source} has format version {checked.shown(data.get('version'))}; this code reads 1"
+            )
         parts = {
             "language": LanguageConfig,
             "vision": VisionConfig,
@@ -279,28 +326,25 @@ class ModelConfig:
             "denoiser": DenoiserConfig,
             "pixel_decoder": PixelDecoderConfig,
         }
-        built = {}
-        for name, part in parts.items():
-            section = data.get(name)
-            if section is None and name in ("denoiser", "pixel_decoder"):
-                built[name] = None
-                continue
-            if not isinstance(section, dict):
-                raise ArchitectureError(f"{source}: section {name!r} is missing or not a mapping")
-            try:
-                built[name] = part(**section)
-            except (TypeError, KeyError) as error:
-                raise ArchitectureError(f"{source}: section {name!r}: {error}") from None
-        return cls(**built)
+        try:
+            built = {
+                name: None
+                if data.get(name) is None and name in ("denoiser", "pixel_decoder")
+                else checked.build(part, data.get(name), f"section {name!r}")
+                for name, part in parts.items()
+            }
+            return cls(**built)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ArchitectureError(f"{source}: {error}; copy the file again, or convert the model again") from None
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
     """Reads `checkpoint/config.json`. Raises ArchitectureError naming the file when it is missing or malformed."""
     path = Path(checkpoint) / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = checked.read_json(path)
     except FileNotFoundError:
         raise ArchitectureError(f"{path} does not exist: {checkpoint} is not a checkpoint of this trainer") from None
-    except (OSError, ValueError) as error:
-        raise ArchitectureError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise ArchitectureError(f"{path} cannot be read: {error}; copy the file again") from None
     return ModelConfig.from_dict(data, str(path))

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ross_mcore.architecture import PixelDecoderConfig
+from ross_mcore.architecture import ArchitectureError, PixelDecoderConfig
+from ross_mcore.checked import reason, shown
+from ross_mcore.library_configs import VAE_KEYS
 
 
 def group_latents(latents: Tensor) -> Tensor:
@@ -71,7 +73,13 @@ class PixelDecoder(nn.Module):
         self.config = config
         self.decode_image_size = decode_image_size
         self.encode_batch_size = encode_batch_size
-        self.autoencoder = AutoencoderKL.from_config(dict(config.diffusers)).float()
+        fields = {name: value for name, value in config.diffusers.items() if name in VAE_KEYS}
+        try:
+            self.autoencoder = AutoencoderKL.from_config(fields).float()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArchitectureError(
+                f"config.json: diffusers builds no AutoencoderKL of {shown(fields)}: {reason(error)}"
+            ) from None
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.requires_grad_(False)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ross_mcore.architecture import VisionConfig
+from ross_mcore.architecture import ArchitectureError, VisionConfig
+from ross_mcore.checked import reason, shown
+from ross_mcore.library_configs import VISION_KEYS
 
 
 def normalize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,5 +91,10 @@ def _build_tower(config: VisionConfig) -> nn.Module:
     else:
         from transformers.models.siglip.configuration_siglip import SiglipVisionConfig as Config
         from transformers.models.siglip.modeling_siglip import SiglipVisionModel as Model
-    fields = {name: value for name, value in config.huggingface.items() if name != "model_type"}
-    return Model(Config(**fields | {"attn_implementation": "sdpa"}))
+    fields = {name: value for name, value in config.huggingface.items() if name in VISION_KEYS}
+    try:
+        return Model(Config(**fields | {"attn_implementation": "sdpa"}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArchitectureError(
+            f"config.json: transformers builds no {config.model_type} of {shown(fields)}: {reason(error)}"
+        ) from None

@@ -60,7 +60,9 @@ def require_one_thread() -> None:
     """Forking a process with threads may leave locks held for ever in the child."""
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1:
-        raise RuntimeError(f"this process has {threads} threads; cases have to be forked from one that has a single one")
+        raise RuntimeError(
+            f"this process has {threads} threads; cases have to be forked from one that has a single one"
+        )
 
 
 def script_module(script: str) -> ModuleType:

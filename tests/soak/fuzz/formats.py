@@ -84,7 +84,9 @@ def mutate_tar(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         info.name = rng.choice((*names, was + ".png", was.replace(".", "..", 1), was.upper()))
         what = f"{was} is called {info.name!r:.60}"
     elif change == "kind":
-        info.type = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"Z"))
+        info.type = rng.choice(
+            (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"Z")
+        )
         info.linkname = "../../canary/secret.txt"
         what = f"{was} is of kind {info.type!r}"
     elif change == "twice":

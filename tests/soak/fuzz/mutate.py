@@ -15,20 +15,62 @@ NUMBERS: tuple[Any, ...] = (
     *(0.0, 0.5, -0.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), float("-inf")),
 )
 TEXTS = (
-    *("", " ", "abc", "null", "1", "1e400", "nan", "a" * 5000, "\0", "\x1b[31mred", "a\nb", "\ud800", "猫\u202e\U0001f600"),
+    *(
+        "",
+        " ",
+        "abc",
+        "null",
+        "1",
+        "1e400",
+        "nan",
+        "a" * 5000,
+        "\0",
+        "\x1b[31mred",
+        "a\nb",
+        "\ud800",
+        "猫\u202e\U0001f600",
+    ),
     *("../canary/secret.txt", "../../../../etc/hostname", "/etc/hostname", "file:///etc/hostname", "..", ".", "/", "~"),
     *("{}", "%s%n", "a/../b", "con\\aux", "__class__", "iter_0000000", "qwen2", "float32"),
 )
 SHAPES: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": {}}, [1, 2, 3], {"a": [1]}, [0] * 3000)
 MARK = "@@here@@"
-RAW = ("[" * 100_000, '{"a":' * 20_000, "9" * 5000, "1e99999", "-", "nul", "NaN", '"\\ud800"', '"\\u0000"', "", '"\\x"', "'a'")
+RAW = (
+    "[" * 100_000,
+    '{"a":' * 20_000,
+    "9" * 5000,
+    "1e99999",
+    "-",
+    "nul",
+    "NaN",
+    '"\\ud800"',
+    '"\\u0000"',
+    "",
+    '"\\x"',
+    "'a'",
+)
 """Texts that no value is written as, or only a hostile one, to stand in a value's place."""
 YAML_TEXTS = (
-    *("\t- a: b\n", "a: &a [x]\nb: [*a, *a]\n", "!!python/object/apply:os.system ['true']\n", "a: [", "a: b: c\n", "%\n"),
+    *(
+        "\t- a: b\n",
+        "a: &a [x]\nb: [*a, *a]\n",
+        "!!python/object/apply:os.system ['true']\n",
+        "a: [",
+        "a: b: c\n",
+        "%\n",
+    ),
     "a: &a [x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"{y}: &{y} [{','.join(['*' + x] * 9)}]\n" for x, y in zip("abcdefgh", "bcdefghi"))
     + "datasets: *i\n",
-    *("- 1\n---\n- 2\n", "? [a]\n: b\n", "2001-01-01: 1\n", "1_000: 0o7\n", "<<: {a: 1}\n", "seq_length: 1:30\n", "\x07"),
+    *(
+        "- 1\n---\n- 2\n",
+        "? [a]\n: b\n",
+        "2001-01-01: 1\n",
+        "1_000: 0o7\n",
+        "<<: {a: 1}\n",
+        "seq_length: 1:30\n",
+        "\x07",
+    ),
 )
 
 
@@ -179,7 +221,9 @@ def mutate_bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     place = rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 512) + 1)
     length = rng.choice((1, 4, 8, 64, 4096))
     noise = rng.choice((rng.randbytes(length), b"\0" * length, b"\xff" * length))
-    kind = rng.choice(("flipped", "flipped", "overwritten", "overwritten", "cut", "longer", "inserted", "lost", "empty"))
+    kind = rng.choice(
+        ("flipped", "flipped", "overwritten", "overwritten", "cut", "longer", "inserted", "lost", "empty")
+    )
     if kind == "flipped":
         if not size:
             return b"\x01", "one byte"

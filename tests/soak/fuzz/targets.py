@@ -128,8 +128,11 @@ TARGETS = (
         PARTS,
         ("parts",),
         (
-            *(pattern for part in ("language_model", "siglip_vision_tower", "pixel_decoder")
-              for pattern in _below(f"in/parts/{part}", HUGGING_FACE)),
+            *(
+                pattern
+                for part in ("language_model", "siglip_vision_tower", "pixel_decoder")
+                for pattern in _below(f"in/parts/{part}", HUGGING_FACE)
+            ),
             "in/parts/*.bin",
             "in/parts/language_model/tokenizer*",
         ),

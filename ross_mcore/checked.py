@@ -1,4 +1,4 @@
-"""PURE: JSON that somebody else wrote: read within bounds, and values of the right kind and size, or a reason in words.
+"""JSON and YAML that somebody else wrote: read within bounds, their values of the right kind and size, or a reason why.
 
 Everything here raises ValueError with a reason that names the key and never the program's inside; callers put the file
 in front and say what to do.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import stat
 import types
 import typing
@@ -20,12 +21,15 @@ T = TypeVar("T")
 
 MOST_COUNT = 2**31 - 1
 MOST_FILE_BYTES = 1 << 30
+MOST_YAML_BYTES = 1 << 20
 MOST_SHOWN_CHARACTERS = 80
+_SHORT = reprlib.Repr()  # of what may be nested without end, as YAML's aliases make it
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MOST_SHOWN_CHARACTERS
 
 
 def shown(value: object) -> str:
     """A value for a message: on one line, without control characters, not long."""
-    text = repr(value[:MOST_SHOWN_CHARACTERS] if isinstance(value, (str, bytes, list, tuple)) else value)
+    text = _SHORT.repr(value)
     return text if len(text) <= MOST_SHOWN_CHARACTERS else text[: MOST_SHOWN_CHARACTERS - 3] + "..."
 
 
@@ -43,19 +47,7 @@ def reason(error: BaseException) -> str:
 
 def read_json(path: Path, most_bytes: int = MOST_FILE_BYTES) -> Any:
     """What a JSON file holds. Raises ValueError, FileNotFoundError."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        if status.st_size > most_bytes:
-            raise ValueError(f"it has {status.st_size} bytes, at most {most_bytes} are read")
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(reason(error)) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+    text = _read_text(path, most_bytes)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -64,6 +56,35 @@ def read_json(path: Path, most_bytes: int = MOST_FILE_BYTES) -> Any:
         raise ValueError("it is nested too deeply") from None
     except ValueError:  # Python reads no integer of thousands of digits
         raise ValueError("it has a number of too many digits") from None
+
+
+def _read_text(path: Path, most_bytes: int) -> str:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > most_bytes:
+            raise ValueError(f"it has {status.st_size} bytes, at most {most_bytes} are read")
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(reason(error)) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError, FileNotFoundError."""
+    import yaml
+
+    text = _read_text(path, MOST_YAML_BYTES)
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ross_mcore import checked
 from ross_mcore.config import SECTIONS, Config, ConfigError, require_complete
 
 DESCRIPTION = """\
@@ -132,14 +133,12 @@ class _Refusing(argparse.ArgumentParser):
 
 def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Options from a YAML mapping of flag names (dashes or underscores), checked as the command line is."""
-    import yaml
-
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        data = checked.read_yaml(Path(path)) or {}
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"--config {path}: expected a mapping of option names to values")
     known = {name for section in SECTIONS.values() for name in (f.name for f in dataclasses.fields(section))}
@@ -147,7 +146,7 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ConfigError(f"--config {path}: unknown option {key!r}{_hint(name)}")
+            raise ConfigError(f"--config {path}: unknown option {checked.shown(key)}{_hint(name)}")
         if isinstance(value, bool):
             tokens.append(flag(name) if value else "--no-" + flag(name)[2:])
         elif isinstance(value, (str, int, float)):

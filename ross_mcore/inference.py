@@ -5,10 +5,10 @@ Legend: B prompts, S tokens, K pictures, H W pixels of the tower's input, Hd sid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from PIL import Image
@@ -17,8 +17,11 @@ from torch import Tensor
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Batch, Sample, collate, segments
+from ross_mcore.checked import shown
+from ross_mcore.checkpoint.fit import architecture_of
+from ross_mcore.checkpoint.folder import TRAIN_STATE, CheckpointError
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
-from ross_mcore.data.conversation import expand_images, require_pictures, tokenize_prompt
+from ross_mcore.data.conversation import TRAINING_TEMPLATES, expand_images, require_pictures, tokenize_prompt
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.shards import MAX_IMAGE_BYTES
 from ross_mcore.data.tokenizer import load_tokenizer
@@ -44,12 +47,24 @@ class TrainedModel:
     @property
     def template(self) -> str:
         """The conversation template that the checkpoint was trained with (`plain` for a converted model)."""
-        return self.checkpoint.train_state().get("template", "plain")
+        return _first_of(self.checkpoint, "template", TRAINING_TEMPLATES, "plain")
 
     def preprocessing(self, aspect_ratio: ImageAspectRatio | None = None) -> ImagePreprocessing:
         """Of pictures, by default as the checkpoint was trained."""
-        trained = self.checkpoint.train_state().get("image_aspect_ratio", "square")
-        return ImagePreprocessing.for_tower(self.config.vision, aspect_ratio or trained, self.image_processor)
+        chosen = aspect_ratio or _first_of(self.checkpoint, "image_aspect_ratio", get_args(ImageAspectRatio), "square")
+        return ImagePreprocessing.for_tower(self.config.vision, chosen, self.image_processor)  # type: ignore[arg-type]
+
+
+def _first_of(checkpoint: Checkpoint, key: str, known: Collection[str], default: str) -> str:
+    """What a checkpoint was trained with; of a mixture of data sets, that of the first. Raises CheckpointError."""
+    value = checkpoint.train_state().get(key, default)
+    first = value.partition(",")[0] if isinstance(value, str) else value
+    if first not in known:
+        raise CheckpointError(
+            f"{checkpoint.path / TRAIN_STATE}: {key} is {shown(value)}, expected one of {', '.join(known)}; copy the "
+            "checkpoint again"
+        )
+    return str(first)
 
 
 def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainedModel:
@@ -58,7 +73,7 @@ def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     Raises CheckpointError, ArchitectureError or TokenizerError naming the file.
     """
     checkpoint = require_checkpoint(Path(run))
-    config = checkpoint.model_config()
+    config = architecture_of(checkpoint)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     platform.initialize_process_group(timeout_minutes=10)
     layout = make_layout(config, world_size=1, tensor_parallel=1, pipeline_parallel=1)

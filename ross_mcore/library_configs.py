@@ -59,8 +59,9 @@ def check_autoencoder(vae: dict[str, Any]) -> None:
     for key, default in VAE_COUNTS.items():
         checked.count(vae, key, default, most=MOST_WIDTH)
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if key in vae and vae[key] != [kind] * len(blocks):
-            raise ValueError(f"{key} is {checked.shown(vae[key])}; only {len(blocks)} times {kind} is implemented")
+        kinds = vae.get(key, [])
+        if not isinstance(kinds, list) or any(other != kind for other in kinds):
+            raise ValueError(f"{key} is {checked.shown(kinds)}; only {kind} is implemented")
     checked.count(vae, "layers_per_block", 1, most=64)
     checked.real(vae, "scaling_factor", 0.18215, above=0)
     checked.real(vae, "shift_factor", 0.0)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ross_mcore import platform
 from ross_mcore.checkpoint.fingerprint import part_fingerprint
+from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
@@ -77,7 +78,7 @@ def load_picture_parts(run: Path, kinds: Sequence[str], aspect_ratio: ImageAspec
     Raises CheckpointError and ArchitectureError naming the file.
     """
     checkpoint = require_checkpoint(run)
-    model = checkpoint.model_config()
+    model = architecture_of(checkpoint)
     preprocessing = ImagePreprocessing.for_tower(model.vision, aspect_ratio, checkpoint.image_processor())
     stored = StoredTensors(checkpoint.path)
     modules: dict[str, VisionModel | PixelDecoder] = {}

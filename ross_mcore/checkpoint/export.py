@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ross_mcore import checked
 from ross_mcore.checkpoint import export_config, mapping
 from ross_mcore.checkpoint.convert import AnyRow, ConversionError, convert_steps, plan_out
 from ross_mcore.checkpoint.export_config import RunFacts, SpecialTokens
-from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError, rename_into_place
+from ross_mcore.checkpoint.fit import require_fit
+from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, CheckpointError, rename_into_place
 from ross_mcore.checkpoint.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
@@ -63,28 +65,18 @@ class Export:
         self.source = StoredTensors(checkpoint.path)
         brought = checkpoint.tokenizer / GENERATION_CONFIG
         self.generation = read_json(brought) if brought.exists() else export_config.generation_config(tokens)
-        eos = self.generation.get("eos_token_id", tokens.eos)
-        self.tokens = SpecialTokens(
-            bos=self.generation.get("bos_token_id", tokens.bos),
-            eos=tokens.eos if isinstance(eos, list) else eos,
-            pad=tokens.pad,
-        )
-        self._refuse_other_tensors()
+        given = {key: value for key, value in self.generation.items() if not isinstance(value, list)}
+        try:
+            self.tokens = SpecialTokens(
+                bos=_token_id(given, "bos_token_id", tokens.bos),
+                eos=_token_id(given, "eos_token_id", tokens.eos),
+                pad=tokens.pad,
+            )
+        except ValueError as error:
+            raise ConversionError(f"{brought}: {error}; copy the file again, or remove it") from None
+        require_fit(checkpoint, self.model, self.source)
         if mm_pixel_decoder and not self.model.pixel_decoder:
             raise ConversionError(f"{checkpoint.path} has no pixel decoder whose path could be stated")
-
-    def _refuse_other_tensors(self) -> None:
-        shapes, stored = inventory(self.model), self.source.shapes
-        for name in sorted(shapes.keys() | stored.keys()):
-            if name not in stored:
-                problem = f"lacks tensor {name}, shape {list(shapes[name])}"
-            elif name not in shapes:
-                problem = f"has tensor {name}, for which the architecture has no place"
-            elif shapes[name] != stored[name]:
-                problem = f"has tensor {name} in shape {list(stored[name])}, the architecture says {list(shapes[name])}"
-            else:
-                continue
-            raise ConversionError(f"{self.checkpoint.path} {problem}")
 
     @property
     def tower_folder(self) -> str:
@@ -158,7 +150,11 @@ class Export:
         known = {key: state[key] for key in ("training_stage", "image_aspect_ratio", "seq_length") if state.get(key)}
         if saved_by_pretrain:
             known["training_stage"] = "pretrain"
-        run = RunFacts(**known, tower_trained=any(name.startswith("vision_model.") for name in self.source.trained))
+        known["tower_trained"] = any(name.startswith("vision_model.") for name in self.source.trained)
+        try:
+            run = checked.build(RunFacts, known, "it")
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path / TRAIN_STATE}: {error}; copy the checkpoint again") from None
         config = export_config.ross_config(
             self.model, self.tokens, self._dtype("language_model."), run, vision_tower=tower, pixel_decoder=vae
         )
@@ -263,6 +259,11 @@ def _atomic(save: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _token_id(config: dict[str, Any], key: str, default: int | None) -> int | None:
+    """Raises ValueError."""
+    return default if config.get(key) is None else checked.count(config, key, least=0)
 
 
 def _split(sizes: dict[str, int], most: int) -> list[list[str]]:

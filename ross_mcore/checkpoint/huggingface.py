@@ -5,16 +5,17 @@ Only JSON, safetensors and, with `weights_only`, stage-1 adapters are read. Noth
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ross_mcore import checked
 from ross_mcore.architecture import (
     ArchitectureError,
     DenoiserConfig,
@@ -27,6 +28,7 @@ from ross_mcore.architecture import (
 from ross_mcore.checkpoint.convert import ConversionError, Tensors
 from ross_mcore.checkpoint.export_config import ross_facts
 from ross_mcore.checkpoint.safe_load import read_adapter
+from ross_mcore.library_configs import MOST_LAYERS
 
 STEMS = ("model", "diffusion_pytorch_model")
 TOKENIZER_FILES = (
@@ -60,14 +62,11 @@ VISION_TOWER_OF = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ConversionError naming the file when it is missing or not a mapping."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return checked.mapping(checked.read_json(path), "it")
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist; expected a folder saved with save_pretrained") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise ConversionError(f"{path} holds a {type(data).__name__}, expected a mapping")
-    return data
 
 
 def read_language_config(folder: Path) -> LanguageConfig:
@@ -75,28 +74,37 @@ def read_language_config(folder: Path) -> LanguageConfig:
     config = read_json(folder / "config.json")
     try:
         return LanguageConfig.from_huggingface(config)
-    except (ArchitectureError, TypeError, ValueError, ZeroDivisionError) as error:
+    except ArchitectureError as error:
         raise ArchitectureError(f"{folder / 'config.json'}: {error}") from None
 
 
 def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
     """The vision tower in `folder`, which may also hold a text tower. Raises as `read_language_config` does."""
     config = read_json(folder / "config.json")
-    if config.get("model_type") in VISION_TOWER_OF:
-        config = {"model_type": VISION_TOWER_OF[config["model_type"]], **(config.get("vision_config") or {})}
-    kind = str(config.get("model_type"))
     processor = read_json(folder / "preprocessor_config.json")
     try:
+        outer = str(config.get("model_type"))
+        if outer in VISION_TOWER_OF:
+            inner = checked.mapping(config.get("vision_config") or {}, "vision_config")
+            config = {"model_type": VISION_TOWER_OF[outer], **inner}
+        kind = str(config.get("model_type"))
         return VisionConfig(
             huggingface={**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS.get(kind, {}), **_without_origin(config)},
-            image_mean=tuple(float(value) for value in processor["image_mean"]),  # type: ignore[arg-type]
-            image_std=tuple(float(value) for value in processor["image_std"]),  # type: ignore[arg-type]
+            image_mean=_channels(processor, "image_mean"),
+            image_std=_channels(processor, "image_std"),
             select_layer=select_layer,
         )
-    except KeyError as missing:
-        raise ArchitectureError(f"{folder / 'preprocessor_config.json'} has no key {missing}") from None
-    except (ArchitectureError, TypeError, ValueError) as error:
-        raise ArchitectureError(f"{folder}: {error}") from None
+    except ValueError as error:
+        raise ArchitectureError(f"{folder} (config.json, preprocessor_config.json): {error}") from None
+
+
+def _channels(processor: dict[str, Any], key: str) -> tuple[float, float, float]:
+    """A number for each colour. Raises ValueError."""
+    values = processor.get(key)
+    if not isinstance(values, list) or len(values) != 3:
+        raise ValueError(f"{key} is {checked.shown(values)}, expected 3 numbers")
+    red, green, blue = (checked.real({key: value}, key) for value in values)
+    return red, green, blue
 
 
 def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
@@ -104,12 +112,12 @@ def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
     config = read_json(folder / "config.json")
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "latent_channels" not in config:
         hint = "; give its vae/ folder" if (folder / "vae").is_dir() else ""
-        raise ArchitectureError(f"{folder} holds a {config.get('_class_name')}, expected an AutoencoderKL{hint}")
-    for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        other = [kind for kind in config.get(key, []) if kind != block]
-        if other:
-            raise ArchitectureError(f"{folder / 'config.json'}: {key} has {other[0]!r}; only {block} is implemented")
-    return PixelDecoderConfig(_without_origin(config))
+        kind = checked.shown(config.get("_class_name"))
+        raise ArchitectureError(f"{folder / 'config.json'} is that of a {kind}, expected an AutoencoderKL{hint}")
+    try:
+        return PixelDecoderConfig(_without_origin(config))
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{folder / 'config.json'}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -127,28 +135,34 @@ class RossFolder:
         config, file = self.config, self.path / "config.json"
         for key, only in (("mm_use_im_start_end", False), ("s2", False), ("mm_patch_merge_type", "flat")):
             if config.get(key, only) not in (only, None):
-                raise ArchitectureError(f"{file}: {key}={config[key]!r} is not implemented; only {only!r}")
+                raise ArchitectureError(f"{file}: {key}={checked.shown(config[key])} is not implemented; only {only!r}")
         try:
             vision = read_vision_config(self.vision_model)
             if vision.model_type == "clip_vision_model":  # the reference's SigLIP reads layer -2 whatever the file says
                 if config.get("mm_vision_select_feature", "patch") != "patch":
                     raise ArchitectureError("mm_vision_select_feature must be 'patch'")
-                vision = read_vision_config(self.vision_model, int(config.get("mm_vision_select_layer", -2)))
+                layer = checked.count(config, "mm_vision_select_layer", -2, least=-MOST_LAYERS, most=-1)
+                vision = read_vision_config(self.vision_model, layer)
             model = ModelConfig(
                 language=read_language_config(self.path),
                 vision=vision,
                 projector=ProjectorConfig(str(config.get("mm_projector_type", "linear"))),
                 denoiser=self.pixel_decoder
-                and DenoiserConfig.from_type(str(config.get("mm_inv_projector_type")), config.get("mm_inv_width")),
+                and DenoiserConfig.from_type(
+                    str(config.get("mm_inv_projector_type")),
+                    None if config.get("mm_inv_width") is None else checked.count(config, "mm_inv_width"),
+                ),
                 pixel_decoder=self.pixel_decoder and read_pixel_decoder_config(self.pixel_decoder),
             )
-        except (ArchitectureError, TypeError) as error:
+        except ArchitectureError as error:
+            raise error if str(error).startswith(str(file)) else ArchitectureError(f"{file}: {error}") from None
+        except ValueError as error:
             raise ArchitectureError(f"{file}: {error}") from None
         for key, ours in ross_facts(model).items():
             if config.get(key) not in (ours, None):
                 raise ArchitectureError(
-                    f"{file}: {key} is {config[key]}, but the folders of tower and VAE say {ours}. Give the folders "
-                    "that this model was trained with"
+                    f"{file}: {key} is {checked.shown(config[key])}, but the folders of tower and VAE say {ours}. Give "
+                    "the folders that this model was trained with"
                 )
         return model
 
@@ -171,11 +185,12 @@ def open_ross(
         around = folder.resolve()
         starts = [*([base] if base else []), Path(), around, *around.parents]
         for candidate in (*(start / said for start in starts), around / Path(said).name):
-            if (candidate / "config.json").is_file():
-                return candidate
+            with suppress(OSError):  # a name too long for the file system
+                if (candidate / "config.json").is_file():
+                    return candidate
         raise ConversionError(
-            f"{folder / 'config.json'}: {key} {said!r} is not a folder with a config.json, as it is or seen from the "
-            f"checkpoint; say where it lies with {flag}"
+            f"{folder / 'config.json'}: {key} {checked.shown(said)} is not a folder with a config.json, as it is or "
+            f"seen from the checkpoint; say where it lies with {flag}"
         )
 
     return RossFolder(

@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ross_mcore import checked
 
 MARKER = "complete.json"
 FORMAT = "ross_mcore_checkpoint"
@@ -83,29 +86,30 @@ def read_manifest(folder: Path) -> Manifest:
     data = read_json(marker)
     version = data.get("version")
     if data.get("format") != FORMAT or version not in (1, FORMAT_VERSION):
-        raise CheckpointError(
-            f"{marker} says format {data.get('format')!r} version {version!r}; this code reads {FORMAT!r} versions 1 "
-            f"and {FORMAT_VERSION}"
-        )
+        found = f"format {checked.shown(data.get('format'))} version {checked.shown(version)}"
+        raise CheckpointError(f"{marker} says {found}; this code reads {FORMAT!r} versions 1 and {FORMAT_VERSION}")
     if version == FORMAT_VERSION and data.pop("crc32", None) != _own_checksum(data):
         raise CheckpointError(f"{marker} is damaged: its content does not have the crc32 that it says")
     try:
-        files = {str(name): _record(entry) for name, entry in data["files"].items()}
-        manifest = Manifest(int(data["iteration"]), int(data["sequence"]), files, data.get("layout", {}), version)
-        if manifest.iteration < 0 or not isinstance(manifest.layout, dict):
-            raise ValueError(f"iteration {manifest.iteration}, layout {manifest.layout!r}")
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise CheckpointError(f"{marker} is malformed: {error!r}") from None
+        files = {name: _record(entry) for name, entry in checked.mapping(data.get("files"), "files").items()}
+        iteration, sequence = (checked.count(data, key, least=0, most=2**62) for key in ("iteration", "sequence"))
+        manifest = Manifest(iteration, sequence, files, checked.mapping(data.get("layout", {}), "layout"), version)
+    except ValueError as error:
+        raise CheckpointError(f"{marker} is malformed: {error}") from None
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{marker} lists {name!r}, which lies outside the checkpoint")
+            raise CheckpointError(f"{marker} lists {checked.shown(name)}, which lies outside the checkpoint")
     return manifest
 
 
 def _record(entry: Any) -> FileRecord:
-    if isinstance(entry, int):  # version 1
-        return FileRecord(entry, None)
-    return FileRecord(int(entry["bytes"]), int(entry["crc32"], 16))
+    """Raises ValueError."""
+    if not isinstance(entry, dict):  # version 1
+        return FileRecord(checked.count({"bytes": entry}, "bytes", least=0, most=2**62), None)
+    crc32 = entry.get("crc32")
+    if not isinstance(crc32, str) or not re.fullmatch("[0-9a-f]{8}", crc32):
+        raise ValueError(f"crc32 is {checked.shown(crc32)}, expected 8 hexadecimal digits")
+    return FileRecord(checked.count(entry, "bytes", least=0, most=2**62), int(crc32, 16))
 
 
 def _own_checksum(data: dict[str, Any]) -> str:
@@ -173,9 +177,8 @@ def sync(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping. Raises CheckpointError naming the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return checked.mapping(checked.read_json(path), "it")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a mapping")
-    return data

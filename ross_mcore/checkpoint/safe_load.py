@@ -17,6 +17,7 @@ dist_checkpointing/strategies/common.py. No class is added to what weights_only 
 from __future__ import annotations
 
 import importlib
+import math
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,13 +25,16 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.futures import Future
 
+from ross_mcore.checked import reason, shown
 from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, OPTIMIZER_PREFIX
 
+REMEDY = "copy the checkpoint again, or take another one"
 ALLOWED = {
     # plain descriptions of tensors and of byte ranges: dataclasses and enums without side effects
     "torch.distributed.checkpoint.metadata": {
@@ -83,19 +87,44 @@ def read_metadata(folder: Path) -> Metadata:
             metadata = _Unpickler(stream).load()
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"it holds a {type(metadata).__name__}")
-        files = {place.relative_path for place in metadata.storage_data.values()}
-        for name in files:
-            if not isinstance(name, str) or Path(name).name != name or not (path.parent / name).is_file():
-                raise CheckpointError(f"tensors are said to lie in {name!r}, which is not a file beside it")
-        for name, item in metadata.state_dict_metadata.items():
-            if not isinstance(name, str) or (isinstance(item, TensorStorageMetadata) and not item.chunks):
-                raise CheckpointError(f"{name!r} is described without any part")
+        _check_places(path.parent, metadata)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a sharded checkpoint") from None
     except Exception as error:  # a hostile pickle can raise anything
-        reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is not the index of a checkpoint: {reason}") from None
+        raise CheckpointError(f"{path} is not the index of a checkpoint: {_why(error)}; {REMEDY}") from None
     return metadata
+
+
+def _check_places(folder: Path, metadata: Metadata) -> None:
+    """Raises CheckpointError for a tensor that is not whole, or larger than the bytes that are said to hold it."""
+    sizes: dict[str, int] = {}
+    for where, place in metadata.storage_data.items():
+        name, start, length = place.relative_path, place.offset, place.length
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"tensors are said to lie in {shown(name)}, which is not a file beside it")
+        if name not in sizes:
+            sizes[name] = (folder / name).stat().st_size
+        if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= sizes[name]:
+            raise CheckpointError(f"{shown(where.fqn)} is said to lie at {shown(start)} of {name}, which is shorter")
+        if getattr(place, "transform_descriptors", None):
+            raise CheckpointError(f"{shown(where.fqn)} is said to be compressed, which this trainer never does")
+    for name, item in metadata.state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            continue
+        if not isinstance(name, str) or not item.chunks:
+            raise CheckpointError(f"{shown(name)} is described without any part")
+        places = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in item.chunks]
+        if math.prod(item.size) * item.properties.dtype.itemsize > sum(place.length for place in places):
+            raise CheckpointError(f"{name} is said to have shape {shown(list(item.size))}, more than its bytes hold")
+
+
+def _why(error: Exception) -> str:
+    """What a reader of pickles and archives said, in one line."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds something else than tensors and plain data"
+    return reason(error)
 
 
 def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any]:
@@ -107,8 +136,7 @@ def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError of the zip reader ...
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{path} was refused: {type(error).__name__}: {reason}") from None
+        raise CheckpointError(f"{path} was refused: {_why(error)}; {REMEDY}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a mapping")
     return state
@@ -119,8 +147,9 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # as in read_common
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{path} was refused: {type(error).__name__}: {reason}") from None
+        raise CheckpointError(
+            f"{path} was refused: {_why(error)}; copy the file again, or have it saved again"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path} is not a dictionary of tensors")
     return {str(name): tensor for name, tensor in state.items()}
@@ -138,7 +167,7 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
     if not isinstance(item, TensorStorageMetadata):
         raise CheckpointError(f"{folder} has no tensor {name}")
     whole: Tensor | None = None
-    file = "its files"
+    file = INDEX_FILE
     try:
         for chunk in item.chunks:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
@@ -156,8 +185,7 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
                 raise ValueError(f"a piece has shape {list(piece.shape)}, expected {list(target.shape)}")
             target.copy_(piece)
     except Exception as error:  # a damaged file can raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{name} cannot be read from {file} in {folder}: {reason}") from None
+        raise CheckpointError(f"{name} cannot be read from {folder / file}: {_why(error)}; {REMEDY}") from None
     return cast(Tensor, whole)  # a tensor without pieces was refused by read_metadata
 
 
@@ -191,7 +219,19 @@ class Reader(FileSystemReader):
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
-        self._metadata = metadata
+        self._folder, self._metadata = folder, metadata
+        self._at = INDEX_FILE
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]
         return self._metadata
+
+    def _slice_file(self, file: Any, place: Any) -> Any:
+        self._at = place.relative_path
+        return super()._slice_file(file, place)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Raises CheckpointError naming the file."""
+        try:
+            return super().read_data(plan, planner)
+        except Exception as error:  # a damaged file can raise anything
+            raise CheckpointError(f"{Path(self._folder) / self._at} cannot be read: {_why(error)}; {REMEDY}") from None

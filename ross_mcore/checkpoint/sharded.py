@@ -46,12 +46,21 @@ from torch.distributed.checkpoint import load as read_shards
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ross_mcore.architecture import ModelConfig
+from ross_mcore.checked import reason, shown
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, require_checkpoint
+from ross_mcore.checkpoint.manifest import read_json
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
 from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
 from ross_mcore.checkpoint.together import exchange, together
-from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, OPTIMIZER_PREFIX, SHARDING, sharding_metadata
+from ross_mcore.checkpoint.torch_dist import (
+    BACKEND,
+    BACKEND_FILE,
+    FP8_PREFIX,
+    OPTIMIZER_PREFIX,
+    SHARDING,
+    sharding_metadata,
+)
 
 __all__ = [
     "Checkpoint",
@@ -110,10 +119,13 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     extra_state, wanted = extract_matching_values(state, is_extra_state)
 
     def check() -> tuple[Metadata, dict[str, Any]]:
+        backend = read_json(checkpoint.path / BACKEND_FILE)  # which mcore reads too, trusting it
+        if backend != BACKEND:
+            raise CheckpointError(f"{checkpoint.path / BACKEND_FILE} says {shown(backend)}, this code reads {BACKEND}")
         metadata, common = read_metadata(checkpoint.path), read_common(checkpoint.path)
         stored = common.pop("content_metadata", None)
         if stored != SHARDING:
-            raise CheckpointError(f"{checkpoint.path} was sharded with {stored}, this code reads {SHARDING}")
+            raise CheckpointError(f"{checkpoint.path} was sharded with {shown(stored)}, this code reads {SHARDING}")
         return metadata, common
 
     metadata, common = together(check)
@@ -231,8 +243,9 @@ def _some(names: list[str], most: int = 5) -> str:
 
 def _first_failure(what: str, error: CheckpointException) -> str:
     """One line of torch's exception, which carries a traceback for every rank that failed."""
-    rank, (reason, _) = sorted(error.failures.items())[0]
-    return f"{what}: {type(reason).__name__}: {reason} (rank {rank})"
+    rank, (failure, _) = sorted(error.failures.items())[0]
+    said = str(failure) if isinstance(failure, CheckpointError) else f"{what}: {reason(failure)}"
+    return f"{said} (rank {rank})"
 
 
 class _LoadPlanner(MCoreLoadPlanner):

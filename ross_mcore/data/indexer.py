@@ -7,7 +7,6 @@ modification time (or the store's tag) or what lengths are measured with has cha
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ross_mcore import checked
 from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
 from ross_mcore.data.indexing import (
     IndexedShard,
@@ -134,7 +134,8 @@ def _absolute(location: str) -> str:
 def _named_elsewhere(folder: Path) -> list[str]:
     """The absolute paths and URLs in a folder's index.json, which an index made with --out consists of."""
     try:
-        names = [shard["name"] for shard in json.loads((folder / "index.json").read_bytes())["shards"]]
+        index = checked.read_json(folder / "index.json")
+        names = [shard["name"] for shard in index["shards"] if "\0" not in shard["name"]]
         return [name for name in names if is_remote(name) or Path(name).is_absolute()]
     except (OSError, ValueError, KeyError, TypeError):
         return []

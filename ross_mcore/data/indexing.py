@@ -22,6 +22,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ross_mcore import checked
+from ross_mcore.checked import reason as reason_of
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     UNBOUNDED,
@@ -59,8 +61,6 @@ if TYPE_CHECKING:
 NO_LIMIT = 2**31 - 1
 MAX_PART_HEADER_BYTES = 16 << 20
 DIGEST_BYTES = 16
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-"""What reading a damaged .npz raises."""
 
 
 class SampleError(ValueError):
@@ -217,24 +217,48 @@ class ShardIndex:
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
         """Raises ShardError when the part is damaged."""
+        facts = part_facts(path)
         try:
-            with np.load(path, allow_pickle=False) as part:
-                facts = json.loads(part["facts"].tobytes())
-                arrays = part["samples"], part["images"], part["parts"], part["keys"].tobytes(), part["digests"]
-        except UNREADABLE as error:
-            raise ShardError(f"{path} is damaged: {error!r}; delete it and index the shards again") from None
-        quarantine = [(key, reason) for key, reason in facts["quarantine"]]
-        return cls(*arrays, quarantine, facts["lost_bytes"], facts["others"], facts["part_sources"])
+            if facts is None:
+                raise ValueError("no part of an index")
+            with _opened(path) as part:
+                samples, images, parts, digests = (part[name] for name in ("samples", "images", "parts", "digests"))
+                keys = part["keys"].tobytes()
+            held = len(samples), len(images), len(parts), len(digests), len(keys)
+            said = tuple(
+                facts[name] for name in ("num_samples", "num_images", "num_samples", "num_samples", "key_bytes")
+            )
+            kinds = samples.dtype, images.dtype, parts.dtype, digests.dtype
+            if held != said or kinds != (SAMPLE_ROW, IMAGE_ROW, PART_ROW, np.uint8):
+                raise ValueError("its tables are not those of its facts")
+            quarantine = [(None if key is None else str(key), str(reason)) for key, reason in facts["quarantine"]]
+        except Exception as error:  # numpy and zipfile raise what they come across
+            raise ShardError(f"{path} is damaged: {reason_of(error)}; delete it and index the shards again") from None
+        sources = checked.mapping(facts["part_sources"], "part_sources")
+        return cls(samples, images, parts, keys, digests, quarantine, facts["lost_bytes"], facts["others"], sources)
 
 
 def part_facts(path: Path) -> dict[str, Any] | None:
     """What `ShardIndex.save` wrote about a part, None when there is no whole part."""
     try:
-        with np.load(path, allow_pickle=False) as part:
+        with _opened(path) as part:
             facts = json.loads(part["facts"].tobytes())
-            return facts if isinstance(facts, dict) else None
-    except UNREADABLE:
+        for key in ("num_samples", "num_images", "key_bytes", "lost_bytes", "others"):
+            checked.count(facts, key, least=0, most=2**62)
+        checked.mapping(facts["part_sources"], "part_sources")
+        return facts if isinstance(facts["quarantine"], list) and "about" in facts else None
+    except Exception:  # as in ShardIndex.load; a part that is none is made again
         return None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An .npz that `ShardIndex.save` wrote. Raises ValueError for one whose members unpack to more than it holds."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise ValueError("its members are compressed, which none are that were written here")
+    with np.load(path, allow_pickle=False) as part:
+        yield part
 
 
 def index_tar(

@@ -90,41 +90,55 @@ class MixtureOrder:
         return np.searchsorted(self.offsets, np.asarray(numbers), side="right") - 1
 
 
-def counts_by_epochs(sizes: Sequence[int], epochs: Sequence[float]) -> tuple[int, ...]:
+def counts_by_epochs(sizes: Sequence[int], epochs: Sequence[float], names: Sequence[str] = ()) -> tuple[int, ...]:
     """Samples [D] of an epoch of the mixture that passes `epochs` [D] times over data sets of `sizes` [D] samples.
 
-    A part of an epoch is rounded to whole samples. Raises ValueError for what leaves a data set without any.
+    A part of an epoch is rounded to whole samples. Raises ValueError for what leaves a data set without any, called by
+    its name in `names`.
     """
-    shares = _positive("epochs", epochs, len(sizes))
-    return _nonempty("epochs", epochs, [round(share * size) for share, size in zip(shares, sizes)])
+    shares = _positive("epochs", epochs, len(sizes), names)
+    return _usable("epochs", epochs, [round(share * size) for share, size in zip(shares, sizes)], names)
 
 
-def counts_by_weight(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
+def counts_by_weight(sizes: Sequence[int], weights: Sequence[float], names: Sequence[str] = ()) -> tuple[int, ...]:
     """Samples [D] of an epoch of the mixture with as many samples as all data sets have, in proportion to `weights`.
 
     What is left after rounding down goes to the largest remainders, to the earlier data set when they are equal.
-    Weights are the decimal numbers they are written as. Raises ValueError for what leaves a data set without samples.
+    Weights are the decimal numbers they are written as. Raises ValueError as `counts_by_epochs` does.
     """
-    shares = _positive("weight", weights, len(sizes))
+    shares = _positive("weight", weights, len(sizes), names)
     exact = [share * sum(sizes) / sum(shares) for share in shares]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda which: counts[which] - exact[which])
     for which in by_remainder[: sum(sizes) - sum(counts)]:
         counts[which] += 1
-    return _nonempty("weight", weights, counts)
+    return _usable("weight", weights, counts, names)
 
 
-def _positive(name: str, values: Sequence[float], count: int) -> list[Fraction]:
+def _name(which: int, names: Sequence[str]) -> str:
+    return names[which] if names else str(which)
+
+
+def _positive(name: str, values: Sequence[float], count: int, names: Sequence[str]) -> list[Fraction]:
     if len(values) != count:
         raise ValueError(f"{count} data sets and {len(values)} times {name}")
     for which, value in enumerate(values):
         if not 0 < value < float("inf"):
-            raise ValueError(f"data set {which}: {name}={value} is not above zero")
+            raise ValueError(f"data set {_name(which, names)}: {name}={value} is not above zero")
     return [Fraction(str(value)) for value in values]
 
 
-def _nonempty(name: str, values: Sequence[float], counts: Sequence[int]) -> tuple[int, ...]:
+def _usable(name: str, values: Sequence[float], counts: Sequence[int], names: Sequence[str]) -> tuple[int, ...]:
     for which, value in enumerate(values):
         if counts[which] < 1:
-            raise ValueError(f"data set {which}: {name}={value} leaves it no sample of the {sum(counts)} of an epoch")
+            raise ValueError(
+                f"data set {_name(which, names)}: {name}={value} leaves it no sample of the {sum(counts)} of an "
+                f"epoch; raise its {name}, or leave the data set out"
+            )
+    if sum(counts) > MOST_SAMPLES:
+        most = max(range(len(counts)), key=lambda which: counts[which])
+        raise ValueError(
+            f"data set {_name(most, names)}: with {name}={values[most]} an epoch has {sum(counts):.3g} samples, over "
+            f"{MOST_SAMPLES}; lower it"
+        )
     return tuple(counts)

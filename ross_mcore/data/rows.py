@@ -112,10 +112,13 @@ class RowStream:
         Raises ValueError for what is no state, and for one that shows that the settings differ (not every one does).
         """
         for name in asdict(self.cursor):
-            if type(value := state.get(name)) is not int or value < 0:
+            if type(value := state.get(name)) is not int or not 0 <= value < 2**53:
                 raise ValueError(f"{name}={value!r} in the state of the rows is not a count")
         cursor = Cursor(**{name: state[name] for name in asdict(self.cursor)})
-        plan, before = self._plan(cursor.window), self.window_positions(cursor.window).start
+        before = self.window_positions(cursor.window).start
+        if before >= 2**53:
+            raise ValueError(f"window={cursor.window} in the state of the rows lies beyond any run")
+        plan = self._plan(cursor.window)
         if cursor.first_row >= len(plan) or cursor.consumed_samples != before + plan.offsets[cursor.first_row]:
             raise ValueError(
                 f"{cursor} is no place in these rows: continue with the data sets, seed, sequence length and packing "

@@ -121,7 +121,7 @@ class ShardDataset:
 
     def shard(self, sample_number: int) -> str:
         """The name of the shard that a sample is in."""
-        return self.reader.index["shards"][int(self.reader.samples[sample_number]["shard"])]["name"]
+        return self.reader.shard_name(int(self.reader.samples[sample_number]["shard"]))
 
     def peers(self, _: int) -> range:
         """The samples that one may stand in for: all of them."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ross_mcore import checked
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, RemoteError, ShardCache, is_remote, require_protocol
 
 INDEX_TOOL = "python tools/index_shards.py"
@@ -47,6 +49,8 @@ MAX_RECORD_BYTES = 16 << 20
 MAX_IMAGE_BYTES = 64 << 20
 MAX_PART_BYTES = 1 << 30
 MAX_IMAGES = 65535
+MAX_SAMPLES = 2**40
+MAX_KEY_BYTES = 1024
 READ_PAUSES_SECONDS = (0.5, 1.0, 2.0)
 """Before a read that the file system failed is tried again."""
 MAX_OPEN_SHARDS = 64
@@ -122,6 +126,33 @@ def as_record(data: bytes, kind: int, num_images: int) -> bytes:
     return json.dumps({"conversations": turns}, ensure_ascii=False).encode()
 
 
+def _check_index(index: dict[str, Any]) -> None:
+    """Brings an index to the types that it is read with. Raises ValueError."""
+    shards = index.get("shards")
+    if not isinstance(shards, list) or not shards:
+        raise ValueError(f"shards is {checked.shown(shards)}, expected a list of them")
+    for shard in shards:
+        name = checked.mapping(shard, "a shard").get("name")
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise ValueError(f"the name of a shard is {checked.shown(name)}")
+        checked.count(shard, "samples", most=MAX_SAMPLES)
+        checked.count(shard, "bytes", most=2**62)
+        if not isinstance(shard.get("tag", ""), str):
+            raise ValueError(f"the tag of a shard is {checked.shown(shard['tag'])}")
+    checked.count(index, "num_samples", most=MAX_SAMPLES)
+    for key in ("num_images", "quarantined"):
+        checked.count(index, key, least=0, most=MAX_SAMPLES)
+    if sum(shard["samples"] for shard in shards) != index["num_samples"]:
+        raise ValueError(f"the shards' samples do not add up to num_samples={index['num_samples']}")
+    if not isinstance(index.get("fingerprint"), str) or len(index["fingerprint"]) > 64:
+        raise ValueError(f"fingerprint is {checked.shown(index.get('fingerprint'))}")
+    if index.get("lengths") is not None:
+        index["lengths"] = checked.build(LengthSource, index["lengths"], "lengths")
+    index["lengths"] = index.get("lengths")
+    checked.mapping(index.setdefault("precomputed", {}), "precomputed")
+    checked.switch(index, "pictures_left_out", False)
+
+
 class ShardReader:
     """Random access to a data set by sample number; a few open files and memory maps are its whole state.
 
@@ -149,7 +180,8 @@ class ShardReader:
             self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
         except (OSError, ValueError) as error:
             raise ShardError(
-                f"{self.folder / 'keys.txt'}: {error}; make the index again: {INDEX_TOOL} --data-path {self.folder}"
+                f"{self.folder / 'keys.txt'} cannot be read: {checked.reason(error)}; make the index again: "
+                f"{INDEX_TOOL} --data-path {self.folder}"
             ) from None
         self.max_open_shards = MAX_OPEN_SHARDS
         self._handles: OrderedDict[int, int] = OrderedDict()
@@ -173,8 +205,14 @@ class ShardReader:
             start = int(self.samples[number]["key_offset"])
             last = int(number) + 1 == self.num_samples
             end = self._keys.size if last else int(self.samples[number + 1]["key_offset"])
-            keys.append(self._keys[start : end - 1].tobytes().decode("utf-8", "replace"))
+            key = self._keys[start : max(start, end - 1)][:MAX_KEY_BYTES].tobytes().decode("utf-8", "replace")
+            keys.append("".join(character if character.isprintable() else "?" for character in key))
         return keys
+
+    def shard_name(self, shard: int) -> str:
+        """The name of a shard by its number; of one that a damaged samples.npy makes up, that it is none."""
+        shards = self.index["shards"]
+        return shards[shard]["name"] if shard < len(shards) else f"no shard {shard}"
 
     def record_bytes(self, number: int) -> bytes:
         """The LLaVA record of a sample as JSON. Raises ShardError when it cannot be read whole."""
@@ -262,50 +300,66 @@ class ShardReader:
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / "index.json"
+        again = f"make it again from the shards: {INDEX_TOOL} --data-path {self.folder}"
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            index = checked.read_json(path)
+        except FileNotFoundError:
             raise ShardError(
-                f"{path}: {error}; tools/make_shards.py makes a data set, this one of tars: "
+                f"{path} does not exist; tools/make_shards.py makes a data set, this one of tars: "
                 f"{INDEX_TOOL} --data-path {self.folder}"
             ) from None
+        except ValueError as error:
+            raise ShardError(f"{path} cannot be read: {error}; {again}") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise ShardError(f"{path} is not the index of a data set; make one: {INDEX_TOOL} --data-path {self.folder}")
         if index.get("version") != FORMAT_VERSION:
             raise ShardError(
-                f"{path} is a version {index.get('version')} index and this program reads version {FORMAT_VERSION}; "
-                f"make it again from the shards: {INDEX_TOOL} --data-path {self.folder}"
+                f"{path} is a version {checked.shown(index.get('version'))} index and this program reads version "
+                f"{FORMAT_VERSION}; {again}"
             )
         try:
-            if sum(int(shard["samples"]) for shard in index["shards"]) != index["num_samples"] or not index["shards"]:
-                raise ShardError(f"{path}: the shards' samples do not add up to num_samples={index['num_samples']}")
-            for shard in index["shards"]:
-                name, size = shard["name"], shard["bytes"]
-                if is_remote(name):
-                    continue
-                if Path(name).name != name and (not Path(name).is_absolute() or ".." in Path(name).parts):
-                    raise ShardError(f"{path}: shard name {name!r} is no plain file name, absolute path or URL")
-                if (self.folder / name).stat().st_size != size:
-                    raise ShardError(
-                        f"{self.folder / name} has not the {size} bytes of the index; copy it again, or, if it was "
-                        f"changed, index it again: {INDEX_TOOL} --data-path {self.folder}"
-                    )
-            _ = index["num_images"], index["fingerprint"], index["quarantined"]
-            index["lengths"] = index["lengths"] and LengthSource(**index["lengths"])
-        except (KeyError, TypeError) as error:
-            raise ShardError(
-                f"{path} is malformed: {error!r}; make it again: {INDEX_TOOL} --data-path {self.folder}"
-            ) from None
-        except OSError as error:
-            raise ShardError(f"{path} names a shard that cannot be read: {error}") from None
+            _check_index(index)
+        except ValueError as error:
+            raise ShardError(f"{path} is malformed: {error}; {again}") from None
+        for shard in index["shards"]:
+            if not is_remote(shard["name"]):
+                self._require_shard(path, shard["name"], shard["bytes"])
         return index
+
+    def _require_shard(self, index: Path, name: str, size: int) -> None:
+        """Raises ShardError unless a local shard is what the index says."""
+        if Path(name).name != name and (not Path(name).is_absolute() or ".." in Path(name).parts):
+            raise ShardError(
+                f"{index}: shard name {checked.shown(name)} is no plain file name, absolute path or URL; make the "
+                f"index again: {INDEX_TOOL} --data-path {self.folder}"
+            )
+        try:
+            status = (self.folder / name).stat()
+        except OSError as error:
+            raise ShardError(
+                f"{index} names the shard {checked.shown(name)}, which cannot be read: "
+                f"{error.strerror}; put it there, or index the shards that are there: {INDEX_TOOL} --data-path "
+                f"{self.folder}"
+            ) from None
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            raise ShardError(
+                f"{self.folder / name} has not the {size} bytes of the index; copy it again, or, if it was "
+                f"changed, index it again: {INDEX_TOOL} --data-path {self.folder}"
+            )
 
     def _map(self, name: str, row: np.dtype[np.void], count: int) -> NDArray[np.void]:
         path = self.folder / name
         try:
             table = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: {error}; make the index again: {INDEX_TOOL} --data-path {self.folder}") from None
+        except Exception as error:  # numpy evaluates the header as Python, and says so when it cannot
+            raise ShardError(
+                f"{path} cannot be read: {checked.reason(error)}; make the index again: {INDEX_TOOL} --data-path "
+                f"{self.folder}"
+            ) from None
         if table.dtype != row or table.shape != (count,):
-            raise ShardError(f"{path} holds {table.shape} rows of {table.dtype}, index.json says {count}")
+            raise ShardError(
+                f"{path} holds {'x'.join(map(str, table.shape))} rows"
+                f"{'' if table.dtype == row else ' of another kind'}, index.json says {count}; make the index again: "
+                f"{INDEX_TOOL} --data-path {self.folder}"
+            )
         return table

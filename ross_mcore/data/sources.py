@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from ross_mcore import checked
 from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import TRAINING_TEMPLATES
 from ross_mcore.data.image import ImageAspectRatio
@@ -81,23 +81,24 @@ def epoch_counts(sources: Sequence[Source], sizes: Sequence[int]) -> tuple[int, 
 
     Raises ValueError for what leaves a data set without any.
     """
+    names = [f"{source.name!r} ({source.path})" for source in sources]
     if sources[0].weight is not None:
-        return counts_by_weight(sizes, [source.weight or 0 for source in sources])
-    return counts_by_epochs(sizes, [1 if source.epochs is None else source.epochs for source in sources])
+        return counts_by_weight(sizes, [source.weight or 0 for source in sources], names)
+    return counts_by_epochs(sizes, [1 if source.epochs is None else source.epochs for source in sources], names)
 
 
 def _entries(path: Path) -> list[Any]:
     """The list of data sets in a YAML file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = checked.read_yaml(path)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ShardError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ShardError(f"{path} cannot be read: {error}") from None
     if isinstance(content, dict):
         for key in content:
             if key != "datasets":
-                raise ShardError(f"{path}: unknown key {key!r}{_hint(key, ['datasets'])}")
+                raise ShardError(f"{path}: unknown key {checked.shown(key)}{_hint(key, ['datasets'])}")
         content = content.get("datasets")
     if not isinstance(content, list) or not content:
         raise ShardError(f"{path}: expected a list of data sets, each with a `path`, alone or under `datasets:`")
@@ -108,14 +109,14 @@ def _source(file: Path, number: int, entry: Any) -> Source:
     where = f"{file}: data set {number + 1}"
     known = [field.name for field in fields(Source)]
     if not isinstance(entry, dict):
-        raise ShardError(f"{where}: expected keys and values ({', '.join(known)}), got {entry!r}")
+        raise ShardError(f"{where}: expected keys and values ({', '.join(known)}), got {checked.shown(entry)}")
     for key in entry:
         if key not in known:
-            raise ShardError(f"{where}: unknown key {key!r}{_hint(key, known)}")
+            raise ShardError(f"{where}: unknown key {checked.shown(key)}{_hint(key, known)}")
     for key in ("path", "name"):
         value = entry.get(key)
         if (value is not None or key == "path") and (not isinstance(value, str) or not value.strip()):
-            raise ShardError(f"{where}: {key} must be text, got {value!r}")
+            raise ShardError(f"{where}: {key} must be text, got {checked.shown(value)}")
     path = file.parent / entry["path"]
     name = entry.get("name") or path.name
     where = f"{file}: data set {name!r}"
@@ -125,13 +126,15 @@ def _source(file: Path, number: int, entry: Any) -> Source:
         value = entry.get(key)
         number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number_given and value > 0 and math.isfinite(value)):
-            raise ShardError(f"{where}: {key} must be a number above zero, got {value!r}")
+            raise ShardError(f"{where}: {key} must be a number above zero, got {checked.shown(value)}")
     if entry.get("weight") is not None and entry.get("epochs") is not None:
         raise ShardError(f"{where}: weight and epochs exclude each other; give one of them to every data set")
     for key, allowed in (("template", tuple(TRAINING_TEMPLATES)), ("image_aspect_ratio", get_args(ImageAspectRatio))):
         value = entry.get(key)
         if value is not None and value not in allowed:
-            raise ShardError(f"{where}: {key} {value!r} is not one of {', '.join(allowed)}{_hint(value, allowed)}")
+            raise ShardError(
+                f"{where}: {key} {checked.shown(value)} is not one of {', '.join(allowed)}{_hint(value, allowed)}"
+            )
     return Source(**{**entry, "path": path, "name": name})
 
 
@@ -171,7 +174,7 @@ class MixtureDataset:
         try:
             counts = epoch_counts(sources, [len(part) for part in parts])
         except ValueError as error:
-            raise ShardError(f"{path}: {error} (counted from 0)") from None
+            raise ShardError(f"{path}: {error}") from None
         return cls([source.name for source in sources], parts, counts)
 
     def __len__(self) -> int:

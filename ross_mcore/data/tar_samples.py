@@ -16,6 +16,7 @@ from ross_mcore.data.shards import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
     MAX_IMAGES,
+    MAX_KEY_BYTES,
     MAX_PART_BYTES,
     MAX_RECORD_BYTES,
     PART_SUFFIXES,
@@ -25,7 +26,6 @@ from ross_mcore.data.shards import (
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_DATA = 1 << 20
 """Most bytes of a long name or a pax header; a larger one counts as damage."""
-MAX_KEY_BYTES = 1024
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)

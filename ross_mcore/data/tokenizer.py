@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ross_mcore.checked import reason
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +32,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its parsers raise
-        raise TokenizerError(f"{folder} holds no usable tokenizer: {type(error).__name__}: {error}") from None
+        raise TokenizerError(
+            f"{folder} holds no usable tokenizer: {reason(error)}; copy tokenizer.json, tokenizer.model, vocab.json, "
+            "merges.txt and tokenizer_config.json there again, as many of them as the model came with"
+        ) from None
     if tokenizer.is_fast:  # a tokenizer.json may have been saved with a limit
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ross_mcore.architecture import ArchitectureError
+from ross_mcore.checked import shown
 from ross_mcore.checkpoint.folder import Checkpoint, find_checkpoint
 from ross_mcore.checkpoint.manifest import CheckpointError
 from ross_mcore.config import Config, ConfigError
-from ross_mcore.training.state import TrainState
+from ross_mcore.training.state import TrainState, read_state
 
 RUN_IDENTITY = {
     "seed": "--seed",
@@ -50,12 +51,7 @@ def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainSt
     Raises ConfigError, naming both values, when that would be another run; CheckpointError for a state that cannot be
     read.
     """
-    try:
-        saved = TrainState(**start.train_state())
-    except TypeError as error:
-        raise CheckpointError(
-            f"{start.path / 'train_state.json'} is of another version of this trainer: {error}"
-        ) from None
+    saved = read_state(start)
     for name, flag in RUN_IDENTITY.items():
         before, now = getattr(saved, name), getattr(started, name)
         if before == now or (name == "global_batch_size" and _may_change_batch(config)):
@@ -64,7 +60,7 @@ def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainSt
         if name == "global_batch_size" and config.data.sampler == "shuffle":
             allow = "let it change with --override-global-batch-size, "
         raise ConfigError(
-            f"the checkpoint {start.path} was trained with {name} {before!r} and this run has {now!r} ({flag}), so it "
+            f"the checkpoint {start.path} was trained with {name} {shown(before)} and this run has {now!r} ({flag}), so it "
             f"cannot be continued exactly; give the same, {allow}or start a new run from its weights with --finetune "
             "and a --save folder of its own"
         )
@@ -113,7 +109,7 @@ def refuse_other_model(own: Checkpoint, load: Path) -> None:
     except (ArchitectureError, CheckpointError):
         return
     ours, mine = own.model_config().to_dict(), tokenizer_fingerprint(own.tokenizer)
-    different = [f"{name} {value!r} and {found!r}" for name, value, found in _differences("", ours, theirs)]
+    different = [f"{name} {shown(value)} and {shown(found)}" for name, value, found in _differences("", ours, theirs)]
     if mine != its:
         different.append(f"tokenizer files {mine} and {its}")
     if different:

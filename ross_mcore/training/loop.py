@@ -20,7 +20,7 @@ from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import RankError
 from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.training.evaluation import reconstruction_grid
-from ross_mcore.training.metrics import StepMetrics
+from ross_mcore.training.metrics import LogError, StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
 from ross_mcore.training.progress import at
 from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
@@ -38,6 +38,7 @@ USER_ERRORS = (
     CheckpointError,
     ConfigError,
     LayoutError,
+    LogError,
     platform.PlatformError,
     RankError,
     ShardError,
@@ -101,7 +102,7 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
 
 
 def _open_report(run: Run, state: TrainState) -> Report:
-    report = Report(run, state)
+    report = process_groups.together(lambda: Report(run, state))
     report.console.start(run.start, run.resume, state, run.dataset)
     return report
 

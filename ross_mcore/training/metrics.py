@@ -19,6 +19,10 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 
 
+class LogError(RuntimeError):
+    """A file of figures that cannot be read or begun; the message names it."""
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of metrics.jsonl.
@@ -67,13 +71,21 @@ def duration(seconds: float) -> str:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics file; a last line cut by a crash is left out."""
-    with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+    """The objects of a file of lines that each have an iteration. Raises LogError.
+
+    What is none is passed over: a last line cut by a crash, or one that damage made unreadable.
+    """
+    try:
+        with path.open("rb") as stream:
+            for line in stream:
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(entry, dict) and type(entry.get("iteration")) is int:
+                    yield entry
+    except OSError as error:
+        raise LogError(f"{path} cannot be read: {error.strerror}; move it away, or give another --save") from None
 
 
 def finite(value: Any) -> Any:
@@ -132,8 +144,8 @@ class MetricsLog:
 
 def drop_after(iteration: int, path: Path) -> None:
     """Leaves the lines of a file, if there is one, up to `iteration`."""
-    if path.exists():
-        kept = [entry for entry in read_metrics(path) if entry.get("iteration", 0) <= iteration]
+    if path.exists() or path.is_symlink():
+        kept = [entry for entry in read_metrics(path) if entry["iteration"] <= iteration]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         partial.replace(path)

@@ -68,7 +68,7 @@ class QuarantineLog:
         self._reasons: Counter[str] = Counter()
         drop_after(iteration, self.path)
         if self.path.exists():
-            self._reasons.update(kind(entry["reason"]) for entry in read_metrics(self.path))
+            self._reasons.update(kind(str(entry.get("reason"))) for entry in read_metrics(self.path))
 
     def write(self, bad: Sequence[BadSample]) -> None:
         """Appends all lines of a step at once."""

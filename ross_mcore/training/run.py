@@ -13,7 +13,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
-from ross_mcore.checkpoint.sharded import Checkpoint
+from ross_mcore.checkpoint.fit import architecture_of
+from ross_mcore.checkpoint.folder import TRAIN_STATE
+from ross_mcore.checkpoint.sharded import Checkpoint, CheckpointError
 from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import Order
@@ -65,7 +67,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     start, resume = starting_point(config)
     if resume and config.checkpoint.load is not None:
         process_groups.together(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
-    model_config = start.model_config()
+    model_config = process_groups.together(lambda: architecture_of(start))
     dataset, held_out = _open_data(config, model_config, start)
     parts_of_data = [*dataset.parts, *(held_out.parts if held_out is not None else [])]
     precomputed = choose_precomputed(config, model_config, start, parts_of_data)
@@ -85,7 +87,10 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     model, optimizer = build(config, model_config, groups, weights, precomputed, blank, carried)
     if resume:
         restore(start, model, optimizer, carried)
-    loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state))
+    try:
+        loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state))
+    except ValueError as error:  # of the place in the data, which every rank reads from the same file
+        raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}") from None
     run = Run(
         config,
         model_config,

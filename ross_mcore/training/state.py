@@ -11,9 +11,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from ross_mcore import checked
 from ross_mcore.checkpoint.carried import CarriedWeights
+from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.checkpoint.sharded import (
     Checkpoint,
+    CheckpointError,
     load_training_state,
     sharding_metadata,
 )
@@ -53,6 +56,24 @@ class TrainState:
     @property
     def consumed_samples(self) -> int:
         return self.data.get("consumed_samples", 0)
+
+
+def read_state(checkpoint: Checkpoint) -> TrainState:
+    """The loop's own state as it was saved. Raises CheckpointError naming the file and the key."""
+    file = checkpoint.path / TRAIN_STATE
+    try:
+        state = checked.build(TrainState, checkpoint.train_state(), "it")
+        counts = {name: getattr(state, name) for name in ("iteration", "bad_steps_in_a_row", "bad_samples")}
+        for name in counts:
+            checked.count(counts, name, least=0)
+        if state.iteration != checkpoint.iteration:
+            raise ValueError(f"iteration is {state.iteration}, that of the checkpoint is {checkpoint.iteration}")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged, or of another version of this trainer: {error}; copy the checkpoint again, or start "
+            "a new run from its weights with --finetune"
+        ) from None
+    return state
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:

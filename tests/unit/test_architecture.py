@@ -20,13 +20,13 @@ ALLOWED = {
     "checked": set(),
     "batch": set(),
     "config": {"architecture"},
-    "flags": {"config"},
+    "flags": {"checked", "config"},
     "flops": {"architecture"},
     "platform": set(),
     "parallel": {"architecture", "flops", "platform", "parallel"},
     "models": {"checked", "library_configs", "architecture", "batch", "platform", "parallel", "models"},
     "data": {"checked", "architecture", "batch", "parallel", "data"},
-    "checkpoint": {"checked", "architecture", "platform", "parallel", "checkpoint"},
+    "checkpoint": {"checked", "library_configs", "architecture", "platform", "parallel", "checkpoint"},
     "training": {
         *("architecture", "batch", "checked", "config", "flops", "platform"),
         *("parallel", "models", "data", "checkpoint", "training"),
@@ -42,7 +42,6 @@ ALLOWED = {
 
 PURE = {
     "architecture.py": set(),
-    "checked.py": set(),
     "library_configs.py": set(),
     "config.py": set(),
     "flops.py": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -91,10 +92,8 @@ def _wait(child: int, deadline: float) -> tuple[int | None, resource.struct_rusa
 
 
 def _kill_group(child: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _be_child(script: str, arguments: Sequence[str], folder: Path, log: Path, modules: Path | None) -> None:

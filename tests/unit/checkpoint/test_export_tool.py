@@ -86,8 +86,8 @@ def make_large(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        (drop_denoiser, (), "lacks tensor denoiser.pos_embed, shape [1, 4, 32]"),
-        (add_unknown, (), "has tensor language_model.surprise, for which"),
+        (drop_denoiser, (), "asks for tensor denoiser.pos_embed, shape [1, 4, 32], which the checkpoint lacks"),
+        (add_unknown, (), "has no place for tensor language_model.surprise"),
         (make_large, ("--dtype", "float16"), "decoder.conv_out.bias has 1e+06"),
         (None, ("--mm-vision-tower", "openai/clip-vit-large-patch14-336"), "goes by the name"),
     ],

@@ -79,7 +79,7 @@ def test_tensor_that_would_run_code_is_refused(stored: Path, tmp_path: Path) -> 
     torch.save(Payload(tmp_path / "evil"), stored / "__0_1.distcp")
     place = _StorageInfo("__0_1.distcp", 0, (stored / "__0_1.distcp").stat().st_size)
     metadata.storage_data[MetadataIndex("b", torch.Size([]))] = place
-    with pytest.raises(CheckpointError, match=r"b cannot be read from __0_1\.distcp"):
+    with pytest.raises(CheckpointError, match=r"b cannot be read from .*__0_1\.distcp"):
         read_tensor(stored, metadata, "b")
     assert not (tmp_path / "evil").exists()
 
@@ -126,7 +126,7 @@ def test_damaged_tensor_file_is_named(stored: Path) -> None:
     metadata = read_metadata(stored)
     path = stored / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=r"c\.view cannot be read from __0_0\.distcp"):
+    with pytest.raises(CheckpointError, match=r"c\.view cannot be read from .*__0_0\.distcp"):
         read_tensor(stored, metadata, "c.view")
     with pytest.raises(CheckpointError, match="no tensor d"):
         read_tensor(stored, metadata, "d")

@@ -101,7 +101,7 @@ def main() -> int:
                 num_workers=options.num_workers,
                 progress=lambda passed, total: bar.update(task, completed=passed, total=total),
             )
-    except (ShardError, RemoteError, TokenizerError) as error:
+    except (ShardError, RemoteError, TokenizerError, OSError) as error:
         print(f"index_shards: {error}", file=sys.stderr)
         return 2
     seconds = time.monotonic() - start

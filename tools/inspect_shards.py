@@ -135,7 +135,8 @@ def main() -> int:
         tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
         numbers = [] if options.sample is None else find_samples(reader, options.sample)
         if options.sample is not None and not numbers:
-            raise ShardError(f"no sample has the key {options.sample!r}; the first keys: {reader.keys(range(3))}")
+            first = reader.keys(range(min(3, len(reader))))
+            raise ShardError(f"{options.data_path}: no sample has the key {options.sample!r}; the first keys: {first}")
         samples = []
         for number in numbers:
             record, tokens = record_of(reader, number), None

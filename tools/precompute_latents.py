@@ -79,7 +79,15 @@ def main() -> int:
                 rank, world_size, lambda passed, total: bar.update(task, completed=passed, total=total or 1)
             )
         destroy()
-    except (ArchitectureError, CheckpointError, RankError, RemoteError, ShardError, platform.PlatformError) as error:
+    except (
+        ArchitectureError,
+        CheckpointError,
+        RankError,
+        RemoteError,
+        ShardError,
+        platform.PlatformError,
+        OSError,
+    ) as error:
         if rank == 0 or not isinstance(error, RankError):
             print(f"precompute_latents: {error}", file=sys.stderr)
         return 2

@@ -169,7 +169,10 @@ def index_shards(
     """
     _, source = settings.measure()
     parts = out / PARTS
-    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardError(f"{parts} cannot be made: {error.strerror}; give another --out") from None
     paths = [parts / f"{hashlib.sha256(shard.location.encode()).hexdigest()[:24]}.npz" for shard in shards]
     tasks = [
         (shard, path, about)
@@ -187,7 +190,7 @@ def index_shards(
     ]
     done = _summary(entries, settings.bounds)
     done.reread = len(tasks)
-    for old in set(parts.glob("*.npz")) - set(paths):
+    for old in set(filter(Path.is_file, parts.glob("*.npz"))) - set(paths):
         old.unlink()
     if done.bad_fraction > max_bad_fraction or not done.samples:
         with replacing(out / "quarantine.jsonl") as quarantine:

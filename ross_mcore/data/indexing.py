@@ -50,6 +50,7 @@ from ross_mcore.data.shards import (
     LengthSource,
     ShardError,
     ShardReader,
+    ShardReadError,
     as_record,
 )
 from ross_mcore.data.tar_samples import Damage, Member, TarSample, group_members, printable, walk_tar
@@ -461,9 +462,15 @@ def quarantine_lines(name: str, part: ShardIndex) -> list[bytes]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file under a temporary name, on the disk and renamed to `path` at the end, removed after an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    """A new file under a temporary name, on the disk and renamed to `path` at the end, removed after an exception.
+
+    Raises ShardError naming `path` when it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
@@ -473,5 +480,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.umask(mask)
         Path(name).chmod(0o666 & ~mask)  # mkstemp makes it private
         Path(name).rename(path)
+    except ShardReadError:
+        raise
+    except OSError as error:
+        raise ShardError(f"{path} cannot be written: {error.strerror}; make room, or move away what is there") from None
     finally:
         Path(name).unlink(missing_ok=True)

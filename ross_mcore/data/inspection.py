@@ -112,13 +112,17 @@ def bad_samples(folder: Path) -> dict[str, int]:
     """
     reasons: Counter[str] = Counter()
     for name in ("quarantine.jsonl", "skipped.jsonl"):
+        number = 0
         try:
-            with (folder / name).open(encoding="utf-8") as lines:
-                reasons.update(json.loads(line)["reason"].partition(":")[0] for line in lines)
+            with (folder / name).open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    reasons[json.loads(line)["reason"].partition(":")[0]] += 1
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ShardError(f"{folder / name}: {error!r}; index the shards again") from None
+        except OSError as error:
+            raise ShardError(f"{folder / name} cannot be read: {error.strerror}; index the shards again") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ShardError(f"{folder / name}: line {number} is damaged; index the shards again") from None
     return dict(reasons.most_common())
 
 

@@ -60,9 +60,9 @@ def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainSt
         if name == "global_batch_size" and config.data.sampler == "shuffle":
             allow = "let it change with --override-global-batch-size, "
         raise ConfigError(
-            f"the checkpoint {start.path} was trained with {name} {shown(before)} and this run has {now!r} ({flag}), so it "
-            f"cannot be continued exactly; give the same, {allow}or start a new run from its weights with --finetune "
-            "and a --save folder of its own"
+            f"the checkpoint {start.path} was trained with {name} {shown(before)} and this run has {now!r} ({flag}), "
+            f"so it cannot be continued exactly; give the same, {allow}or start a new run from its weights with "
+            "--finetune and a --save folder of its own"
         )
     return replace(saved, global_batch_size=started.global_batch_size, options=started.options)
 

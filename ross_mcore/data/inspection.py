@@ -115,7 +115,7 @@ def bad_samples(folder: Path) -> dict[str, int]:
         number = 0
         try:
             with (folder / name).open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
+                for number, line in enumerate(lines, start=1):  # noqa: B007  said when it is damaged
                     reasons[json.loads(line)["reason"].partition(":")[0]] += 1
         except FileNotFoundError:
             continue

@@ -71,10 +71,10 @@ def export(options: argparse.Namespace) -> list[str]:
 
     from ross_mcore.checkpoint.export import FORMATS, Export
     from ross_mcore.checkpoint.export_config import SpecialTokens
-    from ross_mcore.checkpoint.folder import require_checkpoint
+    from ross_mcore.checkpoint.folder import require_intact
     from ross_mcore.data.tokenizer import load_tokenizer
 
-    checkpoint = require_checkpoint(options.load)
+    checkpoint = require_intact(options.load)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     with Progress(transient=True) as progress:
         bar = progress.add_task("writing", total=None)

@@ -33,6 +33,7 @@ from ross_mcore.checkpoint.manifest import (
     CheckpointError,
     FileRecord,
     Manifest,
+    damages,
     read_json,
     read_manifest,
     record_of,
@@ -153,6 +154,15 @@ def require_checkpoint(path: Path) -> Checkpoint:
     if found is None:
         raise nothing_at(path, scan(path)[1])
     return found
+
+
+def require_intact(path: Path) -> Checkpoint:
+    """`require_checkpoint`, for one process that reads every file. Raises CheckpointError when one is damaged."""
+    checkpoint = require_checkpoint(path)
+    manifest = checkpoint.manifest()
+    if problems := damages(checkpoint.path, manifest, manifest.files):
+        raise CheckpointError("; ".join(problems))
+    return checkpoint
 
 
 def nothing_at(path: Path, problems: list[str]) -> CheckpointError:

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,14 @@ def damage(
     if found != record.crc32:
         return f"{path} is damaged: its content has crc32 {found:08x}, {MARKER} says {record.crc32:08x}"
     return None
+
+
+def damages(
+    folder: Path, manifest: Manifest, names: Iterable[str], advance: Callable[[int], None] = lambda read_bytes: None
+) -> list[str]:
+    """What is wrong with the named files, one line each; `advance`: see `damage`."""
+    found = (damage(folder, name, manifest.files[name], advance) for name in names)
+    return [problem for problem in found if problem is not None]
 
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda read_bytes: None, from_disk: bool = False) -> int:

@@ -1,15 +1,14 @@
-"""Whether a checkpoint is intact, and which of a run's is the newest that is."""
+"""Which of a run's checkpoints is the newest that is intact, agreed on by all ranks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ross_mcore.checkpoint.folder import Checkpoint, is_iteration, nothing_at, require_checkpoint, scan
-from ross_mcore.checkpoint.manifest import CheckpointError, Manifest, damage
+from ross_mcore.checkpoint.folder import Checkpoint, is_iteration, nothing_at, scan
+from ross_mcore.checkpoint.manifest import CheckpointError, Manifest, damages
 from ross_mcore.checkpoint.together import exchange, together
 from ross_mcore.parallel.groups import same_on_all_ranks
 
@@ -43,16 +42,6 @@ def find_intact(path: Path, verify: bool = True) -> Checkpoint | None:
     return None
 
 
-def require_intact(path: Path, verify: bool = True) -> Checkpoint:
-    """The newest complete checkpoint of `path`, for one process. Raises CheckpointError when it is damaged."""
-    checkpoint = require_checkpoint(path)
-    manifest = checkpoint.manifest()
-    problems = damages(checkpoint.path, manifest, list(manifest.files)) if verify else []
-    if problems:
-        raise CheckpointError("; ".join(problems))
-    return checkpoint
-
-
 def shared_damage(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint's files, the same on every rank. Collective: each rank reads its share."""
 
@@ -76,11 +65,3 @@ def share_of_files(manifest: Manifest, rank: int, size: int) -> list[str]:
         shares[least].append(name)
         loads[least] += record.bytes
     return shares[rank]
-
-
-def damages(
-    folder: Path, manifest: Manifest, names: list[str], advance: Callable[[int], None] = lambda read_bytes: None
-) -> list[str]:
-    """What is wrong with the named files, one line each; `advance` is called as bytes are read."""
-    found = (damage(folder, name, manifest.files[name], advance) for name in names)
-    return [problem for problem in found if problem is not None]

@@ -1,0 +1,243 @@
+"""What a checkpoint costs: stall of training, bytes on disk, throughput against torch.save and torch.load, verification.
+
+    python benchmarks/checkpoint.py
+
+Every rank trains a stack of matrices of its own with Adam; what is saved are weights and both moments, cut as tensor
+parallelism cuts them. Figures of several turns are medians; the contenders take turns.
+
+Stall: how much longer a row of training steps takes with one save in it than without, for a save that training waits
+for (sync) and for one beside it (async), whose every step until it is complete is counted. Writing: the whole save that
+training waits for, with checksums, fsync and reading back, against torch.save and fsync of the same tensors. Reading:
+loading into the tensors of a model against torch.load, both from the disk rather than from memory where the file system
+allows that. Verification: reading every file and comparing its checksum, as is done once before loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ross_mcore import platform
+
+platform.prepare()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as processes  # noqa: E402
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
+
+from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig  # noqa: E402
+from ross_mcore.checkpoint.manifest import checksum  # noqa: E402
+from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, begin_save  # noqa: E402
+from ross_mcore.checkpoint.sharded import load_model_weights  # noqa: E402
+from ross_mcore.checkpoint.verification import shared_damage  # noqa: E402
+
+WIDTH = 1024
+TOKENS = 48
+LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 8, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+
+
+def any_model() -> ModelConfig:
+    """An architecture for config.json; what is saved here is not that model."""
+    language = LanguageConfig.from_huggingface({**LLAMA, "num_attention_heads": 1})
+    return ModelConfig(language, VisionConfig(CLIP, (0, 0, 0), (1, 1, 1)), ProjectorConfig(), None, None)
+
+
+class Training:
+    """A rank's own matrices [WIDTH, WIDTH], trained on noise: a state that changes with every step."""
+
+    def __init__(self, layers: int) -> None:
+        torch.manual_seed(dist.get_rank())
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+        self.adam = torch.optim.Adam(self.layers.parameters(), lr=1e-5)
+        self.step()
+
+    def step(self) -> None:
+        self.adam.zero_grad()
+        self.layers(torch.randn(TOKENS, WIDTH)).square().mean().backward()
+        self.adam.step()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        own = {}
+        for name, weight in self.layers.named_parameters():
+            own[f"model.{name}"] = weight.detach()
+            own |= {f"optimizer.{kind}.{name}": self.adam.state[weight][kind] for kind in ("exp_avg", "exp_avg_sq")}
+        return own
+
+    def state(self) -> dict[str, Any]:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        pieces = {n: ShardedTensor.from_rank_offsets(n, t, (0, rank, size)) for n, t in self.tensors().items()}
+        return {"model": pieces, "train_state": {"iteration": 1}}
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds until the slowest rank is done."""
+    dist.barrier()
+    began = time.perf_counter()
+    action()
+    dist.barrier()
+    return time.perf_counter() - began
+
+
+def steps_with(training: Training, steps: int, start: Callable[[], RunningSave | None]) -> tuple[float, float]:
+    """(seconds of a row of steps with a save in it, seconds that training stood still)."""
+    stood = 0.0
+
+    def run() -> None:
+        nonlocal stood
+        running: RunningSave | None = None
+        for number in range(steps):
+            training.step()
+            began = time.perf_counter()
+            if number == 0:
+                running = start()
+            elif running is not None and running.poll() is not None:
+                running = None
+            stood += time.perf_counter() - began
+        began = time.perf_counter()
+        if running is not None:
+            running.finish()
+        stood += time.perf_counter() - began
+
+    return timed(run), stood
+
+
+def forget(folder: Path) -> None:
+    """Drops what the system has cached of a folder's files."""
+    for path in folder.rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def torch_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    with path.open("wb") as stream:
+        torch.save(tensors, stream)
+        os.fsync(stream.fileno())
+
+
+def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
+    copies, model = HostCopies(), any_model()
+
+    def begin(copies: HostCopies | None) -> RunningSave | None:
+        running = begin_save(Destination(root, 1, model, keep_last=1), training.state(), copies)
+        if copies is None:
+            running.finish()
+            return None
+        return running
+
+    begin(copies).finish()  # type: ignore[union-attr]  # the memory of the copy is had once a run
+    step = statistics.median(timed(training.step) for _ in range(5))
+    save = timed(lambda: begin(None))
+    steps = max(10, round(4 * save / step))
+    ways: dict[str, Callable[[], RunningSave | None]] = {
+        "none": lambda: None,
+        "sync": lambda: begin(None),
+        "async": lambda: begin(copies),
+    }
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(turns):
+        for way, start in ways.items():
+            found[way].append(steps_with(training, steps, start))
+    seconds = {way: statistics.median(total for total, _ in own) for way, own in found.items()}
+    stood = {way: statistics.median(still for _, still in own) for way, own in found.items()}
+    sync, beside = (seconds[way] - seconds["none"] for way in ("sync", "async"))
+    say(f"a step takes {step:.3f} s; {steps} steps: {seconds['none']:.2f} s, with a sync save {seconds['sync']:.2f} s,")
+    say(f"  with an async save {seconds['async']:.2f} s; copy in host memory {copies.bytes / 2**20:.0f} MiB a rank")
+    say(f"training stands still for {stood['async']:.3f} s async, {stood['sync']:.3f} s sync:")
+    say(f"  async stall / sync stall        {stood['async'] / stood['sync']:8.1%}   (aim: below 10%)")
+    say(f"  the same with slower steps      {beside / sync:8.1%}   (the writer takes its share of the processors)")
+
+
+def measure_throughput(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
+    rank, model, tensors = dist.get_rank(), any_model(), training.tensors()
+    plain = root / f"plain_{rank}.pt"
+    state_bytes = dist.get_world_size() * sum(tensor.nbytes for tensor in tensors.values())
+    empty = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+
+    def wanted() -> dict[str, Any]:
+        size = dist.get_world_size()
+        return {n: ShardedTensor.from_rank_offsets(n, t, (0, rank, size)) for n, t in empty.items()}
+
+    seconds: dict[str, list[float]] = {}
+    for _ in range(turns):
+
+        def note(name: str, action: Callable[[], object]) -> None:
+            seconds.setdefault(name, []).append(timed(action))
+
+        saved: list[Any] = []
+        note("torch.save", lambda: torch_save(tensors, plain))
+        note(
+            "save",
+            lambda: saved.append(begin_save(Destination(root, 1, model, keep_last=1), training.state()).finish()),  # noqa: B023
+        )
+        checkpoint = saved[0].checkpoint
+        own = checkpoint.path / f"__{rank}_0.distcp"
+        note("read back", lambda: checksum(own, from_disk=True))  # noqa: B023
+        forget(root)
+        note("torch.load", lambda: torch.load(plain, weights_only=True))
+        forget(root)
+        note("load", lambda: load_model_weights(checkpoint, wanted()))  # noqa: B023
+        forget(root)
+        note("verify", lambda: shared_damage(checkpoint))  # noqa: B023
+    on_disk = checkpoint.manifest().bytes
+    rates = {name: state_bytes / 1e9 / statistics.median(own) for name, own in seconds.items()}
+    written = state_bytes / 1e9 / statistics.median(a - b for a, b in zip(seconds["save"], seconds["read back"]))
+    median = {name: statistics.median(own) for name, own in seconds.items()}
+    say(f"bytes on disk / bytes of state    {on_disk / state_bytes:8.3f}   (aim: within 2%)")
+    say(f"write, GB/s: torch.save + fsync   {rates['torch.save']:8.2f}")
+    say(f"  checkpoint                      {written:8.2f} = {written / rates['torch.save']:.2f}x   (aim: 0.8)")
+    say(f"  and read back                   {rates['save']:8.2f} = {rates['save'] / rates['torch.save']:.2f}x")
+    say(f"read, GB/s: torch.load            {rates['torch.load']:8.2f}")
+    say(
+        f"  checkpoint                      {rates['load']:8.2f} = {rates['load'] / rates['torch.load']:.2f}x   (aim: 0.8)"
+    )
+    say(
+        f"verify, GB/s                      {rates['verify']:8.2f} = {median['verify'] / median['load']:.2f} of the load"
+    )
+
+
+def run(rank: int, world: int, port: int, options: argparse.Namespace, root: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    platform.initialize_process_group(10)
+    training = Training(max(1, round(options.mib * 2**20 / 12 / WIDTH**2 / world)))
+    total = world * sum(tensor.nbytes for tensor in training.tensors().values())
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    say(f"{world} rank{'s' if world > 1 else ''}, {total / 2**20:.0f} MiB of state")
+    measure_throughput(training, root, options.turns, say)
+    measure_stall(training, root, options.turns, say)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=384, help="of state, over all ranks [%(default)s]")
+    parser.add_argument("--ranks", type=int, default=1, help="processes [%(default)s]")
+    parser.add_argument("--turns", type=int, default=3, help="[%(default)s]")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure, default: that of temporary files")
+    parser.add_argument("--port", type=int, default=29541, help="that the ranks meet at [%(default)s]")
+    options = parser.parse_args()
+    root = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        processes.spawn(run, (options.ranks, options.port, options, root), nprocs=options.ranks)
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What a checkpoint holds, read from its small files alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
+
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.checkpoint.inventory import inventory
+from ross_mcore.checkpoint.manifest import MARKER
+from ross_mcore.checkpoint.safe_load import read_metadata, tensor_shapes
+from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
+
+PARTS = {
+    "vision_model": "vision tower",
+    "vision_projection": "projector",
+    "language_model": "language model",
+    "denoiser": "denoiser",
+    "pixel_decoder": "VAE",
+}
+"""First component of a tensor's name -> what people call the part."""
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is inside, as plain data. Raises CheckpointError or ArchitectureError when a small file cannot be read.
+
+    `problems`: tensors that config.json tells of and that are not there, or the other way round. `unlisted`: files that
+    the marker does not know. `optimizer` and `consumed_samples` are None in a converted model.
+    """
+    manifest, metadata, state = checkpoint.manifest(), read_metadata(checkpoint.path), checkpoint.train_state()
+    tensors = {n: item for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
+    trained = {name.split("exp_avg.", 1)[1] for name in tensors if name.startswith(f"{OPTIMIZER_PREFIX}state.exp_avg.")}
+    parts = {}
+    for prefix, part in PARTS.items():
+        own = {name: item for name, item in tensors.items() if name.split(".")[0] == prefix}
+        if own:
+            parts[part] = _sizes(own) | {"trained_parameters": _parameters(own.keys() & trained, tensors)}
+    optimizer = {name: item for name, item in tensors.items() if name.startswith(OPTIMIZER_PREFIX)}
+    return {
+        "path": str(checkpoint.path),
+        "iteration": checkpoint.iteration,
+        "consumed_samples": state.get("data", {}).get("consumed_samples") if state else None,
+        "training_stage": state.get("training_stage"),
+        "saved": checkpoint.sequence,
+        "format_version": manifest.version,
+        "has_checksums": manifest.has_checksums,
+        "layout": dict(manifest.layout),
+        "files": len(manifest.files),
+        "bytes": manifest.bytes,
+        "parts": parts,
+        "optimizer": _optimizer(optimizer) if optimizer else None,
+        "problems": _disagreements(checkpoint.model_config(), metadata),
+        "unlisted": _unlisted(checkpoint.path, set(manifest.files)),
+    }
+
+
+def _sizes(tensors: dict[str, TensorStorageMetadata]) -> dict[str, Any]:
+    types: Counter[str] = Counter()
+    for item in tensors.values():
+        types[str(item.properties.dtype).removeprefix("torch.")] += math.prod(item.size)
+    return {
+        "parameters": sum(types.values()),
+        "bytes": sum(math.prod(item.size) * item.properties.dtype.itemsize for item in tensors.values()),
+        "dtypes": dict(types),
+    }
+
+
+def _parameters(names: set[str], tensors: dict[str, TensorStorageMetadata]) -> int:
+    return sum(math.prod(tensors[name].size) for name in names)
+
+
+def _optimizer(tensors: dict[str, TensorStorageMetadata]) -> dict[str, Any]:
+    kinds = sorted({name.removeprefix(f"{OPTIMIZER_PREFIX}state.").split(".")[0] for name in tensors})
+    sizes = _sizes(tensors)
+    return {"state": kinds, "bytes": sizes["bytes"], "dtypes": sorted(sizes["dtypes"])}
+
+
+def _disagreements(model: ModelConfig, metadata: Metadata) -> list[str]:
+    """One line for every tensor that config.json and the index do not agree on."""
+    expected = inventory(model)
+    stored = {n: s for n, s in tensor_shapes(metadata).items() if not n.startswith(OPTIMIZER_PREFIX)}
+    lines = [f"tensor {name} is missing" for name in expected if name not in stored]
+    lines += [f"config.json knows no tensor {name}" for name in stored if name not in expected]
+    lines += [
+        f"tensor {name} has shape {list(stored[name])}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != tuple(shape)
+    ]
+    return lines
+
+
+def _unlisted(folder: Path, listed: set[str]) -> list[str]:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(found - listed - {MARKER})

@@ -1,0 +1,133 @@
+"""Verifies every file of a checkpoint against its checksums and prints what is inside.
+
+  python tools/check_checkpoint.py runs/finetune                  the newest checkpoint of a run
+  python tools/check_checkpoint.py runs/finetune/iter_0000500     that one
+  python tools/check_checkpoint.py runs/finetune --all --json     every one, as one JSON object
+
+Nothing is loaded: parameters per part, element types, optimizer state and the layout it was saved at come from the
+small files; the large ones are read once, at the speed of the disk (--no-verify leaves them alone).
+Exit status: 0 all is intact, 1 something is damaged or incomplete (each file is named), 2 there is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ross_mcore.checkpoint.folder import Checkpoint
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="a run's folder (--save), a converted model, or one iter_* folder")
+    parser.add_argument("--all", action="store_true", help="check every checkpoint of the folder, not only the newest")
+    parser.add_argument("--no-verify", action="store_true", help="compare the sizes of files, not their content")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser.parse_args(arguments)
+
+
+def check(checkpoint: Checkpoint, verify: bool, advance: Callable[[int], None]) -> dict[str, Any]:
+    """What `describe` says, with every damage among its problems."""
+    from ross_mcore.architecture import ArchitectureError
+    from ross_mcore.checkpoint.contents import describe
+    from ross_mcore.checkpoint.manifest import CheckpointError, damages
+
+    manifest = checkpoint.manifest()
+    problems = damages(checkpoint.path, manifest, manifest.files, advance) if verify else []
+    try:
+        found = describe(checkpoint)
+    except (ArchitectureError, CheckpointError) as error:
+        found = {"path": str(checkpoint.path), "iteration": checkpoint.iteration, "problems": []}
+        problems = problems or [str(error)]
+    return found | {"verified": verify and manifest.has_checksums, "problems": problems + found["problems"]}
+
+
+def count(number: float) -> str:
+    """6738415616 -> 6.74 B"""
+    for factor, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def size(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.2f} MiB"
+
+
+def print_checkpoint(found: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(found["path"], "bold"))
+    if "parts" in found:
+        stage = found["training_stage"]
+        samples = found["consumed_samples"]
+        what = "a model, no training state" if samples is None else f"{stage}, {samples:,} samples consumed"
+        console.print(f"  iteration {found['iteration']}: {what}", highlight=False)
+        layout = found["layout"] or {"not recorded": ""}
+        console.print("  saved at: " + ", ".join(f"{k} {v}".strip() for k, v in layout.items()), highlight=False)
+        table = Table("part", "parameters", "trained", "bytes", "type", box=None, padding=(0, 2))
+        for part, own in found["parts"].items():
+            types = ", ".join(own["dtypes"])
+            trained = count(own["trained_parameters"]) if own["trained_parameters"] else "-"
+            table.add_row(part, count(own["parameters"]), trained, size(own["bytes"]), types)
+        if (optimizer := found["optimizer"]) is not None:
+            kinds = "optimizer: " + ", ".join(optimizer["state"])
+            table.add_row(kinds, "", "", size(optimizer["bytes"]), ", ".join(optimizer["dtypes"]))
+        table.add_row("all files", "", "", size(found["bytes"]), f"{found['files']} files")
+        console.print(table, highlight=False)
+        for name in found["unlisted"]:
+            console.print(f"  {name} does not belong to it", highlight=False)
+    if found["problems"]:
+        for problem in found["problems"][:20]:
+            console.print(Text(f"  {problem}", "red"))
+        if (rest := len(found["problems"]) - 20) > 0:
+            console.print(Text(f"  and {rest} more", "red"))
+    else:
+        compared = (
+            "every file has its checksum" if found["verified"] else "every file has its size; content not compared"
+        )
+        console.print(Text(f"  intact: {compared}", "green"))
+
+
+def main() -> int:
+    options = parse_arguments()
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from ross_mcore.checkpoint.folder import nothing_at, scan
+    from ross_mcore.checkpoint.manifest import CheckpointError
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    try:
+        complete, incomplete = scan(options.path)
+        if not complete and not incomplete:
+            raise nothing_at(options.path, [])
+        chosen = complete if options.all else complete[:1]
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=options.no_verify) as progress:
+            bar = progress.add_task("", total=sum(checkpoint.manifest().bytes for checkpoint in chosen))
+            found = [check(c, not options.no_verify, lambda count: progress.advance(bar, count)) for c in chosen]
+    except CheckpointError as error:
+        print(f"check_checkpoint: {error}", file=sys.stderr)
+        return 2
+    is_intact = not incomplete and not any(one["problems"] for one in found)
+    if options.json:
+        print(json.dumps({"intact": is_intact, "incomplete": incomplete, "checkpoints": found}, indent=1))
+        return 0 if is_intact else 1
+    console = Console()
+    for one in found:
+        print_checkpoint(one, console)
+    for problem in incomplete:
+        console.print(problem, style="red", highlight=False)
+    return 0 if is_intact else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

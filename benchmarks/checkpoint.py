@@ -1,4 +1,4 @@
-"""What a checkpoint costs: stall of training, bytes on disk, throughput against torch.save and torch.load, verification.
+"""What a checkpoint costs: stall of training, bytes on disk, throughput against plain torch, verification.
 
     python benchmarks/checkpoint.py
 

@@ -198,12 +198,10 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
     say(f"  checkpoint                      {written:8.2f} = {written / rates['torch.save']:.2f}x   (aim: 0.8)")
     say(f"  and read back                   {rates['save']:8.2f} = {rates['save'] / rates['torch.save']:.2f}x")
     say(f"read, GB/s: torch.load            {rates['torch.load']:8.2f}")
-    say(
-        f"  checkpoint                      {rates['load']:8.2f} = {rates['load'] / rates['torch.load']:.2f}x   (aim: 0.8)"
-    )
-    say(
-        f"verify, GB/s                      {rates['verify']:8.2f} = {median['verify'] / median['load']:.2f} of the load"
-    )
+    ratio = rates["load"] / rates["torch.load"]
+    say(f"  checkpoint                      {rates['load']:8.2f} = {ratio:.2f}x   (aim: 0.8)")
+    ratio = median["verify"] / median["load"]
+    say(f"verify, GB/s                      {rates['verify']:8.2f} = {ratio:.2f} of the time to load")
 
 
 def run(rank: int, world: int, port: int, options: argparse.Namespace, root: Path) -> None:

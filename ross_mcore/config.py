@@ -41,7 +41,11 @@ class ParallelOptions:
     """Decoder layers of every stage: auto balances vision tower, VAE and denoiser against layers, even ignores them, or
     give them as 8,8,8,4."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Interleaved schedule (virtual pipeline). Not available yet."""
+    """Interleaved schedule (virtual pipeline): every rank holds several chunks, of about this many layers each, and the
+    pipeline's bubble shrinks by their number. --pipeline-layout with a multiple of P chunks, in the order of the model,
+    says the same layer by layer."""
+    overlap_p2p_communication: bool = True
+    """Interleaved schedule: send and receive between stages while they compute. Two stages need it."""
     sequence_parallel: bool = False
     """Split norms and residuals over the sequence within a tensor-parallel group."""
     use_distributed_optimizer: bool | None = None
@@ -55,7 +59,13 @@ class ParallelOptions:
     """A collective that waits longer than this ends the run."""
 
     def __post_init__(self) -> None:
-        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes")
+        _positive(
+            self,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "num_layers_per_virtual_pipeline_stage",
+            "distributed_timeout_minutes",
+        )
 
 
 @dataclass(frozen=True)
@@ -364,7 +374,7 @@ def require_complete(config: Config) -> None:
             raise ConfigError(f"{flag} is missing; see pretrain_ross.py --help")
 
 
-def check(config: Config, *, data_parallel_size: int, backend: str) -> None:
+def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -> None:
     """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy.
 
     What precision and kernels need is in training/execution.py.
@@ -373,11 +383,8 @@ def check(config: Config, *, data_parallel_size: int, backend: str) -> None:
     for name in ("valid_interval", "valid_samples"):
         if getattr(config.logging, name) is not None and not config.data.valid_data_path:
             raise ConfigError(f"--{name.replace('_', '-')} needs --valid-data-path: what to measure")
-    if parallel.num_layers_per_virtual_pipeline_stage is not None:
-        raise ConfigError(
-            f"--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not available yet (on {backend}); "
-            "remove the flag and balance stages with --pipeline-layout"
-        )
+    if virtual_stages > 1:
+        _check_interleaving(config, data_parallel_size)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size 2 or more; remove it")
     if execution.bf16 and not config.use_distributed_optimizer:
@@ -393,3 +400,20 @@ def check(config: Config, *, data_parallel_size: int, backend: str) -> None:
                 f"{data_parallel_size} x --micro-batch-size {training.micro_batch_size} = {rows}; "
                 f"use a multiple of {rows}"
             )
+
+
+def _check_interleaving(config: Config, data_parallel_size: int) -> None:
+    """What mcore's interleaved schedule needs (pipeline_parallel/schedules.py)."""
+    parallel, training = config.parallel, config.training
+    stages = parallel.pipeline_model_parallel_size
+    if stages == 2 and not parallel.overlap_p2p_communication:
+        raise ConfigError(
+            "--no-overlap-p2p-communication with two interleaved pipeline stages: what a stage sends forward and "
+            "backward goes to the same neighbour in one batch, and would be mixed up; remove the flag"
+        )
+    rows = data_parallel_size * training.micro_batch_size
+    if (training.global_batch_size or rows) // rows % stages:
+        raise ConfigError(
+            f"--global-batch-size {training.global_batch_size or rows}: the interleaved schedule needs a multiple of "
+            f"{stages} micro-batches a rank, one for every pipeline stage; use a multiple of {stages * rows}"
+        )

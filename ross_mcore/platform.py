@@ -232,3 +232,26 @@ def _stand_in_for_cuda() -> None:
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    _keep_what_gloo_sends()
+
+
+def _keep_what_gloo_sends() -> None:
+    """Makes mcore's unbatched pipeline sends (the interleaved schedule's) safe on gloo.
+
+    gloo reads a tensor's memory until its request completes, and drops a send whose request nobody holds. The schedule
+    frees what it has sent before it waits (schedules.py:deallocate_output_tensor), which NCCL's stream order allows,
+    and never waits for its last request. So an alias is sent, which keeps the memory as long as the request lives, and
+    the newest request of either direction is kept.
+    """
+    import megatron.core.pipeline_parallel.p2p_communication as p2p
+
+    plain, newest = p2p._p2p_ops, {}
+
+    @functools.wraps(plain)
+    def send_aliases(*, tensor_send_prev: Any, tensor_send_next: Any, **others: Any) -> Any:
+        prev, following = (None if t is None else t.detach() for t in (tensor_send_prev, tensor_send_next))
+        requests = plain(tensor_send_prev=prev, tensor_send_next=following, **others)
+        newest.update({name: request for name, request in requests.items() if name.startswith("send")})
+        return requests
+
+    p2p._p2p_ops = send_aliases

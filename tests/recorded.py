@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,43 @@ def recorded_checkpoint(family: str, root: Path) -> Checkpoint:
 
 def tied_source(folder: Path) -> Path:
     """The recorded Qwen2 model with its output matrix tied to the embedding (no recorded values exist for it)."""
+
+    def tie(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config["tie_word_embeddings"] = True
+        del tensors["lm_head.weight"]
+
+    return _changed_source(folder, tie)
+
+
+def deep_source(folder: Path) -> Path:
+    """The recorded Qwen2 model with its decoder layers twice, one copy after the other (no recorded values either)."""
+
+    def repeat(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        layers = config["num_hidden_layers"]
+        config["num_hidden_layers"] = 2 * layers
+        for name in [name for name in tensors if name.startswith("model.layers.")]:
+            number, rest = name.removeprefix("model.layers.").split(".", 1)
+            tensors[f"model.layers.{int(number) + layers}.{rest}"] = tensors[name].clone()
+
+    return _changed_source(folder, repeat)
+
+
+def _changed_source(folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
     recorded = GOLDEN / "model_qwen2_siglip" / "hf_checkpoint"
     folder.mkdir(parents=True)
-    config = read_json(recorded / "config.json") | {"tie_word_embeddings": True}
+    config, tensors = read_json(recorded / "config.json"), load_file(recorded / "model.safetensors")
+    change(config, tensors)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = load_file(recorded / "model.safetensors")
-    del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors")
     return folder
 
 
-def tied_checkpoint(root: Path) -> Checkpoint:
-    """`tied_source` converted into `root`."""
-    source = tied_source(root.with_name(root.name + "_source"))
+CHANGED = {"tied": tied_source, "deep": deep_source}
+
+
+def changed_checkpoint(kind: str, root: Path) -> Checkpoint:
+    """What `CHANGED[kind]` makes, converted into `root`."""
+    source = CHANGED[kind](root.with_name(root.name + "_source"))
     return import_ross(root, source, tokenizer=GOLDEN / "data" / TOKENIZERS["qwen2_siglip"], base=GOLDEN)
 
 

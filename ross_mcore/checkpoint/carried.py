@@ -20,10 +20,10 @@ class CarriedWeights:
     on an older one that may be gone by then. `parts` are `vision_model` and `pixel_decoder`, or neither.
     """
 
-    def __init__(self, checkpoint: Checkpoint, parts: Sequence[str], holds: bool) -> None:
-        """Raises CheckpointError."""
+    def __init__(self, checkpoint: Checkpoint | None = None, parts: Sequence[str] = (), holds: bool = False) -> None:
+        """Those of `parts` in `checkpoint`, on the rank that `holds` them. Raises CheckpointError."""
         self.tensors: dict[str, Tensor] = {}
-        if holds and parts:
+        if checkpoint is not None and holds and parts:
             stored = StoredTensors(checkpoint.path)
             names = (name for name in stored.names() if name.startswith(tuple(f"{part}." for part in parts)))
             self.tensors = {name: torch.empty(stored.shape(name), dtype=stored.dtype(name)) for name in names}

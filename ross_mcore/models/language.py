@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig
 from ross_mcore.parallel.groups import Groups
+from ross_mcore.parallel.layout import Chunk
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Execution:
     gradient_accumulation_fusion: bool = False
     tp_comm_overlap: bool = False
     recompute_granularity: Literal["full", "selective"] | None = None
+    overlap_p2p_communication: bool = True
 
 
 class RMSNorm(nn.Module):
@@ -141,6 +143,7 @@ class SDPACoreAttention(nn.Module):
 def transformer_config(language: LanguageConfig, groups: Groups, execution: Execution) -> TransformerConfig:
     """mcore's configuration of this language model in this layout."""
     layout = groups.layout
+    interleaved = layout.virtual_stages > 1
     recompute: dict[str, Any] = {}
     if execution.recompute_granularity == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -168,6 +171,8 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         pipeline_model_parallel_layout=layout.megatron_pipeline_layout(),
+        overlap_p2p_comm=interleaved and execution.overlap_p2p_communication,
+        batch_p2p_comm=not (interleaved and execution.overlap_p2p_communication),
         sequence_parallel=execution.sequence_parallel and layout.tensor_parallel > 1,
         # both losses carry their own global denominators: DDP must sum, the schedule must not divide
         calculate_per_token_loss=True,
@@ -220,24 +225,26 @@ class LanguageModel(GPTModel):
     at the positions a caller asks for, because image positions (most of a sequence) never have a label.
     """
 
-    def __init__(self, language: LanguageConfig, config: TransformerConfig, groups: Groups, execution: Execution):
-        stage = groups.stage
+    def __init__(
+        self, language: LanguageConfig, config: TransformerConfig, groups: Groups, execution: Execution, chunk: Chunk
+    ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=layer_spec(execution, len(stage.layers)),
+            transformer_layer_spec=layer_spec(execution, len(chunk.layers)),
             vocab_size=language.padded_vocab_size,
             max_sequence_length=language.max_position_embeddings,
-            pre_process=stage.is_first,
-            post_process=stage.is_last,
+            pre_process=chunk.is_first,
+            post_process=chunk.is_last,
             share_embeddings_and_output_weights=language.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=language.rope_theta,  # type: ignore[arg-type]
             scatter_embedding_sequence_parallel=False,
+            vp_stage=chunk.number if config.virtual_pipeline_model_parallel_size else None,
         )
         _mark_sharded_weights(self)
         self.real_vocab_size = language.vocab_size
         self.tensor_group = groups.tensor
-        if stage.is_last:
+        if chunk.is_last:
             # the rows given to the output layer are already gathered over the sequence
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = groups.tensor.size() > 1

@@ -28,7 +28,7 @@ from ross_mcore.models.projector import VisionProjection
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel import split
 from ross_mcore.parallel.groups import Groups
-from ross_mcore.parallel.layout import share_of
+from ross_mcore.parallel.layout import Chunk, share_of
 
 LATENT_BOUND = 4.0
 """Standard deviations within which sampled latents are kept; the VAE's scaling makes them of unit variance."""
@@ -48,6 +48,7 @@ class RossModel(MegatronModule):
         model: ModelConfig,
         groups: Groups,
         execution: Execution,
+        chunk: Chunk,
         *,
         seed: int = 0,
         train_vision: bool = False,
@@ -55,25 +56,26 @@ class RossModel(MegatronModule):
         blank_posterior: Tensor | None = None,
         decodes: bool = True,
     ) -> None:
-        """What is `precomputed` comes in `Batch.parts`, and its module is not built; `blank_posterior` [2, C, h, w] is
+        """Builds the parts of `chunk`.
+
+        What is `precomputed` comes in `Batch.parts`, and its module is not built; `blank_posterior` [2, C, h, w] is
         then the blank picture's, for blank samples. With `decodes` the VAE is there in any case, for `reconstruct`.
         """
         super().__init__(config=transformer_config(model.language, groups, execution))
-        stage = groups.stage
         self.model, self.groups, self.seed = model, groups, seed
         self.model_type = ModelType.encoder_or_decoder  # what mcore's schedules ask for
-        self.pre_process, self.post_process = stage.is_first, stage.is_last
+        self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
-        self.language_model = LanguageModel(model.language, self.config, groups, execution)
+        self.language_model = LanguageModel(model.language, self.config, groups, execution, chunk)
         width = model.language.hidden_size
         self.precomputed = precomputed
-        if stage.is_first:
+        if chunk.is_first:
             if not precomputed.features:
                 self.vision_model = VisionModel(model.vision, trainable=train_vision).to(execution.dtype)
             self.vision_projection = VisionProjection(model.projector, model.vision.hidden_size, width).to(
                 execution.dtype
             )
-        if stage.is_last and model.denoiser and model.pixel_decoder:
+        if chunk.is_last and model.denoiser and model.pixel_decoder:
             # stored like the rest, with fp32 masters under bf16, but computed in fp32 (reference ross_arch.py:466-512)
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
             self.denoiser.to(execution.dtype)

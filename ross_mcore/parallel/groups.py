@@ -45,6 +45,7 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     tensor_parallel.random.initialize_rng_tracker(force_reset=True)

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from ross_mcore.parallel.layout import share_of
 from ross_mcore.parity.components import SINUSOID_PARAMETER, SINUSOID_TOLERANCE
 from ross_mcore.parity.golden import Golden, GoldenError, NotRecorded, Tensors, where_recorded
 from ross_mcore.parity.rows import TOLERANCE, Row, compare, compare_exactly, compare_sets, instead
+from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.optimizer import (
     apply_gradients,
     gradient_norm,
@@ -89,7 +89,7 @@ class Trial:
     config: Config
     model_config: ModelConfig
     groups: Groups
-    model: DistributedDataParallel
+    model: ModelChunks
     optimizer: MegatronOptimizer
 
     @property
@@ -133,7 +133,7 @@ class Trial:
         if states is None:
             return None
         with torch.no_grad():
-            columns = self.model.module.language_model.logits(states)
+            columns = self.model.last.language_model.logits(states)
             whole = tensor_parallel.gather_from_tensor_model_parallel_region(columns)
         return whole[:, : self.model_config.language.vocab_size]
 
@@ -148,7 +148,7 @@ class Trial:
 
         They take the way of a checkpoint: saved in pieces, read whole, converted out.
         """
-        state = self.model.module.sharded_state_dict(metadata=sharding_metadata())
+        state = self.model.first.sharded_state_dict(metadata=sharding_metadata())
         for name in list(state):
             if name in tensors:
                 state[name].data = tensors[name]
@@ -164,11 +164,11 @@ class Trial:
 
     def gradients(self) -> Tensors:
         """Reduced gradients of every trained parameter, whole. Collective."""
-        named = self.model.module.named_parameters()
+        named = self.model.first.named_parameters()
         return self.by_their_names({name: p.main_grad.clone() for name, p in named if p.requires_grad})
 
     def parameters(self) -> Tensors:
-        return self.by_their_names({name: p.detach().clone() for name, p in self.model.module.named_parameters()})
+        return self.by_their_names({name: p.detach().clone() for name, p in self.model.first.named_parameters()})
 
 
 def _as_step(rows: list[Sample]) -> Step:
@@ -365,7 +365,7 @@ def _state_rows(name: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any
     rows, _ = _recorded_batch(trial, tensors)
     features = projected = None
     if trial.groups.stage.is_first:
-        module = trial.model.module
+        module = trial.model.first
         with torch.no_grad():
             features = module.vision_model(tensors["in.images"].to(trial.device))
             projected = module.vision_projection(features).cpu()
@@ -481,7 +481,7 @@ def _optimizer_settings(trial: Trial) -> set[tuple[Any, ...]]:
     """(their name, rate, decay, betas, eps) of every trained parameter of all stages. Collective."""
     group_of = {id(p): group for group in trial.optimizer.param_groups for p in group["params"]}
     marked, settings = {}, []
-    for key, parameter in trial.model.module.named_parameters():
+    for key, parameter in trial.model.first.named_parameters():
         if parameter.requires_grad:
             group = group_of[id(parameter)]
             settings.append((group["lr"], group["weight_decay"], *group["betas"], group["eps"]))

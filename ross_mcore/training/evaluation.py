@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from ross_mcore.architecture import ModelConfig
@@ -14,6 +13,7 @@ from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.split import gather_shares
+from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.metrics import picture_grid
 from ross_mcore.training.progress import at
 from ross_mcore.training.step import agree_on_step, run_schedule, slots_of
@@ -24,7 +24,7 @@ SEARCHED_SAMPLES = 100_000
 
 @torch.no_grad()
 def reconstruction_grid(
-    model: DistributedDataParallel,
+    model: ModelChunks,
     dataset: MixtureDataset,
     groups: Groups,
     config: Config,
@@ -42,7 +42,8 @@ def reconstruction_grid(
     if first is None:
         return None
     rows = config.training.micro_batch_size
-    count = -(-config.logging.eval_images // rows)
+    multiple = rows * groups.layout.micro_batch_multiple
+    count = -(-config.logging.eval_images // multiple) * groups.layout.micro_batch_multiple
     with StepLoader(
         dataset,
         SampleOrder(len(dataset), seed=0, shuffle=False),
@@ -75,7 +76,7 @@ def reconstruction_grid(
     for number, (states, rows_read) in enumerate(zip(hidden, step.micro_batches, strict=True)):
         slots = slots_of(step, number, size, config.training)
         batch = collate(rows_read, size.seq_length, model_config.vision.image_size, slots).to(device)
-        original, picture = model.module.reconstruct(states, batch)
+        original, picture = model.last.reconstruct(states, batch)
         originals.append(gather_shares(original.contiguous(), batch.num_images, groups.tensor))
         pictures.append(gather_shares(picture.contiguous(), batch.num_images, groups.tensor))
     shown = config.logging.eval_images

@@ -50,6 +50,7 @@ def execution_of(config: Config) -> Execution:
         gradient_accumulation_fusion=options.gradient_accumulation_fusion,
         tp_comm_overlap=options.tp_comm_overlap,
         recompute_granularity=options.recompute_granularity,
+        overlap_p2p_communication=config.parallel.overlap_p2p_communication,
     )
 
 

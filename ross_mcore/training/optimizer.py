@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
@@ -14,6 +13,7 @@ from torch import Tensor
 from ross_mcore.config import Config, OptimizerOptions
 from ross_mcore.models.ross import RossModel
 from ross_mcore.training import adam
+from ross_mcore.training.chunks import ModelChunks
 
 DEFAULT_WARMUP_FRACTION = 0.03
 
@@ -65,7 +65,7 @@ def _no_decay(decay_norm_weights: bool) -> ParamKey:
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name="no weight decay", fn=matches))
 
 
-def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
+def build_optimizer(model: ModelChunks, config: Config) -> MegatronOptimizer:
     """mcore's optimizer (AdamW, fp32 masters under bf16, sharded when asked), with groups of its own for every part."""
     adam.give_to_mcore()
     options = config.optimizer
@@ -85,7 +85,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
     overrides: dict[Any, Any] = {_no_decay(options.decay_norm_weights): {"wd_mult": 0.0}}
     for part, tag in PART_TAGS.items():
         overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
-    return get_megatron_optimizer(mcore, [model], config_overrides=overrides)
+    return get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
 
 
 def warmup_iterations(options: OptimizerOptions, train_iters: int) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from ross_mcore import platform
@@ -22,6 +21,7 @@ from ross_mcore.data.order import Order
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups
+from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.continuity import changeable_options, continued, refuse_other_model
 from ross_mcore.training.execution import row_multiple
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
@@ -47,7 +47,7 @@ class Run:
     held_out: MixtureDataset | None
     precomputed: Precomputed
     carried: CarriedWeights
-    model: DistributedDataParallel
+    model: ModelChunks
     optimizer: MegatronOptimizer
     loader: StepLoader
     rows_per_step: int

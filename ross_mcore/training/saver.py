@@ -72,8 +72,7 @@ class Saver:
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
-        whole = sharded_state(run.model, run.optimizer, is_loading=False)
-        whole["model"] = {**whole["model"], **run.carried.pieces()}
+        whole = sharded_state(run.model, run.optimizer, run.carried, is_loading=False)
         destination = Destination(
             run.save_folder,
             state.iteration,

@@ -14,7 +14,6 @@ from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import Checkpoint, nothing_at
-from ross_mcore.checkpoint.sharded import load_model_weights, sharding_metadata
 from ross_mcore.checkpoint.verification import find_intact
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.data.conversation import SampleBounds
@@ -28,9 +27,11 @@ from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.ross import RossModel
 from ross_mcore.parallel import groups as groups_of_ranks
 from ross_mcore.parallel.groups import Groups
-from ross_mcore.parallel.layout import Layout, make_layout
+from ross_mcore.parallel.layout import Chunk, Layout, make_layout
+from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.execution import check_execution, execution_of
 from ross_mcore.training.optimizer import build_optimizer, set_trainable
+from ross_mcore.training.state import load_weights
 from ross_mcore.training.step import finalize_gradients
 
 ROWS_COUNTED_IN = 1_000_000
@@ -69,6 +70,7 @@ def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = 
         tensor_parallel=parallel.tensor_model_parallel_size,
         pipeline_parallel=parallel.pipeline_model_parallel_size,
         pipeline_layout=parallel.pipeline_layout,
+        layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
         llm_trains=config.training.training_stage == "finetune",
         vision_trains=config.optimizer.vision_lr is not None,
         precomputed=precomputed,
@@ -76,7 +78,7 @@ def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = 
     options.check(
         config,
         data_parallel_size=layout.data_parallel,
-        backend=platform.backend(),
+        virtual_stages=layout.virtual_stages,
     )
     check_execution(config, model_config.language, platform.libraries())
     return layout
@@ -152,43 +154,45 @@ def build(
     precomputed: Precomputed = NOTHING_PRECOMPUTED,
     blank_posterior: torch.Tensor | None = None,
     carried: CarriedWeights | None = None,
-) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """This stage's part of the model, wrapped for data parallelism, and its optimizer; `weights` are loaded first.
+) -> tuple[ModelChunks, MegatronOptimizer]:
+    """This rank's part of the model, wrapped for data parallelism, and its optimizer; `weights` are loaded first.
 
     `carried` takes the weights of what is not built because it is `precomputed`.
     """
     execution = execution_of(config)
     train_vision = config.optimizer.vision_lr is not None
-    ross = RossModel(
-        model_config,
-        groups,
-        execution,
-        seed=config.training.seed,
-        train_vision=train_vision,
-        precomputed=precomputed,
-        blank_posterior=blank_posterior,
-        decodes=config.logging.eval_interval is not None,
-    )
+
+    def build_chunk(chunk: Chunk) -> DistributedDataParallel:
+        ross = RossModel(
+            model_config,
+            groups,
+            execution,
+            chunk,
+            seed=config.training.seed,
+            train_vision=train_vision,
+            precomputed=precomputed,
+            blank_posterior=blank_posterior,
+            decodes=config.logging.eval_interval is not None,
+        )
+        set_trainable(ross, config.training.training_stage, train_vision)
+        return DistributedDataParallel(
+            config=ross.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.use_distributed_optimizer,
+                overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+                overlap_param_gather=config.parallel.overlap_param_gather,
+                fp8_param_gather=config.execution.fp8_param_gather,
+            ),
+            module=ross,
+        )
+
+    model = ModelChunks(build_chunk(chunk) for chunk in groups.stage.chunks)
     if weights is not None:
-        pieces = ross.sharded_state_dict(metadata=sharding_metadata())
-        loaded = load_model_weights(weights, pieces if carried is None else {**pieces, **carried.pieces()})
-        if carried is not None:
-            carried.take(loaded)
-        ross.load_state_dict(loaded)
-    set_trainable(ross, config.training.training_stage, train_vision)
-    model = DistributedDataParallel(
-        config=ross.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=config.use_distributed_optimizer,
-            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-            overlap_param_gather=config.parallel.overlap_param_gather,
-            fp8_param_gather=config.execution.fp8_param_gather,
-        ),
-        module=ross,
-    )
+        load_weights(weights, model, carried or CarriedWeights())
     optimizer = build_optimizer(model, config)
-    ross.config.finalize_model_grads_func = finalize_gradients
+    schedule = model.first.config  # the schedules read the first chunk's
+    schedule.finalize_model_grads_func = finalize_gradients
     if config.parallel.overlap_grad_reduce:
-        ross.config.no_sync_func = model.no_sync
+        schedule.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
     return model, optimizer

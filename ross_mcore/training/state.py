@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -17,10 +16,15 @@ from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.checkpoint.sharded import (
     Checkpoint,
     CheckpointError,
+    load_model_weights,
     load_training_state,
     sharding_metadata,
 )
 from ross_mcore.checkpoint.torch_dist import FP8_PREFIX
+from ross_mcore.training.chunks import ModelChunks
+
+CARRIED = "carried"
+"""Where in a state the weights stand that no chunk has."""
 
 _logger = logging.getLogger(__name__)
 
@@ -76,36 +80,45 @@ def read_state(checkpoint: Checkpoint) -> TrainState:
     return state
 
 
-def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+def sharded_state(
+    model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights, is_loading: bool
+) -> dict[str, Any]:
     """Model, optimizer and FP8 scales as a checkpoint holds them."""
-    weights = model.module.sharded_state_dict(metadata=sharding_metadata())
-    state = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata()),
-    }
-    replica = (0, model.module.groups.tensor_rank, model.module.groups.data_rank)
+    weights, groups = model.sharded_weights(), model.first.groups
+    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+    state = {"model": {**weights, CARRIED: carried.pieces()}, "optimizer": moments}
     scales = {
-        name: ShardedTensor.from_rank_offsets(FP8_PREFIX + name, tensor, replica_id=replica)
-        for name, tensor in model.module.language_model.fp8_state().items()
+        name: ShardedTensor.from_rank_offsets(
+            FP8_PREFIX + name, tensor, replica_id=(0, groups.tensor_rank, groups.data_rank)
+        )
+        for name, tensor in model.fp8_state().items()
     }
     return {**state, "fp8": scales} if scales else state
 
 
+def _take_weights(loaded: dict[str, Any], model: ModelChunks, carried: CarriedWeights) -> None:
+    carried.take(loaded.get(CARRIED, {}))
+    model.load_weights(loaded)
+
+
+def load_weights(start: Checkpoint, model: ModelChunks, carried: CarriedWeights) -> None:
+    """Loads the weights of a checkpoint alone. Collective. Raises CheckpointError."""
+    _take_weights(load_model_weights(start, {**model.sharded_weights(), CARRIED: carried.pieces()}), model, carried)
+
+
 def restore(
-    start: Checkpoint, model: DistributedDataParallel, optimizer: MegatronOptimizer, carried: CarriedWeights
+    start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights
 ) -> None:
     """Loads weights and moments. Collective; raises CheckpointError as `load_training_state` does."""
-    wanted = sharded_state(model, optimizer, is_loading=True)
-    loaded = load_training_state(start, {**wanted, "model": {**wanted["model"], **carried.pieces()}})
-    carried.take(loaded["model"])
-    model.module.load_state_dict(loaded["model"])
+    loaded = load_training_state(start, sharded_state(model, optimizer, carried, is_loading=True))
+    _take_weights(loaded["model"], model, carried)
     optimizer.load_state_dict(loaded["optimizer"])
     _restore_fp8(model, loaded.get("fp8", {}), start)
 
 
-def _restore_fp8(model: DistributedDataParallel, stored: dict[str, Tensor], start: Checkpoint) -> None:
-    own = model.module.language_model.fp8_state()
+def _restore_fp8(model: ModelChunks, stored: dict[str, Tensor], start: Checkpoint) -> None:
+    own = model.fp8_state()
     for name, tensor in stored.items():
         own[name].copy_(tensor)
-    if len(stored) < len(own) and model.module.groups.rank == 0:
+    if len(stored) < len(own) and model.first.groups.rank == 0:
         _logger.warning("%s has no FP8 histories of this length: FP8 scales start afresh", start.path)

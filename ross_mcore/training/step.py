@@ -21,6 +21,7 @@ from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import ShardReadError
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.groups import Groups, sum_over_ranks
+from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.progress import at
 from ross_mcore.training.stop import Asked
 
@@ -206,7 +207,7 @@ def _loss(
 
 
 def run_schedule(
-    model: DistributedDataParallel,
+    model: ModelChunks,
     step: Step,
     size: StepSize,
     groups: Groups,
@@ -234,7 +235,8 @@ def run_schedule(
     def forward_step(numbers: Iterator[int], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
         at(f"forward and backward, micro-batch {number + 1} of {count}")
-        rows = step.micro_batches[number] if step.micro_batches is not None else None
+        has_end = stage.module.pre_process or stage.module.post_process  # type: ignore[union-attr]
+        rows = step.micro_batches[number] if step.micro_batches is not None and has_end else None
         slots = slots_of(step, number, size, options)
         batch: Batch | None = None
         if rows is not None:
@@ -251,8 +253,8 @@ def run_schedule(
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(range(count)),
-        model=[model],
+        data_iterator=[iter(range(count)) for _ in model],
+        model=list(model),
         num_microbatches=count,
         seq_length=size.seq_length * options.micro_batch_size,
         micro_batch_size=1,

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.config import Config
@@ -14,6 +13,7 @@ from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.groups import Groups
+from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.metrics import Validation
 from ross_mcore.training.progress import at
 from ross_mcore.training.quarantine import BadSample, bad_samples
@@ -32,7 +32,7 @@ DRAW_SEED = 0
 @torch.no_grad()
 def validate(
     iteration: int,
-    model: DistributedDataParallel,
+    model: ModelChunks,
     dataset: MixtureDataset,
     groups: Groups,
     config: Config,
@@ -52,7 +52,8 @@ def validate(
     for name, part in zip(dataset.names, dataset.parts):
         count = min(len(part), config.logging.valid_samples or len(part))
         rows = options.micro_batch_size * groups.layout.data_parallel
-        micro_batches = min(micro_batches_per_step(options, groups), -(-count // rows))
+        multiple = groups.layout.micro_batch_multiple
+        micro_batches = min(micro_batches_per_step(options, groups), -(-count // (rows * multiple)) * multiple)
         losses = []
         with StepLoader(
             part,

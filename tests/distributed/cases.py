@@ -43,6 +43,9 @@ BY_MODALITY = (("sampler", "modality_length"), ("mm_use_im_start_end", True))
 PACKED = (("pack", True), ("seq_length", 256), ("global_batch_size", 2), ("micro_batch_size", 1))
 """Two rows of several samples a step."""
 
+INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1}
+"""Two chunks to a stage of the recorded models, which have four layers; twice that many for PP 4 (`deep`)."""
+
 CASES = [
     Case("tp2", 2, layout(2)),
     Case("tp2+sp", 2, layout(2, sequence_parallel=True)),
@@ -102,4 +105,16 @@ CASES = [
     Case("bf16 tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), common=(("bf16", True),), relative=3e-2),
     Case("bf16 pp3 frozen LLM", 3, layout(1, 3), stage="pretrain", common=(("bf16", True),), relative=3e-2),
     Case("llama + clip tp2xpp2", 4, layout(2, 2), family="llama_clip"),
+    Case("pp2xvpp2", 2, layout(1, 2, **INTERLEAVED)),
+    Case("pp4xvpp2", 4, layout(1, 4, **INTERLEAVED), family="deep"),
+    Case("pp4xvpp2 without overlap", 4, layout(1, 4, overlap_p2p_communication=False, **INTERLEAVED), family="deep"),
+    Case("tp2xpp2xvpp2+sp", 4, layout(2, 2, sequence_parallel=True, **INTERLEAVED)),
+    Case(
+        "pp2xvpp2xdp2 distributed optimizer, overlap",
+        4,
+        layout(1, 2, use_distributed_optimizer=True, overlap_grad_reduce=True, **INTERLEAVED),
+    ),
+    Case("pp2xvpp2 tied embeddings", 2, layout(1, 2, **INTERLEAVED), family="tied"),
+    Case("pp2xvpp2 frozen LLM", 2, layout(1, 2, **INTERLEAVED), stage="pretrain"),
+    Case("pp2xvpp2 packed, by a layout", 2, layout(1, 2, pipeline_layout="1,1,1,1"), common=PACKED),
 ]

@@ -23,7 +23,7 @@ from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
 from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
 from tests.distributed.cases import Case  # noqa: E402
 from tests.distributed.harness import run_ranks  # noqa: E402
-from tests.recorded import GOLDEN, recorded_checkpoint, tied_checkpoint  # noqa: E402
+from tests.recorded import CHANGED, GOLDEN, changed_checkpoint, recorded_checkpoint  # noqa: E402
 
 ITERATIONS = 3
 
@@ -106,7 +106,7 @@ def base(workplace: Path) -> Callable[[str], Path]:
     def get(family: str) -> Path:
         root = workplace / f"base_{family}"
         if not root.exists():
-            tied_checkpoint(root) if family == "tied" else recorded_checkpoint(family, root)
+            changed_checkpoint(family, root) if family in CHANGED else recorded_checkpoint(family, root)
         return root
 
     return get

@@ -50,7 +50,8 @@ def pass_through_model(root: str, names: list[str], layout_name: str) -> None:
         config = base.model_config()
         layout = make_layout(config, world_size=tensor * pipeline, tensor_parallel=tensor, pipeline_parallel=pipeline)
         dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
-        model = RossModel(config, groups.initialize(layout, 1, 1), Execution(dtype=dtype))
+        here = groups.initialize(layout, 1, 1)
+        model = RossModel(config, here, Execution(dtype=dtype), here.stage.chunks[0])
         metadata = sharding_metadata()
         model.load_state_dict(load_model_weights(base, model.sharded_state_dict(metadata=metadata)))
         state = {"model": model.sharded_state_dict(metadata=metadata)}

@@ -177,7 +177,7 @@ def test_options(recipe: Recipe) -> None:
     assert flags.read_yaml(str(recipe.path), flags.build_parser()) == recipe.options()
     config, model = read_config(recipe), read_model(recipe)
     layout = place(recipe, config, model)
-    options.check(config, data_parallel_size=layout.data_parallel, backend="gloo")
+    options.check(config, data_parallel_size=layout.data_parallel)
     assert config.template(model) == recipe.template
 
 
@@ -283,7 +283,7 @@ def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
             recompute = config.execution.recompute_granularity
             execution = Execution(dtype=torch.bfloat16, sequence_parallel=True, recompute_granularity=recompute)
             with torch.device("meta"):
-                ross = RossModel(model, here, execution)
+                ross = RossModel(model, here, execution, here.stage.chunks[0])
                 set_trainable(ross, config.training.training_stage, train_vision=False)
                 state = ross.sharded_state_dict(metadata=sharding_metadata())
                 apply_factories(state)

@@ -12,6 +12,7 @@ from ross_mcore.flags import build_parser, field_help, flag, parse
 
 FLAGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --pipeline-layout --num-layers-per-virtual-pipeline-stage
+--overlap-p2p-communication
 --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 --distributed-timeout-minutes
 --bf16 --transformer-impl --attention-backend --recompute-granularity --gradient-accumulation-fusion --tp-comm-overlap
@@ -33,9 +34,9 @@ FLAGS = """
 COMPLETE = ["--load", "base", "--save", "run", "--data-path", "shards", "--train-iters", "10"]
 
 
-def refusal(arguments: list[str], data_parallel_size: int = 1) -> str:
+def refusal(arguments: list[str], data_parallel_size: int = 1, virtual_stages: int = 1) -> str:
     with pytest.raises(ConfigError) as error:
-        check(parse([*COMPLETE, *arguments]), data_parallel_size=data_parallel_size, backend="gloo")
+        check(parse([*COMPLETE, *arguments]), data_parallel_size=data_parallel_size, virtual_stages=virtual_stages)
     return str(error.value)
 
 
@@ -115,7 +116,9 @@ def test_sections_validate_themselves(capsys: pytest.CaptureFixture[str], argume
 
 def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:
     assert "remove the flag" in refusal(["--bf16", "--no-use-distributed-optimizer"])
-    assert "gloo" in refusal(["--num-layers-per-virtual-pipeline-stage", "1"])
+    two_stages = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
+    assert "remove the flag" in refusal([*two_stages, "--no-overlap-p2p-communication"], virtual_stages=2)
+    assert "multiple of 8" in refusal([*two_stages, "--global-batch-size", "12"], 4, virtual_stages=2)
     assert "--tensor-model-parallel-size 2" in refusal(["--sequence-parallel"])
     assert "a multiple of 4" in refusal(["--global-batch-size", "6", "--micro-batch-size", "2"], data_parallel_size=2)
 

@@ -75,9 +75,9 @@ def test_forward_flops_of_the_published_sample() -> None:
 
 def test_the_encoder_and_the_denoiser_weigh_in_the_balance() -> None:
     layout = make_layout(ROSS_7B, world_size=4, tensor_parallel=1, pipeline_parallel=4)
-    first, *_, last = layout.layers_per_stage
-    assert sum(layout.layers_per_stage) == 28
-    assert last < 7 <= layout.layers_per_stage[1] and first >= last
+    first, *_, last = layout.layers_per_chunk
+    assert sum(layout.layers_per_chunk) == 28
+    assert last < 7 <= layout.layers_per_chunk[1] and first >= last
 
 
 def test_what_is_precomputed_weighs_nothing() -> None:
@@ -90,7 +90,7 @@ def test_what_is_precomputed_weighs_nothing() -> None:
             llm_trains=False,
             precomputed=precomputed,
         )
-        return layout.layers_per_stage, stage_extra_costs(ROSS_7B, False, False, 1029, precomputed)
+        return layout.layers_per_chunk, stage_extra_costs(ROSS_7B, False, False, 1029, precomputed)
 
     (*_, computed), (first, last) = place(Precomputed())
     (*_, read), (first_read, last_read) = place(Precomputed(features=True, latents=True))
@@ -112,6 +112,21 @@ def test_stages_cover_the_layers() -> None:
     assert [layout.stage(i).reads_data for i in range(3)] == [True, False, True]
     rows = layout.megatron_pipeline_layout()
     assert rows is not None and rows[0][0] == "embedding" and rows[-1][-1] == "loss"
+
+
+def test_chunks_of_the_interleaved_schedule_cover_the_layers() -> None:
+    layout = make_layout(ROSS_7B, world_size=2, tensor_parallel=1, pipeline_parallel=2, layers_per_virtual_stage=7)
+    first, last = layout.stage(0), layout.stage(1)
+    assert (layout.virtual_stages, layout.micro_batch_multiple) == (2, 2)
+    assert sorted(first.layers + last.layers) == list(range(28))
+    assert [chunk.layers.start for chunk in first.chunks] < [chunk.layers.start for chunk in last.chunks]
+    ends = [[(chunk.is_first, chunk.is_last) for chunk in stage.chunks] for stage in (first, last)]
+    assert ends == [[(True, False), (False, False)], [(False, False), (False, True)]]
+    assert len(first.layers) >= len(last.layers) and first.is_first and last.is_last and not first.is_last
+    rows = layout.megatron_pipeline_layout()
+    assert rows is not None and len(rows) == 4 and rows[0][0] == "embedding" and rows[-1][-1] == "loss"
+    by_hand = make_layout(ROSS_7B, world_size=2, tensor_parallel=1, pipeline_parallel=2, pipeline_layout="8,8,8,4")
+    assert [len(chunk.layers) for chunk in by_hand.stage(1).chunks] == [8, 4]
 
 
 @pytest.mark.parametrize(

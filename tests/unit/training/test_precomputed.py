@@ -19,7 +19,7 @@ from ross_mcore.data.sample import ShardDataset  # noqa: E402
 from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
 from ross_mcore.data.shards import ShardReader  # noqa: E402
 from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
-from ross_mcore.parallel.layout import Stage  # noqa: E402
+from ross_mcore.parallel.layout import Chunk, Stage  # noqa: E402
 from ross_mcore.precompute import Precomputation, load_picture_parts  # noqa: E402
 from ross_mcore.training.precomputed import choose_precomputed, read_pictures_as, unused_parts  # noqa: E402
 from tests.recorded import GOLDEN, recorded_checkpoint  # noqa: E402
@@ -95,7 +95,7 @@ def test_pictures_that_are_needed_must_be_there(
 
 def test_a_stage_reads_only_what_it_needs(shards: Any, bases: dict[str, Checkpoint]) -> None:
     base = bases["qwen2_siglip"]
-    first, last = Stage(0, range(2), True, False), Stage(1, range(2, 4), False, True)
+    first, last = Stage(0, (Chunk(0, range(2), True, False),)), Stage(1, (Chunk(0, range(2, 4), False, True),))
     dataset = opened(shards(*BOTH, drop_images=True), base)
     for stage, kind, shape in ((first, "features", (16, 32)), (last, "latents", (2, 16, 8, 8))):
         read_pictures_as([dataset], Precomputed(True, True), stage, base.model_config())

@@ -122,7 +122,7 @@ def layout_of(run: Run) -> dict[str, Any]:
         "tensor_model_parallel_size": layout.tensor_parallel,
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "data_parallel_size": layout.data_parallel,
-        "layers_per_stage": list(layout.layers_per_stage),
+        "layers_per_chunk": list(layout.layers_per_chunk),
         "sequence_parallel": config.parallel.sequence_parallel,
         "use_distributed_optimizer": config.use_distributed_optimizer,
         "transformer_impl": config.execution.transformer_impl,

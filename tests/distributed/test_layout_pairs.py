@@ -21,7 +21,7 @@ import torch
 from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
 from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
-from tests.distributed.cases import PACKED, Case, layout
+from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
 from tests.distributed.conftest import run_options, train_one_rank
 from tests.distributed.harness import free_port, run_ranks
 
@@ -49,11 +49,14 @@ LAYOUTS = {
         "", 4, layout(2, 2, sequence_parallel=True, use_distributed_optimizer=True, overlap_grad_reduce=True)
     ),
     "tp2xdp2 distributed overlap": Case("", 4, layout(2, use_distributed_optimizer=True, overlap_grad_reduce=True)),
+    "pp2xvpp2": Case("", 2, layout(1, 2, **INTERLEAVED)),
+    "pp2xvpp2xdp2 distributed": Case("", 4, layout(1, 2, use_distributed_optimizer=True, **INTERLEAVED)),
     "pp2xdp2": Case("", 4, layout(1, 2)),
     "pp2xdp2 distributed": Case("", 4, layout(1, 2, use_distributed_optimizer=True)),
 }
-"""Layouts by the names that the table prints: tp, pp, dp tensor, pipeline and data parallel; sp sequence parallel;
-distributed: with the distributed optimizer, which the others are without; overlap: of the gradients' reduction."""
+"""Layouts by the names that the table prints: tp, pp, dp tensor, pipeline and data parallel; vpp interleaved; sp
+sequence parallel; distributed: with the distributed optimizer, which the others are without; overlap: of the
+gradients' reduction."""
 
 WORK = {
     "finetune": Case("", 1),
@@ -92,6 +95,8 @@ PAIRS = [
     Pair("tp2xdp2 distributed overlap", "one process"),
     Pair("dp2 distributed", "pp2"),
     Pair("dp2 distributed", "dp2 distributed"),
+    Pair("pp2xvpp2", "tp2xdp2 distributed overlap"),
+    Pair("dp2 distributed", "pp2xvpp2xdp2 distributed"),
     Pair("pp3", "tp2", "pretrain"),
     Pair("tp2xpp2", "pp2xdp2", "packed"),
     Pair("tp2xpp2", "pp2", "two data sets, packed"),

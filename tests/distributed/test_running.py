@@ -20,7 +20,7 @@ import torch
 
 from ross_mcore.checkpoint.folder import find_checkpoint
 from ross_mcore.data.shards import ShardReader
-from tests.distributed.cases import Case, layout
+from tests.distributed.cases import INTERLEAVED, Case, layout
 from tests.distributed.conftest import Finished
 from tests.distributed.harness import run_ranks
 
@@ -158,6 +158,7 @@ VALIDATED = {
     "one process": Case("", 1, {"micro_batch_size": 4, "num_workers": 1}),
     "tp2xpp2+sp, packed": Case("", 4, layout(2, 2, sequence_parallel=True, pack=True, micro_batch_size=1)),
     "dp2, other rows": Case("", 2, {"global_batch_size": 6, "micro_batch_size": 1}),
+    "interleaved": Case("", 2, layout(1, 2, **INTERLEAVED)),
 }
 
 
@@ -172,7 +173,7 @@ def test_validation_is_the_same_every_time_and_everywhere(
     found: dict[str, list[dict[str, Any]]] = {}
     for name, case in VALIDATED.items():
         options = {"valid_data_path": str(listed), "valid_interval": 2, "valid_samples": 11}
-        run = start(case, f"validated_{case.world}", lr=0.0, denoiser_lr=0.0, seed=case.world, **options)
+        run = start(case, f"validated_{name}".replace(" ", "_"), lr=0.0, denoiser_lr=0.0, seed=case.world, **options)
         found[name] = validations(run.folder)
         assert [line["iteration"] for line in found[name]] == [2, 3]
         assert found[name][0]["datasets"] == found[name][1]["datasets"]

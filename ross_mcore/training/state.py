@@ -106,9 +106,7 @@ def load_weights(start: Checkpoint, model: ModelChunks, carried: CarriedWeights)
     _take_weights(load_model_weights(start, {**model.sharded_weights(), CARRIED: carried.pieces()}), model, carried)
 
 
-def restore(
-    start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights
-) -> None:
+def restore(start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights) -> None:
     """Loads weights and moments. Collective; raises CheckpointError as `load_training_state` does."""
     loaded = load_training_state(start, sharded_state(model, optimizer, carried, is_loading=True))
     _take_weights(loaded["model"], model, carried)

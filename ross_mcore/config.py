@@ -53,8 +53,7 @@ class ParallelOptions:
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     overlap_param_gather: bool = False
-    """Gather updated weights over data-parallel ranks while the next forward pass already runs. Needs the distributed
-    optimizer and --overlap-grad-reduce."""
+    """Gather updated weights over data-parallel ranks while the next forward pass already runs. Not available yet."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 
@@ -93,7 +92,7 @@ class ExecutionOptions:
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Of --fp8-recipe delayed: which of the kept maxima makes the scale."""
     fp8_param_gather: bool = False
-    """Keep the language model's weights in FP8 and gather them so over data-parallel ranks."""
+    """Keep the language model's weights in FP8 and gather them so over data-parallel ranks. Not available yet."""
     first_last_layers_bf16: bool = False
     """Leave the first and the last decoder layers in bf16; not with --fp8-recipe delayed."""
     num_layers_at_start_in_bf16: int = 1
@@ -103,8 +102,7 @@ class ExecutionOptions:
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the gradient buffer inside the matrix product. Needs Apex's extension."""
     tp_comm_overlap: bool = False
-    """Overlap tensor-parallel communication with the matrix products it feeds. Needs Transformer Engine on GPUs and
-    --sequence-parallel; all rows are then padded to --seq-length."""
+    """Overlap tensor-parallel communication with the matrix products it feeds. Not available yet."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in backward: full layers, or selective (core attention only)."""
 

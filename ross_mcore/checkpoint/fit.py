@@ -17,7 +17,10 @@ def architecture_of(checkpoint: Checkpoint) -> ModelConfig:
 
 def require_fit(checkpoint: Checkpoint, model: ModelConfig, stored: StoredTensors) -> None:
     """Raises CheckpointError naming the first tensor that one side lacks, or both shapes where they differ."""
-    shapes, held = inventory(model), stored.shapes
+    try:
+        shapes, held = inventory(model), stored.shapes
+    except KeyError as missing:  # of a library's configuration, which is kept word for word
+        raise CheckpointError(f"{checkpoint.path / 'config.json'} has no key {missing}; copy the file again") from None
     for name in sorted(shapes.keys() | held.keys()):
         if shapes.get(name) == held.get(name):
             continue

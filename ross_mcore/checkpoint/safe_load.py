@@ -86,7 +86,7 @@ def read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as stream:
             metadata = _Unpickler(stream).load()
         if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"it holds a {type(metadata).__name__}")
+            raise CheckpointError("it holds something else")
         _check_places(path.parent, metadata)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a sharded checkpoint") from None

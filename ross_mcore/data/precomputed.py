@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from ross_mcore import checked
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.data.image import ImagePreprocessing
 from ross_mcore.data.shards import ShardError, ShardReader
@@ -146,11 +147,11 @@ def _source(reader: ShardReader, kind: str, about: dict[str, Any]) -> PartSource
                 f"{reader.folder}: {held} of {pictured} samples with pictures have {kind}, made in {len(sources)} "
                 f"ways: {mend}"
             )
-        source = PartSource(**sources[0])
+        source = checked.build(PartSource, sources[0], "its source")
         if source.dtype not in DTYPES:
             raise ShardError(f"{reader.folder}: {kind} stored as {source.dtype!r}: {mend}")
         return source
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ShardError):
             raise
-        raise ShardError(f"{reader.folder / 'index.json'}: {kind}: {error!r}: {mend}") from None
+        raise ShardError(f"{reader.folder / 'index.json'}: {kind}: {checked.reason(error)}: {mend}") from None

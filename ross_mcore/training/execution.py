@@ -169,6 +169,15 @@ def _overlap(config: Config, libraries: Libraries) -> Iterator[str]:
         yield "--tp-comm-overlap overlaps the communication of --sequence-parallel; add it"
     if options.tp_comm_overlap and not libraries.gpu:
         yield "--tp-comm-overlap: Transformer Engine's buffers for it need CUDA GPUs; remove it"
+    if parallel.overlap_param_gather:
+        yield (
+            "--overlap-param-gather does not work yet: a checkpoint would be written before the weights of other ranks "
+            "have arrived; remove it"
+        )
+    if options.fp8_param_gather:
+        yield "--fp8-param-gather does not work yet: losses are wrong after the first step; remove it"
+    if options.tp_comm_overlap:
+        yield "--tp-comm-overlap does not work yet: Transformer Engine's buffers for it are not set up; remove it"
     if options.gradient_accumulation_fusion and not libraries.gradient_fusion:
         yield (
             "--gradient-accumulation-fusion: Apex's extension fused_weight_gradient_mlp_cuda is not installed; build "

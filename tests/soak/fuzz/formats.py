@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from tests.soak.fuzz import mutate
 
 Mutator = Callable[[bytes, random.Random], tuple[bytes, str]]
@@ -195,7 +197,7 @@ def by_suffix(name: str) -> Mutator:
     def mutator(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         try:
             return (mutate.mutate_bytes if rng.random() < 0.2 else known)(data, rng)
-        except (ValueError, tarfile.TarError, zipfile.BadZipFile, OSError, RecursionError):
+        except (ValueError, yaml.YAMLError, tarfile.TarError, zipfile.BadZipFile, OSError, RecursionError):
             return mutate.mutate_bytes(data, rng)  # a second damage to what the first left unreadable
 
     return mutator

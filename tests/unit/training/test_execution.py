@@ -72,9 +72,22 @@ def test_what_does_not_go_together_is_refused(flags: dict, says: str) -> None:
         check_execution(Config.from_flat(**flags), LANGUAGE, EVERYTHING)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {**FP8, "fp8_param_gather": True},
+        {"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": True},
+        {**BF16, "tp_comm_overlap": True, "sequence_parallel": True, "tensor_model_parallel_size": 2},
+    ],
+    ids=["fp8_param_gather", "overlap_param_gather", "tp_comm_overlap"],
+)
+def test_what_does_not_work_yet_is_refused_whatever_is_installed(flags: dict) -> None:
+    with pytest.raises(ConfigError, match="does not work yet"):
+        check_execution(Config.from_flat(**flags), LANGUAGE, EVERYTHING)
+
+
 def test_hardware_and_libraries_are_asked_for_one_by_one() -> None:
     overlap = Config.from_flat(**BF16, tp_comm_overlap=True, sequence_parallel=True, tensor_model_parallel_size=2)
-    check_execution(overlap, LANGUAGE, EVERYTHING)
     with pytest.raises(ConfigError, match="need CUDA GPUs"):
         check_execution(overlap, LANGUAGE, replace(EVERYTHING, gpu=False))
     flash = Config.from_flat(**BF16, attention_backend="flash")

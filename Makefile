@@ -15,7 +15,7 @@ help:
 	@echo "make demo-stamps  the same on 150 real pictures (fetches a Debian package)"
 	@echo "make test         the whole test suite        make test-unit  its fast part"
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
-	@echo "make test-soak    runs killed anywhere and continued"
+	@echo "make test-soak    runs killed anywhere and continued; files damaged in hundreds of ways"
 	@echo "make lint         ruff                        make bench      ratios, each measured in one run"
 
 $(INSTALLED): setup.py constraints.txt
@@ -46,6 +46,7 @@ test-unit: $(INSTALLED)
 
 test-soak: $(INSTALLED)
 	$(BIN)/python tests/soak/kill_resume.py --trials 20
+	$(BIN)/python tests/soak/fuzz_inputs.py --cases 200 --seed 1
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

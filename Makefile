@@ -8,12 +8,13 @@ TE_VENV := .venv-te
 TE_INSTALLED := $(TE_VENV)/.installed
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: help demo demo-stamps test test-te test-unit test-soak lint bench clean
+.PHONY: help demo demo-stamps test test-slow test-te test-unit test-soak lint bench clean
 
 help:
 	@echo "make demo         train a small model on 4 CPU ranks, stop and resume it, ask it, see what it reconstructs"
 	@echo "make demo-stamps  the same on 150 real pictures (fetches a Debian package)"
 	@echo "make test         the whole test suite        make test-unit  its fast part"
+	@echo "make test-slow    runs that are killed, restarted or continued at other layouts; a few minutes"
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
 	@echo "make test-soak    runs killed anywhere and continued; files damaged in hundreds of ways"
 	@echo "make lint         ruff                        make bench      ratios, each measured in one run"
@@ -40,6 +41,9 @@ test: $(INSTALLED)
 
 test-te: $(TE_INSTALLED)
 	$(TE_VENV)/bin/python -m pytest tests/te
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit

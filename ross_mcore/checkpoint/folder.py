@@ -183,14 +183,40 @@ def begin(root: Path, iteration: int) -> Path:
     partial = partial_folder(root, iteration)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left_over in root.iterdir():
-            if _LEFT_OVER.fullmatch(left_over.name):
-                _logger.warning("removed %s, which a process that died had not finished", left_over)
-                shutil.rmtree(left_over)
+        _remove_left_overs(root)
         partial.mkdir()
     except OSError as error:
         raise CheckpointError(f"cannot write a checkpoint under {root}: {error}") from None
     return partial
+
+
+def tidy(root: Path) -> None:
+    """Ends what a process that died had begun: removes left-overs and moves the pointer to the newest checkpoint.
+
+    For a start that may save nothing; what cannot be done is logged.
+    """
+    try:
+        if Path(root).is_dir():
+            _remove_left_overs(root)
+            pointer, newest = Path(root) / POINTER, find_checkpoint(root)
+            if newest is not None and (not pointer.is_file() or pointer.read_text() != f"{newest.iteration}\n"):
+                _point_to(root, newest.iteration)
+    except OSError as error:
+        _logger.warning("%s cannot be tidied: %s", root, error)
+
+
+def _remove_left_overs(root: Path) -> None:
+    for left_over in root.iterdir():
+        if _LEFT_OVER.fullmatch(left_over.name):
+            _logger.warning("removed %s, which a process that died had not finished", left_over)
+            shutil.rmtree(left_over)
+
+
+def _point_to(root: Path, iteration: int) -> None:
+    new = root / (POINTER + ".new")
+    _write_text(new, f"{iteration}\n")
+    new.replace(root / POINTER)
+    sync(root)
 
 
 def publish(
@@ -228,10 +254,7 @@ def publish(
         for folder in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
             sync(folder)
         _rename(partial, target)
-        pointer = root / POINTER
-        _write_text(pointer.with_name(pointer.name + ".new"), f"{iteration}\n")
-        pointer.with_name(pointer.name + ".new").replace(pointer)
-        sync(root)
+        _point_to(root, iteration)
         return inspect(target)
     except OSError as error:
         raise CheckpointError(f"checkpoint {iteration} under {root} was not completed: {error}") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.manifest import CheckpointError
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
 from ross_mcore.training.run import Run
@@ -35,6 +36,8 @@ class Saver:
         # a run that goes on in another folder is not saved there yet
         continued = run.resume and run.start.path.parent == run.save_folder
         self._saved_iteration = run.start.iteration if continued else None
+        if run.groups.rank == 0:
+            folder.tidy(run.save_folder)
 
     def after_step(self, state: TrainState) -> None:
         """Reports a save that has finished or failed meanwhile; tries again what failed. Call after every step."""

@@ -25,6 +25,8 @@ from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
 from tests.distributed.conftest import run_options, train_one_rank
 from tests.distributed.harness import free_port, run_ranks
 
+pytestmark = pytest.mark.slow
+
 SAVED_AT, STEPS_AFTER = 2, 10
 TRAIN_ITERS = SAVED_AT + STEPS_AFTER
 FIGURES = ("lm_loss", "vm_loss", "grad_norm")

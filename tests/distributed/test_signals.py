@@ -20,6 +20,8 @@ from ross_mcore.training.watchdog import LOST_A_RANK
 from tests.distributed.cases import layout
 from tests.distributed.harness import end_of_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def flags(base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:

@@ -14,6 +14,9 @@ assert harness  # sets what the fork server imports
 CASES, SEED = 60, 0
 
 
+pytestmark = pytest.mark.slow
+
+
 def _session(work: str, keep: str) -> None:
     results = fuzz(range(CASES), SEED, Path(work), Path(keep))
     failed = [describe(result, SEED) for result in results if result.problems]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.soak.kill.compare import compare
 from tests.soak.kill.trial import Soak
 from tests.soak.kill_resume import describe
+
+pytestmark = pytest.mark.slow
 
 SEED = 1
 

@@ -107,7 +107,7 @@ PAIRS = [
 """In pretrain at pp3, the middle stage trains nothing."""
 
 
-RUNS_TOGETHER = 8
+RUNS_TOGETHER = 4
 """Runs one after another in the same processes: starting those costs as much as a run, and has a time limit."""
 
 

@@ -32,8 +32,8 @@ def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None
 
     def build_and_look(*args: Any, **kwargs: Any) -> Any:
         built, optimizer = build(*args, **kwargs)
-        _watch(built.module, seen)
-        model.append(built.module)
+        _watch(built.first, seen)
+        model.append(built.first)
         inner = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
         seen["optimizer"] = sorted({f"{type(part).__module__}.{type(part).__name__}" for part in inner})
         return built, optimizer

@@ -182,8 +182,9 @@ def _said(turns: list[dict[str, str]], template: str, generation: bool) -> str:
 def preprocessing(processor: dict[str, Any], aspect_ratio: ImageAspectRatio, size: int) -> ImagePreprocessing:
     """A recorded image processor at another size."""
     crop = "CLIP" in processor["image_processor_type"]
-    tower = {"model_type": f"{'clip' if crop else 'siglip'}_vision_model", "image_size": size, "num_hidden_layers": 2}
-    vision = VisionConfig(tower, processor["image_mean"], processor["image_std"])
+    tower = {"model_type": f"{'clip' if crop else 'siglip'}_vision_model", "image_size": size}
+    unused = {"hidden_size": 8, "num_hidden_layers": 2, "patch_size": 1}
+    vision = VisionConfig(tower | unused, processor["image_mean"], processor["image_std"])
     square = {"height": size, "width": size}
     sizes = {"size": {"shortest_edge": size} if crop else square, "crop_size": square}
     return ImagePreprocessing.for_tower(vision, aspect_ratio, processor | sizes)

@@ -47,7 +47,7 @@ def reason(error: BaseException) -> str:
 
 def read_json(path: Path, most_bytes: int = MOST_FILE_BYTES) -> Any:
     """What a JSON file holds. Raises ValueError, FileNotFoundError."""
-    text = _read_text(path, most_bytes)
+    text = read_text(path, most_bytes)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -58,7 +58,8 @@ def read_json(path: Path, most_bytes: int = MOST_FILE_BYTES) -> Any:
         raise ValueError("it has a number of too many digits") from None
 
 
-def _read_text(path: Path, most_bytes: int) -> str:
+def read_text(path: Path, most_bytes: int = MOST_FILE_BYTES) -> str:
+    """What a file of UTF-8 holds. Raises ValueError, FileNotFoundError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -78,7 +79,7 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises ValueError, FileNotFoundError."""
     import yaml
 
-    text = _read_text(path, MOST_YAML_BYTES)
+    text = read_text(path, MOST_YAML_BYTES)
     try:
         return yaml.safe_load(text)
     except RecursionError:

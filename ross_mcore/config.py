@@ -29,6 +29,17 @@ def _not_negative(section: object, *names: str) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
 
 
+def _ranges(flag: str, text: str | None) -> list[range]:
+    """`7,12-15` as ranges of numbers."""
+    found = []
+    for part in [] if text is None else text.split(","):
+        first, dash, last = (number.strip() for number in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise ConfigError(f"{flag} {text}: {part.strip()!r} is no number and no range; give them as 7,12-15")
+        found.append(range(int(first), int(last or first) + 1))
+    return found
+
+
 @dataclass(frozen=True)
 class ParallelOptions:
     """Parallel layout"""
@@ -152,6 +163,9 @@ class DataOptions:
     max_bad_fraction: float = 0.001
     """End the run when more than this share of the samples so far were bad (unreadable pictures or text, an index that
     does not fit), once there are more than ten; 0 bears none. Each is replaced and listed in SAVE/quarantine.jsonl."""
+    skip_samples: str | None = None
+    """Leave samples out: their ids, as SAVE/incidents.jsonl names them, with commas between, or a file of one a line.
+    Others that fit take their places; SAVE/quarantine.jsonl tells which."""
     precomputed: bool = True
     """Read what tools/precompute_latents.py computed of the pictures, where the shards have it, and build neither the
     VAE nor the frozen vision tower. --no-precomputed computes it from the pictures."""
@@ -191,7 +205,12 @@ class TrainingOptions:
     seed: int = 42
     """Data order, timesteps, diffusion and posterior noise all follow from it, in every layout."""
     max_bad_steps: int = 10
-    """End the run after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
+    """End the run after this many steps in a row whose loss, gradient or weights were not finite (each is skipped)."""
+    loss_spike_factor: float = 3.0
+    """Tell of steps whose lm_loss or vm_loss is above X times the median of the last 100, with the samples that make
+    most of it, on the console and in SAVE/incidents.jsonl; 0 tells of none."""
+    skip_iterations: str | None = None
+    """Pass over the data of these iterations without training on it, as 7 or 7,12-15."""
     exit_duration_in_mins: float | None = None
     """Save and exit 0 after this many minutes."""
     exit_interval: int | None = None
@@ -200,8 +219,14 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_epochs", "max_bad_steps")
         _positive(self, "exit_duration_in_mins", "exit_interval")
+        _not_negative(self, "loss_spike_factor")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ConfigError("--train-iters and --train-epochs exclude each other; give one")
+        _ranges("--skip-iterations", self.skip_iterations)
+
+    def skips(self, iteration: int) -> bool:
+        """Whether --skip-iterations names this one."""
+        return any(iteration in named for named in _ranges("--skip-iterations", self.skip_iterations))
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def main() -> int:
     from rich.console import Console
 
     from ross_mcore.data.conversation import TRAINING_TEMPLATES
-    from ross_mcore.data.inspection import find_samples, inspect, record_of, tokens_of, write_contact_sheet
+    from ross_mcore.data.inspection import inspect, record_of, tokens_of, write_contact_sheet
     from ross_mcore.data.shards import ShardError, ShardReader, ShardReadError
     from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
 
@@ -133,7 +133,7 @@ def main() -> int:
             raise ShardError(f"{options.data_path}: packing needs lengths; index it with --tokenizer and --template")
         found["sample"], found["contact_sheet"] = [], None
         tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-        numbers = [] if options.sample is None else find_samples(reader, options.sample)
+        numbers = [] if options.sample is None else reader.find([options.sample])[options.sample]
         if options.sample is not None and not numbers:
             first = reader.keys(range(min(3, len(reader))))
             raise ShardError(f"{options.data_path}: no sample has the key {options.sample!r}; the first keys: {first}")

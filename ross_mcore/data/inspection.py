@@ -150,16 +150,6 @@ def packing_figures(lengths: NDArray[np.int64], seq_length: int) -> dict[str, An
     }
 
 
-def find_samples(reader: ShardReader, key: str) -> list[int]:
-    """The numbers of the samples with this key: more than one when shards share keys."""
-    keys = b"\n" + (reader.folder / "keys.txt").read_bytes()  # so that a place of a match is a key's own offset
-    wanted, numbers, place = f"\n{key}\n".encode(), [], -1
-    starts = reader.samples["key_offset"]
-    while (place := keys.find(wanted, place + 1)) >= 0:
-        numbers.append(int(np.searchsorted(starts, place)))
-    return numbers
-
-
 def record_of(reader: ShardReader, number: int) -> dict[str, Any]:
     """The record of a sample. Raises ShardError when it cannot be read."""
     try:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ross_mcore.batch import Row, Sample, Slots
 from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import Order, sample_digest
-from ross_mcore.data.replacement import ATTEMPTS, EMPTY, TEXT, Bad, Quarantined, substitute
+from ross_mcore.data.replacement import ASKED_FOR, ATTEMPTS, EMPTY, TEXT, Bad, Quarantined, substitute
 from ross_mcore.data.rows import PlannedRow, RowStream, micro_batches
 from ross_mcore.data.sample import ShardDataset, skipped_sample
 from ross_mcore.data.shards import ShardReadError
@@ -161,6 +161,8 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         """
         if self.end and position >= self.end:
             return skipped_sample("", position, PAST_THE_END)
+        if number == EMPTY:
+            return skipped_sample("", position, f"{ASKED_FOR}, and nothing could stand in for it")
         sample = self.dataset.get(number, position)
         tokens, room = sample.tokens.numel(), int(self.dataset.row_lengths(np.array([number]))[0])
         is_cut = tokens < room == self.dataset.seq_length
@@ -205,7 +207,8 @@ class StepLoader:
     dp_size, micro_batch_size or num_workers. `reads=False` plans and reads nothing; `skip_rows` passes over the first
     rows; with `end`, the order is over the first `end` samples, and what comes after them is empty; `prefetch` counts
     micro-batches per worker; num_workers=0 reads in the calling process; `seed` decides what stands in for bad samples,
-    of which `attempts` are tried before a place stays empty. Call `close` (or use it in `with`) when done.
+    of which `attempts` are tried before a place stays empty; samples numbered in `skipped` are passed over as if they
+    were bad. Call `close` (or use it in `with`) when done.
     Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is over
     other samples than the data set's.
     """
@@ -231,6 +234,7 @@ class StepLoader:
         state: dict[str, int] | None = None,
         prefetch: int = 2,
         end: int | None = None,
+        skipped: Collection[int] = (),
     ) -> None:
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
@@ -246,6 +250,7 @@ class StepLoader:
         self.reads, self.num_workers, self.prefetch, self.seed = reads, num_workers, prefetch, seed
         self._rows = RowStream(order, dataset.row_lengths, dataset.seq_length, packed, window_samples(order))
         self._rows.skip(skip_rows)
+        self._skipped = np.array(sorted(skipped), np.int64)
         self._planned: deque[Step] = deque()
         self._stream: Iterator[_MicroBatch | ShardReadError] | None = None
         self._cursor = self._rows.state_dict()
@@ -292,15 +297,7 @@ class StepLoader:
         samples put in, for which this is to be called again.
         """
         reasons = {found.position: found.reason for found in sorted(bad, reverse=True)}  # the first one's stays
-        step.bad, changed = [], set()
-        for number, row in enumerate(step.rows):
-            places = [place for place, position in enumerate(row.positions.tolist()) if position in reasons]
-            if places:
-                samples = row.samples.copy()
-                for place in places:
-                    samples[place] = self._substitute(step, int(row.positions[place]), int(samples[place]), reasons)
-                step.rows[number] = replace(row, samples=samples)
-                changed.add(number)
+        step.bad, changed = [], self._replan(step, reasons)
         if step.micro_batches is None:
             return
         mine = micro_batches(range(len(step.rows)), self.micro_batch_size, self.dp_rank, self.dp_size)
@@ -311,12 +308,24 @@ class StepLoader:
         except Exception as error:
             step.failure = error
 
+    def _replan(self, step: Step, reasons: dict[int, str]) -> set[int]:
+        """Plans other samples at the positions of `reasons`; the numbers of the rows that changed."""
+        changed = set()
+        for number, row in enumerate(step.rows):
+            places = [place for place, position in enumerate(row.positions.tolist()) if position in reasons]
+            if places:
+                samples = row.samples.copy()
+                for place in places:
+                    samples[place] = self._substitute(step, int(row.positions[place]), int(samples[place]), reasons)
+                step.rows[number] = replace(row, samples=samples)
+                changed.add(number)
+        return changed
+
     def _substitute(self, step: Step, position: int, sample: int, reasons: dict[int, str]) -> int:
         """Notes that `sample` is bad; the number of the next one to try in the place of the planned one."""
         entry = step.quarantined.setdefault(position, Quarantined(position, sample, reasons[position]))
         room = self._room(np.array([entry.sample]))[0]
-        entry.replacement = EMPTY
-        if entry.attempts < self.attempts:
+        while entry.attempts < self.attempts:
             entry.replacement = substitute(
                 entry.sample,
                 self.dataset.peers(entry.sample),
@@ -326,6 +335,10 @@ class StepLoader:
                 entry.attempts,
             )
             entry.attempts += 1
+            if entry.replacement not in self._skipped:
+                break
+        else:
+            entry.replacement = EMPTY
         return entry.replacement
 
     def _room(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -369,12 +382,16 @@ class StepLoader:
     def _plan(self) -> list[PlannedMicroBatch]:
         """Plans one step ahead of those planned: this rank's micro-batches."""
         rows = self._rows.take(self.global_batch_size)
-        mine = micro_batches(rows, self.micro_batch_size, self.dp_rank, self.dp_size)
         slots = None
         if self.packed:
+            mine = micro_batches(rows, self.micro_batch_size, self.dp_rank, self.dp_size)
             slots = [[self.dataset.row_lengths(row.samples).tolist() for row in planned] for planned in mine]
-        self._planned.append(Step(rows, slots, None, [], self._rows.state_dict()))
-        return mine
+        step = Step(rows, slots, None, [], self._rows.state_dict())
+        if self._skipped.size:
+            named = [row.positions[np.isin(row.samples, self._skipped)] for row in rows]
+            self._replan(step, dict.fromkeys(np.concatenate(named).tolist(), ASKED_FOR))
+        self._planned.append(step)
+        return micro_batches(step.rows, self.micro_batch_size, self.dp_rank, self.dp_size)
 
     def _micro_batches(self) -> Iterator[PlannedMicroBatch]:
         """This rank's planned micro-batches, without end."""

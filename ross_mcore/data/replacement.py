@@ -21,6 +21,8 @@ SEARCHED_SAMPLES = 1 << 20
 EMPTY = -1
 """In place of a sample number: nothing could stand in."""
 TEXT = -1
+ASKED_FOR = "named by --skip-samples"
+"""The reason of a sample that is left out because somebody said so, and not because it is bad."""
 _DRAWN_AT_ONCE = 4096
 _PURPOSE = 0x5B5  # keeps these draws apart from those of the order
 

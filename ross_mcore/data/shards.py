@@ -26,7 +26,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,16 @@ class ShardReader:
             key = self._keys[start : max(start, end - 1)][:MAX_KEY_BYTES].tobytes().decode("utf-8", "replace")
             keys.append("".join(character if character.isprintable() else "?" for character in key))
         return keys
+
+    def find(self, keys: Iterable[str]) -> dict[str, list[int]]:
+        """The numbers of the samples with each of these keys: more than one when shards share keys."""
+        known = b"\n" + self._keys.tobytes()  # so that a place of a match is a key's own offset
+        found: dict[str, list[int]] = {}
+        for key in keys:
+            wanted, numbers, place = f"\n{key}\n".encode(), found.setdefault(key, []), -1
+            while (place := known.find(wanted, place + 1)) >= 0:
+                numbers.append(int(np.searchsorted(self.samples["key_offset"], place)))
+        return found
 
     def shard_name(self, shard: int) -> str:
         """The name of a shard by its number; of one that a damaged samples.npy makes up, that it is none."""

@@ -207,6 +207,14 @@ class MixtureDataset:
         """The samples' keys in their data sets, from the index alone."""
         return [self.parts[which].keys([local])[0] for which, local in map(self.place, sample_numbers)]
 
+    def find(self, keys: Sequence[str]) -> dict[str, list[int]]:
+        """The numbers of the samples with each of these keys, in all data sets."""
+        found: dict[str, list[int]] = {key: [] for key in keys}
+        for offset, part in zip(self.offsets.tolist(), self.parts):
+            for key, numbers in part.reader.find(found).items():
+                found[key] += [offset + number for number in numbers]
+        return found
+
     def get(self, sample_number: int, position: int, wanted_pixels: bool = False) -> Sample:
         """The sample at stream position `position`; its pixels are all None unless `wanted_pixels`."""
         which, local = self.place(sample_number)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from ross_mcore.checkpoint.torch_dist import sharding_metadata
 from ross_mcore.models.ross import RossModel
+
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
 
 class ModelChunks(nn.ModuleList):
@@ -33,6 +36,11 @@ class ModelChunks(nn.ModuleList):
     def last(self) -> RossModel:
         return self.parts[-1]
 
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters by their names in the whole model: decoder layers by their number in it, from 0."""
+        for part in self.parts:
+            yield from _named_weights(part)
+
     def zero_grad_buffer(self) -> None:
         for chunk in self:
             chunk.zero_grad_buffer()  # type: ignore[operator]
@@ -49,3 +57,10 @@ class ModelChunks(nn.ModuleList):
     def fp8_state(self) -> dict[str, Tensor]:
         """Scales and histories of FP8 layers, by the layer's number in the model (transformer_engine.fp8_state)."""
         return {name: tensor for part in self.parts for name, tensor in part.language_model.fp8_state().items()}
+
+
+def _named_weights(part: RossModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def number(place: re.Match[str]) -> str:
+        return str(part.decoder.layers[int(place[0])].layer_number - 1)  # type: ignore[index]
+
+    return ((_LAYER.sub(number, name), parameter) for name, parameter in part.named_parameters())

@@ -105,16 +105,11 @@ class Console:
                     self.say(f"{name}: {warning}" if len(dataset.parts) > 1 else warning)
             self.log.text("options", "\n".join(f"    {k}: {v}" for k, v in self.config.flat().items()))
 
-    def step(self, metrics: StepMetrics, row_tokens: int, keys: list[str]) -> None:
-        """One iteration; `keys` are the ids of its samples where they must be named."""
+    def step(self, metrics: StepMetrics, row_tokens: int) -> None:
+        """One iteration, of `row_tokens` that are not padding."""
         self._window.append((metrics, row_tokens))
         self.skipped += metrics.skipped_samples
         self.ignored += metrics.ignored_samples
-        if not metrics.applied:
-            self.say(
-                f"iteration {metrics.iteration}: update skipped, lm_loss {metrics.lm_loss}, vm_loss {metrics.vm_loss}, "
-                f"gradient norm {metrics.grad_norm}; samples of the step: {', '.join(keys)}"
-            )
         last = metrics.iteration == self.train_iters
         if metrics.iteration % self.config.logging.log_interval and not last:
             return
@@ -175,7 +170,8 @@ class Console:
         for entry in bad:
             instead = "its place stays empty" if entry.replaced_by is None else f"{entry.replaced_by} takes its place"
             where = f"iteration {entry.iteration}: sample {entry.key} of {entry.shard}"
-            self.say(f"{where} is bad: {entry.reason}; {instead}")
+            what = "bad" if entry.is_bad else "left out"
+            self.say(f"{where} is {what}: {entry.reason}; {instead}")
 
     def stopped(self, state: TrainState, reason: str) -> None:
         self.say(

@@ -35,13 +35,15 @@ weights have moments."""
 
 
 def changeable_options(config: Config, train_iters: int) -> dict[str, Any]:
-    """What may change from start to start, but not without being said: rates, schedule and objective."""
+    """What may change from start to start, but not without being said: rates, schedule, objective, what is skipped."""
     training = config.training
     return {
         **asdict(config.optimizer),
         "train_iters": train_iters,
         "loss_normalization": training.loss_normalization,
         "vm_loss_rows": training.vm_loss_rows,
+        "skip_iterations": training.skip_iterations,
+        "skip_samples": config.data.skip_samples,
     }
 
 

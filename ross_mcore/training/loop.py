@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ross_mcore import platform
 from ross_mcore.architecture import ArchitectureError
@@ -19,7 +20,9 @@ from ross_mcore.data.tokenizer import TokenizerError
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import RankError
 from ross_mcore.parallel.layout import LayoutError
+from ross_mcore.training.diagnosis import diagnose, weights_are_finite
 from ross_mcore.training.evaluation import reconstruction_grid
+from ross_mcore.training.incidents import INCIDENTS_FILE, Incident, samples_behind
 from ross_mcore.training.metrics import LogError, StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
 from ross_mcore.training.progress import at
@@ -27,8 +30,17 @@ from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, bad_sampl
 from ross_mcore.training.report import Report
 from ross_mcore.training.run import Run, open_run
 from ross_mcore.training.saver import Saver
+from ross_mcore.training.spikes import find_spike, remembered
 from ross_mcore.training.state import TrainState
-from ross_mcore.training.step import Losses, StepSize, agree_on_step, combine_losses, replace_bad_samples, run_schedule
+from ross_mcore.training.step import (
+    Losses,
+    MicroBatchLosses,
+    StepSize,
+    agree_on_step,
+    combine_losses,
+    replace_bad_samples,
+    run_schedule,
+)
 from ross_mcore.training.stop import Asked, Requests
 from ross_mcore.training.validation import validate
 from ross_mcore.training.watchdog import Watchdog
@@ -78,11 +90,13 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
     try:
         while state.iteration < run.train_iters and stopped_by is None:
             taken = _take_step(run, state, report, requests.asked())
-            state, asked = taken.state, taken.size.asked
             _report_step(run, report, taken)
+            incidents = _incidents(run, state, taken)
+            report.incidents(incidents)
+            state, asked = _with_losses(taken), taken.size.asked
             at("looking after a save")
             saver.after_step(state)
-            _require_progress(run, taken)
+            _require_progress(run, state, incidents)
             _evaluate(run, state, report)
             stopped_by = _why_to_stop(run, state, asked, requests)
             if asked or _is_due(state, run, config.checkpoint.save_interval):
@@ -109,7 +123,8 @@ def _open_report(run: Run, state: TrainState) -> Report:
 
 @dataclass(frozen=True)
 class _TakenStep:
-    """An optimizer step that was taken, and the state after it; not `applied` when its numbers were not finite."""
+    """An optimizer step that was taken, and the state after it; not `applied` when its numbers were not finite, or when
+    it was `skipped` on request, which leaves losses and norm unknown (NaN). `parts`: what the last stage kept of it."""
 
     state: TrainState
     step: Step
@@ -119,6 +134,8 @@ class _TakenStep:
     grad_norm: float
     learning_rate: float
     applied: bool
+    skipped: bool
+    parts: list[MicroBatchLosses]
     step_seconds: float
     data_seconds: float
 
@@ -131,33 +148,35 @@ def _take_step(run: Run, state: TrainState, report: Report, asked: Asked) -> _Ta
     data_seconds = time.perf_counter() - began
     at("agreeing on the step")
     size = agree_on_step(step, run.groups, run.row_multiple, run.device, asked)
-    size = replace_bad_samples(step, size, run.loader, run.groups, run.row_multiple, run.device)
-    bad = bad_samples(state.iteration + 1, step, run.dataset)
-    report.bad_samples(bad)
-    state = replace(state, bad_samples=state.bad_samples + len(bad))
-    _require_budget(state, step, bad, run.config)
-
     rate = learning_rate(state.iteration, run.train_iters, run.config.optimizer)
+    after = replace(state, iteration=state.iteration + 1, data=step.cursor)
+    if run.config.training.skips(after.iteration):
+        unknown, seconds = Losses(math.nan, math.nan), time.perf_counter() - began
+        return _TakenStep(after, step, size, [], unknown, math.nan, rate, False, True, [], seconds, data_seconds)
+
+    size = replace_bad_samples(step, size, run.loader, run.groups, run.row_multiple, run.device)
+    left_out = bad_samples(after.iteration, step, run.dataset)
+    report.bad_samples(left_out)
+    bad = [entry for entry in left_out if entry.is_bad]
+    after = replace(after, bad_samples=state.bad_samples + len(bad))
+    _require_budget(after, bad, run.config)
+
     set_hyperparameters(run.optimizer, state.iteration, run.train_iters, run.config.optimizer)
-    losses, norm = _compute_gradients(run, step, size)
-    applied = math.isfinite(losses.loss) and math.isfinite(norm)
+    losses, norm, parts = _compute_gradients(run, step, size)
+    applied = math.isfinite(losses.loss) and math.isfinite(norm) and weights_are_finite(run.model, run.device)
     if applied:
         at("optimizer step")
         apply_gradients(run.optimizer, norm, run.config.optimizer.clip_grad)
     at("waiting for the device")
     platform.synchronize()
-    state = replace(
-        state,
-        iteration=state.iteration + 1,
-        data=step.cursor,
-        bad_steps_in_a_row=0 if applied else state.bad_steps_in_a_row + 1,
-    )
+    after = replace(after, bad_steps_in_a_row=0 if applied else state.bad_steps_in_a_row + 1)
     seconds = time.perf_counter() - began
-    return _TakenStep(state, step, size, bad, losses, norm, rate, applied, seconds, data_seconds)
+    return _TakenStep(after, step, size, bad, losses, norm, rate, applied, False, parts, seconds, data_seconds)
 
 
-def _compute_gradients(run: Run, step: Step, size: StepSize) -> tuple[Losses, float]:
-    """The step's losses and the norm of its gradients, which are reduced and left in the model."""
+def _compute_gradients(run: Run, step: Step, size: StepSize) -> tuple[Losses, float, list[MicroBatchLosses]]:
+    """The step's losses, the norm of its gradients, which are reduced and left in the model, and what the last stage
+    kept of every micro-batch."""
     run.model.zero_grad_buffer()
     run.optimizer.zero_grad()
     parts = run_schedule(
@@ -172,7 +191,7 @@ def _compute_gradients(run: Run, step: Step, size: StepSize) -> tuple[Losses, fl
     at("losses")
     losses = combine_losses(parts, run.groups, run.device, len(run.dataset.parts))
     at("gradient norm")
-    return losses, gradient_norm(run.optimizer)
+    return losses, gradient_norm(run.optimizer), parts
 
 
 def _report_step(run: Run, report: Report, taken: _TakenStep) -> None:
@@ -199,7 +218,34 @@ def _report_step(run: Run, report: Report, taken: _TakenStep) -> None:
         applied=taken.applied,
         datasets=dict(zip(run.dataset.names, losses.datasets)) if len(run.dataset.parts) > 1 else {},
     )
-    report.step(metrics, size.row_tokens, [] if taken.applied else run.loader.keys(taken.step))
+    report.step(metrics, size.row_tokens)
+
+
+def _incidents(run: Run, before: TrainState, taken: _TakenStep) -> list[Incident]:
+    """What of a step somebody should look at; `before` has the losses that it is compared with. Collective."""
+    iteration, losses, factor = taken.state.iteration, taken.losses, run.config.training.loss_spike_factor
+    behind = partial(samples_behind, parts=taken.parts, step=taken.step, groups=run.groups, dataset=run.dataset)
+    if taken.skipped:
+        return [Incident(iteration, "skipped", "named by --skip-iterations", [])]
+    at("looking at losses")
+    if not taken.applied:
+        figures = f"lm_loss {losses.lm_loss}, vm_loss {losses.vm_loss}, gradient norm {taken.grad_norm}"
+        return [Incident(iteration, "not finite", f"{figures}; {diagnose(run.model)}", behind(None))]
+    spikes = [
+        find_spike("lm_loss", losses.lm_loss, before.recent_lm_losses, factor) if taken.size.label_tokens else None,
+        find_spike("vm_loss", losses.vm_loss, before.recent_vm_losses, factor) if taken.size.images else None,
+    ]
+    return [Incident(iteration, "spike", str(spike), behind(spike.loss)) for spike in spikes if spike is not None]
+
+
+def _with_losses(taken: _TakenStep) -> TrainState:
+    """The state after a step, which later ones are compared with."""
+    state, size, losses = taken.state, taken.size, taken.losses
+    if taken.applied and size.label_tokens:
+        state = replace(state, recent_lm_losses=remembered(state.recent_lm_losses, losses.lm_loss))
+    if taken.applied and size.images:
+        state = replace(state, recent_vm_losses=remembered(state.recent_vm_losses, losses.vm_loss))
+    return state
 
 
 def _evaluate(run: Run, state: TrainState, report: Report) -> None:
@@ -226,23 +272,24 @@ def _why_to_stop(run: Run, state: TrainState, asked: Asked, requests: Requests) 
     return f"--exit-interval {interval}" if interval and state.iteration % interval == 0 else None
 
 
-def _require_progress(run: Run, taken: _TakenStep) -> None:
-    """Raises TrainingError, on all ranks alike, after --max-bad-steps steps in a row that were not applied."""
-    state, losses = taken.state, taken.losses
+def _require_progress(run: Run, state: TrainState, incidents: list[Incident]) -> None:
+    """Raises TrainingError, on all ranks alike, after --max-bad-steps steps in a row whose numbers were not finite."""
     if state.bad_steps_in_a_row >= run.config.training.max_bad_steps:
+        reasons = "; ".join(incident.reason for incident in incidents)
         raise TrainingError(
-            f"iteration {state.iteration}: the loss or the gradient was not finite {state.bad_steps_in_a_row} times in "
-            f"a row (lm_loss {losses.lm_loss}, vm_loss {losses.vm_loss}, gradient norm {taken.grad_norm}); the last "
-            f"checkpoint under {run.save_folder} is intact. Lower --lr, or look at the samples of these iterations"
+            f"iteration {state.iteration}: numbers were not finite {state.bad_steps_in_a_row} times in a row "
+            f"({reasons}); the last checkpoint under {run.save_folder} is intact. Lower --lr, or look at the samples "
+            f"that {run.save_folder / INCIDENTS_FILE} names (tools/inspect_shards.py --sample) and leave them out "
+            "with --skip-samples"
         )
 
 
-def _require_budget(state: TrainState, step: Step, bad: list[BadSample], config: Config) -> None:
+def _require_budget(state: TrainState, bad: list[BadSample], config: Config) -> None:
     """Raises TrainingError, on all ranks alike, when more samples were bad than --max-bad-fraction allows."""
-    consumed, limit = step.cursor["consumed_samples"], config.data.max_bad_fraction
+    consumed, limit = state.consumed_samples, config.data.max_bad_fraction
     if bad and is_over_budget(state.bad_samples, consumed, limit):
         raise TrainingError(
-            f"iteration {state.iteration + 1}: {state.bad_samples} of {consumed} samples so far were bad, more than "
+            f"iteration {state.iteration}: {state.bad_samples} of {consumed} samples so far were bad, more than "
             f"--max-bad-fraction {limit}; the last one is {bad[-1].key} of {bad[-1].shard}: {bad[-1].reason}. All are "
             f"in {config.checkpoint.save}/{QUARANTINE_FILE}. Index the shards again (tools/index_shards.py leaves bad "
             f"samples out), or raise the limit; the last checkpoint is intact"

@@ -31,8 +31,8 @@ class StepMetrics:
     step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the ids of the samples trained, in global
     order; step_seconds: the whole step, of which data_seconds waiting for the loader; bad_samples: those that others
     took the places of; skipped_samples: empty rows; ignored_samples: rows without any label; applied: false when the
-    update was skipped because a loss or the gradient was not finite (such figures are null); datasets: what each data
-    set had of it (DataSetLosses), left out when there is one.
+    update was skipped, on request or because a number was not finite (null then, as what was not computed); datasets:
+    what each data set had of it (DataSetLosses), left out when there is one.
     """
 
     iteration: int
@@ -92,6 +92,8 @@ def finite(value: Any) -> Any:
     """`value` with None for every number in it that JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ross_mcore.data.loader import Step
-from ross_mcore.data.replacement import EMPTY
+from ross_mcore.data.replacement import ASKED_FOR, EMPTY
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.training.metrics import drop_after, read_metrics
 
@@ -22,7 +22,8 @@ FEW = 10
 class BadSample:
     """One line of quarantine.jsonl: a place of the stream whose own sample was not trained.
 
-    position: its place in the stream; replaced_by: the key of the sample trained there, None when none could be.
+    position: its place in the stream; replaced_by: the key of the sample trained there, None when none could be. With
+    the reason ASKED_FOR it is not bad, but named by --skip-samples.
     """
 
     iteration: int
@@ -31,6 +32,10 @@ class BadSample:
     key: str
     reason: str
     replaced_by: str | None
+
+    @property
+    def is_bad(self) -> bool:
+        return self.reason != ASKED_FOR
 
 
 def bad_samples(iteration: int, step: Step, dataset: ShardDataset) -> list[BadSample]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ross_mcore.training.console import Console
+from ross_mcore.training.incidents import Incident, IncidentLog
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation
 from ross_mcore.training.quarantine import BadSample, QuarantineLog
 from ross_mcore.training.run import Run
@@ -21,10 +22,12 @@ class Report:
         folder = run.save_folder
         self._log: MetricsLog | None = None
         self._quarantine: QuarantineLog | None = None
+        self._incidents: IncidentLog | None = None
         if run.groups.speaks:
             board = Path(run.config.logging.tensorboard_dir or folder / "tensorboard")
             self._log = MetricsLog(folder, board, state.iteration)
             self._quarantine = QuarantineLog(folder, state.iteration)
+            self._incidents = IncidentLog(folder, state.iteration)
         self.console = Console(
             self._log,
             run.config,
@@ -39,11 +42,18 @@ class Report:
     def speaks(self) -> bool:
         return self._log is not None
 
-    def step(self, metrics: StepMetrics, row_tokens: int, keys: list[str]) -> None:
-        """One iteration; `row_tokens` that are not padding, `keys` of its samples where they must be named."""
+    def step(self, metrics: StepMetrics, row_tokens: int) -> None:
+        """One iteration, of `row_tokens` that are not padding."""
         if self._log is not None:
             self._log.write(metrics)
-        self.console.step(metrics, row_tokens, keys)
+        self.console.step(metrics, row_tokens)
+
+    def incidents(self, found: Sequence[Incident]) -> None:
+        """What of an iteration somebody should look at, which is listed for good."""
+        if self._incidents is not None:
+            self._incidents.write(found)
+        for incident in found:
+            self.console.say(str(incident))
 
     def bad_samples(self, bad: Sequence[BadSample]) -> None:
         """Bad samples of a training step, which are listed for good."""

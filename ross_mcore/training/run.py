@@ -25,7 +25,15 @@ from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.continuity import changeable_options, continued, refuse_other_model
 from ross_mcore.training.execution import row_multiple
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
-from ross_mcore.training.start import build, iterations_of, open_dataset, place, sample_order, starting_point
+from ross_mcore.training.start import (
+    build,
+    iterations_of,
+    open_dataset,
+    place,
+    sample_order,
+    skipped_samples,
+    starting_point,
+)
 from ross_mcore.training.state import TrainState, restore
 
 
@@ -76,6 +84,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     process_groups.together(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
     order = sample_order(config, dataset, rows_per_step)
+    skipped = process_groups.together(lambda: skipped_samples(config, dataset))
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
 
     state = _first_state(config, dataset, rows_per_step, train_iters)
@@ -88,7 +97,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     if resume:
         restore(start, model, optimizer, carried)
     try:
-        loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state))
+        loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state, skipped))
     except ValueError as error:  # of the place in the data, which every rank reads from the same file
         raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}") from None
     run = Run(
@@ -145,7 +154,13 @@ def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, tr
 
 
 def _open_loader(
-    config: Config, dataset: MixtureDataset, order: Order, groups: Groups, rows_per_step: int, state: TrainState
+    config: Config,
+    dataset: MixtureDataset,
+    order: Order,
+    groups: Groups,
+    rows_per_step: int,
+    state: TrainState,
+    skipped: set[int],
 ) -> StepLoader:
     """This rank's share of the steps, from where `state` stands."""
     return StepLoader(
@@ -162,4 +177,5 @@ def _open_loader(
         num_workers=config.data.num_workers,
         seed=config.training.seed,
         state=state.data or None,
+        skipped=skipped,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.manifest import CheckpointError
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
+from ross_mcore.training.diagnosis import weights_are_finite
 from ross_mcore.training.run import Run
 from ross_mcore.training.state import TrainState, sharded_state
 
@@ -75,6 +76,10 @@ class Saver:
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
+        if not weights_are_finite(run.model, run.device):
+            raise CheckpointError(
+                f"the weights after iteration {state.iteration} are not finite, and no run could go on from them"
+            )
         whole = sharded_state(run.model, run.optimizer, run.carried, is_loading=False)
         destination = Destination(
             run.save_folder,

@@ -9,8 +9,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 
+from ross_mcore import checked, platform
 from ross_mcore import config as options
-from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import Checkpoint, nothing_at
@@ -109,6 +109,25 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, p
     if config.data.pack:
         dataset.require_lengths()
     return dataset
+
+
+def skipped_samples(config: Config, dataset: MixtureDataset) -> set[int]:
+    """The numbers of the samples that --skip-samples names. Raises ConfigError for one that there is not."""
+    named = config.data.skip_samples
+    if named is None:
+        return set()
+    try:
+        given = checked.read_text(Path(named)).splitlines() if Path(named).is_file() else named.split(",")
+    except ValueError as error:
+        raise ConfigError(f"--skip-samples {named} cannot be read: {error}") from None
+    found = dataset.find([key.strip() for key in given if key.strip()])
+    if missing := [key for key, numbers in found.items() if not numbers]:
+        raise ConfigError(
+            f"--skip-samples {checked.shown(named)}: no sample of {config.data.data_path} has the id "
+            f"{checked.shown(missing[0])} ({len(missing)} of {len(found)} are not found); give ids as "
+            "SAVE/incidents.jsonl names them"
+        )
+    return {number for numbers in found.values() for number in numbers}
 
 
 def sample_order(config: Config, dataset: MixtureDataset, global_batch_size: int) -> Order:

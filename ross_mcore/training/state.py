@@ -34,13 +34,16 @@ class TrainState:
     """All a run needs beside weights and moments: everything else is a function of these numbers and the options.
 
     `data` is the loader's state, the place of the next row; `bad_samples` counts those replaced so far; `options` may
-    be others when the run goes on, what comes after them may not (continuity.py).
+    be others when the run goes on, what comes after them may not (continuity.py). The recent losses are those that the
+    next ones are compared with (spikes.py).
     """
 
     iteration: int = 0
     data: dict[str, int] = field(default_factory=dict)
     bad_steps_in_a_row: int = 0
     bad_samples: int = 0
+    recent_lm_losses: tuple[float, ...] = ()
+    recent_vm_losses: tuple[float, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     training_stage: str = ""
     seed: int = 0

@@ -83,13 +83,15 @@ class MicroBatchLosses:
     """What the last stage keeps of a micro-batch of N samples.
 
     parts [2] of the step's two losses; sums [N, 2] of the samples' own (see RossModel); counts [N, 4] float64: 1 for a
-    sample that was not skipped, its labels, its images, 1 for a blank one that vm_loss covers; sources [N]: data sets.
+    sample that was not skipped, its labels, its images, 1 for a blank one that vm_loss covers; sources [N]: data sets;
+    positions: of the samples in the stream.
     """
 
     parts: Tensor
     sums: Tensor
     counts: Tensor
     sources: Tensor
+    positions: list[int]
 
     @classmethod
     def of(cls, samples: list[Sample], parts: Tensor, sums: Tensor, with_blank_samples: bool) -> MicroBatchLosses:
@@ -98,7 +100,8 @@ class MicroBatchLosses:
             for s in samples
         ]
         sources = torch.tensor([sample.source for sample in samples], dtype=torch.int64)
-        return cls(parts.detach(), sums.detach(), torch.tensor(counts, dtype=torch.float64), sources)
+        positions = [sample.position for sample in samples]
+        return cls(parts.detach(), sums.detach(), torch.tensor(counts, dtype=torch.float64), sources, positions)
 
 
 def agree_on_step(

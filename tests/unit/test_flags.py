@@ -20,10 +20,11 @@ FLAGS = """
 --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16
 --data-path --valid-data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler
 --supervise-final-eos --max-images-per-sample --max-tokens-per-sample --max-bad-fraction
---num-workers --precomputed
+--num-workers --precomputed --skip-samples
 --data-cache-dir --data-cache-bytes
 --training-stage --micro-batch-size --global-batch-size --override-global-batch-size --train-iters --train-epochs
 --loss-normalization --vm-loss-rows --seed --max-bad-steps --exit-duration-in-mins --exit-interval
+--loss-spike-factor --skip-iterations
 --lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --projector-lr --denoiser-lr --vision-lr
 --weight-decay --decay-norm-weights --adam-beta1 --adam-beta2 --adam-eps --clip-grad
 --load --save --finetune --save-interval --save-retain-interval --keep-last --async-save --verify
@@ -106,12 +107,20 @@ def test_bad_yaml_is_one_paragraph_naming_the_file(
         (["--adam-beta2", "1"], r"in \[0, 1\)"),
         (["--min-lr", "1"], "above --lr"),
         (["--keep-last", "0"], "must be positive"),
+        (["--skip-iterations", "5-9,x"], "'x' is no number and no range; give them as 7,12-15"),
+        (["--skip-iterations", "9-5"], "'9-5' is no number"),
     ],
 )
 def test_sections_validate_themselves(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
     assert says.replace("\\", "") in capsys.readouterr().err
+
+
+def test_iterations_to_skip_are_numbers_and_ranges() -> None:
+    options = parse([*COMPLETE, "--skip-iterations", "7, 12-15"]).training
+    assert [n for n in range(20) if options.skips(n)] == [7, 12, 13, 14, 15]
+    assert not parse(COMPLETE).training.skips(7)
 
 
 def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:

@@ -16,7 +16,7 @@ from ross_mcore.checkpoint.safe_load import read_common, read_metadata, read_ten
 
 CLOCKS = ("step_seconds", "data_seconds", "seconds")
 """What a clock says is never the same."""
-LOGS = ("metrics.jsonl", "validation.jsonl", "quarantine.jsonl")
+LOGS = ("metrics.jsonl", "validation.jsonl", "quarantine.jsonl", "incidents.jsonl")
 LEFT_OVER = ("*.partial", ".*.partial", "*.deleting", ".*.deleting", "*.replaced", "*.new")
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ross_mcore.data.inspection import HISTOGRAM_BINS, Histogram, find_samples, inspect, packing_figures, tokens_of
+from ross_mcore.data.inspection import HISTOGRAM_BINS, Histogram, inspect, packing_figures, tokens_of
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import ShardError, ShardReader
 
@@ -87,7 +87,8 @@ def test_keys_are_found_whole(tmp_path: Path) -> None:
         for key in ("1", "11", "111", "2"):
             writer.write(key, b"{}")
     reader = ShardReader(tmp_path / "out")
-    assert [find_samples(reader, key) for key in ("1", "11", "111", "2", "3", "")] == [[0], [1], [2], [3], [], []]
+    found = reader.find(("1", "11", "111", "2", "3", ""))
+    assert found == {"1": [0], "11": [1], "111": [2], "2": [3], "3": [], "": []}
 
 
 def test_supervised_tokens_are_the_answer(tokenizer: Any) -> None:

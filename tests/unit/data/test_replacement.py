@@ -19,7 +19,7 @@ from ross_mcore.batch import Sample, collate
 from ross_mcore.data import shards as shards_module
 from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.order import SampleOrder
-from ross_mcore.data.replacement import ATTEMPTS, EMPTY, substitute
+from ross_mcore.data.replacement import ASKED_FOR, ATTEMPTS, EMPTY, substitute
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import ShardReadError
@@ -102,12 +102,14 @@ SEQ_LENGTH = 200
 """Room for up to three samples."""
 
 
-def run(dataset: ShardDataset, packed: bool, tp_size: int = 1, dp_size: int = 1, num_workers: int = 0) -> list[Any]:
+def run(
+    dataset: ShardDataset, packed: bool, tp_size: int = 1, dp_size: int = 1, num_workers: int = 0, **options: Any
+) -> list[Any]:
     """What all ranks of a split train on, as they would settle it among each other: the steps of each rank, and of each
     step the global batch's samples in order with their pixels, each decoded by the one rank whose share it is."""
     dataset.seq_length = SEQ_LENGTH
     order = SampleOrder(len(dataset), 5)
-    sizes: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2, "packed": packed, "seed": 3}
+    sizes: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2, "packed": packed, "seed": 3, **options}
     ranks = [
         StepLoader(
             dataset, order, dp_rank=dp, dp_size=dp_size, tp_rank=tp, tp_size=tp_size, num_workers=num_workers, **sizes
@@ -189,6 +191,30 @@ def test_the_same_samples_are_trained_in_every_split(
     assert run(damaged(), packed, **split) == expected
 
 
+LEFT_OUT = {0, 2, 5, 9, 13, 20}
+"""Samples that somebody named; 2 and 13 are bad as well."""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_samples_that_are_named_are_left_out_and_all_others_stay(
+    packed: bool, damaged: Callable[[], ShardDataset]
+) -> None:
+    before, steps = run(damaged(), packed), run(damaged(), packed, skipped=LEFT_OUT)
+    assert run(damaged(), packed, tp_size=2, dp_size=2, num_workers=1, skipped=LEFT_OUT) == steps
+    keys, bad = dict(enumerate(damaged().keys(range(23)))), BAD if packed else BAD - {*ANOTHER_LENGTH}
+    seen = set()
+    for (_, old, trained), (_, entries, found) in zip(before, steps, strict=True):
+        for entry in entries.values():
+            assert (entry.reason == ASKED_FOR) == (entry.sample in LEFT_OUT)
+            assert entry.replacement not in LEFT_OUT | bad
+            seen.add(entry.sample)
+        for expected, ours in zip(trained, found, strict=True):
+            assert ours[0] not in {keys[number] for number in LEFT_OUT}
+            assert ours == expected or ours[1] in entries, "what is not left out stays in its place"
+        assert old.keys() <= entries.keys()
+    assert seen == LEFT_OUT | bad
+
+
 def test_a_slot_stays_empty_when_nothing_can_stand_in(
     records: list[dict[str, Any]], tmp_path: Path, open_dataset: Callable[..., ShardDataset]
 ) -> None:
@@ -206,6 +232,17 @@ def test_a_slot_stays_empty_when_nothing_can_stand_in(
     assert loader.keys(step) == [] and all(row.samples.tolist() == [EMPTY] for row in step.rows)
     assert [entry.attempts for entry in step.quarantined.values()] == [ATTEMPTS] * 2
     assert collate(step.micro_batches[0], 8, 12).num_images == 0
+
+
+def test_a_slot_stays_empty_when_everything_is_left_out(
+    shards: Path, open_dataset: Callable[..., ShardDataset]
+) -> None:
+    dataset = open_dataset()
+    sizes: dict[str, Any] = {"global_batch_size": 2, "micro_batch_size": 1, "packed": True}
+    with StepLoader(dataset, SampleOrder(len(dataset), 0), skipped=range(len(dataset)), **sizes) as loader:
+        step = next(loader)
+    assert not step.bad and {entry.reason for entry in step.quarantined.values()} == {ASKED_FOR}
+    assert all(sample.problem for rows in step.micro_batches for row in rows for sample in row)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -53,6 +53,7 @@ def test_another_run_is_refused_with_both_values(name: str, tmp_path: Path) -> N
 
 def test_all_that_is_not_counted_belongs_to_the_run() -> None:
     counted = {"iteration", "data", "bad_steps_in_a_row", "bad_samples", "options", "training_stage"}
+    counted |= {"recent_lm_losses", "recent_vm_losses"}
     assert asdict(STARTED).keys() == counted | RUN_IDENTITY.keys()
 
 

@@ -1,0 +1,95 @@
+"""Whether numbers are finite, and where in the model they first are not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ross_mcore.parallel.groups import sum_over_ranks
+from ross_mcore.training.chunks import ModelChunks
+
+FAMILIES = {
+    "vision_model.": "vision tower",
+    "vision_projection.": "projector",
+    "language_model.embedding.": "embedding",
+    "language_model.decoder.layers.": "decoder layer",
+    "language_model.decoder.final_": "final norm",
+    "language_model.output_layer.": "output layer",
+    "denoiser.": "denoiser",
+    "pixel_decoder.": "VAE",
+}
+"""How names of weights begin, and what they belong to, in the order in which data runs through the model."""
+
+
+def family_of(name: str) -> str:
+    """PURE: what a weight of the whole model belongs to; for decoder layers with their number, from 0."""
+    prefix, _ = _family(name)
+    number = _layer(name)
+    return FAMILIES[prefix] + ("" if number < 0 else f" {number}")
+
+
+def place_of(name: str) -> tuple[int, int]:
+    """PURE: sorts weights of the whole model in the order in which data runs through it."""
+    return _family(name)[1], _layer(name)
+
+
+def _family(name: str) -> tuple[str, int]:
+    return next((prefix, place) for place, prefix in enumerate(FAMILIES) if name.startswith(prefix))
+
+
+def _layer(name: str) -> int:
+    rest = name.removeprefix("language_model.decoder.layers.")
+    return int(rest.partition(".")[0]) if rest != name else -1
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Where numbers are not finite; None for nowhere.
+
+    weight: the first such weight on the way of the data; gradient: the one nearest to the losses, for from there
+    gradients run back.
+    """
+
+    weight: str | None
+    gradient: str | None
+
+    def __str__(self) -> str:
+        weight, gradient = ("" if name is None else f"{family_of(name)} ({name})" for name in vars(self).values())
+        found = [f"weights are not finite from the {weight} on" if weight else "all weights are finite"]
+        found += [f"gradients are not from the {gradient} back"] if gradient else []
+        return ", ".join(found)
+
+
+def weights_are_finite(model: ModelChunks, device: torch.device) -> bool:
+    """Whether all weights on all ranks are. Collective; reads every weight once."""
+    weights = [weight.detach() for weight in model.parameters() if _is_plain(weight)]
+    largest = torch._foreach_norm(weights, math.inf) if weights else []
+    bad = float(bool(largest) and not torch.stack([norm.float() for norm in largest]).isfinite().all())
+    return sum_over_ranks([bad], device) == [0.0]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is kept as the numbers that it stands for: not one in FP8, which has no infinity to go to."""
+    return type(weight.data) is Tensor and weight.is_floating_point() and weight.numel() > 0
+
+
+def diagnose(model: ModelChunks) -> Diagnosis:
+    """Looks at the weights and reduced gradients of all ranks. Collective, and slower than `weights_are_finite`."""
+    weights, gradients = [], []
+    for name, weight in model.named_weights():
+        if _is_plain(weight) and not weight.detach().isfinite().all():
+            weights.append(name)
+        gradient = getattr(weight, "main_grad", None)
+        if gradient is not None and not gradient.isfinite().all():
+            gradients.append(name)
+    found: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    mine = min(weights, key=place_of, default=None), max(gradients, key=place_of, default=None)
+    dist.all_gather_object(found, mine)
+    return Diagnosis(
+        min((weight for weight, _ in found if weight is not None), key=place_of, default=None),
+        max((gradient for _, gradient in found if gradient is not None), key=place_of, default=None),
+    )

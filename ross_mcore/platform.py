@@ -13,11 +13,13 @@ import importlib.util
 import json
 import logging
 import os
+import resource
 import sys
 import time
 import uuid
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +86,27 @@ def fp8_refusal(recipe: str) -> str | None:
     }
     works, reason = asked.get(recipe, FP8GlobalStateManager.is_fp8_available)()
     return None if works else reason.rstrip(".")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far: on its GPU, as torch allocated it, or in RAM where it has none."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; getrusage's figure starts with that of the process which started this one
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def compute_fp32_exactly() -> None:
+    """Turns TensorFloat-32 off, which rounds the factors of fp32 products to 10 bits; without a GPU there is none.
+
+    For comparisons with values that were computed in fp32. torch has it on for convolutions, NVIDIA's containers for
+    matrix products too. Call it before anything computes: the libraries read the variable when they are loaded.
+    """
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def synchronize() -> None:

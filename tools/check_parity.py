@@ -45,6 +45,7 @@ def main() -> int:
     from ross_mcore import platform
 
     platform.prepare()
+    platform.compute_fp32_exactly()
     import logging
 
     from ross_mcore.architecture import ArchitectureError

@@ -140,6 +140,7 @@ class Console:
             "throughput/tokens_per_second": tokens / seconds,
             "throughput/samples_per_second": rows / seconds,
             "throughput/teraflops_per_device": flops / seconds / devices / 1e12,
+            "memory/peak_gib": metrics.peak_memory_bytes / 2**30,
             "throughput/data_share": sum(m.data_seconds for m, _ in self._window) / seconds,
         }
         scalars |= means_by_data_set([m.datasets for m, _ in self._window if m.applied])
@@ -150,7 +151,8 @@ class Console:
             f"lr {metrics.learning_rate:.2e} | grad norm {scalars['grad_norm']:.3f} | "
             f"{scalars['throughput/tokens_per_second']:,.0f} tokens/s | "
             f"{scalars['throughput/samples_per_second']:.1f} samples/s | "
-            f"{scalars['throughput/teraflops_per_device']:.3f} TFLOP/s/device | ETA {duration(remaining)}"
+            f"{scalars['throughput/teraflops_per_device']:.3f} TFLOP/s/device | "
+            f"{scalars['memory/peak_gib']:.2f} GiB | ETA {duration(remaining)}"
         )
         if self.log is not None:
             self.log.scalars(metrics.iteration, scalars)

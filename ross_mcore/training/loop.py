@@ -215,6 +215,7 @@ def _report_step(run: Run, report: Report, taken: _TakenStep) -> None:
         bad_samples=len(taken.bad),
         skipped_samples=size.skipped_samples,
         ignored_samples=size.ignored_samples,
+        peak_memory_bytes=size.peak_memory_bytes,
         applied=taken.applied,
         datasets=dict(zip(run.dataset.names, losses.datasets)) if len(run.dataset.parts) > 1 else {},
     )

@@ -30,9 +30,10 @@ class StepMetrics:
     lm_loss, vm_loss, loss: means over the step's labels and images; grad_norm: before clipping; learning_rate: of this
     step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the ids of the samples trained, in global
     order; step_seconds: the whole step, of which data_seconds waiting for the loader; bad_samples: those that others
-    took the places of; skipped_samples: empty rows; ignored_samples: rows without any label; applied: false when the
-    update was skipped, on request or because a number was not finite (null then, as what was not computed); datasets:
-    what each data set had of it (DataSetLosses), left out when there is one.
+    took the places of; skipped_samples: empty rows; ignored_samples: rows without any label; peak_memory_bytes: the
+    most that any rank has held so far, before this step, on its GPU or in RAM; applied: false when the update was
+    skipped, on request or because a number was not finite (null then, as what was not computed); datasets: what each
+    data set had of it (DataSetLosses), left out when there is one.
     """
 
     iteration: int
@@ -50,6 +51,7 @@ class StepMetrics:
     bad_samples: int
     skipped_samples: int
     ignored_samples: int
+    peak_memory_bytes: int
     applied: bool
     datasets: dict[str, DataSetLosses] = field(default_factory=dict)
 

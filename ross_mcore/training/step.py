@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from ross_mcore import platform
 from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, is_blank, segments
 from ross_mcore.config import TrainingOptions
 from ross_mcore.data.loader import Step, StepLoader
@@ -33,7 +34,8 @@ class StepSize:
     seq_length: tokens of every row of the step; label_tokens, images, blank_samples (without a picture): what the two
     losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows;
     ignored_samples: rows without any label, of which only the picture is learned; found_bad: what ranks found wrong
-    with samples that are still in the step; asked: the most that a rank was asked to do after it.
+    with samples that are still in the step; asked: the most that a rank was asked to do after it;
+    peak_memory_bytes: the most that a rank has held so far, before the step.
     """
 
     seq_length: int
@@ -45,6 +47,7 @@ class StepSize:
     ignored_samples: int
     found_bad: int = 0
     asked: Asked = Asked.NOTHING
+    peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def agree_on_step(
         max(planned or read, default=0),
         int(asked),
         int(step.failure is not None),
+        platform.peak_memory_bytes(),
         len(step.bad),
         _labels(counted),
         _images(counted),
@@ -132,12 +136,12 @@ def agree_on_step(
     ]
     everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(everyone, torch.tensor([mine], dtype=torch.int64, device=device))
-    longest, most_asked, failed = everyone[:, :3].amax(0).tolist()
+    longest, most_asked, failed, peak_memory = everyone[:, :4].amax(0).tolist()
     if failed:
         _refuse(step.failure)
-    found_bad, *totals = everyone[:, 3:].sum(0).tolist()
+    found_bad, *totals = everyone[:, 4:].sum(0).tolist()
     seq_length = max(1, -(-longest // row_multiple)) * row_multiple
-    return StepSize(seq_length, *totals, found_bad=found_bad, asked=Asked(most_asked))
+    return StepSize(seq_length, *totals, found_bad=found_bad, asked=Asked(most_asked), peak_memory_bytes=peak_memory)
 
 
 def _refuse(failure: Exception | None) -> NoReturn:

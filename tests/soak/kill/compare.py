@@ -14,7 +14,7 @@ import torch
 from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import read_common, read_metadata, read_tensor, tensor_shapes
 
-CLOCKS = ("step_seconds", "data_seconds", "seconds")
+CLOCKS = ("step_seconds", "data_seconds", "seconds", "peak_memory_bytes")
 """What a clock says is never the same."""
 LOGS = ("metrics.jsonl", "validation.jsonl", "quarantine.jsonl", "incidents.jsonl")
 LEFT_OVER = ("*.partial", ".*.partial", "*.deleting", ".*.deleting", "*.replaced", "*.new")

@@ -24,7 +24,9 @@ from ross_mcore.training.step import DataSetLosses  # noqa: E402
 
 
 def entry(iteration: int) -> StepMetrics:
-    return StepMetrics(iteration, 8 * iteration, 1.0, 0.5, 1.5, 2.0, 1e-3, 10, 2, "0" * 16, 0.1, 0.0, 0, 0, 0, True)
+    return StepMetrics(
+        iteration, 8 * iteration, 1.0, 0.5, 1.5, 2.0, 1e-3, 10, 2, "0" * 16, 0.1, 0.0, 0, 0, 0, 2**30, True
+    )
 
 
 def test_a_restart_drops_the_lines_of_the_lost_iterations(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_every_promised_key_is_written(tmp_path: Path) -> None:
     log.close()
     keys = """iteration consumed_samples lm_loss vm_loss loss grad_norm learning_rate num_tokens num_images
               sample_digest step_seconds data_seconds bad_samples skipped_samples
-              ignored_samples""".split()
+              ignored_samples peak_memory_bytes""".split()
     assert set(keys) <= json.loads((tmp_path / "metrics.jsonl").read_text()).keys()
 
 

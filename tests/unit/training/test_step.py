@@ -110,6 +110,7 @@ def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
     size = agree_on_step(step, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
     assert (size.skipped_samples, size.ignored_samples) == (1, 3)
     assert (size.label_tokens, size.images, size.blank_samples) == (2 + 3, 4, 1)
+    assert 0 < size.peak_memory_bytes <= platform.peak_memory_bytes()
 
 
 @pytest.mark.usefixtures("only_rank")

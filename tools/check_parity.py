@@ -44,8 +44,8 @@ def main() -> int:
 
     from ross_mcore import platform
 
-    platform.prepare()
     platform.compute_fp32_exactly()
+    platform.prepare()
     import logging
 
     from ross_mcore.architecture import ArchitectureError

@@ -373,3 +373,18 @@ def test_memory_in_the_header(recipe: Recipe, worlds: dict[str, list[Rank]]) -> 
     assert [float(figure) for figure in found.groups()] in [
         pytest.approx([part / 1e9 for part in parts], abs=0.06) for parts in fixed
     ]
+
+
+@every_recipe
+def test_planned_memory_is_what_is_built(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
+    """Of every stage: the weights' bytes, and the parameters that train."""
+    from ross_mcore.checkpoint.inventory import inventory
+    from ross_mcore.parallel.memory import Plan, stage_memory
+
+    config, model = read_config(recipe), read_model(recipe)
+    layout = place(recipe, config, model)
+    plan = Plan(recipe.micro_batch_size, 2048, 1, recipe.parts[0] == "finetune", False, True, True, True, "full")
+    for rank in worlds[str(recipe)]:
+        memory = stage_memory(model, inventory(model), layout, layout.stage(rank.pipeline_rank), plan)
+        assert (memory.weights, memory.gradients) == (rank.weight_bytes, 4 * rank.trained)
+        assert memory.optimizer == 12 * rank.trained / layout.data_parallel

@@ -47,6 +47,7 @@ PURE = {
     "flops.py": set(),
     "batch.py": {"torch"},
     "parallel/layout.py": set(),
+    "parallel/memory.py": set(),
     "models/image_tokens.py": {"torch"},
     "models/denoiser.py": {"torch"},
     "models/diffusion.py": {"torch"},

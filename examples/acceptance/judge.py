@@ -1,0 +1,71 @@
+"""PURE: what the figures of a training say: whether it went well, whether two agree, how fast it was."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LOSSES = ("lm_loss", "vm_loss")
+WARM_UP = 4
+"""Steps that no speed is taken from."""
+_LINE = re.compile(
+    r"iteration +\d+/\d+ .*\| (?P<tokens>[\d,]+) tokens/s \| (?P<samples>[\d.]+) samples/s \| "
+    r"(?P<teraflops>[\d.]+) TFLOP/s/device \| (?P<memory>[\d.]+) GiB"
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """tokens and samples a second, TFLOP/s of a device; the peak of memory of any rank in GiB."""
+
+    tokens: float
+    samples: float
+    teraflops: float
+    memory: float
+
+
+def problem(steps: Sequence[dict[str, Any]], iterations: int, falls: bool = True) -> str | None:
+    """What is wrong with a training by itself; None for nothing.
+
+    steps: the objects of its metrics.jsonl; falls: whether its losses must, from the first third to the last.
+    """
+    if [step["iteration"] for step in steps] != list(range(1, iterations + 1)):
+        return f"{len(steps)} iterations are logged, expected 1 to {iterations}, each once"
+    for step in steps:
+        if not step["applied"]:
+            return f"iteration {step['iteration']} was not applied: its losses or gradients are not finite"
+    third = iterations // 3
+    for name in LOSSES if falls else ():
+        first, last = (statistics.mean(step[name] for step in part) for part in (steps[:third], steps[-third:]))
+        if not last < first:
+            return f"{name} does not fall: {first:.4f} over the first steps, {last:.4f} over the last"
+    return None
+
+
+def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
+    """The largest relative difference of a step's losses; infinite where steps are missing or saw other samples."""
+    if len(ours) != len(theirs) or any(a["sample_digest"] != b["sample_digest"] for a, b in zip(ours, theirs)):
+        return math.inf
+    pairs = [(a[name], b[name]) for a, b in zip(ours, theirs) for name in LOSSES]
+    if any(value is None for pair in pairs for value in pair):
+        return math.inf
+    return max((abs(a - b) / abs(b) for a, b in pairs), default=math.inf)
+
+
+def speed(log: str) -> Speed | None:
+    """The median of a console's lines after the first steps; None where there are too few."""
+    found = [
+        Speed(*(float(line[name].replace(",", "")) for name in ("tokens", "samples", "teraflops", "memory")))
+        for line in _LINE.finditer(log)
+    ]
+    steady = found[WARM_UP:]
+    if not steady:
+        return None
+    tokens, samples, teraflops = (
+        statistics.median(getattr(line, name) for line in steady) for name in ("tokens", "samples", "teraflops")
+    )
+    return Speed(tokens, samples, teraflops, max(line.memory for line in found))

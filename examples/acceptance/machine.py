@@ -1,0 +1,93 @@
+"""What this machine has, as one JSON object: rows of the report's table, and what parts cannot run here and why.
+
+A process of its own, because importing a library that does not fit its GPU may end it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform as python_platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "flash-attn", "apex", "triton", "numpy"),
+    *("transformers", "diffusers", "ross-mcore"),
+)
+SETTINGS = ("CUDA_", "NCCL_", "NVTE_", "TORCH_", "PYTORCH_", "OMP_", "NVIDIA_TF32")
+
+
+def said(*command: str) -> str:
+    """What a command prints; empty where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def lacking() -> dict[str, str]:
+    """A need of parts.py that cannot be served here -> why."""
+    from ross_mcore import platform
+
+    libraries = platform.libraries()
+    if not libraries.gpu:
+        why = "needs a CUDA GPU"
+        te = f"{why}; `make test-te` runs Transformer Engine's Python layer on stand-ins for its kernels"
+        return {"gpu": why, "transformer_engine": te, "fp8": te}
+    if not libraries.transformer_engine:
+        why = "needs Transformer Engine, which is not installed"
+        return {"transformer_engine": why, "fp8": why}
+    try:
+        refusal = platform.fp8_refusal("delayed")
+    except Exception as error:  # whatever an extension that was built for something else raises
+        why = f"Transformer Engine does not import: {type(error).__name__}: {error}"
+        return {"transformer_engine": why, "fp8": why}
+    return {} if refusal is None else {"fp8": refusal}
+
+
+def rows() -> dict[str, str]:
+    """The table of the environment."""
+    import torch
+
+    commit = said("git", "rev-parse", "HEAD") or "not a git checkout"
+    found = {
+        "commit": commit + (" with changes" if said("git", "status", "--porcelain") else ""),
+        "system": f"{python_platform.system()} {python_platform.release()}, {os.cpu_count()} CPUs",
+        "Python": sys.version.split()[0],
+    }
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(number)
+            found[f"GPU {number}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+        drivers = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+        found["driver"] = ", ".join(sorted(set(drivers))) or "not known: nvidia-smi does not answer"
+        found["CUDA, cuDNN of torch"] = f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    else:
+        found["GPU"] = "none: gloo and fp32 kernels of the CPU"
+    found |= {package: version(package) for package in PACKAGES}
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(SETTINGS))
+    return found | {"environment": " ".join(settings) or "-"}
+
+
+def main() -> None:
+    import torch
+
+    found = {"rows": rows(), "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    print(json.dumps({**found, "lacks": lacking()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Writes models of random weights in Hugging Face's layout: they learn like untrained ones, and compute like trained.
+
+small: four layers, in numbers that divide by two ranks and that FP8 takes; tower and VAE are the demo's.
+medium: 0.7 billion parameters in the language model, the shapes of SigLIP-SO400M and the FLUX VAE beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+PUBLISHED = Path(__file__).parents[2] / "tests" / "published"
+VOCABULARY = 512
+"""The demo's tokenizer has 484 entries."""
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+    },
+    "medium": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def write_language_model(size: str, folder: Path) -> None:
+    import torch
+    from transformers import Qwen2ForCausalLM
+    from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    model = Qwen2ForCausalLM(Qwen2Config(**common, **LANGUAGE[size]))
+    model.to(torch.float32 if size == "small" else torch.bfloat16).save_pretrained(folder)
+
+
+def write_frozen_parts(folder: Path) -> None:
+    """Vision tower and VAE of published shapes."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import SiglipVisionModel
+    from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+
+    tower = PUBLISHED / "siglip-so400m-patch14-384"
+    config = json.loads((tower / "config.json").read_text(encoding="utf-8"))
+    model = SiglipVisionModel(SiglipVisionConfig(**config.get("vision_config", config)))
+    model.to(torch.bfloat16).save_pretrained(folder / "vision_model")
+    shutil.copy(tower / "preprocessor_config.json", folder / "vision_model")
+    vae = json.loads((PUBLISHED / "flux.1-dev-vae" / "config.json").read_text(encoding="utf-8"))
+    AutoencoderKL.from_config(vae).save_pretrained(folder / "pixel_decoder")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(LANGUAGE), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    options = parser.parse_args()
+    import torch
+
+    torch.manual_seed(1)
+    write_language_model(options.size, options.out / "language_model")
+    if options.size == "medium":
+        write_frozen_parts(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""PURE: what came of all parts, as one Markdown page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from examples.acceptance.curves import sparkline
+from examples.acceptance.judge import LOSSES, Speed
+from examples.acceptance.parts import Part
+
+PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
+TAIL = 20
+"""Lines of a failed command's output in the report."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a training. steps: its metrics.jsonl; difference: to the training it is compared with."""
+
+    name: str
+    status: str
+    why: str = ""
+    steps: Sequence[dict[str, Any]] = ()
+    difference: float | None = None
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a part. why: what it lacks, or what failed; said: the end of a failed command's output."""
+
+    part: Part
+    status: str
+    why: str = ""
+    results: Sequence[Result] = ()
+    said: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """All that is known so far. form: on what it runs; environment: rows of a table."""
+
+    command: str
+    form: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    unfinished: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return any(outcome.status == FAIL for outcome in self.outcomes)
+
+    def curves(self, loss: str) -> dict[str, list[float]]:
+        """Of every training that passed, by name; each once."""
+        results = [result for outcome in self.outcomes for result in outcome.results if result.status == PASS]
+        return {result.name: [step[loss] for step in result.steps] for result in results}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; what would end a cell is escaped."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:], ""]
+
+
+def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
+    """The page. pictures: files beside it, to be shown under the curves."""
+    counts = {status: sum(o.status == status for o in report.outcomes) for status in (PASS, FAIL, SKIP)}
+    lines = [
+        "# Acceptance of ross_mcore on one machine",
+        "",
+        f"`{report.command}`, {report.form}: "
+        f"{counts[PASS]} parts passed, {counts[FAIL]} failed, {counts[SKIP]} were skipped.",
+        "",
+    ]
+    if report.unfinished:
+        lines += [f"**Not complete**: {report.unfinished}.", ""]
+    lines += ["## Parts", ""]
+    lines += table(
+        ("part", "", "what", "why", "seconds"),
+        ((o.part.name, f"**{o.status}**", o.part.title, o.why, f"{o.seconds:.0f}") for o in report.outcomes),
+    )
+    lines += ["## Environment", "", *table(("", ""), report.environment.items())]
+    for outcome in report.outcomes:
+        lines += _comparison(outcome)
+    lines += _curves(report, pictures)
+    lines += _speeds(report)
+    for outcome in report.outcomes:
+        if outcome.said:
+            lines += [f"## What {outcome.part.name} said at its end", "", "```", outcome.said, "```", ""]
+    return "\n".join(lines)
+
+
+def _comparison(outcome: Outcome) -> list[str]:
+    """A part's trainings beside the one that they are compared with."""
+    if not outcome.results:
+        return []
+    against, tolerance = outcome.part.against, outcome.part.tolerance
+    lines = [f"## {outcome.part.name}: {outcome.part.title}", ""]
+    if against and tolerance:
+        lines += [f"Compared with *{against}*, step by step; tolerance: {tolerance.why}.", ""]
+    rows = []
+    for result in outcome.results:
+        far = "-" if result.difference is None else f"{result.difference:.1e}"
+        ends = [f"{result.steps[0][n]:.4f} to {result.steps[-1][n]:.4f}" if result.steps else "-" for n in LOSSES]
+        rows.append((result.name, f"**{result.status}**", far, *ends, result.why))
+    return lines + table(("training", "", "largest relative difference of a loss", *LOSSES, "why"), rows)
+
+
+def _curves(report: Report, pictures: Sequence[str]) -> list[str]:
+    found = {loss: report.curves(loss) for loss in LOSSES}
+    if not any(found.values()):
+        return []
+    lines = ["## Loss curves", "", *(f"![{name}]({name})" for name in pictures), ""]
+    for loss, curves in found.items():
+        alike: dict[str, list[str]] = {}
+        for name, values in curves.items():
+            alike.setdefault(" ".join(f"{value:.4f}" for value in values), []).append(name)
+        rows = [("; ".join(names), sparkline(curves[names[0]]), values) for values, names in alike.items()]
+        lines += table((loss, "", "by iteration"), rows)
+    return lines
+
+
+def _speeds(report: Report) -> list[str]:
+    rows: dict[str, tuple[str, ...]] = {}
+    for result in (result for outcome in report.outcomes for result in outcome.results):
+        if result.speed is not None:
+            s = result.speed
+            figures = f"{s.tokens:,.0f}", f"{s.samples:.1f}", f"{s.teraflops:.3f}", f"{s.memory:.2f}"
+            rows[result.name] = result.name, *figures
+    if not rows:
+        return []
+    header = ("training", "tokens/s", "rows/s", "TFLOP/s/device", "peak memory of a rank, GiB")
+    note = "Medians after the first steps. Trainings without a size are of a tiny model: their speed means nothing."
+    return ["## Speed and memory", "", note, "", *table(header, rows.values())]

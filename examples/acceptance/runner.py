@@ -1,0 +1,154 @@
+"""Runs the parts one after the other, each command in a process group of its own, with a time limit and a log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from examples.acceptance import judge
+from examples.acceptance.parts import COMMON, ITERATIONS, Machine, Part, Training, with_references
+from examples.acceptance.report import FAIL, PASS, SKIP, TAIL, Outcome, Result
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+FP32_EXACTLY = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""What is compared in fp32 is computed in it on a GPU too (platform.compute_fp32_exactly says the same)."""
+
+
+class CommandError(RuntimeError):
+    """A command that failed or took too long; `said` is the end of its output."""
+
+    def __init__(self, message: str, log: Path) -> None:
+        super().__init__(message)
+        self.said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
+
+
+class Runner:
+    """`out`: the folder of everything that is made; it holds logs/, runs/ and checkpoints/."""
+
+    def __init__(self, out: Path, machine: Machine, environment: Mapping[str, str]) -> None:
+        self._out, self.machine, self._environment = out, machine, environment
+        self._trained: dict[str, Result] = {}
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+
+    def run(self, part: Part) -> Outcome:
+        """What came of the part; never raises but for KeyboardInterrupt."""
+        began = time.monotonic()
+        if reason := self.machine.refusal(part.needs, part.ranks):
+            return Outcome(part, SKIP, reason)
+        results: list[Result] = []
+        status, why, said = PASS, "", ""
+        try:
+            for number, command in enumerate(part.commands, start=1):
+                self.command(command, f"{part.name}_{number}" if len(part.commands) > 1 else part.name, part)
+            for training in with_references(part):
+                try:
+                    results.append(self._judged(training, part))
+                except CommandError as error:
+                    said = error.said
+                    results.append(Result(training.name, FAIL, str(error)))
+        except CommandError as error:
+            status, why, said = FAIL, str(error), error.said
+        if failed := [result.name for result in results if result.status == FAIL]:
+            status, why = FAIL, "; ".join(failed)
+        elif results and all(result.status == SKIP for result in results):
+            status, why = SKIP, results[0].why
+        return Outcome(part, status, why, results, said, time.monotonic() - began)
+
+    def command(self, text: str, name: str, part: Part, environment: Mapping[str, str] | None = None) -> str:
+        """Runs a command of the table; what it printed. Raises CommandError."""
+        program, *words = shlex.split(text.format(out=shlex.quote(str(self._out))))
+        log = self._out / "logs" / f"{_file_name(name)}.log"
+        with log.open("w", encoding="utf-8") as stream:
+            stream.write(f"$ {text}\n")
+            stream.flush()
+            process = subprocess.Popen(
+                [*PROGRAMS[program], *words],
+                cwd=ROOT,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment, **(environment or {})},
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(part.limit_seconds)
+            except subprocess.TimeoutExpired:
+                raise CommandError(f"{log.name}: took more than {part.limit_seconds} s", log) from None
+            finally:
+                _end(process)
+        if status:
+            raise CommandError(f"{log.name}: ended with status {status}", log)
+        return log.read_text(encoding="utf-8", errors="replace")
+
+    def train(self, training: Training, part: Part) -> Result:
+        """The training by itself, made once. Raises CommandError."""
+        if training.name not in self._trained:
+            self._trained[training.name] = self._train(training, part)
+        return self._trained[training.name]
+
+    def _train(self, training: Training, part: Part) -> Result:
+        from ross_mcore.training.metrics import METRICS_FILE, read_metrics
+
+        folder = self._out / "runs" / _file_name(training.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        exact = {} if "--bf16" in f"{training.flags} {COMMON[training.model]}" else FP32_EXACTLY
+        log = ""
+        for number, life in enumerate(training.lives, start=1):
+            name = training.name if len(training.lives) == 1 else f"{training.name} {number}"
+            log = self.command(
+                f"torchrun --nproc-per-node {life.ranks} pretrain_ross.py {COMMON[training.model]} "
+                f"--load {{out}}/checkpoints/{training.model} --data-path {{out}}/shards "
+                f"--save {shlex.quote(str(folder))} {training.flags} {life.flags}",
+                name,
+                part,
+                exact,
+            )
+        steps = list(read_metrics(folder / METRICS_FILE))
+        for checkpoint in folder.glob("iter_*"):  # nothing reads them any more, and large ones fill the disk
+            shutil.rmtree(checkpoint)
+        problem = judge.problem(steps, ITERATIONS, falls=training.model == "small")
+        return Result(training.name, FAIL if problem else PASS, problem or "", steps, speed=judge.speed(log))
+
+    def _judged(self, training: Training, part: Part) -> Result:
+        """The training beside the one that its part compares it with. Raises CommandError."""
+        if reason := self.machine.refusal(training.needs, training.ranks):
+            return Result(training.name, SKIP, reason)
+        own = self.train(training, part)
+        if part.against is None or part.tolerance is None or training.name == part.against or own.status == FAIL:
+            return own
+        reference = self._trained.get(part.against)
+        if reference is None:
+            return Result(own.name, FAIL, f"{part.against} failed, with which it is compared", own.steps)
+        far = judge.difference(own.steps, reference.steps)
+        tolerance = part.tolerance.gpu if self.machine.gpu else part.tolerance.cpu
+        why = f"tolerance {tolerance:.0e}" + ("" if far <= tolerance else ": too far")
+        return Result(own.name, PASS if far <= tolerance else FAIL, why, own.steps, far, own.speed)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Nothing of a command outlives it: torchrun's ranks are in sessions of their own, so each process is killed."""
+    import psutil
+
+    if process.poll() is None:
+        started = psutil.Process(process.pid)
+        for each in (*started.children(recursive=True), started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+
+
+def shown(words: Sequence[str]) -> str:
+    """The command as it was typed."""
+    return shlex.join(["examples/gpu_acceptance.sh", *words])

@@ -101,8 +101,9 @@ def peak_memory_bytes() -> int:
 def compute_fp32_exactly() -> None:
     """Turns TensorFloat-32 off, which rounds the factors of fp32 products to 10 bits; without a GPU there is none.
 
-    For comparisons with values that were computed in fp32. torch has it on for convolutions, NVIDIA's containers for
-    matrix products too. Call it before anything computes: the libraries read the variable when they are loaded.
+    For comparisons with values that were computed in fp32. torch has it on for convolutions, and for matrix products
+    where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1, against which only the libraries' own variable helps: call this before
+    anything computes.
     """
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -19,8 +19,8 @@ from examples.acceptance.report import FAIL, PASS, SKIP, TAIL, Outcome, Result
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
-FP32_EXACTLY = {"NVIDIA_TF32_OVERRIDE": "0"}
-"""What is compared in fp32 is computed in it on a GPU too (platform.compute_fp32_exactly says the same)."""
+FP32_EXACTLY = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+"""What is compared in fp32 is computed in it on a GPU too; see platform.compute_fp32_exactly."""
 
 
 class CommandError(RuntimeError):
@@ -63,7 +63,7 @@ class Runner:
             status, why = SKIP, results[0].why
         return Outcome(part, status, why, results, said, time.monotonic() - began)
 
-    def command(self, text: str, name: str, part: Part, environment: Mapping[str, str] | None = None) -> str:
+    def command(self, text: str, name: str, part: Part, environment: Mapping[str, str] = FP32_EXACTLY) -> str:
         """Runs a command of the table; what it printed. Raises CommandError."""
         program, *words = shlex.split(text.format(out=shlex.quote(str(self._out))))
         log = self._out / "logs" / f"{_file_name(name)}.log"
@@ -75,7 +75,7 @@ class Runner:
                 cwd=ROOT,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment, **(environment or {})},
+                env={**os.environ, **self._environment, **environment},
                 start_new_session=True,
             )
             try:
@@ -99,7 +99,7 @@ class Runner:
 
         folder = self._out / "runs" / _file_name(training.name)
         shutil.rmtree(folder, ignore_errors=True)
-        exact = {} if "--bf16" in f"{training.flags} {COMMON[training.model]}" else FP32_EXACTLY
+        precision = {} if "--bf16" in f"{training.flags} {COMMON[training.model]}" else FP32_EXACTLY
         log = ""
         for number, life in enumerate(training.lives, start=1):
             name = training.name if len(training.lives) == 1 else f"{training.name} {number}"
@@ -109,7 +109,7 @@ class Runner:
                 f"--save {shlex.quote(str(folder))} {training.flags} {life.flags}",
                 name,
                 part,
-                exact,
+                precision,
             )
         steps = list(read_metrics(folder / METRICS_FILE))
         for checkpoint in folder.glob("iter_*"):  # nothing reads them any more, and large ones fill the disk

@@ -1,0 +1,53 @@
+"""examples/gpu_acceptance.sh in its CPU form, shortened: real trainings at several layouts, and the page about them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "gpu_acceptance.sh"
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_pass_and_the_report_says_so(tmp_path: Path) -> None:
+    command = [str(SCRIPT), "--cpu", "--ranks", "2", "--parts", "layouts,resume,engines,fp8", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + page
+    states = dict(re.findall(r"^\| (\w+) \| \*\*(\w+)\*\* \|", page, re.MULTILINE))
+    assert {name: states[name] for name in ("environment", "prepare", "layouts", "resume", "engines", "fp8")} == {
+        **dict.fromkeys(("environment", "prepare", "layouts", "resume"), "PASS"),
+        **dict.fromkeys(("engines", "fp8"), "SKIP"),
+    }
+    far = re.findall(r"^\| ([^|]+) \| \*\*PASS\*\* \| ([\d.e-]+) \|", page, re.MULTILINE)
+    assert len(far) == 5 and all(0 < float(difference) <= 1e-5 for _, difference in far), far
+    assert "needs 4 ranks, there are 2" in page and "make test-te" in page
+    assert (tmp_path / "lm_loss.svg").exists() and (tmp_path / "vm_loss.svg").exists()
+
+
+def test_ctrl_c_leaves_the_report_so_far(tmp_path: Path) -> None:
+    command = [str(SCRIPT), "--cpu", "--out", str(tmp_path)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "logs" / "environment.log").exists():  # its first command runs
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=60)[0]
+    assert started.returncode == 130, said
+    assert "**Not complete**: it was interrupted." in (tmp_path / "report.md").read_text()
+
+
+def test_parts_that_do_not_exist_are_named() -> None:
+    done = subprocess.run([SCRIPT, "--parts", "speed"], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 2 and "--parts speed: the parts are environment, prepare, parity" in done.stderr

@@ -1,0 +1,65 @@
+"""docs/gpu.md, "Launching": its plans are what the tool prints, and its commands would start."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from ross_mcore import flags
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import plan_layout  # noqa: E402
+
+BLOCKS = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE | re.DOTALL)
+PLANS = [block.partition("\n\n") for block in BLOCKS if block.startswith("python tools/plan_layout.py")]
+JOBS = [block for block in BLOCKS if block.startswith("sbatch ")]
+
+
+def words(command: str) -> list[str]:
+    return shlex.split(command.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize(("command", "_", "printed"), PLANS, ids=range(len(PLANS)))
+def test_plans_are_what_the_tool_prints(
+    command: str, _: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", words(command)[1:])
+    assert plan_layout.main() == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == printed.splitlines()
+
+
+def test_there_are_plans_for_both_sizes() -> None:
+    sizes = [words(command)[words(command).index("--world-size") + 1] for command, _, _ in PLANS]
+    assert sizes == ["8", "64", "64"]
+
+
+@pytest.mark.parametrize("command", JOBS, ids=range(len(JOBS)))
+def test_jobs_have_flags_of_the_trainer(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    job = words(command)
+    script = job.index("examples/slurm/train.sbatch")
+    assert job[:script] == ["sbatch", "--nodes", "8"]
+    assert flags.parse(job[script + 1 :]).checkpoint.save
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--load", "nowhere"], "nowhere"),
+        (["--language-model", str(ROOT / "tests/published/qwen2-7b-instruct")], "go together"),
+        (["--load", "x", "--micro-batch", "1"], "unrecognized argument --micro-batch"),
+    ],
+)
+def test_what_would_be_refused_is(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan_layout.py", "--world-size", "8", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(plan_layout.main())
+    assert ended.value.code == 2 and says in capsys.readouterr().err

@@ -72,7 +72,7 @@ def main() -> int:
             report.outcomes.append(outcome)
             print(f"{outcome.status} {outcome.why}".rstrip(), flush=True)
             if part.name == "environment" and outcome.status == PASS:
-                runner = _know_the_machine(runner, report, options)
+                runner = _know_the_machine(report, options)
             write(report, out)
             if part.name in FIRST and outcome.status == FAIL:
                 report.unfinished = f"nothing else can run without {part.name}"
@@ -86,10 +86,10 @@ def main() -> int:
     return int(report.failed)
 
 
-def _know_the_machine(runner: Runner, report: Report, options: argparse.Namespace) -> Runner:
+def _know_the_machine(report: Report, options: argparse.Namespace) -> Runner:
     """A runner for what the environment part found, which the report then shows."""
     log = (options.out / "logs" / "environment.log").read_text(encoding="utf-8")
-    found = json.loads(log[log.index("\n{") :])
+    found, _ = json.JSONDecoder().raw_decode(log, log.index("\n{") + 1)  # libraries may say more, before and after it
     gpus = found["gpus"]
     ranks = min(options.ranks or MOST_RANKS, gpus) if gpus else options.ranks or RANKS_ON_CPU
     report.environment = found["rows"]

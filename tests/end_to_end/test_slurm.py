@@ -1,7 +1,7 @@
-"""examples/slurm/train.sbatch with stand-ins for srun, scancel and scontrol, and everything else real.
+"""examples/slurm/train.sbatch with stand-ins for Slurm's commands, and everything else real.
 
 The stand-in for srun becomes torchrun, so its process is the step; that for scancel signals every process of the step,
-as Slurm does; that for scontrol writes down what it is asked.
+as Slurm does; that for scontrol writes down what it is asked; that for squeue says that the job is running.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do [[ $1 == *=* ]] || shift; shift; done; echo $$ > "$STEP"; exec "$@"\n',
     "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"\n',
     "scontrol": 'if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$ASKED"; fi\n',
+    "squeue": 'echo "$STATE"\n',
     "scancel": f"""echo "$@" >> "$ASKED"; {sys.executable} - "$(cat "$STEP")" <<'END'
 import signal, sys, psutil
 step = psutil.Process(int(sys.argv[1]))
@@ -52,6 +53,7 @@ def job(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         "OMP_NUM_THREADS": "1",
         "STEP": str(tmp_path / "step"),
         "ASKED": str(tmp_path / "asked"),
+        "STATE": "RUNNING",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": JOB,
         "SLURM_JOB_NODELIST": "localhost",

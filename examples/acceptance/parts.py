@@ -163,8 +163,8 @@ PARTS = (
         tolerance=Tolerance(
             1e-5,
             1e-4,
-            "fp32 sums in another order, carried through twelve steps of Adam; TF32 is off. On a GPU other shapes take "
-            "other kernels, and this figure is a guess",
+            "fp32 sums in another order, carried through twelve steps of Adam (1e-7 on a CPU); TF32 is off. On a GPU "
+            "other shapes take other kernels, and this figure is a guess",
         ),
     ),
     Part(
@@ -207,7 +207,9 @@ PARTS = (
         "bf16 trains like fp32, up to its rounding",
         trainings=(BF16, Training("bf16, tensor 2", (Life(2, TENSOR),), "--bf16"), BF16_TE),
         against="one process",
-        tolerance=Tolerance(5e-2, 5e-2, "a bf16 number has 8 bits; twelve steps at a high rate from random weights"),
+        tolerance=Tolerance(
+            2e-2, 2e-2, "a bf16 number has 8 bits (5e-3 on a CPU), and kernels round elsewhere on a GPU"
+        ),
     ),
     Part(
         "fp8",

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
 FP32_EXACTLY = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
 """What is compared in fp32 is computed in it on a GPU too; see platform.compute_fp32_exactly."""
+GRACE_SECONDS = 30
+"""How long killed processes are waited for: one inside a driver ends late, and its GPU is free only then."""
 
 
 class CommandError(RuntimeError):
@@ -142,11 +144,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     import psutil
 
     if process.poll() is None:
-        started = psutil.Process(process.pid)
-        for each in (*started.children(recursive=True), started):
+        others = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for each in others:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait()
+        psutil.wait_procs(others, timeout=GRACE_SECONDS)
 
 
 def shown(words: Sequence[str]) -> str:

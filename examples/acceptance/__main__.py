@@ -66,6 +66,7 @@ def main() -> int:
     report = Report(shown(sys.argv[1:]), "")
     runner = Runner(out, Machine(gpu=False, ranks=1), CPU if options.cpu else {})
     try:
+        runner.clear()
         for part in options.parts:
             print(f"{part.name}: {part.title} ...", end=" ", flush=True)
             outcome = runner.run(part)

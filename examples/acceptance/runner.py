@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
 FP32_EXACTLY = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
 """What is compared in fp32 is computed in it on a GPU too; see platform.compute_fp32_exactly."""
+FOLDERS = ("logs", "data", "shards", "models", "checkpoints", "runs")
 GRACE_SECONDS = 30
 """How long killed processes are waited for: one inside a driver ends late, and its GPU is free only then."""
 
@@ -34,12 +35,17 @@ class CommandError(RuntimeError):
 
 
 class Runner:
-    """`out`: the folder of everything that is made; it holds logs/, runs/ and checkpoints/."""
+    """`out`: the folder of everything that is made, in FOLDERS; `clear` comes first."""
 
     def __init__(self, out: Path, machine: Machine, environment: Mapping[str, str]) -> None:
         self._out, self.machine, self._environment = out, machine, environment
         self._trained: dict[str, Result] = {}
-        (out / "logs").mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Removes what an earlier run has left in `out`."""
+        for name in FOLDERS:
+            shutil.rmtree(self._out / name, ignore_errors=True)
+        (self._out / "logs").mkdir(parents=True)
 
     def run(self, part: Part) -> Outcome:
         """What came of the part; never raises but for KeyboardInterrupt."""
@@ -54,11 +60,11 @@ class Runner:
             for training in with_references(part):
                 try:
                     results.append(self._judged(training, part))
-                except CommandError as error:
-                    said = error.said
-                    results.append(Result(training.name, FAIL, str(error)))
-        except CommandError as error:
-            status, why, said = FAIL, str(error), error.said
+                except Exception as error:  # whatever it is, the next training may work
+                    said = getattr(error, "said", said)
+                    results.append(Result(training.name, FAIL, _named(error)))
+        except Exception as error:
+            status, why, said = FAIL, _named(error), getattr(error, "said", "")
         if failed := [result.name for result in results if result.status == FAIL]:
             status, why = FAIL, "; ".join(failed)
         elif results and all(result.status == SKIP for result in results):
@@ -137,6 +143,10 @@ class Runner:
 
 def _file_name(name: str) -> str:
     return re.sub(r"\W+", "_", name)
+
+
+def _named(error: Exception) -> str:
+    return str(error) if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -60,7 +60,10 @@ def test_curves() -> None:
 
 
 def test_a_failed_command_ends_its_part_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "old").mkdir(parents=True)
     runner = Runner(tmp_path, Machine(False, 1, {"gpu": "needs a CUDA GPU"}), {"WORD": "hello"})
+    runner.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     fails = runner.run(Part("fails", "", ("python -c 'print(1); raise SystemExit(3)'", "python -c 'never'")))
     assert (fails.status, fails.why) == ("FAIL", "fails_1.log: ended with status 3")
     assert fails.said.splitlines()[-1] == "1" and not (tmp_path / "logs" / "fails_2.log").exists()
@@ -74,6 +77,7 @@ def test_a_command_that_takes_too_long_is_killed_with_all_it_started(tmp_path: P
     child = 's.Popen(["sleep", "100"], start_new_session=True)'
     code = f"import subprocess as s; p = {child}; print(p.pid, flush=True); p.wait()"
     runner, said = Runner(tmp_path, Machine(False, 1), {}), ""
+    runner.clear()
     for seconds in (1, 5, 25):
         with pytest.raises(CommandError, match=rf"slow\.log: took more than {seconds} s") as caught:
             runner.command(f"python -c '{code}'", "slow", Part("slow", "", limit_seconds=seconds))
@@ -90,6 +94,8 @@ def test_a_training_is_made_once_and_judged_beside_its_reference(
 
     def train(_: Runner, training: Training, __: Part) -> Result:
         made.append(training.name)
+        if training.name == "broken":
+            raise OSError("no space left")
         loss = {"one process": 2.0, "near": 2.00001, "far": 2.1}[training.name]
         return Result(training.name, "PASS", "", [{"lm_loss": loss, "vm_loss": loss, "sample_digest": "0"}])
 
@@ -98,6 +104,9 @@ def test_a_training_is_made_once_and_judged_beside_its_reference(
     runner = Runner(tmp_path, Machine(False, 1), {})
     near = runner.run(Part(**{**vars(part), "trainings": (Training("near", ()),)}))
     far = runner.run(Part(**{**vars(part), "trainings": (Training("far", ()),)}))
-    assert made == ["one process", "near", "far"]
+    broken = runner.run(Part(**{**vars(part), "trainings": (Training("broken", ()), Training("near", ()))}))
+    assert [result.status for result in broken.results] == ["PASS", "FAIL", "PASS"]
+    assert (broken.status, broken.results[1].why) == ("FAIL", "OSError: no space left")
+    assert made == ["one process", "near", "far", "broken"]
     assert (near.status, far.status, far.why) == ("PASS", "FAIL", "far")
     assert far.results[-1].why == "tolerance 1e-05: too far"

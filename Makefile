@@ -8,7 +8,7 @@ TE_VENV := .venv-te
 TE_INSTALLED := $(TE_VENV)/.installed
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: help demo demo-stamps test test-slow test-te test-unit test-soak lint bench clean
+.PHONY: help demo demo-stamps test test-slow test-te test-unit test-soak fp8-convergence lint bench clean
 
 help:
 	@echo "make demo         train a small model on 4 CPU ranks, stop and resume it, ask it, see what it reconstructs"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow    runs that are killed, restarted or continued at other layouts; a few minutes"
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
 	@echo "make test-soak    runs killed anywhere and continued; files damaged in hundreds of ways"
+	@echo "make fp8-convergence  the demo's second stage in fp32, bf16 and FP8 on those stand-ins, drawn into docs/"
 	@echo "make lint         ruff                        make bench      ratios, each measured in one run"
 
 $(INSTALLED): setup.py constraints.txt
@@ -51,6 +52,10 @@ test-unit: $(INSTALLED)
 test-soak: $(INSTALLED)
 	$(BIN)/python tests/soak/kill_resume.py --trials 20
 	$(BIN)/python tests/soak/fuzz_inputs.py --cases 200 --seed 1
+
+fp8-convergence: $(TE_INSTALLED)
+	test -e runs/demo/pretrain || $(BIN)/python examples/demo/run_demo.py --out runs/demo --only-pretrain
+	$(TE_VENV)/bin/python -m tests.te.convergence --picture docs/fp8_convergence.svg
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -328,6 +328,7 @@ def main() -> int:
     parser.add_argument(
         "--short", action="store_true", help="a dozen steps a stage: runs every step, checks no accuracy"
     )
+    parser.add_argument("--only-pretrain", action="store_true", help="end after the first stage")
     options = parser.parse_args()
     out = options.out.resolve()
     if out.exists():
@@ -353,6 +354,8 @@ def main() -> int:
             run(command)
         with clock.measure("pretrain, 4 ranks"):
             run(training_command("pretrain", out / "base", out, options.ranks, iterations))
+        if options.only_pretrain:
+            return 0
         with clock.measure("finetune, 4 ranks, stopped in the middle and resumed"):
             command = training_command("finetune", out / "pretrain", out, options.ranks, iterations)
             train_iters = iterations or read_train_iters(HERE / "finetune.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -44,6 +45,20 @@ def gradients(run: Finished, iteration: int = 1) -> dict[str, Tensor]:
     return {name.removeprefix(FIRST_MOMENT): read_tensor(folder, metadata, name) for name in names}
 
 
+def compared_gradients(run: Finished, reference: Finished) -> tuple[dict[str, float], dict[str, float]]:
+    """By family, the largest gradient of the reference's first step, and the largest difference to it."""
+    ours, theirs = gradients(run), gradients(reference)
+    assert ours.keys() == theirs.keys()
+    largest: dict[str, float] = {}
+    difference: dict[str, float] = {}
+    for name, gradient in theirs.items():
+        family = family_of(name)
+        assert ours[name].shape == gradient.shape, name
+        largest[family] = max(largest.get(family, 0.0), gradient.abs().max().item())
+        difference[family] = max(difference.get(family, 0.0), (ours[name] - gradient).abs().max().item())
+    return largest, difference
+
+
 def assert_same(run: Finished, reference: Finished, relative: float, iterations: slice = slice(None)) -> None:
     for ours, expected in zip(run.metrics[iterations], reference.metrics[iterations], strict=True):
         for name in ("lm_loss", "vm_loss", "grad_norm"):
@@ -63,15 +78,7 @@ def test_trains_like_one_process(
     expected = reference(case)
     run = start(case, case.name.replace(" ", "_"))
     assert_same(run, expected, case.relative)
-    ours, theirs = gradients(run), gradients(expected)
-    assert set(ours) == set(theirs)
-    largest: dict[str, float] = {}
-    difference: dict[str, float] = {}
-    for name, gradient in theirs.items():
-        family = family_of(name)
-        assert ours[name].shape == gradient.shape, name
-        largest[family] = max(largest.get(family, 0.0), gradient.abs().max().item())
-        difference[family] = max(difference.get(family, 0.0), (ours[name] - gradient).abs().max().item())
+    largest, difference = compared_gradients(run, expected)
     for family in largest:
         assert difference[family] <= case.relative * largest[family], (family, difference, largest)
     if case.data == "text_only":
@@ -116,30 +123,36 @@ def test_packed_and_separate_samples_train_alike(
     The draws of a picture follow from its sample's place in the stream, which is the same in both. Positions and
     attention begin anew with every sample, so only the order of sums differs.
     """
-    settings = {"train_iters": 1, "seq_length": 256}
-    apart = f"samples_apart_{data}"
-    separate = start(Case("", 1, data=data), apart, global_batch_size=16, micro_batch_size=4, **settings)
+    separate = start(Case("", 1, data=data), f"samples_apart_{data}", **APART)
     world = 4 if layout_of_packed else 1
-    name = f"samples_packed_{data}_{world}"
-    rows = packed_rows(workplace / f"shards_{data}", 256)
-    assert 1 < rows < 16
-    packed = start(
-        Case("", world, layout_of_packed, data=data),
-        name,
-        global_batch_size=rows,
-        micro_batch_size=1,
-        pack=True,
-        **settings,
-    )
-    ours, theirs = packed.metrics[0], separate.metrics[0]
-    assert ours["num_images"] == ShardReader(workplace / f"shards_{data}").num_images
+    flags = packed_flags(workplace / f"shards_{data}")
+    packed = start(Case("", world, layout_of_packed, data=data), f"samples_packed_{data}_{world}", **flags)
+    assert packed.metrics[0]["num_images"] == ShardReader(workplace / f"shards_{data}").num_images
+    assert_same_step(packed, separate, 1e-5)
+    theirs = gradients(separate)
+    for name, gradient in gradients(packed).items():
+        difference = (gradient - theirs[name]).abs().max()
+        assert difference <= 1e-5 * theirs[name].abs().max() + 1e-9, name
+
+
+APART: dict[str, Any] = {"train_iters": 1, "seq_length": 256, "global_batch_size": 16, "micro_batch_size": 4}
+"""One step over all sixteen samples of a data set, each in a row of its own."""
+
+
+def packed_flags(shards: Path) -> dict[str, Any]:
+    """The same step with the samples of `shards` packed into as few rows as the index says."""
+    rows = packed_rows(shards, APART["seq_length"])
+    assert 1 < rows < APART["global_batch_size"]
+    return {**APART, "global_batch_size": rows, "micro_batch_size": 1, "pack": True}
+
+
+def assert_same_step(packed: Finished, separate: Finished, relative: float) -> None:
+    """The same samples in rows that have them in another order."""
+    (ours,), (theirs,) = packed.metrics, separate.metrics
     for name in ("num_tokens", "num_images", "consumed_samples"):
         assert ours[name] == theirs[name], name
     for name in ("lm_loss", "vm_loss", "grad_norm"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
-    for name, gradient in gradients(separate).items():
-        difference = (gradients(packed)[name] - gradient).abs().max()
-        assert difference <= 1e-5 * gradient.abs().max() + 1e-9, name
+        assert ours[name] == pytest.approx(theirs[name], rel=relative), name
 
 
 def packed_rows(shards: Path, seq_length: int) -> int:

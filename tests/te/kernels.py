@@ -4,6 +4,7 @@ Names, argument orders and results are those of Transformer Engine 2.9's Python 
 
 - fp32, bf16, unfused attention: generic_gemm, rmsnorm_fwd and _bwd, layernorm_fwd and _bwd, get_cudnn_version
 - bf16 and packed attention: get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd
+  (cuDNN's fused attention, in its layouts BSHD, SBHD and, for packed rows with cu_seqlens, THD: no flash-attn)
 - FP8 with delayed and with current scaling: quantize, dequantize, bgrad_quantize, fp8_transpose
 - mcore's optimizer: multi_tensor_scale, multi_tensor_l2norm, multi_tensor_adam
 
@@ -21,7 +22,7 @@ from collections import Counter
 import torch
 
 CALLS: Counter = Counter()
-"""How often each function ran."""
+"""How often each function ran; of attention also how often for each layout of its tensors (BSHD_BSHD_BSHD, ...)."""
 
 
 def _enumeration(name, **members):
@@ -107,6 +108,8 @@ def generic_gemm(
         raise NotImplementedError("tests.te.kernels: generic_gemm: gelu epilogue / userbuffers")
     a, b = _mat(A, transA), _mat(B, not transB)
     dtype = D.dtype if D is not None else _dtype(output_dtype) or A.dtype
+    if hasattr(A, "_fp8_dtype") != hasattr(B, "_fp8_dtype"):
+        raise RuntimeError("cuBLAS multiplies FP8 matrices with FP8 matrices alone")
     if hasattr(A, "_fp8_dtype") and any(size % 16 for size in (*a.shape, *b.shape)):
         raise RuntimeError(f"cuBLAS multiplies FP8 matrices in blocks of 16; got {list(a.shape)} and {list(b.shape)}")
     a, b = a.float(), b.float()  # cuBLAS accumulates so, and it is faster than torch's bf16 product on a CPU
@@ -297,6 +300,7 @@ def fused_attn_fwd(
 ):  # cuda_graph: TE >= 2.10
     if dropout and is_training or attn_bias is not None or s_quantizer is not None or return_max_logit:
         raise NotImplementedError("tests.te.kernels: fused_attn_fwd: dropout, bias, fp8 attention, max logit")
+    CALLS[f"fused_attn_fwd {layout.name.removeprefix('NVTE_')}"] += 1
     out = _attend(layout, mask, window, scale, cu_q, cu_kv, cu_q_pad, cu_kv_pad, q, k, v)
     return out, torch.empty(0), torch.zeros(2, dtype=torch.int64)  # out, softmax stats, rng state
 

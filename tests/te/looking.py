@@ -22,7 +22,7 @@ def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None
     linears: "layer/name" of every Transformer Engine linear -> how its passes ran, in order of first appearance, as
     "Recipe/format" or "off"; fp8_elsewhere: other modules, outside of the decoder layers, that ran inside an FP8
     context; first_passes: for one linear, which passes were told that weights have changed; tokens: lengths of its
-    inputs; attention: formats; optimizer: classes; calls: of stand-in kernels; histories: whether any amax was kept.
+    inputs; optimizer: classes; calls: of stand-in kernels; histories: whether any amax was kept.
     """
     from ross_mcore.training import run as opening
 
@@ -55,7 +55,7 @@ def _watch(model: nn.Module, seen: dict[str, Any]) -> None:
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
     linears: dict[str, list[str]] = defaultdict(list)
-    seen.update(linears=linears, fp8_elsewhere=[], first_passes=[], tokens=[], attention=[])
+    seen.update(linears=linears, fp8_elsewhere=[], first_passes=[], tokens=[])
 
     def linear(key: str) -> Callable[..., None]:
         def look(module: Any, *_: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.cases import Case, layout
 from tests.distributed.conftest import Finished
-from tests.distributed.test_layouts import assert_same, family_of, gradients
+from tests.distributed.test_layouts import assert_same, compared_gradients
 
 ENGINE = {"transformer_impl": "transformer_engine"}
 LAYOUTS = [
@@ -26,14 +26,7 @@ def test_trains_like_the_local_layers(
     expected = reference(case)
     run = start(case, f"engine_{case.name}")
     assert_same(run, expected, case.relative)
-    ours, theirs = gradients(run), gradients(expected)
-    assert set(ours) == set(theirs)
-    largest: dict[str, float] = {}
-    difference: dict[str, float] = {}
-    for name, gradient in theirs.items():
-        family = family_of(name)
-        largest[family] = max(largest.get(family, 0.0), gradient.abs().max().item())
-        difference[family] = max(difference.get(family, 0.0), (ours[name] - gradient).abs().max().item())
+    largest, difference = compared_gradients(run, expected)
     for family in largest:
         assert largest[family] > 0 or family == "vision tower"
         assert difference[family] <= case.relative * largest[family], (family, difference, largest)

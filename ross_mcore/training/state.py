@@ -20,7 +20,7 @@ from ross_mcore.checkpoint.sharded import (
     load_training_state,
     sharding_metadata,
 )
-from ross_mcore.checkpoint.torch_dist import FP8_PREFIX
+from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, MASTER_PREFIX, PLAIN_MASTER_PREFIX, PLAIN_MASTERS
 from ross_mcore.training.chunks import ModelChunks
 
 CARRIED = "carried"
@@ -89,6 +89,9 @@ def sharded_state(
     """Model, optimizer and FP8 scales as a checkpoint holds them."""
     weights, groups = model.sharded_weights(), model.first.groups
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+    for master in (master for group in moments.get(PLAIN_MASTERS, ()) for master in group):
+        # one name for masters, whichever optimizer keeps them: so each can load what the other saved
+        master.key = master.key.replace(PLAIN_MASTER_PREFIX, MASTER_PREFIX, 1)
     state = {"model": {**weights, CARRIED: carried.pieces()}, "optimizer": moments}
     scales = {
         name: ShardedTensor.from_rank_offsets(

@@ -22,7 +22,7 @@ MASTER_PREFIX = OPTIMIZER_PREFIX + "state.param."
 PLAIN_MASTER_PREFIX = OPTIMIZER_PREFIX + "state.fp32_param."
 """What mcore's other mixed-precision optimizer calls the same; no checkpoint has it."""
 PLAIN_MASTERS = "fp32_from_fp16_params"
-"""Where that one's state has its masters: a list of them for every group of parameters."""
+"""Where that one's state has its masters."""
 FP8_PREFIX = OPTIMIZER_PREFIX + "fp8."
 """What the names of FP8 scales and histories begin with: training state that a checkpoint may have or lack."""
 SHARDING = {

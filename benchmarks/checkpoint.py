@@ -10,6 +10,8 @@ for (sync) and for one beside it (async), whose every step until it is complete 
 
 Writing: the whole save that training waits for, against torch.save and fsync of the same tensors. Either computes a
 CRC-32 of all it writes. `and read back` is with the reading back and comparing that a save does before it is published.
+torch.save writes over its former file; `beside the former` is torch.save and fsync to a new file that then takes the
+former one's place, as a checkpoint does: memory that the former file's cache took is then not free to be used again.
 
 Reading: from the disk where the file system lets go of what it has cached. torch.load, which takes new memory and
 compares no checksum, against loading into the tensors of a model, as a run with --no-verify does, and against doing so
@@ -131,6 +133,12 @@ def torch_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def torch_save_beside(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    new = path.with_suffix(".new")
+    torch_save(tensors, new)
+    new.replace(path)
+
+
 def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
     copies, model = HostCopies(), any_model()
 
@@ -166,7 +174,7 @@ def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str
 
 def measure_throughput(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
     rank, model, tensors = dist.get_rank(), any_model(), training.tensors()
-    plain = root / f"plain_{rank}.pt"
+    plain, beside = root / f"plain_{rank}.pt", root / f"beside_{rank}.pt"
     state_bytes = dist.get_world_size() * sum(tensor.nbytes for tensor in tensors.values())
     own_tensors = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}  # a model's are not fresh memory
 
@@ -185,6 +193,7 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
 
         saved: list[Any] = []
         note("torch.save", lambda: torch_save(tensors, plain))
+        note("torch.save beside", lambda: torch_save_beside(tensors, beside))
         note(
             "save",
             lambda: saved.append(begin_save(Destination(root, 1, model, keep_last=1), training.state()).finish()),  # noqa: B023
@@ -209,6 +218,8 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
     say(f"write, GB/s: torch.save + fsync   {rates['torch.save']:8.2f}")
     say(f"  checkpoint                      {written:8.2f} = {written / rates['torch.save']:.2f}x   (aim: 0.8)")
     say(f"  and read back                   {rates['save']:8.2f} = {rates['save'] / rates['torch.save']:.2f}x")
+    ratio = written / rates["torch.save beside"]
+    say(f"  torch.save beside the former    {rates['torch.save beside']:8.2f}; checkpoint {ratio:.2f}x")
     say(f"read, GB/s: torch.load            {rates['torch.load']:8.2f}")
     for name, way in (("--no-verify", "load"), ("verified", "verify and load")):
         ratio = rates[way] / rates["torch.load"]

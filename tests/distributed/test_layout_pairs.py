@@ -20,7 +20,7 @@ import pytest
 from ross_mcore.checkpoint.folder import require_checkpoint
 from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
 from tests.distributed.conftest import moved, run_options, train_one_rank
-from tests.distributed.harness import free_port, run_ranks
+from tests.distributed.harness import meeting_place, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -190,7 +190,8 @@ class Runs:
         for first in range(0, len(jobs), RUNS_TOGETHER):
             some = jobs[first : first + RUNS_TOGETHER]
             work = [(job.flags, job.stop_after) for job in some]
-            run_ranks(train_one_after_another, some[0].case.world, work, [free_port() for _ in some])
+            places = [meeting_place() for _ in some]
+            run_ranks(train_one_after_another, some[0].case.world, work, [place.port for place in places])
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,16 @@ Every rank trains a stack of matrices of its own with Adam; what is saved are we
 parallelism cuts them. Figures of several turns are medians; the contenders take turns.
 
 Stall: how much longer a row of training steps takes with one save in it than without, for a save that training waits
-for (sync) and for one beside it (async), whose every step until it is complete is counted. Writing: the whole save that
-training waits for, with checksums, fsync and reading back, against torch.save and fsync of the same tensors. Reading:
-loading into the tensors of a model against torch.load, both from the disk rather than from memory where the file system
-allows that. Verification: reading every file and comparing its checksum, as is done once before loading.
+for (sync) and for one beside it (async), whose every step until it is complete is counted.
+
+Writing: the whole save that training waits for, against torch.save and fsync of the same tensors. Either computes a
+CRC-32 of all it writes. `and read back` is with the reading back and comparing that a save does before it is published.
+torch.save writes over its former file; `beside the former` is torch.save and fsync to a new file that then takes the
+former one's place, as a checkpoint does: memory that the former file's cache took is then not free to be used again.
+
+Reading: from the disk where the file system lets go of what it has cached. torch.load, which takes new memory and
+compares no checksum, against loading into the tensors of a model, as a run with --no-verify does, and against doing so
+after every file was read and compared with its checksum, as a run does. That finds in memory what was just compared.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +41,7 @@ import torch.multiprocessing as processes  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig  # noqa: E402
+from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
 from ross_mcore.checkpoint.manifest import checksum  # noqa: E402
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, begin_save  # noqa: E402
 from ross_mcore.checkpoint.sharded import load_model_weights  # noqa: E402
@@ -125,6 +133,12 @@ def torch_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def torch_save_beside(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    new = path.with_suffix(".new")
+    torch_save(tensors, new)
+    new.replace(path)
+
+
 def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
     copies, model = HostCopies(), any_model()
 
@@ -160,13 +174,16 @@ def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str
 
 def measure_throughput(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
     rank, model, tensors = dist.get_rank(), any_model(), training.tensors()
-    plain = root / f"plain_{rank}.pt"
+    plain, beside = root / f"plain_{rank}.pt", root / f"beside_{rank}.pt"
     state_bytes = dist.get_world_size() * sum(tensor.nbytes for tensor in tensors.values())
-    empty = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    own_tensors = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}  # a model's are not fresh memory
 
-    def wanted() -> dict[str, Any]:
+    def load(checkpoint: Checkpoint, verify: bool) -> None:
+        if verify:
+            assert not shared_damage(checkpoint)
         size = dist.get_world_size()
-        return {n: ShardedTensor.from_rank_offsets(n, t, (0, rank, size)) for n, t in empty.items()}
+        wanted = {n: ShardedTensor.from_rank_offsets(n, t, (0, rank, size)) for n, t in own_tensors.items()}
+        load_model_weights(checkpoint, wanted)
 
     seconds: dict[str, list[float]] = {}
     for _ in range(turns):
@@ -176,6 +193,7 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
 
         saved: list[Any] = []
         note("torch.save", lambda: torch_save(tensors, plain))
+        note("torch.save beside", lambda: torch_save_beside(tensors, beside))
         note(
             "save",
             lambda: saved.append(begin_save(Destination(root, 1, model, keep_last=1), training.state()).finish()),  # noqa: B023
@@ -186,22 +204,27 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
         forget(root)
         note("torch.load", lambda: torch.load(plain, weights_only=True))
         forget(root)
-        note("load", lambda: load_model_weights(checkpoint, wanted()))  # noqa: B023
+        note("load", lambda: load(checkpoint, verify=False))  # noqa: B023
+        forget(root)
+        note("verify and load", lambda: load(checkpoint, verify=True))  # noqa: B023
         forget(root)
         note("verify", lambda: shared_damage(checkpoint))  # noqa: B023
+    note("crc32", lambda: [zlib.crc32(tensor.numpy()) for tensor in tensors.values()])
+    assert all(torch.equal(own_tensors[name], tensor) for name, tensor in tensors.items())
     on_disk = checkpoint.manifest().bytes
     rates = {name: state_bytes / 1e9 / statistics.median(own) for name, own in seconds.items()}
     written = state_bytes / 1e9 / statistics.median(a - b for a, b in zip(seconds["save"], seconds["read back"]))
-    median = {name: statistics.median(own) for name, own in seconds.items()}
     say(f"bytes on disk / bytes of state    {on_disk / state_bytes:8.3f}   (aim: within 2%)")
     say(f"write, GB/s: torch.save + fsync   {rates['torch.save']:8.2f}")
     say(f"  checkpoint                      {written:8.2f} = {written / rates['torch.save']:.2f}x   (aim: 0.8)")
     say(f"  and read back                   {rates['save']:8.2f} = {rates['save'] / rates['torch.save']:.2f}x")
+    ratio = written / rates["torch.save beside"]
+    say(f"  torch.save beside the former    {rates['torch.save beside']:8.2f}; checkpoint {ratio:.2f}x")
     say(f"read, GB/s: torch.load            {rates['torch.load']:8.2f}")
-    ratio = rates["load"] / rates["torch.load"]
-    say(f"  checkpoint                      {rates['load']:8.2f} = {ratio:.2f}x   (aim: 0.8)")
-    ratio = median["verify"] / median["load"]
-    say(f"verify, GB/s                      {rates['verify']:8.2f} = {ratio:.2f} of the time to load")
+    for name, way in (("--no-verify", "load"), ("verified", "verify and load")):
+        ratio = rates[way] / rates["torch.load"]
+        say(f"  checkpoint, {name:<11}         {rates[way]:8.2f} = {ratio:.2f}x   (aim: 0.8)")
+    say(f"  of which verifying              {rates['verify']:8.2f}   (zlib.crc32 in memory: {rates['crc32']:.2f})")
 
 
 def run(rank: int, world: int, port: int, options: argparse.Namespace, root: Path) -> None:

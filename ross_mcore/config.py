@@ -60,7 +60,7 @@ class ParallelOptions:
     sequence_parallel: bool = False
     """Split norms and residuals over the sequence within a tensor-parallel group."""
     use_distributed_optimizer: bool | None = None
-    """Shard optimizer state over data-parallel ranks. Default: with --bf16, where it cannot be turned off."""
+    """Shard optimizer state over data-parallel ranks. Default: with --bf16."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     overlap_param_gather: bool = False
@@ -402,7 +402,7 @@ def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -
 
     What precision and kernels need is in training/execution.py.
     """
-    parallel, execution, training = config.parallel, config.execution, config.training
+    parallel, training = config.parallel, config.training
     for name in ("valid_interval", "valid_samples"):
         if getattr(config.logging, name) is not None and not config.data.valid_data_path:
             raise ConfigError(f"--{name.replace('_', '-')} needs --valid-data-path: what to measure")
@@ -410,11 +410,6 @@ def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -
         _check_interleaving(config, data_parallel_size)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size 2 or more; remove it")
-    if execution.bf16 and not config.use_distributed_optimizer:
-        raise ConfigError(
-            "--no-use-distributed-optimizer with --bf16: checkpoints of mcore's other mixed-precision optimizer do not "
-            "load at another layout; remove the flag"
-        )
     if training.global_batch_size is not None:
         rows = data_parallel_size * training.micro_batch_size
         if training.global_batch_size % rows:

@@ -32,6 +32,8 @@ MARKER = "complete.json"
 FORMAT = "ross_mcore_checkpoint"
 FORMAT_VERSION = 2
 _CHUNK_BYTES = 2**20
+_AHEAD_BYTES = 2**25
+"""What the system is asked to read while the checksum of what it has read is taken."""
 
 
 class CheckpointError(RuntimeError):
@@ -157,14 +159,20 @@ def damages(
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda read_bytes: None, from_disk: bool = False) -> int:
     """CRC-32 of a file. from_disk: what the system has cached of it is dropped first, where it can. Raises OSError."""
-    value, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
+    value, done, asked, buffer = 0, 0, 0, memoryview(bytearray(_CHUNK_BYTES))
+    can_advise = hasattr(os, "posix_fadvise")
     with path.open("rb", buffering=0) as stream:
-        if from_disk and hasattr(os, "posix_fadvise"):
+        if from_disk and can_advise:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while count := stream.readinto(buffer):
+        while True:
+            if can_advise and asked <= done + _AHEAD_BYTES // 2:
+                os.posix_fadvise(stream.fileno(), asked, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+                asked += _AHEAD_BYTES
+            if not (count := stream.readinto(buffer)):
+                return value
             value = zlib.crc32(buffer[:count], value)
+            done += count
             advance(count)
-    return value
 
 
 def record_of(path: Path) -> FileRecord:

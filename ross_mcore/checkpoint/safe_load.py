@@ -17,16 +17,20 @@ dist_checkpointing/strategies/common.py. No class is added to what weights_only 
 from __future__ import annotations
 
 import importlib
+import io
+import itertools
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
@@ -166,27 +170,67 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
     item = metadata.state_dict_metadata.get(name)
     if not isinstance(item, TensorStorageMetadata):
         raise CheckpointError(f"{folder} has no tensor {name}")
-    whole: Tensor | None = None
+    whole, room = torch.empty(item.size, dtype=item.properties.dtype), _Room()
     file = INDEX_FILE
     try:
         for chunk in item.chunks:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             file = place.relative_path
+            target = narrow_tensor_by_index(whole, chunk.offsets, chunk.sizes)
             with (Path(folder) / file).open("rb") as stream:
-                view = _create_file_view(stream, place.offset, place.length)
-                piece = torch.load(view, map_location="cpu", weights_only=True)
-            if piece.shape == item.size and piece.dtype == item.properties.dtype:
-                return piece  # the only one: a checkpoint of one rank needs no second copy
-            whole = torch.empty(item.size, dtype=item.properties.dtype) if whole is None else whole
-            target = whole
-            for axis, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes)):
-                target = target.narrow(axis, start, length)
-            if tuple(piece.shape) != tuple(target.shape):
-                raise ValueError(f"a piece has shape {list(piece.shape)}, expected {list(target.shape)}")
-            target.copy_(piece)
+                _read_block(_view(stream, place), chunk.sizes, [0] * whole.dim(), target, room)
     except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(f"{name} cannot be read from {folder / file}: {_why(error)}; {REMEDY}") from None
-    return cast(Tensor, whole)  # a tensor without pieces was refused by read_metadata
+    return whole
+
+
+class _Room:
+    """Memory for what cannot be read to where it belongs, used again and again."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        if self._held.numel() < size:
+            self._held = torch.empty(size, dtype=torch.uint8)
+        return self._held[:size]
+
+
+def _view(stream: IO[bytes], place: Any) -> IO[bytes]:
+    """The bytes of a file at a place, as a file of their own."""
+    return cast(IO[bytes], _create_file_view(cast(io.IOBase, stream), place.offset, place.length))
+
+
+def _read_block(view: IO[bytes], shape: Sequence[int], starts: Sequence[int], target: Tensor, room: _Room) -> None:
+    """Fills `target` from the block of its shape that begins at `starts` of a piece of shape `shape`.
+
+    torch.load would take new memory for every piece, which takes the system as long to give as the disk to fill. Here
+    whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
+    Raises ValueError, or whatever torch.load does, for a damaged piece.
+    """
+    piece = torch.load(view, map_location="meta", weights_only=True)  # all but the content
+    if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
+        found = list(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
+        raise ValueError(f"a piece is {found}, expected {list(shape)}")
+    begin = getattr(piece.untyped_storage(), "_checkpoint_offset", None)
+    if begin is None or not piece.is_contiguous():
+        raise ValueError("a piece is not stored as it lies in memory")
+    row = math.prod(shape[1:]) * piece.itemsize
+    first, rows = (starts[0], target.shape[0]) if target.dim() else (0, 1)
+    straight = (
+        (target.dtype, target.device.type) == (piece.dtype, "cpu")
+        and target.shape[1:] == piece.shape[1:]
+        and target.is_contiguous()
+    )
+    memory = target.view(-1).view(torch.uint8) if straight else room.of(rows * row)
+    view.seek(begin + piece.storage_offset() * piece.itemsize + first * row)
+    if view.readinto(memory.numpy()) != rows * row:  # type: ignore[attr-defined]
+        raise ValueError("a piece ends too early")
+    if not straight:
+        block = memory.view(piece.dtype).view(rows, *shape[1:]) if shape else memory.view(piece.dtype).view(())
+        for axis in range(1, target.dim()):
+            block = block.narrow(axis, starts[axis], target.shape[axis])
+        target.copy_(block)
 
 
 class StoredTensors:
@@ -215,23 +259,37 @@ class StoredTensors:
 
 
 class Reader(FileSystemReader):
-    """torch's reader of tensor bytes, given metadata that has been read safely."""
+    """torch's reader of tensor bytes, given metadata that has been read safely, into memory that is there already."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
         self._folder, self._metadata = folder, metadata
-        self._at = INDEX_FILE
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]
         return self._metadata
 
-    def _slice_file(self, file: Any, place: Any) -> Any:
-        self._at = place.relative_path
-        return super()._slice_file(file, place)
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Raises CheckpointError naming the file."""
-        try:
-            return super().read_data(plan, planner)
-        except Exception as error:  # a damaged file can raise anything
-            raise CheckpointError(f"{Path(self._folder) / self._at} cannot be read: {_why(error)}; {REMEDY}") from None
+        described = self._metadata.state_dict_metadata.items()
+        tensors = [(name, item) for name, item in described if isinstance(item, TensorStorageMetadata)]
+        shapes = {MetadataIndex(n, chunk.offsets): chunk.sizes for n, item in tensors for chunk in item.chunks}
+        room = _Room()
+        placed = [(self._metadata.storage_data[item.storage_index], item) for item in plan.items]
+        placed.sort(key=lambda pair: (pair[0].relative_path, pair[0].offset))
+        for file, own in itertools.groupby(placed, key=lambda pair: pair[0].relative_path):
+            path = Path(self._folder) / file
+            try:
+                with path.open("rb") as stream:
+                    for place, item in own:
+                        view = _view(stream, place)
+                        if item.type == LoadItemType.BYTE_IO:
+                            planner.load_bytes(item, io.BytesIO(view.read()))
+                            continue
+                        target = planner.resolve_tensor(item)
+                        _read_block(view, shapes[item.storage_index], item.storage_offsets, target.detach(), room)
+                        planner.commit_tensor(item, target)
+            except Exception as error:  # a damaged file can raise anything
+                raise CheckpointError(f"{path} cannot be read: {_why(error)}; {REMEDY}") from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done

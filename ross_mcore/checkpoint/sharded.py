@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.dict_utils import (
     merge,
     nested_values,
 )
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory, StateDict
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -57,7 +57,9 @@ from ross_mcore.checkpoint.torch_dist import (
     BACKEND,
     BACKEND_FILE,
     FP8_PREFIX,
+    MASTER_PREFIX,
     OPTIMIZER_PREFIX,
+    PLAIN_MASTERS,
     SHARDING,
     sharding_metadata,
 )
@@ -72,8 +74,6 @@ __all__ = [
     "save_checkpoint",
     "sharding_metadata",
 ]
-
-MASTER_PREFIX = OPTIMIZER_PREFIX + "state.param."
 
 
 def save_checkpoint(
@@ -133,10 +133,13 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
         stored_shapes = tensor_shapes(metadata)
         fits = {k: t for k, t in wanted["fp8"].items() if stored_shapes.get(t.key) == tuple(t.global_shape)}
         wanted["fp8"] = fits
-    masters: dict[str, Any] = {}
+    elsewhere: dict[str, Any] = {}
     if "optimizer" in wanted:
-        masters = _as_the_other_optimizer(checkpoint, metadata, common, wanted)
+        common["optimizer"] = _groups_as_wanted(common.get("optimizer"), wanted["optimizer"])
+        elsewhere |= _masters_from_weights(metadata, wanted)
     _compare(checkpoint, metadata, wanted)
+    if "optimizer" in wanted:
+        elsewhere |= _weights_from_masters(metadata, wanted)
 
     def read(pieces: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -151,55 +154,69 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(_first_failure(f"{checkpoint.path} cannot be read", error)) from None
 
     loaded = read(wanted, common)
-    if masters:
-        # by themselves: the same tensors are asked for as weights, and a tensor is read once in one go
-        merge(loaded, read(masters, {}))
+    if any(exchange(bool(elsewhere))):
+        # by themselves: some of the same tensors were asked for already, and a tensor is read once in one go
+        merge(loaded, read(elsewhere, {}))
     dict_list_map_inplace(lambda _: None, extra_state)
     merge(loaded, extra_state)
     return {key: value for key, value in loaded.items() if key in state or key not in ("model", "optimizer")}
 
 
-def _as_the_other_optimizer(
-    checkpoint: Checkpoint, metadata: Metadata, common: dict[str, Any], wanted: dict[str, Any]
-) -> dict[str, Any]:
-    """Makes a checkpoint of the plain optimizer fit the distributed one, or the other way round.
+# A checkpoint is of one of three optimizers and loads into any: mcore's distributed one, its plain one for bf16, its
+# plain one for fp32. Moments have the same names and shapes in all. What differs is how deep parameter groups are
+# nested, and that the first two keep fp32 masters of the weights; in an fp32 run, those are the weights.
 
-    Moments have the same names and shapes in both. Two things differ: the distributed optimizer stores its fp32 master
-    weights too, which in fp32 are the model's own weights; and it nests the parameter groups one level deeper. Returns
-    the masters that are wanted and are to be read from the model's weights, taken out of `wanted`; adapts `common`.
-    Raises CheckpointError, on every rank alike, for masters that could not be kept.
-    """
-    stores_masters = any(name.startswith(MASTER_PREFIX) for name in tensor_shapes(metadata))
-    wants_masters = "param_state" in wanted["optimizer"]
-    groups = common.get("optimizer")
-    if stores_masters == wants_masters or not isinstance(groups, dict):
+
+def _groups_as_wanted(stored: Any, wanted: dict[str, Any]) -> Any:
+    """The parameter groups of a checkpoint, nested as the optimizer `wanted` is of nests them."""
+    if not isinstance(stored, dict):
+        return stored
+    groups = stored.get("optimizer", stored)
+    if "param_state" in wanted:
+        return {"optimizer": groups, "param_state_sharding_type": wanted["param_state_sharding_type"]}
+    return {"optimizer": groups} if PLAIN_MASTERS in wanted else groups
+
+
+def _masters_from_weights(metadata: Metadata, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Masters that the checkpoint lacks, taken out of `wanted`, and to be read from the weights that they equal."""
+    optimizer = wanted["optimizer"]
+    if any(name.startswith(MASTER_PREFIX) for name in metadata.state_dict_metadata):
         return {}
-    if not wants_masters:
-        halves = sorted(
-            name
-            for name, item in metadata.state_dict_metadata.items()
-            if MASTER_PREFIX + name in metadata.state_dict_metadata and item.properties.dtype != torch.float32
+    if PLAIN_MASTERS in optimizer:
+        masters = {PLAIN_MASTERS: optimizer.pop(PLAIN_MASTERS)}
+    else:
+        masters, wanted["optimizer"] = extract_matching_values(
+            optimizer, lambda value: getattr(value, "key", "").startswith(MASTER_PREFIX)
         )
-        if halves:
-            raise CheckpointError(
-                f"{checkpoint.path} was trained with --bf16 and has fp32 masters, which only the distributed optimizer "
-                "keeps: continue with --bf16, or start anew from its weights with --finetune"
-            )
-        common["optimizer"] = groups.get("optimizer", {})
-        return {}
-    sharding = wanted["optimizer"]["param_state_sharding_type"]
-    common["optimizer"] = {"optimizer": groups, "param_state_sharding_type": sharding}
-    masters, rest = extract_matching_values(
-        wanted["optimizer"], lambda value: getattr(value, "key", "").startswith(MASTER_PREFIX)
-    )
-    wanted["optimizer"] = rest
-    dict_list_map_inplace(_from_the_weight, masters)
-    return {"optimizer": masters}
+
+    def from_the_weight(master: Any) -> Any:
+        master.key = master.key.removeprefix(MASTER_PREFIX)
+        return master
+
+    dict_list_map_inplace(from_the_weight, masters)
+    return {"optimizer": masters} if masters else {}
 
 
-def _from_the_weight(master: ShardedTensor) -> ShardedTensor:
-    master.key = master.key.removeprefix(MASTER_PREFIX)
-    return master
+def _weights_from_masters(metadata: Metadata, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Weights of an fp32 model that the checkpoint has rounded, taken out of `wanted`, and to be read from masters."""
+    stored = metadata.state_dict_metadata
+
+    def is_rounded(value: Any) -> bool:
+        name = getattr(value, "key", "")
+        return (
+            isinstance(value, ShardedTensor | ShardedTensorFactory)
+            and value.data.dtype == torch.float32
+            and MASTER_PREFIX + name in stored
+            and stored[name].properties.dtype != torch.float32  # type: ignore[union-attr]
+        )
+
+    def from_the_master(weight: Any) -> Any:
+        weight.key = MASTER_PREFIX + weight.key
+        return weight
+
+    weights, wanted["model"] = extract_matching_values(wanted["model"], is_rounded)
+    dict_list_map_inplace(from_the_master, weights)
+    return {"model": weights} if weights else {}
 
 
 def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any]) -> None:

@@ -17,6 +17,12 @@ BACKEND = {
 }
 OPTIMIZER_PREFIX = "optimizer."
 """What the names of optimizer state begin with; the others are the model's."""
+MASTER_PREFIX = OPTIMIZER_PREFIX + "state.param."
+"""What precedes a weight's name in that of its fp32 master; so the distributed optimizer calls it."""
+PLAIN_MASTER_PREFIX = OPTIMIZER_PREFIX + "state.fp32_param."
+"""What mcore's other mixed-precision optimizer calls the same; no checkpoint has it."""
+PLAIN_MASTERS = "fp32_from_fp16_params"
+"""Where that one's state has its masters."""
 FP8_PREFIX = OPTIMIZER_PREFIX + "fp8."
 """What the names of FP8 scales and histories begin with: training state that a checkpoint may have or lack."""
 SHARDING = {

@@ -35,10 +35,12 @@ weights have moments."""
 
 
 def changeable_options(config: Config, train_iters: int) -> dict[str, Any]:
-    """What may change from start to start, but not without being said: rates, schedule, objective, what is skipped."""
+    """What may change from start to start, but not without being said: rates, schedule, objective, precision, what is
+    skipped."""
     training = config.training
     return {
         **asdict(config.optimizer),
+        "bf16": config.execution.bf16,
         "train_iters": train_iters,
         "loss_normalization": training.loss_normalization,
         "vm_loss_rows": training.vm_loss_rows,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from ross_mcore import checked
@@ -20,7 +22,7 @@ from ross_mcore.checkpoint.sharded import (
     load_training_state,
     sharding_metadata,
 )
-from ross_mcore.checkpoint.torch_dist import FP8_PREFIX
+from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, MASTER_PREFIX, PLAIN_MASTER_PREFIX, PLAIN_MASTERS
 from ross_mcore.training.chunks import ModelChunks
 
 CARRIED = "carried"
@@ -89,6 +91,8 @@ def sharded_state(
     """Model, optimizer and FP8 scales as a checkpoint holds them."""
     weights, groups = model.sharded_weights(), model.first.groups
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+    if PLAIN_MASTERS in moments:
+        moments[PLAIN_MASTERS] = _named_as_by_the_other_optimizer(moments[PLAIN_MASTERS])
     state = {"model": {**weights, CARRIED: carried.pieces()}, "optimizer": moments}
     scales = {
         name: ShardedTensor.from_rank_offsets(
@@ -97,6 +101,26 @@ def sharded_state(
         for name, tensor in model.fp8_state().items()
     }
     return {**state, "fp8": scales} if scales else state
+
+
+def _named_as_by_the_other_optimizer(groups: list[list[Any]]) -> dict[int, Any]:
+    """Masters of all groups by number, under the one name that masters have in checkpoints.
+
+    By number, because mcore loses lists without elements, those of a stage that trains nothing of a group, and masters
+    behind them would come back as another group's.
+    """
+    masters = dict(enumerate(itertools.chain.from_iterable(groups)))
+    for master in masters.values():
+        master.key = master.key.replace(PLAIN_MASTER_PREFIX, MASTER_PREFIX, 1)
+    return masters
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, Float16OptimizerWithFloat16Params):
+            masters = iter(master for _, master in sorted(state.get(PLAIN_MASTERS, {}).items()))
+            state[PLAIN_MASTERS] = [[next(masters) for _ in group] for group in part.fp32_from_float16_groups]
+    optimizer.load_state_dict(state)
 
 
 def _take_weights(loaded: dict[str, Any], model: ModelChunks, carried: CarriedWeights) -> None:
@@ -113,7 +137,7 @@ def restore(start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer,
     """Loads weights and moments. Collective; raises CheckpointError as `load_training_state` does."""
     loaded = load_training_state(start, sharded_state(model, optimizer, carried, is_loading=True))
     _take_weights(loaded["model"], model, carried)
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"])
     _restore_fp8(model, loaded.get("fp8", {}), start)
 
 

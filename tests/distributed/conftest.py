@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ross_mcore import platform
 
 platform.prepare()
 
+from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes  # noqa: E402
+from ross_mcore.checkpoint.torch_dist import MASTER_PREFIX  # noqa: E402
 from ross_mcore.config import Config  # noqa: E402
 from ross_mcore.data.indexing import length_source  # noqa: E402
 from ross_mcore.data.llava import convert_records  # noqa: E402
@@ -86,6 +89,29 @@ def _several(number: int) -> dict[str, Any]:
     ]
     pictures = [f"img{(number + ordinal) % 3}.png" for ordinal in range((0, 3, 2, 2)[number % 4])]
     return {"id": f"several-{number}", "image": pictures, "conversations": turns}
+
+
+def stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    metadata = read_metadata(folder)
+    for name in tensor_shapes(metadata):
+        yield name, read_tensor(folder, metadata, name)
+
+
+def moved(before: Path, after: Path) -> float:
+    """The largest difference between two checkpoints' weights and moments, in fp32 as far as they have it.
+
+    A weight that has a master must be the master, rounded to its own type; a run in fp32 without the distributed
+    optimizer stores none. What does not train has none either, and is rounded where a run goes on in bf16.
+    """
+    theirs, ours = dict(stored(before)), dict(stored(after))
+    for tensors in (theirs, ours):
+        for name in [name for name in tensors if name.startswith(MASTER_PREFIX)]:
+            master, weight = tensors.pop(name), name.removeprefix(MASTER_PREFIX)
+            assert torch.equal(master.to(tensors[weight].dtype), tensors[weight]), name
+            tensors[weight] = master
+    assert ours.keys() == theirs.keys()
+    theirs = {name: tensor.to(ours[name].dtype) for name, tensor in theirs.items()}
+    return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours if ours[name].numel())
 
 
 @dataclass

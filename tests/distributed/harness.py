@@ -19,16 +19,26 @@ LIMIT_SECONDS = 120
 multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
 
 
+def meeting_place() -> torch.distributed.TCPStore:
+    """A store of this process in which ranks may meet at its `port`, as torchrun's is, for as long as it is kept.
+
+    It has its port from the start: one that is free now may be another process's before rank 0 can listen there.
+    """
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def free_port() -> int:
-    """A port on which nobody listens."""
+    """A port on which nobody listens yet, for a rank 0 that holds the store itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _rank(rank: int, function: Callable[..., None], world: int, port: int, errors: Any, arguments: tuple) -> None:
+def _rank(
+    rank: int, function: Callable[..., None], world: int, port: int, errors: Any, arguments: tuple, held: bool = False
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE=str(held))
     torch.set_num_threads(1)
     try:
         function(*arguments)
@@ -40,10 +50,10 @@ def _rank(rank: int, function: Callable[..., None], world: int, port: int, error
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:
     """Runs `function(*arguments)` on `world` ranks; fails the test with every rank's traceback, or when ranks hang."""
     context = multiprocessing.get_context("forkserver")
-    errors = context.SimpleQueue()
+    errors, place = context.SimpleQueue(), meeting_place()
     processes = torch.multiprocessing.start_processes(
         _rank,
-        args=(function, world, free_port(), errors, arguments),
+        args=(function, world, place.port, errors, arguments, True),
         nprocs=world,
         join=False,
         start_method="forkserver",

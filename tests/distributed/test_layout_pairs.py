@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ross_mcore.checkpoint.folder import require_checkpoint
-from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
-from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
 from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
-from tests.distributed.conftest import run_options, train_one_rank
-from tests.distributed.harness import free_port, run_ranks
+from tests.distributed.conftest import moved, run_options, train_one_rank
+from tests.distributed.harness import meeting_place, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +28,6 @@ SAVED_AT, STEPS_AFTER = 2, 10
 TRAIN_ITERS = SAVED_AT + STEPS_AFTER
 FIGURES = ("lm_loss", "vm_loss", "grad_norm")
 ALIKE = ("sample_digest", "num_tokens", "num_images", "learning_rate", "consumed_samples")
-MASTER = OPTIMIZER_PREFIX + "state.param."
 
 LAYOUTS = {
     "one process": Case("", 1),
@@ -53,6 +49,7 @@ LAYOUTS = {
     "tp2xdp2 distributed overlap": Case("", 4, layout(2, use_distributed_optimizer=True, overlap_grad_reduce=True)),
     "pp2xvpp2": Case("", 2, layout(1, 2, **INTERLEAVED)),
     "pp2xvpp2xdp2 distributed": Case("", 4, layout(1, 2, use_distributed_optimizer=True, **INTERLEAVED)),
+    "tp2xdp2": Case("", 4, layout(2)),
     "pp2xdp2": Case("", 4, layout(1, 2)),
     "pp2xdp2 distributed": Case("", 4, layout(1, 2, use_distributed_optimizer=True)),
 }
@@ -67,6 +64,7 @@ WORK = {
     "two data sets, packed": Case("", 1, data="mixture", common=PACKED),
     # bf16 keeps 8 bits (4e-3), and sums in another order round differently
     "bf16": Case("", 1, common=(("bf16", True),), relative=3e-2),
+    "bf16 plain": Case("", 1, common=(("bf16", True), ("use_distributed_optimizer", False)), relative=3e-2),
 }
 """What is trained, in the one process that everything is compared with."""
 
@@ -76,9 +74,16 @@ class Pair:
     saved: str
     loaded: str
     work: str = "finetune"
+    then: str = ""
+    """What is trained after loading, where that is other work than before it."""
+
+    @property
+    def after(self) -> str:
+        return self.then or self.work
 
     def __str__(self) -> str:
-        return f"{self.saved} -> {self.loaded}" + ("" if self.work == "finetune" else f" ({self.work})")
+        work = f"{self.work} -> {self.then}" if self.then else self.work
+        return f"{self.saved} -> {self.loaded}" + ("" if work == "finetune" else f" ({work})")
 
 
 PAIRS = [
@@ -103,6 +108,14 @@ PAIRS = [
     Pair("tp2xpp2", "pp2xdp2", "packed"),
     Pair("tp2xpp2", "pp2", "two data sets, packed"),
     Pair("tp2xpp2", "dp2", "bf16"),
+    Pair("tp2xpp2", "dp2", "bf16 plain"),
+    Pair("tp2xpp2", "pp2", "bf16", "bf16 plain"),
+    Pair("pp2", "tp2xdp2", "bf16 plain", "bf16"),
+    Pair("tp2", "pp2", "bf16 plain", "finetune"),
+    Pair("pp2", "tp2", "bf16", "finetune"),
+    Pair("pp2", "dp2 distributed", "bf16", "finetune"),
+    Pair("pp2", "tp2", "finetune", "bf16 plain"),
+    Pair("tp2xpp2+sp distributed overlap", "dp2", "finetune", "bf16"),
 ]
 """In pretrain at pp3, the middle stage trains nothing."""
 
@@ -152,7 +165,7 @@ class Runs:
         jobs = []
         for other in PAIRS:
             if LAYOUTS[other.loaded].world == LAYOUTS[pair.loaded].world:
-                case, source = self._case(other.loaded, other.work), {"load": str(self.source(other))}
+                case, source = self._case(other.loaded, other.after), {"load": str(self.source(other))}
                 jobs.append(self._job(str(other), case, train_iters=SAVED_AT, **source))
                 jobs.append(self._job(str(other), case, **source))
         self._make(jobs)
@@ -177,7 +190,8 @@ class Runs:
         for first in range(0, len(jobs), RUNS_TOGETHER):
             some = jobs[first : first + RUNS_TOGETHER]
             work = [(job.flags, job.stop_after) for job in some]
-            run_ranks(train_one_after_another, some[0].case.world, work, [free_port() for _ in some])
+            places = [meeting_place() for _ in some]
+            run_ranks(train_one_after_another, some[0].case.world, work, [place.port for place in places])
 
 
 @pytest.fixture(scope="module")
@@ -192,31 +206,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    metadata = read_metadata(folder)
-    for name in tensor_shapes(metadata):
-        yield name, read_tensor(folder, metadata, name)
-
-
-def moved(before: Path, after: Path) -> float:
-    """The largest difference between two checkpoints' weights, masters and moments; names have to agree.
-
-    Without the distributed optimizer there are no masters: in fp32, they are the weights.
-    """
-    theirs = dict(stored(before))
-    ours = dict(stored(after))
-    for tensors in (theirs, ours):
-        for name in [name for name in tensors if name.startswith(MASTER)]:
-            master = tensors.pop(name)
-            weight = name.removeprefix(MASTER)
-            if tensors[weight].dtype == torch.float32:
-                assert torch.equal(master, tensors[weight]), name
-            else:
-                tensors[name + " rounded"] = master
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours if ours[name].numel())
-
-
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
     """Lines to print at the end."""
@@ -229,8 +218,8 @@ def table() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_a_run_goes_on_at_another_layout(pair: Pair, runs: Runs, table: list[str]) -> None:
-    relative = WORK[pair.work].relative
-    expected, run = metrics(runs.reference(pair.work)), runs.resaved(pair)
+    relative = max(WORK[work].relative for work in (pair.work, pair.after))
+    expected, run = metrics(runs.reference(pair.after)), runs.resaved(pair)
     ours = metrics(run)
     assert [entry["iteration"] for entry in ours] == list(range(SAVED_AT + 1, TRAIN_ITERS + 1))
 

@@ -124,7 +124,6 @@ def test_iterations_to_skip_are_numbers_and_ranges() -> None:
 
 
 def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:
-    assert "remove the flag" in refusal(["--bf16", "--no-use-distributed-optimizer"])
     two_stages = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
     assert "remove the flag" in refusal([*two_stages, "--no-overlap-p2p-communication"], virtual_stages=2)
     assert "multiple of 8" in refusal([*two_stages, "--global-batch-size", "12"], 4, virtual_stages=2)

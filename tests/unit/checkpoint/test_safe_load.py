@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.checkpoint.safe_load import ALLOWED, read_common, read_metadata, read_tensor, tensor_shapes
@@ -130,6 +136,43 @@ def test_damaged_tensor_file_is_named(stored: Path) -> None:
         read_tensor(stored, metadata, "c.view")
     with pytest.raises(CheckpointError, match="no tensor d"):
         read_tensor(stored, metadata, "d")
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (torch.arange(6.0), r"a piece is \[6\], expected \[2, 3\]"),
+        ({"a": torch.arange(6.0).view(2, 3)}, r"a piece is dict, expected \[2, 3\]"),
+        (torch.arange(6.0).view(3, 2).t(), "not stored as it lies in memory"),
+        (torch.arange(6.0).expand(2, 2, 6)[0, :, :3], "not stored as it lies in memory"),
+    ],
+)
+def test_piece_that_is_not_as_the_index_says_is_refused(stored: Path, other: Any, says: str) -> None:
+    metadata = read_metadata(stored)
+    torch.save(other, stored / "__0_1.distcp")
+    index = MetadataIndex("a.weight", torch.Size([0, 0]))
+    metadata.storage_data[index] = _StorageInfo("__0_1.distcp", 0, (stored / "__0_1.distcp").stat().st_size)
+    with pytest.raises(CheckpointError, match=rf"a\.weight cannot be read from .*__0_1\.distcp: .*{says}"):
+        read_tensor(stored, metadata, "a.weight")
+
+
+def test_piece_that_says_more_than_its_bytes_hold_is_refused(stored: Path) -> None:
+    """The file goes on behind it, with other pieces."""
+    metadata = read_metadata(stored)
+    path = stored / "__0_0.distcp"
+    place = metadata.storage_data[MetadataIndex("a.weight", torch.Size([0, 0]))]
+    piece = path.read_bytes()[place.offset :][: place.length]
+    # the pickled numbers: of elements, the shape, the strides
+    huge = piece.replace(b"K\x06", b"K\xff").replace(b"K\x02K\x03\x86", b"K\xffK\x01\x86")
+    huge = huge.replace(b"K\x03K\x01\x86", b"K\x01K\x01\x86")
+    metadata.state_dict_metadata["a.weight"] = TensorStorageMetadata(
+        TensorProperties(dtype=torch.float32),
+        torch.Size([255, 1]),
+        [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([255, 1]))],
+    )
+    path.write_bytes(path.read_bytes()[: place.offset] + huge + path.read_bytes()[place.offset + place.length :])
+    with pytest.raises(CheckpointError, match=r"a\.weight cannot be read from .*__0_0\.distcp: .*ends too early"):
+        read_tensor(stored, metadata, "a.weight")
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -83,6 +83,33 @@ def test_weights_alone_ignore_the_optimizer_and_take_the_model_s_dtype(
     assert loaded["a.weight"].dtype == torch.bfloat16 and torch.equal(loaded["a.weight"].float(), weights()["a.weight"])
 
 
+BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "whole": (),
+    "rows": ((0, 1, 2),),
+    "columns": ((1, 2, 3),),
+    "rows and columns": ((0, 1, 2), (1, 1, 3)),
+}
+"""Parts of a [4, 3] matrix: (axis, which part, of how many)."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lies", ["as stored", "transposed"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_block_is_read_into_the_memory_it_is_for(
+    tmp_path: Path, model_config: ModelConfig, block: str, lies: str, dtype: torch.dtype
+) -> None:
+    whole = torch.arange(12.0).view(4, 3)
+    checkpoint = sharded.save_checkpoint(tmp_path, 1, {"model": sharded_state({"a.weight": whole})}, model_config)
+    expected = whole
+    for axis, part, parts in BLOCKS[block]:
+        expected = expected.chunk(parts, axis)[part]
+    target = torch.zeros_like(expected, dtype=dtype)
+    target = torch.zeros(*reversed(expected.shape), dtype=dtype).t() if lies == "transposed" else target
+    wanted = {"a.weight": ShardedTensor.from_rank_offsets("a.weight", target, *BLOCKS[block])}
+    sharded.load_model_weights(checkpoint, wanted)
+    assert torch.equal(target, expected.to(dtype))
+
+
 def test_state_is_not_changed_by_saving(tmp_path: Path, model_config: ModelConfig) -> None:
     state = {"model": sharded_state(weights()), "train_state": {"iteration": 1}}
     sharded.save_checkpoint(tmp_path, 1, state, model_config)

@@ -167,7 +167,7 @@ class ReplicaCheck:
         """Compares copies before the step that follows `iteration`, and notes what is frozen."""
         if not (self._self_check or self._interval):
             return None
-        return self._check(iteration, f"self-check before iteration {iteration + 1}")
+        return self._check(iteration, f"self-check before iteration {iteration + 1}" if self._self_check else "")
 
     def after_step(self, iteration: int, applied: bool) -> str | None:
         """Checks where it is time. To be called before anything is saved; `applied`: whether weights were updated.
@@ -235,7 +235,7 @@ class ReplicaCheck:
             ranks = [rank for rank, (theirs, _) in enumerate(everyone) if name in theirs]
             what = f"is frozen and was changed since the start, on {_named(ranks)} of the {len(values)} that hold it"
         else:
-            what = f"is not the same on all ranks of a {kinds[name]} group: {_who_deviates(values)}"
+            what = f"is not the same on all ranks of its {kinds[name]} group: {_who_deviates(values)}"
         part = next((text for part, text in PARTS.items() if part in name.split(".")), "the model")
         others = len({*changed, *kinds}) - 1
         return (

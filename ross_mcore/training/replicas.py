@@ -29,7 +29,7 @@ from ross_mcore.parallel.groups import Groups, agree, sum_over_ranks
 from ross_mcore.training.progress import at
 from ross_mcore.training.run import Run
 
-WORDS_AT_ONCE = 1 << 20
+WORDS_AT_ONCE = 1 << 18
 _BETWEEN_PIECES = 0x1E3779B97F4A7C15
 """Odd, so that a product with it loses nothing in 64 bits."""
 

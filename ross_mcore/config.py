@@ -215,10 +215,17 @@ class TrainingOptions:
     """Save and exit 0 after this many minutes."""
     exit_interval: int | None = None
     """Save and exit 0 after an iteration that is a multiple of N."""
+    self_check: bool = True
+    """At every start, before the first step and after it, check that weights which several ranks hold are the same bits
+    on all of them (over tensor and data parallelism, and tied embeddings), and after it that frozen ones are unchanged.
+    """
+    check_replicas_interval: int | None = None
+    """Check the same every N iterations and after the last one. What fails ends the run before anything is saved.
+    Default: at the start alone."""
 
     def __post_init__(self) -> None:
         _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_epochs", "max_bad_steps")
-        _positive(self, "exit_duration_in_mins", "exit_interval")
+        _positive(self, "exit_duration_in_mins", "exit_interval", "check_replicas_interval")
         _not_negative(self, "loss_spike_factor")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ConfigError("--train-iters and --train-epochs exclude each other; give one")

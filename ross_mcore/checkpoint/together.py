@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from ross_mcore.checkpoint.manifest import CheckpointError
 
 T = TypeVar("T")
 
 
-def exchange(value: T) -> list[T]:
-    """`value` of every rank, in rank order. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def exchange(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank, or of every rank of a group, in rank order. Collective."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Groups:
-    """This process's place in a layout, and the groups it talks to."""
+    """This process's place in a layout, and the groups it talks to.
+
+    `embedding`: the first and the last stage of a pipeline, which share a tied embedding; None on the others.
+    """
 
     layout: Layout
     rank: int
@@ -28,6 +31,7 @@ class Groups:
     data_rank: int
     tensor: ProcessGroup
     data: ProcessGroup
+    embedding: ProcessGroup | None
 
     @property
     def stage(self) -> Stage:
@@ -58,6 +62,7 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
         data_rank=parallel_state.get_data_parallel_rank(),
         tensor=parallel_state.get_tensor_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        embedding=parallel_state.get_embedding_group(check_initialized=False),
     )
 
 
@@ -73,6 +78,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def agree(value: int, group: ProcessGroup, device: torch.device) -> bool:
+    """Whether every rank of a group has the same 64-bit integer. Collective in the group."""
+    extremes = torch.tensor([value, ~value], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    highest, lowest_inverted = extremes.tolist()
+    return highest == ~lowest_inverted
 
 
 class RankError(RuntimeError):

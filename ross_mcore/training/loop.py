@@ -27,6 +27,7 @@ from ross_mcore.training.metrics import LogError, StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
 from ross_mcore.training.progress import at
 from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
+from ross_mcore.training.replicas import ReplicaCheck
 from ross_mcore.training.report import Report
 from ross_mcore.training.run import Run, open_run
 from ross_mcore.training.saver import Saver
@@ -86,14 +87,17 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
     run, state = open_run(config, closing)
     report = process_groups.together(lambda: _open_report(run, state))
     saver = Saver(run, report.console.say)
+    replicas = ReplicaCheck(run, report.console.say)
     stopped_by: str | None = None
     try:
+        _require_sound(replicas.at_start(state.iteration))
         while state.iteration < run.train_iters and stopped_by is None:
             taken = _take_step(run, state, report, requests.asked())
             _report_step(run, report, taken)
             incidents = _incidents(run, state, taken)
             report.incidents(incidents)
             state, asked = _with_losses(taken), taken.size.asked
+            _require_sound(replicas.after_step(state.iteration, taken.applied))  # before any save
             at("looking after a save")
             saver.after_step(state)
             _require_progress(run, state, incidents)
@@ -283,6 +287,12 @@ def _require_progress(run: Run, state: TrainState, incidents: list[Incident]) ->
             f"that {run.save_folder / INCIDENTS_FILE} names (tools/inspect_shards.py --sample) and leave them out "
             "with --skip-samples"
         )
+
+
+def _require_sound(problem: str | None) -> None:
+    """Raises TrainingError where a check of the weights, on all ranks alike, found a problem."""
+    if problem is not None:
+        raise TrainingError(problem)
 
 
 def _require_budget(state: TrainState, bad: list[BadSample], config: Config) -> None:

@@ -25,6 +25,7 @@ FLAGS = """
 --training-stage --micro-batch-size --global-batch-size --override-global-batch-size --train-iters --train-epochs
 --loss-normalization --vm-loss-rows --seed --max-bad-steps --exit-duration-in-mins --exit-interval
 --loss-spike-factor --skip-iterations
+--self-check --check-replicas-interval
 --lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --projector-lr --denoiser-lr --vision-lr
 --weight-decay --decay-norm-weights --adam-beta1 --adam-beta2 --adam-eps --clip-grad
 --load --save --finetune --save-interval --save-retain-interval --keep-last --async-save --verify

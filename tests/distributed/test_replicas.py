@@ -1,0 +1,171 @@
+"""Copies of weights that differ by one bit, and frozen weights that change, end a run on all ranks and are named."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ross_mcore.checkpoint.folder import find_checkpoint
+from tests.distributed.cases import INTERLEAVED, Case, layout
+from tests.distributed.conftest import run_options
+from tests.distributed.harness import run_ranks
+
+
+@dataclass(frozen=True)
+class Fault:
+    """After `iteration` steps, one bit of a weight of the last chunk, or of its Adam moment, is turned on `ranks`."""
+
+    name: str
+    case: Case
+    weight: str
+    ranks: tuple[int, ...]
+    expected: str
+    moment: str | None = None
+    iteration: int = 1
+    passed: int = 1
+    """Checks before it; the others are sound."""
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+TENSOR_AND_DATA = Case("", 4, layout(2))  # rank = tensor rank + 2 * data rank
+SECOND_STEP = {"iteration": 2, "flags": {"check_replicas_interval": 1}}
+
+FAULTS = [
+    Fault(
+        "denoiser on one of four",
+        TENSOR_AND_DATA,
+        "denoiser.blocks.1.mlp.fc2.bias",
+        (1,),
+        "iteration 2: denoiser.blocks.1.mlp.fc2.bias, in the denoiser, is not the same on all ranks of its "
+        "tensor-parallel group: rank 1 deviates from ranks 0, 2, 3. .*Checkpoints up to iteration 1 are from before it",
+        passed=2,
+        **SECOND_STEP,
+    ),
+    Fault(
+        "sharded linear",
+        Case("", 4, layout(2, use_distributed_optimizer=True)),
+        "language_model.decoder.layers.0.mlp.linear_fc1.weight",
+        (2,),
+        r"iteration 2: language_model.decoder.layers.0.mlp.linear_fc1.weight \(part 1 of 2\), in the language model, "
+        "is not the same on all ranks of its data-parallel group: ranks 0, 2 do not agree",
+        passed=2,
+        **SECOND_STEP,
+    ),
+    Fault(
+        "tied embedding",
+        Case("", 4, layout(2, 2, sequence_parallel=True), family="tied"),
+        "language_model.output_layer.weight",
+        (2,),
+        r"language_model.embedding, tied to the output layer \(part 1 of 2\), in the language model, is not the same "
+        "on all ranks of its embedding group: ranks 0, 2 do not agree",
+    ),
+    Fault(
+        "a frozen tower, on all",
+        TENSOR_AND_DATA,
+        "vision_model.tower.encoder.layers.1.mlp.fc1.weight",
+        (0, 1, 2, 3),
+        "vision_model.tower.encoder.layers.1.mlp.fc1.weight, in the vision tower, is frozen and was changed since the "
+        "start, on ranks 0, 1, 2, 3 of the 4 that hold it",
+    ),
+    Fault(
+        "a moment, interleaved",
+        Case("", 4, layout(1, 2, **INTERLEAVED)),
+        "language_model.decoder.layers.0.self_attention.linear_qkv.bias",
+        (3,),
+        "optimizer.state.exp_avg.language_model.decoder.layers.3.self_attention.linear_qkv.bias, in the language "
+        "model, is not the same on all ranks of its data-parallel group: ranks 2, 3 do not agree",
+        moment="exp_avg",
+    ),
+    Fault(
+        "what was loaded",
+        TENSOR_AND_DATA,
+        "language_model.decoder.layers.2.pre_mlp_layernorm.weight",
+        (3,),
+        "iteration 0: language_model.decoder.layers.2.pre_mlp_layernorm.weight, .* rank 3 deviates from ranks 0, 1, 2. "
+        "All ranks loaded the same of .*iter_0000000, .*check_checkpoint.py",
+        iteration=0,
+        passed=0,
+    ),
+]
+
+SOUND = Case("tied", 4, layout(2, 2, sequence_parallel=True, **INTERLEAVED), family="tied")
+
+
+def turn_a_bit(tensor: torch.Tensor) -> None:
+    tensor.detach().view(-1).view(torch.int32)[-1] ^= 1
+
+
+def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, int]:
+    """Exit status, what standard error says, and how many checks were passed."""
+    from ross_mcore.config import Config
+    from ross_mcore.training.loop import train
+    from ross_mcore.training.replicas import ReplicaCheck
+
+    before, after, check = ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check
+    passed = []
+
+    def strike(self: ReplicaCheck, iteration: int) -> None:
+        if fault is None or iteration != fault.iteration or int(os.environ["RANK"]) not in fault.ranks:
+            return
+        weight = dict(self._run.model.last.named_parameters())[fault.weight]
+        (state,) = (part.optimizer.state for part in self._run.optimizer.chained_optimizers)
+        turn_a_bit(state[weight][fault.moment] if fault.moment else weight)
+
+    def at_start(self: ReplicaCheck, iteration: int) -> str | None:
+        strike(self, iteration)
+        return before(self, iteration)
+
+    def after_step(self: ReplicaCheck, iteration: int, applied: bool) -> str | None:
+        strike(self, iteration)
+        return after(self, iteration, applied)
+
+    def counted(self: ReplicaCheck, *arguments: Any) -> str | None:
+        problem = check(self, *arguments)
+        passed.extend([1] * (problem is None))
+        return problem
+
+    ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = at_start, after_step, counted
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = train(Config.from_flat(**flags))
+    ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = before, after, check
+    return status, said.getvalue(), len(passed)
+
+
+def train_one_after_another(jobs: list[tuple[Fault | None, dict[str, Any]]], out: str) -> None:
+    """What each rank runs; how its runs ended goes to a file of `out`. They share the rendezvous, which a run that ends
+    well leaves: there is one such, the last."""
+    Path(out, os.environ["RANK"]).write_text(json.dumps([train_with(fault, flags) for fault, flags in jobs]))
+
+
+def test_a_wrong_bit_ends_the_run_on_all_ranks_and_is_named(
+    base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Every run in one go of four processes. Those with a fault end before anything is saved, though a save was due;
+    until then, and in the last, all checks are passed."""
+
+    def options(case: Case, name: str, **flags: Any) -> dict[str, Any]:
+        return run_options(case, tmp_path / name, base, shards, train_iters=2, **flags)
+
+    jobs = [
+        (fault, options(fault.case, fault.name, save_interval=fault.iteration or 1, **fault.flags)) for fault in FAULTS
+    ]
+    jobs.append((None, options(SOUND, "sound", check_replicas_interval=1)))
+    run_ranks(train_one_after_another, 4, jobs, str(tmp_path))
+    ends = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
+    for number, fault in enumerate(FAULTS):
+        assert [end[number][::2] for end in ends] == [[2, fault.passed]] * 4, (fault.name, ends)
+        said = ends[0][number][1]
+        assert re.search(fault.expected, said) and "Traceback" not in said, (fault.name, said)
+        assert find_checkpoint(tmp_path / fault.name) is None, fault.name
+    assert [end[-1] for end in ends] == [[0, "", 3]] * 4
+    assert find_checkpoint(tmp_path / "sound") is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -89,6 +90,7 @@ def sharded_state(
     """Model, optimizer and FP8 scales as a checkpoint holds them."""
     weights, groups = model.sharded_weights(), model.first.groups
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+    force_all_tensors_to_non_fp8(weights)  # what --fp8-param-gather keeps, in bf16
     state = {"model": {**weights, CARRIED: carried.pieces()}, "optimizer": moments}
     scales = {
         name: ShardedTensor.from_rank_offsets(
@@ -115,6 +117,8 @@ def restore(start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer,
     _take_weights(loaded["model"], model, carried)
     optimizer.load_state_dict(loaded["optimizer"])
     _restore_fp8(model, loaded.get("fp8", {}), start)
+    if model.first.config.bf16:  # what was saved of weights kept in FP8 is not what FP8 makes of the masters
+        model.take_masters(optimizer)
 
 
 def _restore_fp8(model: ModelChunks, stored: dict[str, Tensor], start: Checkpoint) -> None:

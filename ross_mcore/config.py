@@ -64,7 +64,8 @@ class ParallelOptions:
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     overlap_param_gather: bool = False
-    """Gather updated weights over data-parallel ranks while the next forward pass already runs. Not available yet."""
+    """Gather updated weights over data-parallel ranks while the next forward pass already runs. Needs
+    --use-distributed-optimizer and --overlap-grad-reduce."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 
@@ -103,7 +104,8 @@ class ExecutionOptions:
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Of --fp8-recipe delayed: which of the kept maxima makes the scale."""
     fp8_param_gather: bool = False
-    """Keep the language model's weights in FP8 and gather them so over data-parallel ranks. Not available yet."""
+    """Keep the language model's matrices in FP8 and gather them so over data-parallel ranks; not with mxfp8. Exact
+    weights are then the optimizer's masters alone."""
     first_last_layers_bf16: bool = False
     """Leave the first and the last decoder layers in bf16; not with --fp8-recipe delayed."""
     num_layers_at_start_in_bf16: int = 1
@@ -113,7 +115,8 @@ class ExecutionOptions:
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the gradient buffer inside the matrix product. Needs Apex's extension."""
     tp_comm_overlap: bool = False
-    """Overlap tensor-parallel communication with the matrix products it feeds. Not available yet."""
+    """Overlap the communication of --sequence-parallel with the matrix products it feeds, in Transformer Engine's
+    buffers. Rows are then all of --seq-length."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in backward: full layers, or selective (core attention only)."""
 

@@ -31,6 +31,12 @@ RECORDED_COLLECTIVES = 64
 """How many torch's flight recorder keeps, from which the last is read; its own default makes reading it slow."""
 
 
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+BLACKWELL = (10, 0)
+"""Its compute capability."""
+
+
 class PlatformError(RuntimeError):
     """This machine cannot run what was asked; the message says what to change."""
 
@@ -62,6 +68,9 @@ class Libraries:
     flash_attention: bool
     gradient_fusion: bool
     """Apex's fused_weight_gradient_mlp_cuda."""
+    ordered_kernels: bool
+    """Kernels start in the order they are issued, which overlap of tensor-parallel communication relies on (mcore's
+    tensor_parallel/layers.py:526): before Blackwell only with CUDA_DEVICE_MAX_CONNECTIONS=1."""
 
 
 def libraries() -> Libraries:
@@ -73,6 +82,9 @@ def libraries() -> Libraries:
         transformer_engine=installed("transformer_engine"),
         flash_attention=installed("flash_attn"),
         gradient_fusion=installed("fused_weight_gradient_mlp_cuda"),
+        ordered_kernels=not has_gpu()
+        or os.environ.get(CONNECTIONS) == "1"
+        or torch.cuda.get_device_capability() >= BLACKWELL,
     )
 
 
@@ -124,8 +136,7 @@ def prepare() -> None:
     # mcore 0.16.1 calls collectives by names that newer torch calls deprecated
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     if has_gpu():
-        # overlap of tensor-parallel communication relies on kernels starting in the order they were issued
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        os.environ.setdefault(CONNECTIONS, "1")  # read when the device is first used, see Libraries.ordered_kernels
     else:
         _stand_in_for_cuda()
 
@@ -257,6 +268,7 @@ def _stand_in_for_cuda() -> None:
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     _keep_what_gloo_sends()
+    _send_element_types_apart()
 
 
 def _keep_what_gloo_sends() -> None:
@@ -279,3 +291,20 @@ def _keep_what_gloo_sends() -> None:
         return requests
 
     p2p._p2p_ops = send_aliases
+
+
+def _send_element_types_apart() -> None:
+    """Makes mcore gather and reduce weights of one element type at a time.
+
+    With --fp8-param-gather it does those of bytes and those of bf16 in one go (param_and_grad_buffer.py:
+    partition_buckets), which NCCL does one by one, and gloo as one tensor of one type.
+    """
+    import megatron.core.distributed.distributed_data_parallel as parallel
+
+    plain = parallel.partition_buckets
+
+    @functools.wraps(plain)
+    def partition(buffers: list[Any], force_single_bucket_group: bool = False) -> list[Any]:
+        return [group for buffer in buffers for group in plain([buffer], force_single_bucket_group)]
+
+    parallel.partition_buckets = partition

@@ -59,17 +59,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return layer_norm(x, BLOCK_NORM_EPSILON) * (1 + scale) + shift
 
 
+class PointConvolution(nn.Conv2d):
+    """A 1x1 convolution as a matrix product, because cuDNN would run it in TF32: [M, C, g, g] -> [M, N, W] float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(2).transpose(1, 2), self.weight.flatten(1).float(), self.bias.float())
+
+
 class PatchEmbedding(nn.Module):
-    """A 1x1 convolution, one token per latent pixel: x [M, C, g, g] -> [M, N, W], tokens in row-major order."""
+    """One token per latent pixel: x [M, C, g, g] -> [M, N, W], tokens in row-major order."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=1)
+        self.proj = PointConvolution(channels, width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # As a matrix product: cuDNN would run a float32 convolution in TF32 by default.
-        tokens = x.flatten(2).transpose(1, 2)
-        return F.linear(tokens, self.proj.weight.flatten(1).float(), self.proj.bias.float())
+        return self.proj(x)
 
 
 class TimestepEmbedding(nn.Module):

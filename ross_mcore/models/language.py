@@ -261,6 +261,13 @@ class LanguageModel(GPTModel):
 
         return transformer_engine.fp8_state(self.decoder)
 
+    def took_weights(self, loaded: dict[str, Any]) -> None:
+        """Call when weights have been loaded, see transformer_engine.took_weights."""
+        if self.config.fp8_param:
+            from ross_mcore.models import transformer_engine
+
+            transformer_engine.took_weights(self, loaded)
+
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, D], whole on every rank -> this rank's columns of the logits [N, V/T], fp32, -inf at padding."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

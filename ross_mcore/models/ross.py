@@ -66,15 +66,16 @@ class RossModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # what mcore's schedules ask for
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
-        self.language_model = LanguageModel(model.language, self.config, groups, execution, chunk)
         width = model.language.hidden_size
         self.precomputed = precomputed
+        # parts in the order of the forward pass, in which their weights are gathered and their gradients reduced
         if chunk.is_first:
             if not precomputed.features:
-                self.vision_model = VisionModel(model.vision, trainable=train_vision).to(execution.dtype)
+                self.vision_model = VisionModel(model.vision, train_vision, execution.dtype)
             self.vision_projection = VisionProjection(model.projector, model.vision.hidden_size, width).to(
                 execution.dtype
             )
+        self.language_model = LanguageModel(model.language, self.config, groups, execution, chunk)
         if chunk.is_last and model.denoiser and model.pixel_decoder:
             # stored like the rest, with fp32 masters under bf16, but computed in fp32 (reference ross_arch.py:466-512)
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)

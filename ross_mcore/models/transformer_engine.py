@@ -8,13 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
-from megatron.core.fp8_utils import TE_LINEAR_TYPES, get_fp8_recipe
+from megatron.core.fp8_utils import TE_LINEAR_TYPES, get_fp8_recipe, is_float8tensor
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
+
+from ross_mcore import platform
+from ross_mcore.models.language import Execution
+from ross_mcore.parallel.groups import Groups
 
 
 class CoreAttention(TEDotProductAttention):
@@ -79,3 +83,37 @@ def fp8_state(decoder: TransformerBlock) -> dict[str, Tensor]:
                 state[f"{where}.scale_{direction}"] = scaling.scale
                 state[f"{where}.amax_history_{direction}"] = scaling.amax_history
     return state
+
+
+def start_overlap(tokens: int, hidden_size: int, groups: Groups, execution: Execution) -> None:
+    """Makes the buffers of --tp-comm-overlap, for micro-batches of that many tokens. Collective; once in a process.
+
+    Tensor-parallel ranks are neighbours, as Transformer Engine takes them to be.
+    """
+    from transformer_engine.pytorch.module import base
+
+    modes = [base.UserBufferQuantizationMode.FP8 if execution.fp8 else base.UserBufferQuantizationMode.NONE]
+    if execution.fp8 and execution.fp8.layers_in_bf16:
+        modes.append(base.UserBufferQuantizationMode.NONE)
+    base.initialize_ub(
+        shape=[tokens, hidden_size],
+        tp_size=groups.tensor.size(),
+        quantization_modes=modes,
+        dtype=execution.dtype,
+        bootstrap_backend=platform.backend(),
+    )
+
+
+def took_weights(module: nn.Module, loaded: dict[str, Any]) -> None:
+    """Makes weights that are kept in FP8 forget what they were before these were loaded, which was no weight at all.
+
+    mcore takes the masters of a new optimizer from what Transformer Engine keeps of a weight
+    before the first cast (distrib_optimizer.py:385), and delayed scaling takes scales from the maxima seen.
+    """
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    for name, weight in module.named_parameters():
+        if is_float8tensor(weight):
+            weight._high_precision_init_val = loaded[name]  # type: ignore[attr-defined]
+            if isinstance(weight._quantizer, Float8Quantizer):
+                weight._quantizer.amax.copy_(loaded[name].abs().max())

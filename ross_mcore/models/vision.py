@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ross_mcore import platform
 from ross_mcore.architecture import ArchitectureError, VisionConfig
 from ross_mcore.checked import reason, shown
 from ross_mcore.library_configs import VISION_KEYS
+from ross_mcore.platform import Libraries
 
 
 def normalize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,12 +37,12 @@ class VisionModel(nn.Module):
     `normalize_state_dict`. Source: reference multimodal_encoder/clip_encoder.py:42-74 and siglip_encoder.py.
     """
 
-    def __init__(self, config: VisionConfig, trainable: bool = False) -> None:
+    def __init__(self, config: VisionConfig, trainable: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.trainable = trainable
         self.num_layers_run = config.num_layers + 1 + config.select_layer
-        self.tower = _build_tower(config)
+        self.tower = _build_tower(config, dtype)
         self.requires_grad_(False)
         if trainable:
             for part in self._parts_run():
@@ -83,7 +85,13 @@ class VisionModel(nn.Module):
             return hidden[:, 1:] if self._has_class_token else hidden
 
 
-def _build_tower(config: VisionConfig) -> nn.Module:
+def attention_of(dtype: torch.dtype, libraries: Libraries) -> str:
+    """PURE: what computes the tower's attention, in transformers' terms: flash-attn where it can, SDPA otherwise."""
+    flash = libraries.gpu and libraries.flash_attention and dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
     """The transformer inside HF's vision model; only the modelling file of this one model is imported."""
     if config.model_type == "clip_vision_model":
         from transformers.models.clip.configuration_clip import CLIPVisionConfig as Config
@@ -93,7 +101,8 @@ def _build_tower(config: VisionConfig) -> nn.Module:
         from transformers.models.siglip.modeling_siglip import SiglipVisionModel as Model
     fields = {name: value for name, value in config.huggingface.items() if name in VISION_KEYS}
     try:
-        return Model(Config(**fields | {"attn_implementation": "sdpa"}))
+        attention = attention_of(dtype, platform.libraries())
+        return Model(Config(**fields | {"attn_implementation": attention, "dtype": dtype})).to(dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ArchitectureError(
             f"config.json: transformers builds no {config.model_type} of {shown(fields)}: {reason(error)}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from ross_mcore.checkpoint.torch_dist import sharding_metadata
@@ -41,18 +43,59 @@ class ModelChunks(nn.ModuleList):
         for part in self.parts:
             yield from _named_weights(part)
 
+    def start_gathering(self) -> list[Callable[..., None]]:
+        """For each chunk, what begins to gather its weights where that has not begun, for mcore's `param_sync_func`."""
+
+        def start(chunk: DistributedDataParallel, *_: Any) -> None:
+            for group in chunk.bucket_groups:
+                if not group.param_gather_dispatched:
+                    group.start_param_sync()
+
+        return [partial(start, chunk) for chunk in self]  # type: ignore[arg-type]
+
+    def gather_weights(self) -> None:
+        """Returns when every weight is what the last step made of it, on whichever data-parallel rank.
+
+        Call before weights are used otherwise than in a step's own forward pass. Collective; with
+        --overlap-param-gather only, and then only once after a step, is anything left to do.
+        """
+        for chunk in self:
+            if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+                for group in chunk.bucket_groups:  # type: ignore[union-attr]
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def weights_changed(self) -> None:
+        """Says that weights were updated, each on one data-parallel rank; mcore would take it from the backward pass,
+        and would not gather again what was gathered between that and the update."""
+        for chunk in self:
+            for group in chunk.bucket_groups:  # type: ignore[union-attr]
+                group.param_gather_dispatched = False
+
     def zero_grad_buffer(self) -> None:
         for chunk in self:
             chunk.zero_grad_buffer()  # type: ignore[operator]
 
     def sharded_weights(self) -> dict[str, Any]:
-        """The pieces of every chunk, by its number: layers of two chunks may have one local name."""
+        """The pieces of every chunk, by its number: layers of two chunks may have one local name. Collective."""
+        self.gather_weights()
         return {str(n): part.sharded_state_dict(metadata=sharding_metadata()) for n, part in enumerate(self.parts)}
 
     def load_weights(self, loaded: dict[str, Any]) -> None:
         """Takes what was loaded for `sharded_weights`."""
         for number, part in enumerate(self.parts):
             part.load_state_dict(loaded[str(number)])
+            prefix = "language_model."
+            own = {name.removeprefix(prefix): value for name, value in loaded[str(number)].items()}
+            part.language_model.took_weights(own)
+
+    def take_masters(self, optimizer: MegatronOptimizer) -> None:
+        """Makes the weights of the optimizer's fp32 masters, as a step does. Collective."""
+        for part in optimizer.chained_optimizers:
+            part._copy_main_params_to_model_params()
+        for chunk in self:
+            if not chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+                chunk.start_param_sync()  # type: ignore[operator]
+        self.weights_changed()
 
     def fp8_state(self) -> dict[str, Tensor]:
         """Scales and histories of FP8 layers, by the layer's number in the model (transformer_engine.fp8_state)."""

@@ -56,6 +56,7 @@ def reconstruction_grid(
     ) as loader:
         step = next(loader)
     size = agree_on_step(step, groups, row_multiple, device)
+    model.gather_weights()
     model.eval()
     hidden = run_schedule(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +23,9 @@ FP8_ONLY = (
     "first_last_layers_bf16",
 )
 DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+ATTENTION_VALUES = {"flash": "100", "fused": "010", "unfused": "001", "auto": "111"}
+"""What mcore sets them to, and it refuses other values (language_module.py:104)."""
 BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
@@ -106,6 +110,13 @@ def _engine(config: Config, libraries: Libraries) -> Iterator[str]:
             "--pack with --transformer-impl transformer_engine: packed rows need its flash or fused attention, which "
             "computes in 16 bits; add --bf16 and --attention-backend auto, or use --no-pack"
         )
+    for name, value in zip(ATTENTION_VARIABLES, ATTENTION_VALUES[backend]):
+        given = os.environ.get(name, value)
+        if given != value:
+            yield (
+                f"{name}={given} is set in the environment, and --attention-backend {backend} means {value}; unset it, "
+                "and choose by --attention-backend alone"
+            )
     if backend == "flash" and not libraries.flash_attention:
         yield "--attention-backend flash: flash-attn is not installed; pip install flash-attn, or use auto"
 
@@ -165,19 +176,30 @@ def _overlap(config: Config, libraries: Libraries) -> Iterator[str]:
         )
     if options.fp8_param_gather and not config.use_distributed_optimizer:
         yield "--fp8-param-gather gathers the weights of the distributed optimizer; add --use-distributed-optimizer"
+    if options.fp8_param_gather and config.training.training_stage == "pretrain":
+        yield (
+            "--fp8-param-gather gathers the language model's updated weights, and --training-stage pretrain updates "
+            "none; remove it"
+        )
+    if options.fp8_param_gather and options.fp8_recipe == "mxfp8":
+        yield (
+            "--fp8-param-gather does not work with --fp8-recipe mxfp8: Transformer Engine has no cast of masters into "
+            "its blocks; use another recipe, or remove --fp8-param-gather"
+        )
     if options.tp_comm_overlap and not parallel.sequence_parallel:
         yield "--tp-comm-overlap overlaps the communication of --sequence-parallel; add it"
     if options.tp_comm_overlap and not libraries.gpu:
         yield "--tp-comm-overlap: Transformer Engine's buffers for it need CUDA GPUs; remove it"
-    if parallel.overlap_param_gather:
+    if options.tp_comm_overlap and not options.bf16:
+        yield "--tp-comm-overlap: its buffers hold 16 bits or FP8; add --bf16"
+    if options.tp_comm_overlap and options.fp8_recipe == "blockwise":
+        yield "--tp-comm-overlap does not know --fp8-recipe blockwise; use another recipe, or remove --tp-comm-overlap"
+    if parallel.tensor_model_parallel_size > 1 and not libraries.ordered_kernels:
         yield (
-            "--overlap-param-gather does not work yet: a checkpoint would be written before the weights of other ranks "
-            "have arrived; remove it"
+            "CUDA_DEVICE_MAX_CONNECTIONS is not 1: tensor-parallel communication overlaps with matrix products only "
+            "where kernels start in the order they are issued, on GPUs before Blackwell with that value; unset it, "
+            "which sets it to 1, or set it to 1 before the program starts"
         )
-    if options.fp8_param_gather:
-        yield "--fp8-param-gather does not work yet: losses are wrong after the first step; remove it"
-    if options.tp_comm_overlap:
-        yield "--tp-comm-overlap does not work yet: Transformer Engine's buffers for it are not set up; remove it"
     if options.gradient_accumulation_fusion and not libraries.gradient_fusion:
         yield (
             "--gradient-accumulation-fusion: Apex's extension fused_weight_gradient_mlp_cuda is not installed; build "

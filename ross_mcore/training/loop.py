@@ -171,6 +171,7 @@ def _take_step(run: Run, state: TrainState, report: Report, asked: Asked) -> _Ta
     if applied:
         at("optimizer step")
         apply_gradients(run.optimizer, norm, run.config.optimizer.clip_grad)
+        run.model.weights_changed()
     at("waiting for the device")
     platform.synchronize()
     after = replace(after, bad_steps_in_a_row=0 if applied else state.bad_steps_in_a_row + 1)

@@ -76,6 +76,7 @@ class Saver:
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
+        run.model.gather_weights()
         if not weights_are_finite(run.model, run.device):
             raise CheckpointError(
                 f"the weights after iteration {state.iteration} are not finite, and no run could go on from them"

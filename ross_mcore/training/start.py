@@ -29,7 +29,7 @@ from ross_mcore.parallel import groups as groups_of_ranks
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk, Layout, make_layout
 from ross_mcore.training.chunks import ModelChunks
-from ross_mcore.training.execution import check_execution, execution_of
+from ross_mcore.training.execution import check_execution, execution_of, row_multiple
 from ross_mcore.training.optimizer import build_optimizer, set_trainable
 from ross_mcore.training.state import load_weights
 from ross_mcore.training.step import finalize_gradients
@@ -180,6 +180,11 @@ def build(
     """
     execution = execution_of(config)
     train_vision = config.optimizer.vision_lr is not None
+    if execution.tp_comm_overlap:
+        from ross_mcore.models import transformer_engine
+
+        tokens = row_multiple(config) * config.training.micro_batch_size  # of every row, see row_multiple
+        transformer_engine.start_overlap(tokens, model_config.language.hidden_size, groups, execution)
 
     def build_chunk(chunk: Chunk) -> DistributedDataParallel:
         ross = RossModel(
@@ -201,6 +206,7 @@ def build(
                 use_distributed_optimizer=config.use_distributed_optimizer,
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce,
                 overlap_param_gather=config.parallel.overlap_param_gather,
+                align_param_gather=config.parallel.overlap_param_gather and len(groups.stage.chunks) > 1,
                 fp8_param_gather=config.execution.fp8_param_gather,
             ),
             module=ross,
@@ -214,4 +220,7 @@ def build(
     schedule.finalize_model_grads_func = finalize_gradients
     if config.parallel.overlap_grad_reduce:
         schedule.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
+    if config.parallel.overlap_param_gather and len(model) > 1:
+        # the interleaved schedule begins the gathers of all stages together; else each begins with its first module
+        schedule.param_sync_func = model.start_gathering()
     return model, optimizer

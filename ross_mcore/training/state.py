@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
@@ -93,6 +94,7 @@ def sharded_state(
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
     if PLAIN_MASTERS in moments:
         moments[PLAIN_MASTERS] = _named_as_by_the_other_optimizer(moments[PLAIN_MASTERS])
+    force_all_tensors_to_non_fp8(weights)  # what --fp8-param-gather keeps, in bf16
     state = {"model": {**weights, CARRIED: carried.pieces()}, "optimizer": moments}
     scales = {
         name: ShardedTensor.from_rank_offsets(
@@ -139,6 +141,8 @@ def restore(start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer,
     _take_weights(loaded["model"], model, carried)
     _load_optimizer(optimizer, loaded["optimizer"])
     _restore_fp8(model, loaded.get("fp8", {}), start)
+    if model.first.config.bf16:  # what was saved of weights kept in FP8 is not what FP8 makes of the masters
+        model.take_masters(optimizer)
 
 
 def _restore_fp8(model: ModelChunks, stored: dict[str, Tensor], start: Checkpoint) -> None:

@@ -48,6 +48,7 @@ def validate(
     began = time.perf_counter()
     options = replace(config.training, loss_normalization="global", vm_loss_rows="images")
     found, bad = {}, []
+    model.gather_weights()
     model.eval()
     for name, part in zip(dataset.names, dataset.parts):
         count = min(len(part), config.logging.valid_samples or len(part))

@@ -46,6 +46,8 @@ PACKED = (("pack", True), ("seq_length", 256), ("global_batch_size", 2), ("micro
 INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1}
 """Two chunks to a stage of the recorded models, which have four layers; twice that many for PP 4 (`deep`)."""
 
+GATHERED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
 CASES = [
     Case("tp2", 2, layout(2)),
     Case("tp2+sp", 2, layout(2, sequence_parallel=True)),
@@ -59,6 +61,7 @@ CASES = [
     Case("dp2 overlap", 2, layout(overlap_grad_reduce=True)),
     Case("dp2 distributed optimizer", 2, layout(use_distributed_optimizer=True)),
     Case("tp2xdp2 distributed optimizer", 4, layout(2, use_distributed_optimizer=True, overlap_grad_reduce=True)),
+    Case("tp2xdp2 parameter gather overlaps", 4, layout(2, **GATHERED)),
     Case("tp2 recompute", 2, layout(2, recompute_granularity="full")),
     Case("pp2 frozen LLM", 2, layout(1, 2), stage="pretrain"),
     Case("pp3 frozen LLM, middle stage trains nothing", 3, layout(1, 3), stage="pretrain"),
@@ -114,6 +117,7 @@ CASES = [
         4,
         layout(1, 2, use_distributed_optimizer=True, overlap_grad_reduce=True, **INTERLEAVED),
     ),
+    Case("pp2xvpp2xdp2 parameter gather overlaps", 4, layout(1, 2, **GATHERED, **INTERLEAVED)),
     Case("pp2xvpp2 tied embeddings", 2, layout(1, 2, **INTERLEAVED), family="tied"),
     Case("pp2xvpp2 frozen LLM", 2, layout(1, 2, **INTERLEAVED), stage="pretrain"),
     Case("pp2xvpp2 packed, by a layout", 2, layout(1, 2, pipeline_layout="1,1,1,1"), common=PACKED),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
 from ross_mcore.data.packing import pack
 from ross_mcore.data.shards import ShardReader
-from tests.distributed.cases import CASES, Case, layout
-from tests.distributed.conftest import Finished, moved
+from tests.distributed.cases import CASES, GATHERED, Case, layout
+from tests.distributed.conftest import Finished, moved, train_one_rank
 
 FAMILIES = {
     "embedding": "language_model.embedding",
@@ -178,3 +179,33 @@ def test_fp32_masters_go_from_optimizer_to_optimizer(start: Callable[..., Finish
         before = after
     run = start(Case("", 2), "masters 2", train_iters=2)
     assert [entry["iteration"] for entry in run.metrics] == [2]
+
+
+def train_in_small_buckets(flags: dict, stop_after: int | None = None) -> None:
+    """Trains with every weight gathered by itself, so that no module finds its own by waiting for another's."""
+    from ross_mcore.training import start
+
+    plain = start.DistributedDataParallelConfig
+    start.DistributedDataParallelConfig = partial(plain, bucket_size=1)
+    try:
+        train_one_rank(flags, stop_after)
+    finally:
+        start.DistributedDataParallelConfig = plain
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"), [("finetune", {"vision_lr": 1e-4}), ("pretrain", {})], ids=["finetune", "pretrain"]
+)
+def test_weights_gathered_late_are_used_and_saved(
+    stage: str, more: dict, start: Callable[..., Finished], reference: Callable[[Case], Finished]
+) -> None:
+    """A module waits for its own weights, and a checkpoint for all of them, from which a run goes on as from others.
+
+    Saved are the first step and the last, because a save waits for weights that no module has waited for.
+    """
+    case = Case("", 2, GATHERED, stage=stage, common=tuple(more.items()))
+    name = f"gathered_late_{stage}"
+    start(case, name, stop_after=1, rank=train_in_small_buckets, save_interval=None)
+    run = start(case, name, rank=train_in_small_buckets, save_interval=None)
+    assert [entry["iteration"] for entry in run.metrics] == [1, 2, 3]
+    assert_same(run, reference(case), 1e-5)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ross_mcore import platform
 from ross_mcore.architecture import VisionConfig
-from ross_mcore.models.vision import VisionModel, normalize_state_dict
+from ross_mcore.models.vision import VisionModel, attention_of, normalize_state_dict
+from ross_mcore.platform import Libraries
 
 
 @pytest.fixture(scope="module", params=[("model_qwen2_siglip", "tiny_siglip"), ("model_llama_clip", "tiny_clip")])
@@ -74,3 +78,17 @@ def test_frozen_tower(case):
     assert tower(oracle["in.images"]).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="the tower reads"):
         tower(torch.zeros(1, 3, config.image_size + 1, config.image_size))
+
+
+def test_attention_of_the_tower(case):
+    """flash-attn where it is installed and computes, on a GPU in 16 bits; torch's SDPA anywhere else."""
+    everything = Libraries(True, True, True, True, True)
+    assert attention_of(torch.bfloat16, everything) == "flash_attention_2"
+    assert attention_of(torch.float32, everything) == "sdpa"
+    assert attention_of(torch.bfloat16, replace(everything, gpu=False)) == "sdpa"
+    assert attention_of(torch.bfloat16, replace(everything, flash_attention=False)) == "sdpa"
+    for dtype in (torch.float32, torch.bfloat16):
+        tower = VisionModel(case[0], dtype=dtype)
+        assert {parameter.dtype for parameter in tower.parameters()} == {dtype}
+        layer = tower.tower.encoder.layers[0].self_attn
+        assert layer.config._attn_implementation == attention_of(dtype, platform.libraries())

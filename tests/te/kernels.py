@@ -5,7 +5,8 @@ Names, argument orders and results are those of Transformer Engine 2.9's Python 
 - fp32, bf16, unfused attention: generic_gemm, rmsnorm_fwd and _bwd, layernorm_fwd and _bwd, get_cudnn_version
 - bf16 and packed attention: get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd
   (cuDNN's fused attention, in its layouts BSHD, SBHD and, for packed rows with cu_seqlens, THD: no flash-attn)
-- FP8 with delayed and with current scaling: quantize, dequantize, bgrad_quantize, fp8_transpose
+- FP8 with delayed and with current scaling: quantize, dequantize, bgrad_quantize, fp8_transpose; for weights kept in
+  FP8 compute_amax, multi_tensor_compute_scale_and_scale_inv
 - mcore's optimizer: multi_tensor_scale, multi_tensor_l2norm, multi_tensor_adam
 
 Every other name of the extension can be imported, used as a type and read as an enumeration, and raises when called.
@@ -171,6 +172,12 @@ def layernorm_bwd(dz, x, mu, rsigma, gamma, sm_margin, zero_centered_gamma):
 # fp8, per-tensor scaling (Float8Quantizer = delayed, Float8CurrentScalingQuantizer = current) ------
 
 
+def _scale_of(amax, top, epsilon, power_of_2):
+    """[1] what brings `amax` to the largest number of the format."""
+    scale = top / max(amax, epsilon, 1e-38) if amax else 1.0
+    return torch.tensor([2.0 ** math.floor(math.log2(scale)) if power_of_2 else scale])
+
+
 def quantize(tensor, quantizer, output=None, noop=None):
     from transformer_engine.pytorch.tensor import float8_tensor as f8
 
@@ -189,8 +196,7 @@ def quantize(tensor, quantizer, output=None, noop=None):
             torch.distributed.all_reduce(
                 amax, torch.distributed.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group()
             )
-        s = top / max(float(amax), quantizer.amax_epsilon, 1e-38) if float(amax) else 1.0
-        scale = torch.tensor([2.0 ** math.floor(math.log2(s)) if quantizer.force_pow_2_scales else s])
+        scale = _scale_of(float(amax), top, quantizer.amax_epsilon, quantizer.force_pow_2_scales)
     data = (x * scale).clamp(-top, top).to(fp8).view(torch.uint8)
     inv = scale.reciprocal()
     row = data if quantizer.rowwise_usage else None
@@ -225,6 +231,16 @@ def bgrad_quantize(input, quantizer):
 def fp8_transpose(input, dtype, *, out=None):
     t = input.reshape(-1, input.shape[-1]).t().contiguous().view(input.shape[-1], *input.shape[:-1])
     return t if out is None else out.view(t.shape).copy_(t)
+
+
+def compute_amax(input, amax):
+    amax.copy_(input.detach().float().abs().max())
+
+
+def multi_tensor_compute_scale_and_scale_inv(chunk_size, noop, lists, max_fp8, force_pow_2_scales, epsilon):
+    for amax, scale, scale_inv in zip(*lists):
+        scale.copy_(_scale_of(float(amax), max_fp8, epsilon, force_pow_2_scales))
+        scale_inv.copy_(scale.reciprocal())
 
 
 # attention: cuDNN's fused kernel, needed for bf16 and for packed (thd) batches -------------------
@@ -427,6 +443,8 @@ FUNCTIONS = (
     dequantize,
     bgrad_quantize,
     fp8_transpose,
+    compute_amax,
+    multi_tensor_compute_scale_and_scale_inv,
     multi_tensor_scale,
     multi_tensor_l2norm,
     multi_tensor_adam,

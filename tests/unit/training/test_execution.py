@@ -15,11 +15,16 @@ from ross_mcore.platform import Libraries  # noqa: E402
 from ross_mcore.training.execution import check_execution, row_multiple  # noqa: E402
 from tests.recorded import recorded_config  # noqa: E402
 
-NOTHING = Libraries(gpu=False, transformer_engine=False, flash_attention=False, gradient_fusion=False)
-EVERYTHING = Libraries(gpu=True, transformer_engine=True, flash_attention=True, gradient_fusion=True)
+NOTHING = Libraries(
+    gpu=False, transformer_engine=False, flash_attention=False, gradient_fusion=False, ordered_kernels=True
+)
+EVERYTHING = Libraries(
+    gpu=True, transformer_engine=True, flash_attention=True, gradient_fusion=True, ordered_kernels=True
+)
 ENGINE = {"transformer_impl": "transformer_engine"}
 BF16 = {**ENGINE, "bf16": True, "pack": False}
 FP8 = {**BF16, "fp8_format": "hybrid"}
+OVERLAP = {**BF16, "tp_comm_overlap": True, "sequence_parallel": True, "tensor_model_parallel_size": 2}
 LANGUAGE = recorded_config("qwen2_siglip").language
 
 
@@ -64,7 +69,14 @@ def test_what_is_not_installed_is_refused(flags: dict, says: str) -> None:
         ),
         ({**FP8, "tensor_model_parallel_size": 4}, "key and value heads .* is 8, .* multiples of 16"),
         ({**FP8, "fp8_param_gather": True, "use_distributed_optimizer": False}, "add --use-distributed-optimizer"),
+        ({**FP8, "fp8_param_gather": True}, "--training-stage pretrain updates none"),
+        (
+            {**FP8, "fp8_param_gather": True, "fp8_recipe": "mxfp8", "training_stage": "finetune"},
+            "--fp8-param-gather does not work with --fp8-recipe mxfp8",
+        ),
         ({**BF16, "tp_comm_overlap": True}, "overlaps the communication of --sequence-parallel"),
+        ({**OVERLAP, "bf16": False}, "add --bf16"),
+        ({**OVERLAP, "fp8_format": "hybrid", "fp8_recipe": "blockwise"}, "does not know --fp8-recipe blockwise"),
     ],
 )
 def test_what_does_not_go_together_is_refused(flags: dict, says: str) -> None:
@@ -72,28 +84,27 @@ def test_what_does_not_go_together_is_refused(flags: dict, says: str) -> None:
         check_execution(Config.from_flat(**flags), LANGUAGE, EVERYTHING)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {**FP8, "fp8_param_gather": True},
-        {"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": True},
-        {**BF16, "tp_comm_overlap": True, "sequence_parallel": True, "tensor_model_parallel_size": 2},
-    ],
-    ids=["fp8_param_gather", "overlap_param_gather", "tp_comm_overlap"],
-)
-def test_what_does_not_work_yet_is_refused_whatever_is_installed(flags: dict) -> None:
-    with pytest.raises(ConfigError, match="does not work yet"):
-        check_execution(Config.from_flat(**flags), LANGUAGE, EVERYTHING)
-
-
 def test_hardware_and_libraries_are_asked_for_one_by_one() -> None:
-    overlap = Config.from_flat(**BF16, tp_comm_overlap=True, sequence_parallel=True, tensor_model_parallel_size=2)
+    overlap = Config.from_flat(**OVERLAP)
+    check_execution(overlap, LANGUAGE, EVERYTHING)
     with pytest.raises(ConfigError, match="need CUDA GPUs"):
         check_execution(overlap, LANGUAGE, replace(EVERYTHING, gpu=False))
+    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is not 1"):
+        check_execution(overlap, LANGUAGE, replace(EVERYTHING, ordered_kernels=False))
+    fusion = Config.from_flat(gradient_accumulation_fusion=True)
+    check_execution(fusion, LANGUAGE, EVERYTHING)
+    check_execution(Config.from_flat(), LANGUAGE, replace(EVERYTHING, ordered_kernels=False))
     flash = Config.from_flat(**BF16, attention_backend="flash")
     check_execution(flash, LANGUAGE, EVERYTHING)
     with pytest.raises(ConfigError, match="pip install flash-attn"):
         check_execution(flash, LANGUAGE, replace(EVERYTHING, flash_attention=False))
+
+
+def test_attention_is_chosen_by_the_flag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    check_execution(Config.from_flat(**BF16, attention_backend="flash"), LANGUAGE, EVERYTHING)
+    with pytest.raises(ConfigError, match="NVTE_FUSED_ATTN=0 is set in the environment"):
+        check_execution(Config.from_flat(**BF16), LANGUAGE, EVERYTHING)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ross_mcore import checked
 from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ConversationError, tokenize_conversation
 from ross_mcore.data.image import ImageError, decode_image
@@ -114,14 +115,15 @@ def bad_samples(folder: Path) -> dict[str, int]:
     for name in ("quarantine.jsonl", "skipped.jsonl"):
         number = 0
         try:
-            with (folder / name).open("rb") as lines:
-                for number, line in enumerate(lines, start=1):  # noqa: B007  said when it is damaged
-                    reasons[json.loads(line)["reason"].partition(":")[0]] += 1
+            for number, line in enumerate(checked.read_lines(folder / name), start=1):  # noqa: B007  said when damaged
+                reasons[json.loads(line or b"")["reason"].partition(":")[0]] += 1
         except FileNotFoundError:
             continue
-        except OSError as error:
-            raise ShardError(f"{folder / name} cannot be read: {error.strerror}; index the shards again") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if not number:
+                raise ShardError(
+                    f"{folder / name} cannot be read: {checked.reason(error)}; index the shards again"
+                ) from None
             raise ShardError(f"{folder / name}: line {number} is damaged; index the shards again") from None
     return dict(reasons.most_common())
 

@@ -1,4 +1,6 @@
-"""Every verdict of the fuzzer's judge, on a script that deserves it. Nothing heavy is imported: a process of its own."""
+"""Every verdict of the fuzzer's judge, on a script that deserves it, in a process that imports nothing heavy."""
+
+# ruff: noqa: E501  a script a line
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ENDS = "import sys\ndef main():\n    print('tool: in/a.json is damaged; copy it again', file=sys.stderr)\n    return 2\n"
+ENDS = (
+    "import sys\ndef main():\n    print('tool: in/a.json is damaged; copy it again', file=sys.stderr)\n    return 2\n"
+)
 MISDEEDS = {
     "it works": "def main(): open('out/a.json', 'w').write('{}')",
     "it refuses": ENDS,
@@ -50,14 +54,16 @@ MISDEEDS = {
     "lines and not one paragraph": ENDS.replace("copy it", "\\n\\ncopy it"),
     "there is more than one error": ENDS.replace("'tool:", "'tool: in/b.json is damaged\\ntool:"),
     "the error speaks of the program's inside": ENDS.replace("damaged", "a NoneType"),
-    "characters long": ENDS.replace("damaged'", "damaged' + 'x' * 2000 + '").replace("damaged;", "damaged;' + 'x' * 2000 + '"),
+    "characters long": ENDS.replace("damaged'", "damaged' + 'x' * 2000 + '").replace(
+        "damaged;", "damaged;' + 'x' * 2000 + '"
+    ),
     "the error does not say what to do": ENDS.replace("damaged; copy it again", "bad"),
     "the error does not name in/a.json": ENDS.replace("in/a.json", "it"),
     "the error does not name in/a.json, its folder alone": ENDS.replace("in/a.json", "in"),
     "what it found does not name in/a.json": "def main(): return 1",
 }
 """What the judge says -> what a tool does. What follows a comma tells two apart."""
-PROGRAM = '''
+PROGRAM = """
 import json, os, sys
 from pathlib import Path
 from tests.soak.fuzz import child
@@ -84,7 +90,7 @@ for number, (verdict, script) in enumerate(json.loads(sys.stdin.read()).items())
     damage = None if verdict.startswith("valid") else Damage("in/a.json", "is damaged")
     found[verdict] = judge(target, outcome, before, folder, damage, limits)
 print(json.dumps(found))
-'''
+"""
 
 
 def test_each_verdict_on_what_deserves_it(tmp_path: Path) -> None:

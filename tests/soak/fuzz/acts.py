@@ -31,7 +31,7 @@ MADE_UP = ("canary/", "etc/hostname")
 
 
 def watch(descriptor: int, writable: Sequence[Path]) -> None:
-    """Writes a line to `descriptor` for each such act of this process, from now on to its end, and of those it forks."""
+    """Writes a line to `descriptor` for each such act of this process, from now on, and of those it forks."""
     import sys
 
     allowed = tuple(os.path.realpath(folder) for folder in writable) + DEVICES

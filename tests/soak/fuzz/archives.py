@@ -11,9 +11,19 @@ from tests.soak.fuzz import mutate
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
 NAMES = (
-    *("../../out.json", "/abs/x.json", "a" * 2000 + ".json", "\x1b[31m.json", ".json", "x.json.json", "..", "a\nb.json"),
+    *(
+        "../../out.json",
+        "/abs/x.json",
+        "a" * 2000 + ".json",
+        "\x1b[31m.json",
+        ".json",
+        "x.json.json",
+        "..",
+        "a\nb.json",
+    ),
     *("\udcff\udcfe.json", "", "/", "a/../../b.json", "c:\\x.json", "a" * 300 + "/b.json", "x.99999999999.png"),
 )
+CHANGES = (*("content",) * 5, *("kind", "headers") * 2, "name", "twice", "gone", "size", "number")
 KINDS = (
     *(tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE),
     *(tarfile.GNUTYPE_SPARSE, tarfile.CONTTYPE, b"Z"),
@@ -31,7 +41,9 @@ def mutate_tar(
     place = rng.randrange(len(members))
     info, content = members[place]
     was = info.name
-    change = rng.choice((*("content",) * 5, "name", "twice", "kind", "kind", "gone", "size", "headers", "headers", "number"))
+    change = rng.choice(
+        (*("content",) * 5, "name", "twice", "kind", "kind", "gone", "size", "headers", "headers", "number")
+    )
     before, kind = b"", tarfile.PAX_FORMAT
     if change == "content":
         content, what = content_mutator(was)(content, rng)
@@ -82,7 +94,9 @@ def _headers(rng: random.Random) -> tuple[bytes, str]:
         return str(size).encode() + text
 
     choices = {
-        "a sparse file": block(tarfile.XHDTYPE, field("GNU.sparse.major", "1") + field("GNU.sparse.realsize", str(2**50))),
+        "a sparse file": block(
+            tarfile.XHDTYPE, field("GNU.sparse.major", "1") + field("GNU.sparse.realsize", str(2**50))
+        ),
         "a sparse name": block(tarfile.XHDTYPE, field("GNU.sparse.name", "../../x.json")),
         "a path of many folders": block(tarfile.XHDTYPE, field("path", "../" * 5_000 + "x.json")),
         "a million fields": block(tarfile.XHDTYPE, field("a", "b") * 100_000),
@@ -102,7 +116,9 @@ def _headers(rng: random.Random) -> tuple[bytes, str]:
 def _number(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     """A number of the first header that is no number, negative, or larger than any file; the checksum agrees."""
     place, length = rng.choice(((124, 12), (100, 8), (136, 12), (329, 8)))
-    value = rng.choice((b"-1", b"\xff" * length, b"\x80" + b"\xff" * (length - 1), b"9" * length, b"\0" * length, b"7" * length))
+    value = rng.choice(
+        (b"-1", b"\xff" * length, b"\x80" + b"\xff" * (length - 1), b"9" * length, b"\0" * length, b"7" * length)
+    )
     header = bytearray(data[:512])
     header[place : place + length] = value[:length].ljust(length, b" ")
     header[148:156] = b" " * 8

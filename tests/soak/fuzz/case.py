@@ -50,7 +50,7 @@ def run_case(number: int, seed: int, valid: Path, folder: Path) -> Result:
     outcome = child.run(target.script, target.arguments.split(), folder, folder)
     problems = judge(target, outcome, before, folder, done)
     what = "nothing is damaged" if done is None else str(done)
-    message = error_message(outcome.stderr) if outcome.status else ""
+    message = error_message(outcome.stderr, target) if outcome.status else ""
     return Result(number, target.name, what, outcome.status, message, problems, outcome.seconds, outcome.peak_bytes)
 
 

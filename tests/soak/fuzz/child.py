@@ -27,10 +27,10 @@ _loaded: dict[str, ModuleType] = {}
 class Limits:
     """What a case may take; a valid one takes about a second and a few MiB.
 
-    cpu_seconds, wall_seconds: CPU time is what counts, because tests share their machine. idle_seconds: without any CPU
-    time at all, as when a pipe is read to which nobody writes. address_bytes: room beyond what the imports take, most of
-    it reservations of gloo and the allocator. peak_bytes: memory really used beyond what the imports take, of all
-    processes of the case together.
+    cpu_seconds, wall_seconds: CPU time is what counts, because tests share their machine. idle_seconds: without any
+    CPU time at all, as when a pipe is read to which nobody writes. address_bytes: room beyond what the imports take,
+    most of it reservations of gloo and the allocator. peak_bytes: memory really used beyond what the imports take, of
+    all processes of the case together.
     """
 
     cpu_seconds: int = 30
@@ -130,7 +130,9 @@ def _wait(
                 return None, usage, cpu, peak, left
             return code, usage, None, peak, left
         members = _session(child)
-        used_memory = sum(max(0, _memory_bytes(pid, "RssAnon") + _memory_bytes(pid, "RssShmem") - base) for pid in members)
+        used_memory = sum(
+            max(0, _memory_bytes(pid, "RssAnon") + _memory_bytes(pid, "RssShmem") - base) for pid in members
+        )
         peak, spent = max(peak, used_memory), sum(map(_ticks, members))
         if spent != ticks:
             ticks, moved = spent, now

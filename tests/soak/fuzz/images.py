@@ -16,7 +16,9 @@ MODES = ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F", "YCbCr")
 
 def mutate_image(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     """A picture of absurd size, of another format or mode, animated, with metadata that lies, or damaged."""
-    change = rng.choice((_say_size, _say_size, _bomb, _format, _format, _mode, _animate, _exif, _text, _thin, None, None))
+    change = rng.choice(
+        (_say_size, _say_size, _bomb, _format, _format, _mode, _animate, _exif, _text, _thin, None, None)
+    )
     return mutate.mutate_bytes(data, rng) if change is None else change(data, rng)
 
 
@@ -108,7 +110,9 @@ def _exif(data: bytes, rng: random.Random) -> tuple[bytes, str]:
             struct.pack("<HHII", 0x0112, 99, 1, 1) * 500,
         )
     )
-    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries) // 12) + entries + rng.choice((b"", b"\x08\0\0\0"))
+    exif = (
+        b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries) // 12) + entries + rng.choice((b"", b"\x08\0\0\0"))
+    )
     with Image.open(io.BytesIO(data)) as picture:
         stream, target = io.BytesIO(), rng.choice(("JPEG", "PNG", "WEBP"))
         picture.convert("RGB").save(stream, target, exif=exif)

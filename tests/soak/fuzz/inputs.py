@@ -52,7 +52,10 @@ STEPS: tuple[tuple[str, str], ...] = (
         "--data-path file://{here}/shards/shard-00000.tar file://{here}/shards/shard-00001.tar --out remote "
         "--tokenizer tokenizer --template qwen_2 --num-workers 0",
     ),
-    ("pretrain_ross.py", "--config run.yaml --load base --data-path remote --data-cache-dir cache --save x --train-iters 1"),
+    (
+        "pretrain_ross.py",
+        "--config run.yaml --load base --data-path remote --data-cache-dir cache --save x --train-iters 1",
+    ),
     (
         "pretrain_ross.py",
         "--config run.yaml --load base --data-path shards --valid-data-path shards --valid-samples 2 --save run "

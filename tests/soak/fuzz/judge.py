@@ -21,12 +21,12 @@ RAW = re.compile(
     r"|invalid literal|has no attribute|unsupported operand|not subscriptable"
 )
 """What belongs to the program's inside and says nothing to who handed over a file."""
-ERROR = re.compile(r"^[a-z_]+(\.py)?: \S")
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^Exception ignored in|^terminate called", re.MULTILINE)
 REMEDY = re.compile(
     r"\b(copy|make|made|give|index|train|mend|move|remove|delete|choose|say|use|expected|did you mean|see|start|convert"
     r"|lower|raise|put|take|set|reads?|is read|are read|must|needs?|only|at most|implemented|argument|refused"
-    r"|the checkpoint is not complete|it is damaged|complete\.json says)\b"
+    r"|the checkpoint is not complete|it is damaged|complete\.json says|--help)",
+    re.IGNORECASE,
 )
 """What to do, or what the program would have taken."""
 MOST_ERROR_CHARACTERS = 1600
@@ -35,7 +35,12 @@ LARGE = "a large file"
 
 
 def judge(
-    target: Target, outcome: Outcome, before: dict[str, str], folder: Path, damage: Damage | None, limits: Limits = LIMITS
+    target: Target,
+    outcome: Outcome,
+    before: dict[str, str],
+    folder: Path,
+    damage: Damage | None,
+    limits: Limits = LIMITS,
 ) -> list[str]:
     """Everything that is wrong. `before`: what `listing` said of the case's `folder`; damage: None for valid files."""
     problems = []
@@ -57,27 +62,31 @@ def judge(
         problems.append("valid files were refused")
     elif outcome.status == 2:
         problems += judge_message(outcome.stderr, damage, target)
-    elif outcome.status in target.findings and target.names_findings and damage is not None:
-        if not any(name in said for name in names_of(damage)):
-            problems.append(f"what it found does not name {damage.name}")
+    elif outcome.status in target.findings and target.names_findings and damage and not is_named(damage, said):
+        problems.append(f"what it found does not name {damage.name}")
     return problems + judge_files(target, outcome.status, before, listing(folder), folder)
 
 
-def error_message(stderr: str) -> str:
-    """The error that a tool ends with: from the last line that begins with a tool's name to the end."""
+def is_error(line: str, target: Target) -> bool:
+    """Whether a line begins as the errors of a tool do."""
+    return re.match(rf"{Path(target.script).stem}(\.py)?: \S", line) is not None
+
+
+def error_message(stderr: str, target: Target) -> str:
+    """The error that a tool ends with: from the last line that begins with its name to the end."""
     lines = stderr.rstrip("\n").split("\n")
-    starts = [number for number, line in enumerate(lines) if ERROR.match(line)]
+    starts = [number for number, line in enumerate(lines) if is_error(line, target)]
     return "\n".join(lines[starts[-1] :] if starts else lines[-1:])
 
 
 def judge_message(stderr: str, damage: Damage | None, target: Target) -> list[str]:
     """What is wrong with an error: it should be one paragraph that names the file and says what to do."""
-    message, problems = error_message(stderr), []
-    if not ERROR.match(message):
+    message, problems = error_message(stderr, target), []
+    if not is_error(message, target):
         problems.append("the last line is no error of the tool")
     if "\n" in message:
         problems.append(f"the error is {message.count(chr(10)) + 1} lines and not one paragraph")
-    if sum(ERROR.match(line) is not None for line in stderr.split("\n")) > 1:
+    if sum(is_error(line, target) for line in stderr.split("\n")) > 1:
         problems.append("there is more than one error")
     if found := RAW.search(message):
         problems.append(f"the error speaks of the program's inside: {found[0]}")
@@ -85,19 +94,20 @@ def judge_message(stderr: str, damage: Damage | None, target: Target) -> list[st
         problems.append(f"the error is {len(message)} characters long")
     if not REMEDY.search(message):
         problems.append("the error does not say what to do")
-    if damage is not None and not any(name in message for name in names_of(damage)):
-        if not (target.holds_options and re.search(r"--[a-z][a-z-]+", message)):  # a flag is a key of that file
-            problems.append(f"the error does not name {damage.name}")
+    names_flag = target.holds_options and re.search(r"--[a-z][a-z-]+", message)  # a flag is a key of that file
+    if damage is not None and not names_flag and not is_named(damage, message):
+        problems.append(f"the error does not name {damage.name}")
     return problems
 
 
-def names_of(damage: Damage) -> list[str]:
-    """What names a damaged file well enough: its own name, that of what it links to, or its folder."""
+def is_named(damage: Damage, text: str) -> bool:
+    """Whether a text names a damaged file: by its own name, that of what it links to, or its folder."""
     names = []
     for path in (damage.name, *damage.also):
         folder, _, name = path.rpartition("/")
         names += [name, repr(name)[1:-1]] + ([folder] if folder not in ("in", "out", "") else [])
-    return names
+        names += re.findall(r"^.*/iter_\d+", folder)  # of a checkpoint that is whole, and another one
+    return any(name in text for name in names if name)
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -137,9 +147,10 @@ def judge_files(
         problems.append(f"half-written files are left: {', '.join(partial[:5])}")
     for path in inside:
         kind = after.get(f"out/{path}", "folder")
-        if kind != "folder" and not kind.startswith(("link", "of kind", LARGE)):
-            if (why := not_whole(folder / "out" / path)) is not None:
-                problems.append(f"out/{path} is half-written: {why}")
+        is_copy = kind in before.values()
+        is_read = kind != "folder" and not is_copy and not kind.startswith(("link", "of kind", LARGE))
+        if is_read and (why := not_whole(folder / "out" / path)) is not None:
+            problems.append(f"out/{path} is half-written: {why}")
     return problems
 
 

@@ -11,11 +11,37 @@ from pathlib import Path
 
 SPARSE_BYTES = (600 << 20, 3 << 30)
 """Most of what a case may take in memory, and more than it may take at all."""
-NAMES = ("a\nb", "\x1b[31mred", "-rf", "a" * 200, " ", "猫\u202e", "%s%n", "*", b"\xff\xfe".decode(errors="surrogateescape"))
+NAMES = (
+    "a\nb",
+    "\x1b[31mred",
+    "-rf",
+    "a" * 200,
+    " ",
+    "猫\u202e",
+    "%s%n",
+    "*",
+    b"\xff\xfe".decode(errors="surrogateescape"),
+)
 """Of files that a folder is searched for."""
 KINDS = (
-    *("gone", "gone", "a folder", "a link to nowhere", "a link to itself", "links in a circle", "a link to another file"),
-    *("a pipe", "a pipe", "a link to a pipe", "a device without end", "a full device", "a socket", "a file with a hole"),
+    *(
+        "gone",
+        "gone",
+        "a folder",
+        "a link to nowhere",
+        "a link to itself",
+        "links in a circle",
+        "a link to another file",
+    ),
+    *(
+        "a pipe",
+        "a pipe",
+        "a link to a pipe",
+        "a device without end",
+        "a full device",
+        "a socket",
+        "a file with a hole",
+    ),
     *("a file with a hole", "called otherwise", "beside one of a strange name", "in a folder that is gone"),
     *("in a folder that is a link to itself", "in a folder that is a file", "a file that nobody may read"),
 )
@@ -38,7 +64,9 @@ def replace(path: Path, folder: Path, rng: random.Random) -> Damage:
     name = path.relative_to(folder).as_posix()
     kind = rng.choice(KINDS)
     if kind.startswith("in a folder that"):
-        return _replace_folder(path.parent, folder, kind) if len(path.relative_to(folder).parts) > 2 else _gone(path, name)
+        return (
+            _replace_folder(path.parent, folder, kind) if len(path.relative_to(folder).parts) > 2 else _gone(path, name)
+        )
     if kind == "a file with a hole":
         os.truncate(path, size := rng.choice(SPARSE_BYTES))
         return Damage(name, f"is {size >> 20} MiB, most of it a hole")

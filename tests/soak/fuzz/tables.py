@@ -47,5 +47,7 @@ def mutate_npy(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     version = rng.choice((b"\x01\x00",) * 6 + (b"\x02\x00", b"\x03\x00", b"\x09\x00"))
     if version != b"\x01\x00":
         size = rng.choice((len(changed), 2**32 - 1, 2**31))
-        return data[:6] + version + size.to_bytes(4, "little") + changed + body, f"version {version[0]}, {size} bytes of header"
+        return data[:6] + version + size.to_bytes(
+            4, "little"
+        ) + changed + body, f"version {version[0]}, {size} bytes of header"
     return data[:8] + len(changed).to_bytes(2, "little") + changed + body, f"says {what}"

@@ -199,7 +199,9 @@ TARGETS = (
         _below("out/latents", ("precompute.json", "*.tar", "index.parts/*", "*.safetensors", "index.json", "*.npy")),
         (*PRECOMPUTED, "latents/*.safetensors"),
         makes=("latents/index.json", "latents/shard-00000.tar"),
-        plants=tuple(f"out/latents/{name}" for name in ("precompute.json", "shard-00000.tar", "index.json", "keys.txt")),
+        plants=tuple(
+            f"out/latents/{name}" for name in ("precompute.json", "shard-00000.tar", "index.json", "keys.txt")
+        ),
     ),
     Target(
         "convert_hf_to_mcore: parts",

@@ -60,11 +60,15 @@ def _mutate_tensor(
     """A header that is consistent, or nearly, after one tensor became another."""
     tensor = header[name]
     start, end = tensor["data_offsets"]
-    change = rng.choice(("dtype", "dtype", "same bytes", "shape", "flat", "empty", "huge", "nan", "gone", "name", "metadata"))
+    change = rng.choice(
+        ("dtype", "dtype", "same bytes", "shape", "flat", "empty", "huge", "nan", "gone", "name", "metadata")
+    )
     if change == "dtype":
         tensor["dtype"] = rng.choice(DTYPES)
     elif change == "same bytes":
-        alike = [d for d, size in ITEM_BYTES.items() if size == ITEM_BYTES.get(tensor["dtype"]) and d != tensor["dtype"]]
+        alike = [
+            d for d, size in ITEM_BYTES.items() if size == ITEM_BYTES.get(tensor["dtype"]) and d != tensor["dtype"]
+        ]
         tensor["dtype"] = rng.choice(alike or ["F32"])
     elif change == "shape" and tensor["shape"]:
         tensor["shape"][rng.randrange(len(tensor["shape"]))] = rng.choice(SIZES)
@@ -186,6 +190,8 @@ def mutate_metadata(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     place = rng.choice([place for where, place in metadata.storage_data.items() if where.fqn == name])
     chunk = item.chunks[0]
     big = rng.choice((0, -1, 1, 2**31, 2**40, 2**63, 2**70))
+    elsewhere = ("../../canary/secret.txt", "/etc/hostname", "", ".", 5, "a\nb")
+    items = metadata.state_dict_metadata
     changes: dict[str, tuple[Any, str, Any]] = {
         "size": (item, "size", torch.Size([big if -(2**63) <= big < 2**63 else 5, *item.size[1:]])),
         "size in words": (item, "size", "abc"),
@@ -201,14 +207,26 @@ def mutate_metadata(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         "offset": (place, "offset", big),
         "length": (place, "length", big),
         "offset in words": (place, "offset", "0"),
-        "another file": (place, "relative_path", rng.choice(("../../canary/secret.txt", "/etc/hostname", "", ".", 5, "a\nb"))),
+        "another file": (
+            place,
+            "relative_path",
+            rng.choice(elsewhere),
+        ),
         "its neighbour's place": (place, "offset", rng.choice(list(metadata.storage_data.values())).offset),
         "no places": (metadata, "storage_data", {}),
         "places in a list": (metadata, "storage_data", []),
         "no tensors": (metadata, "state_dict_metadata", {}),
         "tensors in a list": (metadata, "state_dict_metadata", [1]),
-        "one tensor gone": (metadata, "state_dict_metadata", {n: i for n, i in metadata.state_dict_metadata.items() if n != name}),
-        "a tensor more": (metadata, "state_dict_metadata", {**metadata.state_dict_metadata, rng.choice(("a\nb", "", 5)): item}),
+        "one tensor gone": (
+            metadata,
+            "state_dict_metadata",
+            {n: i for n, i in items.items() if n != name},
+        ),
+        "a tensor more": (
+            metadata,
+            "state_dict_metadata",
+            {**items, rng.choice(("a\nb", "", 5)): item},
+        ),
     }
     what = rng.choice(list(changes))
     owner, attribute, value = changes[what]

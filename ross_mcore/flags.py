@@ -136,7 +136,7 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     try:
         data = checked.read_yaml(Path(path)) or {}
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file") from None
+        raise ConfigError(f"--config {path}: no such file; give a YAML file of options") from None
     except ValueError as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(data, dict):

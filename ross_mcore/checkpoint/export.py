@@ -176,6 +176,7 @@ class Export:
         _write_json(
             target / "config.json", export_config.vision_config(self.model.vision, self._dtype("vision_model."))
         )
+        self.checkpoint.image_processor()  # what cannot be read is refused here, not by who gets the copy
         shutil.copyfile(self.checkpoint.preprocessor_config, target / "preprocessor_config.json")
         self._write_tensors(target, "model", mapping.VISION, "vision_model.")
 

@@ -209,7 +209,10 @@ def _remove_left_overs(root: Path) -> None:
     for left_over in root.iterdir():
         if _LEFT_OVER.fullmatch(left_over.name):
             _logger.warning("removed %s, which a process that died had not finished", left_over)
-            shutil.rmtree(left_over)
+            if left_over.is_dir() and not left_over.is_symlink():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
 
 
 def _points_to(pointer: Path, iteration: int) -> bool:

@@ -71,7 +71,7 @@ def _require_list(path: Path) -> None:
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 4096))
         if not stream.read().rstrip().endswith(b"]"):
-            raise ValueError("it does not end as a list of records does")
+            raise ValueError("expected a list of records, and it does not end with ]")
 
 
 def _read_lines(path: Path) -> Iterator[Any]:

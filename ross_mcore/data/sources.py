@@ -92,7 +92,7 @@ def _entries(path: Path) -> list[Any]:
     try:
         content = checked.read_yaml(path)
     except FileNotFoundError:
-        raise ShardError(f"{path}: no such file") from None
+        raise ShardError(f"{path}: no such file; give a folder of shards, or a YAML file that lists some") from None
     except ValueError as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
     if isinstance(content, dict):

@@ -50,11 +50,7 @@ STEPS: tuple[tuple[str, str], ...] = (
     (
         "tools/index_shards.py",
         "--data-path file://{here}/shards/shard-00000.tar file://{here}/shards/shard-00001.tar --out remote "
-        "--tokenizer tokenizer --template qwen_2 --num-workers 0",
-    ),
-    (
-        "pretrain_ross.py",
-        "--config run.yaml --load base --data-path remote --data-cache-dir cache --save x --train-iters 1",
+        "--tokenizer tokenizer --template qwen_2 --num-workers 0 --data-cache-dir cache",
     ),
     (
         "pretrain_ross.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import reprlib
 import stat
 import types
@@ -61,6 +62,11 @@ def read_json(
         raise ValueError("it is nested too deeply") from None
     except ValueError:  # Python reads no integer of thousands of digits
         raise ValueError("it has a number of too many digits") from None
+
+
+def real_path(path: Path) -> Path:
+    """As Path.resolve, which raises RuntimeError for links in a circle; here they stay what they are."""
+    return Path(os.path.realpath(path))
 
 
 def require_regular(path: Path, most_bytes: int | None = None) -> None:

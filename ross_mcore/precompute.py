@@ -163,7 +163,7 @@ class Precomputation:
             "drop_images": self.drop_images,
         }
         text, out = json.dumps(settings, indent=1), self.out
-        if out.resolve() == self.reader.folder.resolve():
+        if checked.real_path(out) == checked.real_path(self.reader.folder):
             raise ShardError(f"--out {out} is the folder of --data-path: the new shards need one of their own")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             try:

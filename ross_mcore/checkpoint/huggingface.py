@@ -182,7 +182,7 @@ def open_ross(
         said = config.get(key)
         if not isinstance(said, str) or not said:
             raise ConversionError(f"{folder / 'config.json'} has no {key}; give the folder with {flag}")
-        around = folder.resolve()
+        around = checked.real_path(folder)
         starts = [*([base] if base else []), Path(), around, *around.parents]
         for candidate in (*(start / said for start in starts), around / Path(said).name):
             with suppress(OSError):  # a name too long for the file system

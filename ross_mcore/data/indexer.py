@@ -153,7 +153,7 @@ def _describe(location: str, out: Path) -> Shard:
         raise ShardError(
             f"{checked.shown(location)} cannot be indexed: {checked.reason(error)}; remove it, or put the shard there"
         ) from None
-    name = path.name if path.parent.resolve() == out.resolve() else location
+    name = path.name if checked.real_path(path.parent) == checked.real_path(out) else location
     return Shard(name, location, status.st_size, str(status.st_mtime_ns))
 
 

@@ -164,12 +164,14 @@ def find_samples(reader: ShardReader, key: str) -> list[int]:
 
 def record_of(reader: ShardReader, number: int) -> dict[str, Any]:
     """The record of a sample. Raises ShardError when it cannot be read."""
+    shard = checked.shown(str(reader.folder / reader.shard_name(int(reader.samples[number]["shard"]))))
+    where = f"sample {reader.keys([number])[0]} of {shard}"
     try:
         record = json.loads(reader.record_bytes(number))
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"sample {reader.keys([number])[0]}: {error}") from None
+        raise ShardError(f"{where} cannot be read: {checked.reason(error)}; index the shards again") from None
     if not isinstance(record, dict):
-        raise ShardError(f"sample {reader.keys([number])[0]} is not a record")
+        raise ShardError(f"{where} is not a record; index the shards again")
     return record
 
 

@@ -172,7 +172,7 @@ def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, byt
     try:
         if relative.is_absolute() or ".." in relative.parts:
             raise SampleError("the image path leaves the image folder")
-        if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
+        if not follow_links and not checked.real_path(path).is_relative_to(checked.real_path(folder)):
             raise SampleError("the image path leaves the image folder by a link; --follow-links allows it")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

@@ -88,7 +88,7 @@ def _headers(rng: random.Random) -> tuple[bytes, str]:
 
     def field(key: str, value: str) -> bytes:
         text = f" {key}={value}\n".encode("utf-8", "surrogateescape")
-        size = len(text) + 2
+        size = len(text) + 1
         while len(str(size)) + len(text) != size:
             size += 1
         return str(size).encode() + text

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ross_mcore import checked
-from ross_mcore.checked import real_path
 from ross_mcore.checkpoint import export_config, mapping
 from ross_mcore.checkpoint.convert import AnyRow, ConversionError, convert_steps, plan_out
 from ross_mcore.checkpoint.export_config import RunFacts, SpecialTokens
@@ -96,7 +95,7 @@ class Export:
 
         It goes by the folder's name for the class, and takes slow tokenizers alone (reference builder.py).
         """
-        qwen, name = self.model.language.model_type == "qwen2", real_path(save).name
+        qwen, name = self.model.language.model_type == "qwen2", checked.real_path(save).name
         found = []
         if qwen != ("qwen2" in name):
             wanted = "has qwen2 in it" if qwen else "does not have qwen2 in it"
@@ -145,8 +144,8 @@ class Export:
     def _write_config(self, save: Path, partial: Path, saved_by_pretrain: bool = False) -> None:
         """config.json of the reference, and the folders that it points to unless their paths were given."""
         has_vae = self.model.pixel_decoder is not None
-        tower = self.mm_vision_tower or str(real_path(save) / self.tower_folder)
-        vae = (self.mm_pixel_decoder or str(real_path(save) / PIXEL_DECODER)) if has_vae else None
+        tower = self.mm_vision_tower or str(checked.real_path(save) / self.tower_folder)
+        vae = (self.mm_pixel_decoder or str(checked.real_path(save) / PIXEL_DECODER)) if has_vae else None
         state = self.checkpoint.train_state()
         known = {key: state[key] for key in ("training_stage", "image_aspect_ratio", "seq_length") if state.get(key)}
         if saved_by_pretrain:
@@ -250,7 +249,7 @@ def _atomic(save: Path) -> Iterator[Path]:
     """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise CheckpointError(f"{save} exists already; give --save a folder that does not")
-    save = real_path(save)
+    save = checked.real_path(save)
     partial = save.with_name(f".{save.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)

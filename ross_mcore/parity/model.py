@@ -278,7 +278,8 @@ def _oracle_rows(golden: Golden, name: str, checkpoint: Checkpoint, layout: Layo
     for file in ("oracle.json", "oracle.safetensors"):
         if not golden.has(f"{name}/{file}"):
             raise GoldenError(
-                f"{golden.folder / name} has no {file}: there is nothing to compare this model with; record it, or remove the model"
+                f"{golden.folder / name} has no {file}: there is nothing to compare this model with; record it, or "
+                "remove the model"
             )
     tensors, _ = golden.tensors(f"{name}/oracle.safetensors")
     oracle = golden.json(f"{name}/oracle.json")

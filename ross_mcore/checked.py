@@ -9,19 +9,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import reprlib
 import stat
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 MOST_COUNT = 2**31 - 1
-MOST_FILE_BYTES = 1 << 30
+MOST_FILE_BYTES = 32 << 20
+"""Of a JSON file that is read whole: brackets alone would make twenty times as much of it in memory."""
 MOST_YAML_BYTES = 1 << 20
+MOST_TOKENIZER_FILE_BYTES = 128 << 20
+MOST_LINE_BYTES = 16 << 20
 MOST_SHOWN_CHARACTERS = 80
 _SHORT = reprlib.Repr()  # of what may be nested without end, as YAML's aliases make it
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MOST_SHOWN_CHARACTERS
@@ -45,11 +49,13 @@ def reason(error: BaseException) -> str:
     return printable if len(printable) <= 200 else printable[:197] + "..."
 
 
-def read_json(path: Path, most_bytes: int = MOST_FILE_BYTES) -> Any:
-    """What a JSON file holds. Raises ValueError, FileNotFoundError."""
+def read_json(
+    path: Path, most_bytes: int = MOST_FILE_BYTES, as_mapping: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """What a JSON file holds; `as_mapping` makes a mapping of its pairs. Raises ValueError, FileNotFoundError."""
     text = read_text(path, most_bytes)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=as_mapping)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from None
     except RecursionError:
@@ -58,14 +64,45 @@ def read_json(path: Path, most_bytes: int = MOST_FILE_BYTES) -> Any:
         raise ValueError("it has a number of too many digits") from None
 
 
-def read_text(path: Path, most_bytes: int = MOST_FILE_BYTES) -> str:
-    """What a file of UTF-8 holds. Raises ValueError, FileNotFoundError."""
+def real_path(path: Path) -> Path:
+    """As Path.resolve, which raises RuntimeError for links in a circle; here they stay what they are."""
+    return Path(os.path.realpath(path))
+
+
+def require_regular(path: Path, most_bytes: int | None = None) -> None:
+    """Raises ValueError for a pipe, a device or a folder, which may have no end, or a file of more bytes.
+
+    Raises FileNotFoundError too.
+    """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        if status.st_size > most_bytes:
-            raise ValueError(f"it has {status.st_size} bytes, at most {most_bytes} are read")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(reason(error)) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise ValueError(f"it has {status.st_size} bytes, at most {most_bytes} are read")
+
+
+def read_lines(path: Path, most_bytes: int = MOST_LINE_BYTES) -> Iterator[bytes | None]:
+    """The lines of a file, None in the place of a longer one. Raises ValueError, OSError."""
+    require_regular(path)
+    with path.open("rb") as stream:
+        while line := stream.readline(most_bytes + 1):
+            if len(line) > most_bytes:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(most_bytes)
+                yield None
+            else:
+                yield line
+
+
+def read_text(path: Path, most_bytes: int = MOST_FILE_BYTES) -> str:
+    """A file of UTF-8. Raises ValueError, FileNotFoundError."""
+    try:
+        require_regular(path, most_bytes)
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise

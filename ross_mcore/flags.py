@@ -118,10 +118,10 @@ def parse(argv: Sequence[str] | None = None, complete: bool = True) -> Config:
 
 
 def _hint(name: str) -> str:
-    """`; did you mean --seq-length?` for a name that is close to a flag's."""
+    """`; did you mean --seq-length?` for a name that is close to a flag's, for others where they all stand."""
     known = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {flag(close[0])}?" if close else ""
+    return f"; did you mean {flag(close[0])}?" if close else "; --help lists all of them"
 
 
 class _Refusing(argparse.ArgumentParser):
@@ -136,7 +136,7 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     try:
         data = checked.read_yaml(Path(path)) or {}
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file") from None
+        raise ConfigError(f"--config {path}: no such file; give a YAML file of options") from None
     except ValueError as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(data, dict):

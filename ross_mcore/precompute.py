@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ross_mcore import platform
+from ross_mcore import checked, platform
 from ross_mcore.checkpoint.fingerprint import part_fingerprint
 from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import require_checkpoint
@@ -163,10 +163,13 @@ class Precomputation:
             "drop_images": self.drop_images,
         }
         text, out = json.dumps(settings, indent=1), self.out
-        if out.resolve() == self.reader.folder.resolve():
+        if checked.real_path(out) == checked.real_path(self.reader.folder):
             raise ShardError(f"--out {out} is the folder of --data-path: the new shards need one of their own")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            begun = (out / SETTINGS).read_text(encoding="utf-8") if (out / SETTINGS).is_file() else None
+            try:
+                begun = checked.read_text(out / SETTINGS, most_bytes=checked.MOST_FILE_BYTES)
+            except (FileNotFoundError, ValueError):
+                begun = None
             if begun is None:
                 raise ShardError(f"{out} is not empty and was not begun here; choose another folder")
             if begun != text:

@@ -48,14 +48,8 @@ def main() -> int:
     platform.prepare()
     import logging
 
-    from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.convert import ConversionError
-    from ross_mcore.checkpoint.folder import CheckpointError
-    from ross_mcore.config import ConfigError
-    from ross_mcore.data.tokenizer import TokenizerError
     from ross_mcore.parallel import groups
-    from ross_mcore.parallel.layout import LayoutError
-    from ross_mcore.parity.golden import GoldenError
+    from ross_mcore.parity.golden import KNOWN
     from ross_mcore.parity.model import Layout
     from ross_mcore.parity.report import all_rows
     from ross_mcore.parity.rows import HEADER, summary
@@ -75,15 +69,7 @@ def main() -> int:
             if first and (row.status == "FAIL" or not options.failures_only):
                 print(row, flush=True)
         groups.destroy()
-    except (
-        ArchitectureError,
-        CheckpointError,
-        ConfigError,
-        ConversionError,
-        GoldenError,
-        LayoutError,
-        TokenizerError,
-    ) as error:
+    except KNOWN as error:
         if first:
             print(f"check_parity: {error}", file=sys.stderr)
         return 2

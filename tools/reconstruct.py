@@ -47,10 +47,11 @@ def main() -> int:
             pictures.append(read_picture(path, preprocessing))
         grid = picture_grid(list(reconstruct(trained, pictures, steps=options.steps, temperature=options.temperature)))
         partial = options.output.with_name(options.output.name + ".partial")
+        partial.unlink(missing_ok=True)  # what waits there may be a link
         as_picture(grid).save(partial, format="PNG")
         partial.replace(options.output)
     except ImageError as error:
-        print(f"reconstruct: {path}: {error}", file=sys.stderr)
+        print(f"reconstruct: {path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels", file=sys.stderr)
         return 2
     except (ArchitectureError, CheckpointError, TokenizerError, OSError) as error:
         print(f"reconstruct: {error}", file=sys.stderr)

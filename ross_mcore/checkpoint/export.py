@@ -95,7 +95,7 @@ class Export:
 
         It goes by the folder's name for the class, and takes slow tokenizers alone (reference builder.py).
         """
-        qwen, name = self.model.language.model_type == "qwen2", save.resolve().name
+        qwen, name = self.model.language.model_type == "qwen2", checked.real_path(save).name
         found = []
         if qwen != ("qwen2" in name):
             wanted = "has qwen2 in it" if qwen else "does not have qwen2 in it"
@@ -144,8 +144,8 @@ class Export:
     def _write_config(self, save: Path, partial: Path, saved_by_pretrain: bool = False) -> None:
         """config.json of the reference, and the folders that it points to unless their paths were given."""
         has_vae = self.model.pixel_decoder is not None
-        tower = self.mm_vision_tower or str(save.resolve() / self.tower_folder)
-        vae = (self.mm_pixel_decoder or str(save.resolve() / PIXEL_DECODER)) if has_vae else None
+        tower = self.mm_vision_tower or str(checked.real_path(save) / self.tower_folder)
+        vae = (self.mm_pixel_decoder or str(checked.real_path(save) / PIXEL_DECODER)) if has_vae else None
         state = self.checkpoint.train_state()
         known = {key: state[key] for key in ("training_stage", "image_aspect_ratio", "seq_length") if state.get(key)}
         if saved_by_pretrain:
@@ -176,6 +176,7 @@ class Export:
         _write_json(
             target / "config.json", export_config.vision_config(self.model.vision, self._dtype("vision_model."))
         )
+        self.checkpoint.image_processor()  # what cannot be read is refused here, not by who gets the copy
         shutil.copyfile(self.checkpoint.preprocessor_config, target / "preprocessor_config.json")
         self._write_tensors(target, "model", mapping.VISION, "vision_model.")
 
@@ -248,7 +249,7 @@ def _atomic(save: Path) -> Iterator[Path]:
     """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise CheckpointError(f"{save} exists already; give --save a folder that does not")
-    save = save.resolve()
+    save = checked.real_path(save)
     partial = save.with_name(f".{save.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)

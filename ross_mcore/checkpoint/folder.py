@@ -199,7 +199,7 @@ def tidy(root: Path) -> None:
         if Path(root).is_dir():
             _remove_left_overs(root)
             pointer, newest = Path(root) / POINTER, find_checkpoint(root)
-            if newest is not None and (not pointer.is_file() or pointer.read_text() != f"{newest.iteration}\n"):
+            if newest is not None and not _points_to(pointer, newest.iteration):
                 _point_to(root, newest.iteration)
     except OSError as error:
         _logger.warning("%s cannot be tidied: %s", root, error)
@@ -209,11 +209,22 @@ def _remove_left_overs(root: Path) -> None:
     for left_over in root.iterdir():
         if _LEFT_OVER.fullmatch(left_over.name):
             _logger.warning("removed %s, which a process that died had not finished", left_over)
-            shutil.rmtree(left_over)
+            if left_over.is_dir() and not left_over.is_symlink():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+
+
+def _points_to(pointer: Path, iteration: int) -> bool:
+    if not pointer.is_file():
+        return False
+    with pointer.open("rb") as stream:
+        return stream.read(64) == f"{iteration}\n".encode()
 
 
 def _point_to(root: Path, iteration: int) -> None:
     new = root / (POINTER + ".new")
+    new.unlink(missing_ok=True)  # what waits there may be a link
     _write_text(new, f"{iteration}\n")
     new.replace(root / POINTER)
     sync(root)

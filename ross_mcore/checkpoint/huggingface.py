@@ -182,7 +182,7 @@ def open_ross(
         said = config.get(key)
         if not isinstance(said, str) or not said:
             raise ConversionError(f"{folder / 'config.json'} has no {key}; give the folder with {flag}")
-        around = folder.resolve()
+        around = checked.real_path(folder)
         starts = [*([base] if base else []), Path(), around, *around.parents]
         for candidate in (*(start / said for start in starts), around / Path(said).name):
             with suppress(OSError):  # a name too long for the file system
@@ -215,6 +215,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         raise ConversionError(f"{source} has no tokenizer.json, tokenizer.model or vocab.json; say where one is")
     target.mkdir(exist_ok=True)
     for path in files:
+        try:
+            checked.require_regular(path, checked.MOST_TOKENIZER_FILE_BYTES)
+            if path.suffix == ".json":
+                checked.read_json(path, checked.MOST_TOKENIZER_FILE_BYTES)
+        except ValueError as error:
+            raise ConversionError(f"{path} is no file of a tokenizer: {error}; copy it again") from None
         shutil.copyfile(path, target / path.name)
 
 
@@ -313,7 +319,9 @@ class SafetensorsFolder:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
-            raise ConversionError(f"{path} is not a whole safetensors file: {error}") from None
+            raise ConversionError(
+                f"{path} is not a whole safetensors file: {checked.reason(error)}; copy it again"
+            ) from None
 
     def names(self) -> Iterable[str]:
         return self._file_of.keys()

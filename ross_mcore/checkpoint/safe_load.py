@@ -155,8 +155,20 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: {_why(error)}; copy the file again, or have it saved again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} is not a dictionary of tensors")
+        raise CheckpointError(f"{path} is not a dictionary of tensors; have it saved again")
+    for name, tensor in state.items():
+        if not _is_plain(tensor):
+            raise CheckpointError(
+                f"{path}: {shown(name)} is no plain tensor of floating-point numbers; have the file saved again"
+            )
     return {str(name): tensor for name, tensor in state.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are all stored: a view may be of any size, a sparse or meta tensor has none."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:

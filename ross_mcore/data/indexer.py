@@ -147,10 +147,13 @@ def _describe(location: str, out: Path) -> Shard:
         return Shard(location, location, size, str(tag), tag)
     try:
         path = Path(location)
+        checked.require_regular(path)
         status = path.stat()
-    except OSError as error:
-        raise ShardError(f"{location}: {error.strerror}") from None
-    name = path.name if path.parent.resolve() == out.resolve() else location
+    except (OSError, ValueError) as error:
+        raise ShardError(
+            f"{checked.shown(location)} cannot be indexed: {checked.reason(error)}; remove it, or put the shard there"
+        ) from None
+    name = path.name if checked.real_path(path.parent) == checked.real_path(out) else location
     return Shard(name, location, status.st_size, str(status.st_mtime_ns))
 
 

@@ -255,6 +255,7 @@ def part_facts(path: Path) -> dict[str, Any] | None:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """An .npz that `ShardIndex.save` wrote. Raises ValueError for one whose members unpack to more than it holds."""
+    checked.require_regular(path)
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             raise ValueError("its members are compressed, which none are that were written here")

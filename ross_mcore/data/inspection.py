@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ross_mcore import checked
 from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ConversationError, tokenize_conversation
 from ross_mcore.data.image import ImageError, decode_image
@@ -114,14 +115,15 @@ def bad_samples(folder: Path) -> dict[str, int]:
     for name in ("quarantine.jsonl", "skipped.jsonl"):
         number = 0
         try:
-            with (folder / name).open("rb") as lines:
-                for number, line in enumerate(lines, start=1):  # noqa: B007  said when it is damaged
-                    reasons[json.loads(line)["reason"].partition(":")[0]] += 1
+            for number, line in enumerate(checked.read_lines(folder / name), start=1):  # noqa: B007  said when damaged
+                reasons[json.loads(line or b"")["reason"].partition(":")[0]] += 1
         except FileNotFoundError:
             continue
-        except OSError as error:
-            raise ShardError(f"{folder / name} cannot be read: {error.strerror}; index the shards again") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if not number:
+                raise ShardError(
+                    f"{folder / name} cannot be read: {checked.reason(error)}; index the shards again"
+                ) from None
             raise ShardError(f"{folder / name}: line {number} is damaged; index the shards again") from None
     return dict(reasons.most_common())
 
@@ -152,12 +154,14 @@ def packing_figures(lengths: NDArray[np.int64], seq_length: int) -> dict[str, An
 
 def record_of(reader: ShardReader, number: int) -> dict[str, Any]:
     """The record of a sample. Raises ShardError when it cannot be read."""
+    shard = checked.shown(str(reader.folder / reader.shard_name(int(reader.samples[number]["shard"]))))
+    where = f"sample {reader.keys([number])[0]} of {shard}"
     try:
         record = json.loads(reader.record_bytes(number))
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"sample {reader.keys([number])[0]}: {error}") from None
+        raise ShardError(f"{where} cannot be read: {checked.reason(error)}; index the shards again") from None
     if not isinstance(record, dict):
-        raise ShardError(f"sample {reader.keys([number])[0]} is not a record")
+        raise ShardError(f"{where} is not a record; index the shards again")
     return record
 
 

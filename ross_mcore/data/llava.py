@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ross_mcore import checked
 from ross_mcore.data.conversation import UNBOUNDED, ConversationError, SampleBounds
 from ross_mcore.data.image import FORMATS, ImageError, decode_image
 from ross_mcore.data.indexing import Measure, SampleError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
 """What may lie in an image folder; whatever is not in FORMATS is stored as PNG."""
+REMEDY = "copy it again, or write it again as a JSON list of records, or as .jsonl with one record a line"
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 
 
@@ -51,21 +53,32 @@ def read_records(path: Path) -> tuple[int, Iterator[Any]]:
     """
     try:
         if path.suffix == ".jsonl":
-            with path.open("rb") as lines:
-                return sum(bool(line.strip()) for line in lines), _read_lines(path)
+            return sum(line is None or bool(line.strip()) for line in checked.read_lines(path)), _read_lines(path)
+        _require_list(path)
         records = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordsError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise RecordsError(f"{path} cannot be read: it is nested too deeply; {REMEDY}") from None
+    except (OSError, ValueError) as error:
+        raise RecordsError(f"{path} cannot be read: {checked.reason(error)}; {REMEDY}") from None
     if not isinstance(records, list):
-        raise RecordsError(f"{path} holds a {type(records).__name__}; expected a list of records")
+        raise RecordsError(f"{path} holds {checked.shown(records)}; expected a list of records")
     return len(records), iter(records)
 
 
+def _require_list(path: Path) -> None:
+    """Raises ValueError for a file that does not end as a list does: what is cut off, or has a hole, is not read."""
+    checked.require_regular(path)
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 4096))
+        if not stream.read().rstrip().endswith(b"]"):
+            raise ValueError("expected a list of records, and it does not end with ]")
+
+
 def _read_lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as lines:
-        for line in filter(bytes.strip, lines):
+    for line in checked.read_lines(path):
+        if line is None or line.strip():
             try:
-                yield json.loads(line)
+                yield json.loads(line or b"")
             except (ValueError, RecursionError):
                 yield None
 
@@ -159,7 +172,7 @@ def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, byt
     try:
         if relative.is_absolute() or ".." in relative.parts:
             raise SampleError("the image path leaves the image folder")
-        if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
+        if not follow_links and not checked.real_path(path).is_relative_to(checked.real_path(folder)):
             raise SampleError("the image path leaves the image folder by a link; --follow-links allows it")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

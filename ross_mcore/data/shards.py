@@ -177,6 +177,7 @@ class ShardReader:
         self.pictures_left_out: bool = self.index.get("pictures_left_out", False)
         self.parts = self._map("parts.npy", PART_ROW, self.num_samples) if self.precomputed else None
         try:
+            checked.require_regular(self.folder / "keys.txt", self.num_samples * (MAX_KEY_BYTES + 1))
             self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
         except (OSError, ValueError) as error:
             raise ShardError(
@@ -360,6 +361,7 @@ class ShardReader:
     def _map(self, name: str, row: np.dtype[np.void], count: int) -> NDArray[np.void]:
         path = self.folder / name
         try:
+            checked.require_regular(path)
             table = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
         except Exception as error:  # numpy evaluates the header as Python, and says so when it cannot
             raise ShardError(

@@ -92,7 +92,7 @@ def _entries(path: Path) -> list[Any]:
     try:
         content = checked.read_yaml(path)
     except FileNotFoundError:
-        raise ShardError(f"{path}: no such file") from None
+        raise ShardError(f"{path}: no such file; give a folder of shards, or a YAML file that lists some") from None
     except ValueError as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
     if isinstance(content, dict):
@@ -119,9 +119,12 @@ def _source(file: Path, number: int, entry: Any) -> Source:
             raise ShardError(f"{where}: {key} must be text, got {checked.shown(value)}")
     path = file.parent / entry["path"]
     name = entry.get("name") or path.name
-    where = f"{file}: data set {name!r}"
+    where = f"{file}: data set {checked.shown(name)}"
     if not path.is_dir():
-        raise ShardError(f"{where}: path {entry['path']!r} is no folder ({path}); paths count from the YAML's folder")
+        raise ShardError(
+            f"{where}: path {checked.shown(entry['path'])} is no folder ({checked.shown(str(path))}); "
+            "paths count from the YAML's folder"
+        )
     for key in ("weight", "epochs"):
         value = entry.get(key)
         number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -170,7 +173,12 @@ class MixtureDataset:
         Raises ShardError for a list that cannot be used, and what `open_part` raises.
         """
         sources = read_sources(path)
-        parts = [open_part(source) for source in sources]
+        parts = []
+        for source in sources:
+            try:
+                parts.append(open_part(source))
+            except ShardError as error:
+                raise (error if source.path == path else ShardError(f"{path}: {error}")) from None
         try:
             counts = epoch_counts(sources, [len(part) for part in parts])
         except ValueError as error:

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ross_mcore.checked import reason
+from ross_mcore import checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""Of what the library may read in a tokenizer's folder."""
 LLAMA3_END_OF_TEXT = "<|end_of_text|>"
 
 
@@ -30,11 +32,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not Path(folder).is_dir():
         raise TokenizerError(f"{folder} is not a folder; give the folder that holds tokenizer.json or tokenizer.model")
     try:
+        for path in Path(folder).iterdir():
+            if path.suffix in READ_SUFFIXES and not path.is_dir():
+                try:
+                    checked.require_regular(path, checked.MOST_TOKENIZER_FILE_BYTES)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{path.name}: {checked.reason(error)}") from None
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its parsers raise
         raise TokenizerError(
-            f"{folder} holds no usable tokenizer: {reason(error)}; copy tokenizer.json, tokenizer.model, vocab.json, "
-            "merges.txt and tokenizer_config.json there again, as many of them as the model came with"
+            f"{folder} holds no usable tokenizer: {checked.reason(error)}; copy tokenizer.json, tokenizer.model, "
+            "vocab.json, merges.txt and tokenizer_config.json there again, as many of them as the model came with"
         ) from None
     if tokenizer.is_fast:  # a tokenizer.json may have been saved with a limit
         tokenizer.backend_tokenizer.no_truncation()

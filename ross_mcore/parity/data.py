@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ross_mcore.architecture import VisionConfig
@@ -23,7 +22,7 @@ from ross_mcore.data.conversation import (
     tokenize_prompt,
     write_prompt,
 )
-from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
+from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing
 from ross_mcore.data.order import modality_length_order
 from ross_mcore.data.tokenizer import encode, load_tokenizer
 from ross_mcore.parity.golden import Golden, NotRecorded, where_recorded
@@ -195,13 +194,6 @@ def _processor_size(processor: dict[str, Any]) -> int:
     return int(size.get("shortest_edge") or size["height"])
 
 
-def _picture(golden: Golden, name: str) -> Image.Image:
-    paths = golden.names(f"data/images/{name}.*")
-    if not paths:
-        raise NotRecorded(f"data/images has no picture {name}")
-    return decode_image((golden.folder / paths[0]).read_bytes())[0]
-
-
 def _facts_of_images(golden: Golden) -> dict[str, Any]:
     """data/images.json, empty where there is none."""
     return golden.json("data/images.json") if golden.has("data/images.json") else {}
@@ -243,7 +235,7 @@ def _image_rows(golden: Golden, name: str, recorded: Tensor, processors: dict[st
         size, stride = facts["shape"][-1], int(rest[1].removeprefix("stride"))
     elif kind == "gray":
         stride = _stride(size, recorded.shape[-1])
-    pixels = preprocessing(processor, aspect_ratio, size)(_picture(golden, image))
+    pixels = preprocessing(processor, aspect_ratio, size)(golden.picture(image))
     yield compare("images", name, pixels[:, ::stride, ::stride], recorded, 0.0)
     if kind == "real":
         for key, ours in (("mean", pixels.mean(dtype=np.float64)), ("std", pixels.std(ddof=1, dtype=np.float64))):
@@ -332,7 +324,7 @@ def _pixels_like(golden: Golden, samples: list[dict[str, Any]], recorded: Tensor
 
 def _read(golden: Golden, name: str, read: ImagePreprocessing) -> Tensor:
     stem = name.rpartition("/")[2].rpartition(".")[0]
-    return torch.from_numpy(read(_picture(golden, stem)))
+    return torch.from_numpy(read(golden.picture(stem)))
 
 
 def order_rows(golden: Golden) -> Iterator[Row]:

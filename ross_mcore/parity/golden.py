@@ -11,23 +11,38 @@ data/                                           conversations, tokenizers, image
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ross_mcore import checked
+from ross_mcore.architecture import ArchitectureError
+from ross_mcore.checkpoint.convert import ConversionError
+from ross_mcore.checkpoint.folder import CheckpointError
+from ross_mcore.config import ConfigError
+from ross_mcore.data.image import decode_image
+from ross_mcore.data.shards import MAX_IMAGE_BYTES
+from ross_mcore.data.tokenizer import TokenizerError
+from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.parity.rows import Row, not_recorded
 
 Tensors = dict[str, Tensor]
+REMEDY = "record it again, or copy the folder again"
 
 
 class GoldenError(ValueError):
     """A folder that does not hold recorded values; the message names the file."""
+
+
+KNOWN = (*(ArchitectureError, CheckpointError, ConfigError, ConversionError, GoldenError, LayoutError, TokenizerError),)
+"""What is said in words already; what tools/check_parity.py ends with."""
+MOST_NAMED = 6
 
 
 class NotRecorded(Exception):
@@ -40,6 +55,21 @@ def where_recorded(family: str, name: str, rows: Iterator[Row]) -> Iterator[Row]
         yield from rows
     except NotRecorded as missing:
         yield not_recorded(family, name, str(missing))
+
+
+def usable(golden: Golden, family: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, and GoldenError in the place of whatever values of another kind or shape than recorded ones lead to."""
+    golden.read = {}
+    try:
+        yield from rows
+    except KNOWN:
+        raise
+    except Exception as error:  # nothing here says what a folder of recorded values must be; the rows use it as it is
+        files = ", ".join(str(golden.folder / name) for name in list(golden.read)[-MOST_NAMED:])
+        why = checked.reason(error) if isinstance(error, (ValueError, RuntimeError)) else "it is damaged"
+        raise GoldenError(
+            f"the recorded values of {family} cannot be compared: {why}; record them again, or copy them again: {files}"
+        ) from error
 
 
 class _Recorded(dict[str, Any]):
@@ -58,34 +88,53 @@ class Golden:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self.read: dict[str, None] = {}
+        """Names of the files that were read, in order."""
         if not any(self.folder.glob("*.safetensors")) and not self.models:
             raise GoldenError(f"{self.folder} holds no recorded values: no model_*/ and no *.safetensors")
 
     def tensors(self, name: str) -> tuple[Tensors, dict[str, str]]:
         """(tensors, metadata); what was stored in float16 without loss comes back as float32."""
+        self.read[name] = None
         try:
+            checked.require_regular(self.folder / name)
             with safe_open(self.folder / name, framework="pt") as file:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
         except FileNotFoundError:
             raise NotRecorded(f"there is no {name}") from None
-        except (OSError, SafetensorError) as error:
-            raise GoldenError(f"{self.folder / name} cannot be read: {error}") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            raise GoldenError(f"{self.folder / name} cannot be read: {checked.reason(error)}; {REMEDY}") from None
         tensors = {key: value.float() if value.dtype == torch.float16 else value for key, value in found.items()}
         return _Recorded(tensors, name), _Recorded(metadata, name)
 
     def json(self, name: str, kind: type = dict) -> Any:
         """The contents, which must be of that kind."""
+        self.read[name] = None
         try:
-            text = (self.folder / name).read_text(encoding="utf-8")
-            contents = json.loads(text, object_pairs_hook=partial(_Recorded, file=name))
+            contents = checked.read_json(self.folder / name, as_mapping=partial(_Recorded, file=name))
         except FileNotFoundError:
             raise NotRecorded(f"there is no {name}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise GoldenError(f"{self.folder / name} cannot be read: {error}") from None
+        except ValueError as error:
+            raise GoldenError(f"{self.folder / name} cannot be read: {checked.reason(error)}; {REMEDY}") from None
         if not isinstance(contents, kind):
-            raise GoldenError(f"{self.folder / name} holds a {type(contents).__name__}, expected a {kind.__name__}")
+            raise GoldenError(
+                f"{self.folder / name} holds {checked.shown(contents)}, expected a "
+                f"{'mapping' if kind is dict else kind.__name__}"
+            )
         return contents
+
+    def picture(self, name: str) -> Image.Image:
+        """The picture, whatever its suffix. Raises GoldenError, NotRecorded."""
+        names = self.names(f"data/images/{name}.*")
+        if not names:
+            raise NotRecorded(f"data/images has no picture {name}")
+        path = self.folder / names[0]
+        try:
+            checked.require_regular(path, MAX_IMAGE_BYTES)
+            return decode_image(path.read_bytes())[0]
+        except (OSError, ValueError) as error:
+            raise GoldenError(f"{path} cannot be read: {checked.reason(error)}; {REMEDY}") from None
 
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()

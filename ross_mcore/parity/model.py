@@ -277,7 +277,10 @@ def model_rows(golden: Golden, layout: Layout) -> Iterator[Row]:
 def _oracle_rows(golden: Golden, name: str, checkpoint: Checkpoint, layout: Layout) -> Iterator[Row]:
     for file in ("oracle.json", "oracle.safetensors"):
         if not golden.has(f"{name}/{file}"):
-            raise GoldenError(f"{golden.folder / name} has no {file}: there is nothing to compare this model with")
+            raise GoldenError(
+                f"{golden.folder / name} has no {file}: there is nothing to compare this model with; record it, or "
+                "remove the model"
+            )
     tensors, _ = golden.tensors(f"{name}/oracle.safetensors")
     oracle = golden.json(f"{name}/oracle.json")
     yield from where_recorded("checkpoint", name, _checkpoint_rows(name, checkpoint, oracle))

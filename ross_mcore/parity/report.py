@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.parity import components, data
-from ross_mcore.parity.golden import Golden, where_recorded
+from ross_mcore.parity.golden import Golden, usable, where_recorded
 from ross_mcore.parity.model import Layout, model_rows, schedule_rows
 from ross_mcore.parity.rows import Row
 
@@ -40,5 +40,5 @@ def all_rows(folder: Path, layout: Layout) -> Iterator[Row]:
         )
     if dist.get_world_size() == 1:
         for family, part in PARTS.items():
-            yield from where_recorded(family, "all", part(golden))
-    yield from model_rows(golden, layout)
+            yield from usable(golden, family, where_recorded(family, "all", part(golden)))
+    yield from usable(golden, "whole models", model_rows(golden, layout))

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ross_mcore import checked
 from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checked import shown
 from ross_mcore.checkpoint.folder import Checkpoint, find_checkpoint
@@ -140,7 +141,10 @@ def tokenizer_fingerprint(folder: Path) -> str:
     try:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            checked.require_regular(path, checked.MOST_TOKENIZER_FILE_BYTES)
             digest.update(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no file of a tokenizer: {error}; copy the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
     return digest.hexdigest()[:16]

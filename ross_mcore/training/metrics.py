@@ -12,6 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ross_mcore import checked
+
 if TYPE_CHECKING:
     from ross_mcore.training.step import DataSetLosses
 
@@ -78,16 +80,17 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     What is none is passed over: a last line cut by a crash, or one that damage made unreadable.
     """
     try:
-        with path.open("rb") as stream:
-            for line in stream:
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(entry, dict) and type(entry.get("iteration")) is int:
-                    yield entry
-    except OSError as error:
-        raise LogError(f"{path} cannot be read: {error.strerror}; move it away, or give another --save") from None
+        for line in checked.read_lines(path):
+            try:
+                entry = json.loads(line or b"")
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict) and type(entry.get("iteration")) is int:
+                yield entry
+    except (OSError, ValueError) as error:
+        raise LogError(
+            f"{path} cannot be read: {checked.reason(error)}; move it away, or give another --save"
+        ) from None
 
 
 def finite(value: Any) -> Any:
@@ -151,6 +154,7 @@ def drop_after(iteration: int, path: Path) -> None:
     if path.exists() or path.is_symlink():
         kept = [entry for entry in read_metrics(path) if entry["iteration"] <= iteration]
         partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)  # what waits there may be a link
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         partial.replace(path)
 

@@ -82,9 +82,9 @@ def fuzz(
             kept = keep / f"seed{seed}-case{number}"
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir(parents=True)
-            for path in (folder, folder.with_suffix(".out"), folder.with_suffix(".err")):
+            for path in (folder, *(folder.with_suffix(suffix) for suffix in (".out", ".err", ".acts"))):
                 shutil.move(path, kept / path.name)
-            (kept / "about.txt").write_text(describe(result, seed) + "\n")
+            (kept / "about.txt").write_text(describe(result, seed) + "\n", "utf-8", "backslashreplace")
         results.append(result)
         report(result)
     return results
@@ -121,6 +121,8 @@ def main() -> int:
     except ValueError as error:
         print(f"fuzz_inputs: {error}", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     import tests.distributed.preload  # noqa: F401  once, before the first fork
 
     with tempfile.TemporaryDirectory(prefix="fuzz.") as work:

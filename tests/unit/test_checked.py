@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +105,32 @@ def test_yaml_that_unfolds_without_end_is_read_and_shown_short(tmp_path: Path) -
     lines = ["a0: &a0 [x, x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 60)]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
     assert len(checked.shown(checked.read_yaml(tmp_path / "a.yaml"))) <= checked.MOST_SHOWN_CHARACTERS
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "circle", "hole"])
+def test_what_has_no_end_is_not_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "hole":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    for read in (checked.read_json, checked.read_yaml):
+        with pytest.raises(ValueError, match="regular file|symbolic links|at most"):
+            read(path)
+    if kind != "hole":
+        with pytest.raises(ValueError, match="regular file|symbolic links"):
+            next(checked.read_lines(path))
+    assert checked.real_path(path).name == ("zero" if kind == "device" else "a.json")
+
+
+def test_lines_over_the_bound_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"1234\n12345678901\n\nab")
+    assert list(checked.read_lines(tmp_path / "a.jsonl", most_bytes=5)) == [b"1234\n", None, b"\n", b"ab"]
 
 
 def test_what_libraries_say_is_one_printable_line() -> None:

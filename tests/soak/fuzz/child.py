@@ -16,45 +16,80 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from tests.soak.fuzz import acts
+
 ROOT = Path(__file__).parents[3]
-CPU_SECONDS = 30
-"""Of one case; a valid one takes about one. Counted in CPU time because tests share their machine."""
-WALL_SECONDS = 120
-ADDRESS_BYTES = 3 << 30
-"""Room for one case beyond what the imports take; gloo's and the allocator's reservations are most of it."""
-PEAK_BYTES = 768 << 20
-"""Most memory that a case may really use beyond what the imports take."""
 FILE_BYTES = 256 << 20
 _loaded: dict[str, ModuleType] = {}
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a case may take; a valid one takes about a second and a few MiB.
+
+    cpu_seconds, wall_seconds: CPU time is what counts, because tests share their machine. idle_seconds: without any
+    CPU time at all, as when a pipe is read to which nobody writes. address_bytes: room beyond what the imports take,
+    most of it reservations of gloo and the allocator. peak_bytes: memory really used beyond what the imports take, of
+    all processes of the case together.
+    """
+
+    cpu_seconds: int = 30
+    wall_seconds: float = 120.0
+    idle_seconds: float = 15.0
+    address_bytes: int = 3 << 30
+    peak_bytes: int = 768 << 20
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit status, negative for a signal, None when it had to be stopped."""
+    """How a run ended: its exit status, negative for a signal, None when it had to be stopped, for the reason `hung`.
+
+    acts: what it did and has no business to do, see acts.py. left: processes of its that were still there.
+    """
 
     status: int | None
     stdout: str
     stderr: str
     peak_bytes: int
     seconds: float
+    hung: str | None = None
+    acts: tuple[str, ...] = ()
+    left: int = 0
 
 
-def run(script: str, arguments: Sequence[str], folder: Path, log: Path, modules: Path | None = None) -> Outcome:
-    """Runs `main()` of a script with `folder` as working directory; output goes to `log`.out and `log`.err.
+def run(
+    script: str,
+    arguments: Sequence[str],
+    folder: Path,
+    log: Path,
+    modules: Path | None = None,
+    limits: Limits = LIMITS,
+    writable: Sequence[str] = ("out", "tmp"),
+) -> Outcome:
+    """Runs `main()` of a script with `folder` as working directory; output goes to `log`.out, .err and .acts.
 
     The caller must have one thread only. `modules`: a file for the names of the modules that the run imported.
+    `writable`: the folders below `folder` that it may write to.
     """
     require_one_thread()
     script_module(script)
-    before = _memory_bytes("VmRSS")
+    base = _memory_bytes(os.getpid(), "RssAnon")
+    resident = _memory_bytes(os.getpid(), "VmRSS")
     started = time.monotonic()
     child = os.fork()
     if not child:
-        _be_child(script, arguments, folder, log, modules)
-    status, usage = _wait(child, started + WALL_SECONDS)
-    texts = [log.with_suffix(suffix).read_text("utf-8", "replace") for suffix in (".out", ".err")]
-    peak = usage.ru_maxrss * 1024 - before if usage is not None else 0
-    return Outcome(status, *texts, peak, time.monotonic() - started)
+        _be_child(script, arguments, folder, log, modules, limits, [folder / name for name in writable])
+    status, usage, hung, peak, left = _wait(child, started, limits, base)
+    if usage is not None:
+        peak = max(peak, usage.ru_maxrss * 1024 - resident)
+    stdout, stderr, done = (
+        log.with_suffix(suffix).read_text("utf-8", "replace") for suffix in (".out", ".err", ".acts")
+    )
+    seconds = time.monotonic() - started
+    return Outcome(status, stdout, stderr, peak, seconds, hung, tuple(done.splitlines()), left)
 
 
 def require_one_thread() -> None:
@@ -77,46 +112,102 @@ def script_module(script: str) -> ModuleType:
     return _loaded[script]
 
 
-def _wait(child: int, deadline: float) -> tuple[int | None, resource.struct_rusage | None]:
-    pause = 0.002
-    while time.monotonic() < deadline:
+def _wait(
+    child: int, started: float, limits: Limits, base: int
+) -> tuple[int | None, resource.struct_rusage | None, str | None, int, int]:
+    """(status, usage, why it was stopped, most memory beyond `base` that was seen, processes that were left)."""
+    pause, peak, ticks, moved = 0.002, 0, -1, started
+    while True:
         found, status, usage = os.wait4(child, os.WNOHANG)
+        now = time.monotonic()
         if found:
-            _kill_group(child)  # what it may have left running
-            return os.waitstatus_to_exitcode(status), usage
+            code = os.waitstatus_to_exitcode(status)
+            left = _still_there(child)
+            _kill_session(child)
+            cpu = f"it used {limits.cpu_seconds} s of CPU time" if code in (-signal.SIGXCPU, -signal.SIGKILL) else None
+            used = usage.ru_utime + usage.ru_stime
+            if cpu is not None and used >= limits.cpu_seconds - 1:
+                return None, usage, cpu, peak, left
+            return code, usage, None, peak, left
+        members = _session(child)
+        used_memory = sum(
+            max(0, _memory_bytes(pid, "RssAnon") + _memory_bytes(pid, "RssShmem") - base) for pid in members
+        )
+        peak, spent = max(peak, used_memory), sum(map(_ticks, members))
+        if spent != ticks:
+            ticks, moved = spent, now
+        why = None
+        if now - started > limits.wall_seconds:
+            why = f"stopped after {limits.wall_seconds:g} s"
+        elif now - moved > limits.idle_seconds:
+            why = f"it did nothing for {limits.idle_seconds:g} s"
+        if why is not None:
+            _kill_session(child)
+            _, _, usage = os.wait4(child, 0)
+            return None, usage, why, peak, 0
         time.sleep(pause)
-        pause = min(0.05, pause * 1.5)
-    _kill_group(child)
-    _, _, usage = os.wait4(child, 0)
-    return None, usage
+        pause = min(0.02, pause * 1.3)
 
 
-def _kill_group(child: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+def _still_there(child: int) -> int:
+    """Processes of a session whose leader has ended. Those that are just ending get a moment."""
+    for _ in range(50):
+        left = len(_session(child))
+        if not left:
+            return 0
+        time.sleep(0.02)
+    return left
 
 
-def _be_child(script: str, arguments: Sequence[str], folder: Path, log: Path, modules: Path | None) -> None:
+def _session(leader: int) -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):  # noqa: PTH208  several times a second
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.getsid(int(name)) == leader:
+                    found.append(int(name))
+    return found
+
+
+def _kill_session(leader: int) -> None:
+    for pid in _session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _be_child(
+    script: str,
+    arguments: Sequence[str],
+    folder: Path,
+    log: Path,
+    modules: Path | None,
+    limits: Limits,
+    writable: Sequence[Path],
+) -> None:
     """The child from the fork to its end, as Python would run the script."""
     status = 70
     try:
         os.setsid()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         for number, path in ((1, log.with_suffix(".out")), (2, log.with_suffix(".err"))):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            descriptor = os.open(path, flags, 0o644)
             os.dup2(descriptor, number)
             os.close(descriptor)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", errors="backslashreplace") for n in (1, 2))
-        _limit()
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, encoding="utf-8", errors="backslashreplace") for n in (1, 2))
+        told = os.open(log.with_suffix(".acts"), flags | os.O_APPEND, 0o644)
+        _limit(limits)
         os.chdir(folder)
         os.environ["TMPDIR"] = str(folder / "tmp")
         import tempfile
 
         tempfile.tempdir = None
         sys.argv = [str(ROOT / script), *arguments]
+        sys.dont_write_bytecode = True
         known = set(sys.modules)
+        acts.watch(told, writable)
         status = _status_of(script)
         if modules is not None:
-            modules.write_text("\n".join(name for name in sys.modules if name not in known))
+            os.write(os.open(modules, flags, 0o644), "\n".join(n for n in sys.modules if n not in known).encode())
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
@@ -137,14 +228,27 @@ def _status_of(script: str) -> int:
     return int(code or 0)
 
 
-def _limit() -> None:
-    room = _memory_bytes("VmSize") + ADDRESS_BYTES
+def _limit(limits: Limits) -> None:
+    room = _memory_bytes(os.getpid(), "VmSize") + limits.address_bytes
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds, limits.cpu_seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _memory_bytes(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def _memory_bytes(pid: int, name: str) -> int:
+    """A line of /proc/PID/status; 0 for a process that has ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{name}:")), 0)
+
+
+def _ticks(pid: int) -> int:
+    """CPU time of a process, in the kernel's ticks; 0 for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])

@@ -30,6 +30,10 @@ datasets:
   - {path: shards, weight: 2, name: first}
   - {path: more, weight: 1, image_aspect_ratio: square, name: second}
 """
+HELD = """\
+- {path: more, name: held}
+- {path: shards, image_aspect_ratio: square, name: seen}
+"""
 MAKE_SHARDS = "--tokenizer tokenizer --template qwen_2 --num-workers 1"
 STEPS: tuple[tuple[str, str], ...] = (
     (
@@ -43,10 +47,20 @@ STEPS: tuple[tuple[str, str], ...] = (
         "tools/precompute_latents.py",
         "--load base --data-path shards --out latents --image-aspect-ratio pad --latents --features --num-workers 1",
     ),
-    ("pretrain_ross.py", "--config run.yaml --load base --data-path shards --save run --train-iters 1"),
+    (
+        "tools/index_shards.py",
+        "--data-path file://{here}/shards/shard-00000.tar file://{here}/shards/shard-00001.tar --out remote "
+        "--tokenizer tokenizer --template qwen_2 --num-workers 0 --data-cache-dir cache",
+    ),
+    (
+        "pretrain_ross.py",
+        "--config run.yaml --load base --data-path shards --valid-data-path shards --valid-samples 2 --save run "
+        "--train-iters 1",
+    ),
     ("tools/convert_mcore_to_hf.py", "--load base --save parts --format hf"),
+    ("tools/convert_mcore_to_hf.py", "--load base --save siglip-ross-qwen2 --format ross --max-shard-size 300KB"),
 )
-"""Script and arguments, in this order: each reads what those before it wrote."""
+"""Script and arguments, in this order: each reads what those before it wrote. `{here}`: the folder of them all."""
 
 
 class InputsError(RuntimeError):
@@ -72,8 +86,11 @@ def make_inputs(folder: Path, log: Path) -> None:
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:5]))
     (folder / "run.yaml").write_text(TRAIN)
     (folder / "mixture.yaml").write_text(MIXTURE)
+    (folder / "held.yaml").write_text(HELD)
+    _record_parts(folder / "recorded")
+    _record_model(folder / "model")
     for script, arguments in STEPS:
-        require_works(script, arguments.split(), folder, log)
+        require_works(script, arguments.format(here=folder).split(), folder, log)
     shutil.rmtree(folder / "tmp")
     bad = {"iteration": 1, "position": 0, "shard": "s", "key": "k", "reason": "a picture", "replaced_by": None}
     (folder / "run" / "quarantine.jsonl").write_text(json.dumps(bad) + "\n")
@@ -82,7 +99,7 @@ def make_inputs(folder: Path, log: Path) -> None:
 def require_works(script: str, arguments: Sequence[str], folder: Path, log: Path) -> None:
     """Runs a script, and then imports here what it had to import, so that the next one need not."""
     names = log.with_suffix(".modules")
-    outcome = child.run(script, arguments, folder, log, names)
+    outcome = child.run(script, arguments, folder, log, names, writable=(".",))
     if outcome.status != 0:
         raise InputsError(f"{script} {' '.join(arguments)} ended with {outcome.status}: {outcome.stderr[-3000:]}")
     for name in names.read_text().split():
@@ -91,6 +108,28 @@ def require_works(script: str, arguments: Sequence[str], folder: Path, log: Path
                 importlib.import_module(name)
             except Exception:  # noqa: S112  a module that some other one made up
                 continue
+
+
+def _record_parts(folder: Path) -> None:
+    """Recorded values without whole models, of which few conversations."""
+    shutil.copytree(GOLDEN / "components", folder / "components")
+    shutil.copytree(GOLDEN / "data", folder / "data")
+    for name in ("diffusion_schedule", "diffusion_toy", "denoiser_dit_small", "vae_target_siglip"):
+        shutil.copyfile(GOLDEN / f"{name}.safetensors", folder / f"{name}.safetensors")
+    path = folder / "data" / "conversations.json"
+    conversations = json.loads(path.read_bytes())
+    kept = {case: conversations["tokenized"][case] for case in ("qwen|qwen_2", "qwen|plain")}
+    path.write_text(json.dumps(conversations | {"tokenized": kept}))
+
+
+def _record_model(folder: Path) -> None:
+    """One recorded model, without its training curves."""
+    shutil.copytree(GOLDEN / "components", folder / "components")
+    source = GOLDEN / "model_qwen2_siglip"
+    for name in ("oracle.json", "oracle.safetensors"):
+        (folder / source.name).mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / source.name / name)
+    shutil.copytree(source / "hf_checkpoint", folder / source.name / "hf_checkpoint")
 
 
 def _record(number: int) -> dict[str, object]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 CHECKPOINT = ("*.json", "*.pt", ".metadata", "*.distcp", "tokenizer/*")
 TRAIN = "--config in/run.yaml --train-iters 1 --save out/run --tensorboard-dir out/run/board"
-RUN = ("run", "run/board", "run/board/*", "run/metrics.jsonl", "run/quarantine.jsonl")
+RUN = ("run", "run/board", "run/board/*", "run/metrics.jsonl", "run/quarantine.jsonl", "run/validation.jsonl")
 """What a run that ends on bad data leaves: figures, never a checkpoint that looks complete."""
+TRAINED = ("run/iter_*/complete.json", "run/metrics.jsonl")
+SAVED = ("base/iter_0000000/complete.json",)
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,10 @@ class Target:
 
     inputs: names of valid files, copied to in/, or to out/ where they begin with `out/`. hostile: patterns, below the
     case's folder, of those that are damaged. may_leave: patterns, below out/, of what may be there, or have changed,
-    after a refusal.
+    after a refusal. makes: patterns, below out/, of what is there when it says that it worked. plants: names that it
+    writes to in a folder that it was handed, where links out of the folder may wait. findings: exit statuses beside 0
+    and 2, of a tool that looks for faults; names_findings: it says in which file. holds_options: the damaged file is
+    one of flags, and an error may name the flag. chooses_paths: the damaged file says what is read, wherever it lies.
     """
 
     name: str
@@ -25,6 +30,12 @@ class Target:
     inputs: tuple[str, ...]
     hostile: tuple[str, ...]
     may_leave: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    plants: tuple[str, ...] = ()
+    findings: tuple[int, ...] = ()
+    names_findings: bool = False
+    holds_options: bool = False
+    chooses_paths: bool = False
 
 
 def _below(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -40,6 +51,21 @@ PARTS = (
 )
 INDEX = ("index.json", "*.npy", "keys.txt", "quarantine.jsonl", "*.tar")
 
+RUN_FILES = ("metrics", "validation", "quarantine")
+RUN_PLANTS = (
+    *(f"out/run/{name}.{suffix}" for name in RUN_FILES for suffix in ("jsonl", "partial")),
+    *("out/run/latest_checkpointed_iteration.txt", "out/run/latest_checkpointed_iteration.txt.new"),
+    *("out/run/.iter_0000002.partial", "out/run/iter_0000002"),
+)
+INDEX_PLANTS = (
+    *(f"out/shards/{name}" for name in ("index.json", "samples.npy", "images.npy", "keys.txt", "quarantine.jsonl")),
+    "out/shards/index.parts",
+)
+PRECOMPUTED = (
+    *("latents", "latents/precompute.json", "latents/*.tar", "latents/index.parts", "latents/index.parts/*"),
+)
+RECORDED = ("*.safetensors", "data/*.json", "data/*.safetensors", "data/images/*", "data/*/*.json", "components/*/*")
+
 TARGETS = (
     Target(
         "train: YAML",
@@ -48,6 +74,8 @@ TARGETS = (
         ("run.yaml", "base", "shards"),
         ("in/run.yaml",),
         RUN,
+        holds_options=True,
+        chooses_paths=True,
     ),
     Target(
         "train: mixture",
@@ -56,6 +84,8 @@ TARGETS = (
         ("run.yaml", "base", "shards", "more", "mixture.yaml"),
         ("in/mixture.yaml",),
         RUN,
+        makes=TRAINED,
+        chooses_paths=True,
     ),
     Target(
         "train: shards",
@@ -64,6 +94,17 @@ TARGETS = (
         ("run.yaml", "base", "shards"),
         _below("in/shards", INDEX),
         RUN,
+        makes=TRAINED,
+    ),
+    Target(
+        "train: held out",
+        "pretrain_ross.py",
+        f"{TRAIN} --load in/base --data-path in/shards --valid-data-path in/held.yaml --valid-samples 3",
+        ("run.yaml", "base", "shards", "more", "held.yaml"),
+        ("in/held.yaml", *_below("in/more", INDEX)),
+        (*RUN, "run/iter_*", "run/iter_*/*", "run/latest_checkpointed_iteration.txt"),
+        makes=(*TRAINED, "run/validation.jsonl"),
+        chooses_paths=True,
     ),
     Target(
         "train: precomputed",
@@ -72,6 +113,16 @@ TARGETS = (
         ("run.yaml", "base", "latents"),
         _below("in/latents", (*INDEX, "*.safetensors")),
         RUN,
+        makes=TRAINED,
+    ),
+    Target(
+        "train: cache",
+        "pretrain_ross.py",
+        f"{TRAIN} --load in/base --data-path in/remote --data-cache-dir out/cache",
+        ("run.yaml", "base", "remote", "out/cache"),
+        ("in/remote/index.json", "out/cache/*.tar", "out/cache/*.tar", "out/cache/*.lock"),
+        (*RUN, "cache", "cache/*"),
+        makes=TRAINED,
     ),
     Target(
         "train: checkpoint",
@@ -80,14 +131,17 @@ TARGETS = (
         ("run.yaml", "base", "shards"),
         _below("in/base/iter_*", CHECKPOINT),
         RUN,
+        makes=TRAINED,
     ),
     Target(
         "train: resume",
         "pretrain_ross.py",
-        f"{TRAIN} --train-iters 2 --load in/base --data-path in/shards",
+        f"{TRAIN} --train-iters 2 --load in/base --data-path in/shards --valid-data-path in/shards --valid-samples 2",
         ("run.yaml", "base", "shards", "out/run"),
-        ("out/run/*.jsonl", *_below("out/run/iter_*", ("train_state.json", *CHECKPOINT))),
-        RUN,
+        ("out/run/*.jsonl", "out/run/*.txt", *_below("out/run/iter_*", ("train_state.json", *CHECKPOINT))),
+        (*RUN, "run/latest_checkpointed_iteration.txt"),
+        makes=("run/iter_0000002/complete.json", "run/metrics.jsonl"),
+        plants=RUN_PLANTS,
     ),
     Target(
         "make_shards",
@@ -96,14 +150,26 @@ TARGETS = (
         "--num-workers 1",
         ("records.json", "images", "tokenizer"),
         ("in/records.json", "in/records.json", "in/images/*", "in/tokenizer/*"),
+        makes=("shards/index.json", "shards/shard-00000.tar"),
+    ),
+    Target(
+        "make_shards: lines, again",
+        "tools/make_shards.py",
+        "--data in/records.jsonl --image-folder in/images --out out/shards --overwrite --num-workers 1",
+        ("records.jsonl", "images", "out/shards"),
+        ("in/records.jsonl", "in/records.jsonl", "in/images/*", "out/shards/index.json"),
+        makes=("shards/index.json", "shards/shard-00000.tar"),
+        plants=("out/shards", "out/shards/index.json", "out/shards/shard-00000.tar"),
     ),
     Target(
         "index_shards",
         "tools/index_shards.py",
         "--data-path out/shards --tokenizer in/tokenizer --template qwen_2 --num-workers 0",
         ("out/shards", "tokenizer"),
-        (*_below("out/shards", (*INDEX, "index.parts/*.npz")), "in/tokenizer/*"),
-        ("shards/quarantine.jsonl", "shards/index.parts/*"),
+        (*_below("out/shards", (*INDEX, "*.tar", "index.parts/*.npz")), "in/tokenizer/*"),
+        ("shards/quarantine.jsonl", "shards/index.parts", "shards/index.parts/*"),
+        makes=("shards/index.json", "shards/samples.npy"),
+        plants=INDEX_PLANTS,
     ),
     Target(
         "inspect_shards",
@@ -112,6 +178,7 @@ TARGETS = (
         "--template qwen_2 --contact-sheet out/sheet.png",
         ("shards", "tokenizer"),
         (*_below("in/shards", INDEX), "in/tokenizer/*"),
+        makes=("sheet.png",),
     ),
     Target(
         "precompute_latents",
@@ -120,7 +187,21 @@ TARGETS = (
         "--num-workers 1",
         ("base", "shards"),
         (*_below("in/shards", INDEX), *_below("in/base/iter_*", CHECKPOINT)),
-        ("latents", "latents/precompute.json", "latents/*.tar", "latents/index.parts", "latents/index.parts/*"),
+        PRECOMPUTED,
+        makes=("latents/index.json", "latents/shard-00000.tar"),
+    ),
+    Target(
+        "precompute_latents: goes on",
+        "tools/precompute_latents.py",
+        "--load in/base --data-path in/shards --out out/latents --image-aspect-ratio pad --latents --features "
+        "--num-workers 1",
+        ("base", "shards", "out/latents"),
+        _below("out/latents", ("precompute.json", "*.tar", "index.parts/*", "*.safetensors", "index.json", "*.npy")),
+        (*PRECOMPUTED, "latents/*.safetensors"),
+        makes=("latents/index.json", "latents/shard-00000.tar"),
+        plants=tuple(
+            f"out/latents/{name}" for name in ("precompute.json", "shard-00000.tar", "index.json", "keys.txt")
+        ),
     ),
     Target(
         "convert_hf_to_mcore: parts",
@@ -133,9 +214,10 @@ TARGETS = (
                 for part in ("language_model", "siglip_vision_tower", "pixel_decoder")
                 for pattern in _below(f"in/parts/{part}", HUGGING_FACE)
             ),
-            "in/parts/*.bin",
+            *("in/parts/*.bin", "in/parts/*.bin"),
             "in/parts/language_model/tokenizer*",
         ),
+        makes=SAVED,
     ),
     Target(
         "convert_hf_to_mcore: ROSS",
@@ -143,6 +225,18 @@ TARGETS = (
         "--ross-model in/ross --tokenizer in/tokenizer --vision-model in/tower --pixel-decoder in/vae --save out/base",
         ("ross", "tower", "vae", "tokenizer"),
         (*_below("in/ross", HUGGING_FACE), *_below("in/tower", HUGGING_FACE), "in/vae/*", "in/tokenizer/*"),
+        makes=SAVED,
+    ),
+    Target(
+        "convert_hf_to_mcore: shards",
+        "tools/convert_hf_to_mcore.py",
+        "--ross-model in/siglip-ross-qwen2 --save out/base",
+        ("siglip-ross-qwen2",),
+        (
+            *_below("in/siglip-ross-qwen2", ("*.index.json", "*.index.json", "*.safetensors", "*.safetensors")),
+            *_below("in/siglip-ross-qwen2", ("config.json", "tokenizer*", "*/config.json", "*/*.safetensors")),
+        ),
+        makes=SAVED,
     ),
     Target(
         "convert_mcore_to_hf: ross",
@@ -150,6 +244,7 @@ TARGETS = (
         "--load in/base --save out/siglip-ross-qwen2 --format ross --max-shard-size 300KB",
         ("base",),
         _below("in/base/iter_*", CHECKPOINT),
+        makes=("siglip-ross-qwen2/config.json", "siglip-ross-qwen2/*.safetensors"),
     ),
     Target(
         "convert_mcore_to_hf: stage1",
@@ -157,12 +252,51 @@ TARGETS = (
         "--load in/run --save out/stage1 --format stage1",
         ("run",),
         _below("in/run/iter_*", ("train_state.json", *CHECKPOINT)),
+        makes=("stage1/config.json", "stage1/mm_projector.bin"),
+    ),
+    Target(
+        "convert_mcore_to_hf: hf",
+        "tools/convert_mcore_to_hf.py",
+        "--load in/base --save out/parts --format hf",
+        ("base",),
+        _below("in/base/iter_*", CHECKPOINT),
+        makes=("parts/language_model/config.json",),
     ),
     Target(
         "reconstruct",
         "tools/reconstruct.py",
         "--load in/run --image in/images/img0.png in/images/img1.png --output out/grid.png --steps 2",
         ("run", "images"),
-        ("in/images/*.png", *_below("in/run/iter_*", ("train_state.json", *CHECKPOINT))),
+        ("in/images/img[01].png", *_below("in/run/iter_*", ("train_state.json", *CHECKPOINT))),
+        makes=("grid.png",),
+        plants=("out/grid.png.partial",),
+    ),
+    Target(
+        "check_checkpoint",
+        "tools/check_checkpoint.py",
+        "in/run --all",
+        ("run",),
+        ("in/run/*.txt", *_below("in/run/iter_*", ("train_state.json", *CHECKPOINT, "*.json"))),
+        findings=(1,),
+        names_findings=True,
+    ),
+    Target(
+        "check_parity: parts",
+        "tools/check_parity.py",
+        "--golden in/recorded --failures-only",
+        ("recorded",),
+        _below("in/recorded", RECORDED),
+        findings=(1,),
+    ),
+    Target(
+        "check_parity: model",
+        "tools/check_parity.py",
+        "--golden in/model --failures-only",
+        ("model",),
+        (
+            *_below("in/model/model_*", ("oracle.json", "oracle.safetensors", "hf_checkpoint/*", "*.json")),
+            "in/model/components/*/*",
+        ),
+        findings=(1,),
     ),
 )

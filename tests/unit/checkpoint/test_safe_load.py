@@ -19,7 +19,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ross_mcore.checkpoint.folder import CheckpointError
-from ross_mcore.checkpoint.safe_load import ALLOWED, read_common, read_metadata, read_tensor, tensor_shapes
+from ross_mcore.checkpoint.safe_load import (
+    ALLOWED,
+    read_adapter,
+    read_common,
+    read_metadata,
+    read_tensor,
+    tensor_shapes,
+)
 from ross_mcore.checkpoint.stream import TensorWriter
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, sharding_metadata
 
@@ -194,3 +201,18 @@ def test_allow_list_is_frozen() -> None:
     assert ALLOWED["torch.distributed.checkpoint.filesystem"] == {"_StorageInfo"}
     assert all(name == "Size" or isinstance(getattr(torch, name), torch.dtype) for name in ALLOWED["torch"])
     assert len(ALLOWED["torch.distributed.checkpoint.metadata"]) == 8
+
+
+@pytest.mark.parametrize("kind", ["sparse", "of one stored number", "without storage", "of integers"])
+def test_an_adapter_of_other_tensors_is_refused(tmp_path: Path, kind: str) -> None:
+    tensors = {
+        "sparse": torch.zeros(3, 4).to_sparse(),
+        "of one stored number": torch.zeros(1).expand(2**40),
+        "without storage": torch.empty(3, 4, device="meta"),
+        "of integers": torch.zeros(3, 4, dtype=torch.int64),
+    }
+    torch.save({"good": torch.zeros(3)}, tmp_path / "a.bin")
+    assert list(read_adapter(tmp_path / "a.bin")) == ["good"]
+    torch.save({"model.mm_projector.0.weight": tensors[kind]}, tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=r"a\.bin.*mm_projector\.0\.weight.*saved again|a\.bin was refused"):
+        read_adapter(tmp_path / "a.bin")

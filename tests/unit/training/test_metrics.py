@@ -77,6 +77,15 @@ def test_a_restart_drops_what_was_measured_on_lost_iterations(tmp_path: Path) ->
     assert line["iteration"] == 2 and line["datasets"]["a"]["lm_loss"] == 1.5
 
 
+def test_a_link_where_the_log_writes_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "metrics.partial").symlink_to("other")
+    MetricsLog(tmp_path, tmp_path / "board", 3).close()
+    assert (tmp_path / "other").read_text() == "kept"
+    assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
 def test_grid_places_pictures_row_by_row() -> None:
     rows = [torch.full((3, 3, 4, 5), value) for value in (0.25, 0.75)]
     grid = picture_grid(rows, gap=1)

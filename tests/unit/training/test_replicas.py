@@ -66,7 +66,9 @@ def test_the_order_of_elements_counts_within_and_between_pieces() -> None:
 
 
 def test_changes_do_not_cancel_out() -> None:
-    """All signs turned, and every two elements changed by the same bits up and down."""
+    """All signs turned, and every two elements changed by the same bits up and down. Odd factors keep all of a change
+    in one word."""
+    assert bool((replicas._factors(torch.device("cpu")) % 2 == 1).all())
     tensor = torch.randn(8).repeat(4)
     found = {value(tensor), value(-tensor)}
     for first in range(len(tensor)):

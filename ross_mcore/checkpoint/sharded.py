@@ -174,6 +174,7 @@ def _groups_as_wanted(stored: Any, wanted: dict[str, Any]) -> Any:
     groups = stored.get("optimizer", stored)
     if "param_state" in wanted:
         return {"optimizer": groups, "param_state_sharding_type": wanted["param_state_sharding_type"]}
+    groups = {"state": {}, **groups}  # which a rank that trains nothing adds nothing to
     return {"optimizer": groups} if PLAIN_MASTERS in wanted else groups
 
 

@@ -105,6 +105,7 @@ PAIRS = [
     Pair("pp2xvpp2", "tp2xdp2 distributed overlap"),
     Pair("dp2 distributed", "pp2xvpp2xdp2 distributed"),
     Pair("pp3", "tp2", "pretrain"),
+    Pair("dp2 distributed", "pp3", "pretrain"),
     Pair("tp2xpp2", "pp2xdp2", "packed"),
     Pair("tp2xpp2", "pp2", "two data sets, packed"),
     Pair("tp2xpp2", "dp2", "bf16"),

@@ -43,7 +43,7 @@ def reason(error: BaseException) -> str:
         return error.strerror
     said = " ".join(str(error).split("\n", 1)[0].split()).split(". ")[0].rstrip(". :")
     wordless = isinstance(error, (KeyError, IndexError, AssertionError, AttributeError, TypeError, RecursionError))
-    if wordless or " " not in said or " object at 0x" in said:
+    if wordless or " " not in said or any(inside in said for inside in (" object at 0x", "invalid literal")):
         return "it is damaged"
     printable = "".join(character if character.isprintable() else "?" for character in said)
     return printable if len(printable) <= 200 else printable[:197] + "..."

@@ -96,7 +96,11 @@ def main() -> int:
                 num_workers=options.num_workers,
                 progress=lambda: bar.advance(task),
             )
-    except (RecordsError, ShardError, TokenizerError, OSError) as error:
+    except RecordsError as error:
+        named = str(error).startswith(str(options.data))
+        print(f"make_shards: {error if named else f'{options.data}: {error}'}", file=sys.stderr)
+        return 2
+    except (ShardError, TokenizerError, OSError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {done.samples} samples, {done.images} pictures, of {count} records")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.convert import AnyRow, ConversionError, convert_in, plan
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.checkpoint.huggingface import GENERATION_CONFIG, RossFolder, copy_tokenizer, open_ross, open_tensors
+from ross_mcore.checkpoint.huggingface import (
+    GENERATION_CONFIG,
+    RossFolder,
+    copy_tokenizer,
+    open_ross,
+    open_tensors,
+    read_json,
+)
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.mapping import ross_table
 from ross_mcore.checkpoint.stream import TensorWriter
@@ -30,6 +38,8 @@ class Part:
     path: Path
     prefixes: tuple[str, ...]
     table: Sequence[AnyRow]
+    configs: tuple[Path, ...] = ()
+    """The files that say which tensors there should be, where they are several."""
 
 
 def assemble(
@@ -58,12 +68,16 @@ def assemble(
         try:
             plans.append((plan(part.table, source, wanted, model.language), source))
         except ConversionError as error:
-            raise ConversionError(f"{part.path}: {error}") from None
-    missing = set(shapes)
+            configs = f" ({', '.join(map(str, part.configs))})" if part.configs else ""
+            raise ConversionError(
+                f"{part.path}: {error}; give weights and a configuration{configs} that belong together"
+            ) from None
+    missing, existed = set(shapes), root.exists()
     partial = folder.begin(root, 0)
     try:
         copy_tokenizer(tokenizer, partial / folder.TOKENIZER)
         if generation_config.is_file():
+            read_json(generation_config)
             shutil.copyfile(generation_config, partial / folder.TOKENIZER / GENERATION_CONFIG)
         shutil.copyfile(preprocessor_config, partial / folder.PREPROCESSOR)
         with TensorWriter(partial) as writer:
@@ -83,6 +97,9 @@ def assemble(
         return folder.publish(root, 0, partial, model, records=writer.records)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                root.rmdir()
         raise
 
 
@@ -111,10 +128,12 @@ def import_ross(
                     "from_pretrained drops them, so what it saves again has lost them. Take the checkpoint that its "
                     "training wrote, or set ross_enable to false to go on without denoiser and VAE"
                 )
+    described = (ross.path, ross.vision_model, *([ross.pixel_decoder] if ross.pixel_decoder else []))
+    configs = tuple(path / "config.json" for path in described)
     return assemble(
         root,
         model,
-        [Part(ross.path, ("",), ross_table(model))],
+        [Part(ross.path, ("",), ross_table(model), configs)],
         fresh=(),
         tokenizer=tokenizer or ross.path,
         preprocessor_config=ross.vision_model / "preprocessor_config.json",

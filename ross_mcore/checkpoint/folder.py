@@ -49,6 +49,7 @@ PREPROCESSOR = "preprocessor_config.json"
 # `.replaced`: the former checkpoint of the same iteration, between two renames of `publish`. Still complete.
 _NAME = re.compile(r"iter_(\d{7,})(\.replaced)?")
 _LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(partial|deleting)")
+REMEDY = "copy the checkpoint again, or take another one"
 _logger = logging.getLogger(__name__)
 
 
@@ -161,7 +162,7 @@ def require_intact(path: Path) -> Checkpoint:
     checkpoint = require_checkpoint(path)
     manifest = checkpoint.manifest()
     if problems := damages(checkpoint.path, manifest, manifest.files):
-        raise CheckpointError("; ".join(problems))
+        raise CheckpointError("; ".join([*problems, REMEDY]))
     return checkpoint
 
 
@@ -171,6 +172,8 @@ def nothing_at(path: Path, problems: list[str]) -> CheckpointError:
         return CheckpointError(f"{path} does not exist or is not a folder, so there is no checkpoint to load")
     if not problems:
         problems = ["it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"]
+    else:
+        problems = [*problems, REMEDY]
     return CheckpointError(f"{path} holds no complete checkpoint: {'; '.join(problems)}")
 
 

@@ -35,10 +35,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from ross_mcore.checked import reason, shown
-from ross_mcore.checkpoint.folder import CheckpointError
+from ross_mcore.checkpoint.folder import REMEDY, CheckpointError
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, OPTIMIZER_PREFIX
 
-REMEDY = "copy the checkpoint again, or take another one"
 ALLOWED = {
     # plain descriptions of tensors and of byte ranges: dataclasses and enums without side effects
     "torch.distributed.checkpoint.metadata": {
@@ -157,16 +156,16 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path} is not a dictionary of tensors; have it saved again")
     for name, tensor in state.items():
-        if not _is_plain(tensor):
+        if not (_is_stored(tensor) and tensor.is_floating_point()):
             raise CheckpointError(
                 f"{path}: {shown(name)} is no plain tensor of floating-point numbers; have the file saved again"
             )
     return {str(name): tensor for name, tensor in state.items()}
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_stored(tensor: Tensor) -> bool:
     """Whether a tensor's numbers are all stored: a view may be of any size, a sparse or meta tensor has none."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 

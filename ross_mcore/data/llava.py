@@ -134,7 +134,7 @@ def convert_records(
             finish_one(skipped)
     if not done.samples:
         reasons = ", ".join(f"{number} x {reason}" for reason, number in done.skipped.most_common(3))
-        raise RecordsError(f"no usable sample, so nothing was written: {reasons or 'the file holds no record'}")
+        raise RecordsError(f"no usable sample, so nothing was written: {reasons or 'no record'}; mend it")
     return done
 
 

@@ -225,7 +225,8 @@ def _load(module: nn.Module, state: Tensors, name: str) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise GoldenError(f"the weights in {name} do not fit its sizes: {error}") from None
+        why = " ".join(str(error).splitlines()[-1].split())[:300]
+        raise GoldenError(f"the weights in {name} do not fit its sizes: {why}; record them again") from None
 
 
 def _tiled_condition(tensors: Tensors, metadata: dict[str, str]) -> Tensor:

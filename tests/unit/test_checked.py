@@ -135,6 +135,7 @@ def test_lines_over_the_bound_are_passed_over(tmp_path: Path) -> None:
 
 def test_what_libraries_say_is_one_printable_line() -> None:
     assert checked.reason(KeyError("x")) == "it is damaged"
+    assert checked.reason(ValueError("invalid literal for int() with base 10: b'x'")) == "it is damaged"
     assert checked.reason(RuntimeError("reader failed: no end. This is\nlong")) == "reader failed: no end"
     assert checked.reason(ValueError("bad \x1b[31m byte")) == "bad ?[31m byte"
     assert checked.reason(FileNotFoundError(2, "No such file or directory", "x")) == "No such file or directory"

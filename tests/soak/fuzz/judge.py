@@ -24,8 +24,8 @@ RAW = re.compile(
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^Exception ignored in|^terminate called", re.MULTILINE)
 REMEDY = re.compile(
     r"\b(copy|make|made|give|index|train|mend|move|remove|delete|choose|say|use|expected|did you mean|see|start|convert"
-    r"|lower|raise|put|take|set|reads?|is read|are read|must|needs?|only|at most|implemented|argument|refused"
-    r"|the checkpoint is not complete|it is damaged|complete\.json says|--help)",
+    r"|lower|raise|put|take|set|reads?|is read|are read|must|needs?|only|at most|implemented|argument)\b"
+    r"|--help",
     re.IGNORECASE,
 )
 """What to do, or what the program would have taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,35 +16,28 @@ from ross_mcore.training.chunks import ModelChunks
 FAMILIES = {
     "vision_model.": "vision tower",
     "vision_projection.": "projector",
-    "language_model.embedding.": "embedding",
+    "language_model.embedding": "embedding",
     "language_model.decoder.layers.": "decoder layer",
     "language_model.decoder.final_": "final norm",
     "language_model.output_layer.": "output layer",
     "denoiser.": "denoiser",
     "pixel_decoder.": "VAE",
 }
-"""How names of weights begin, and what they belong to, in the order in which data runs through the model."""
+"""What names of weights, or of their moments, contain, and what they belong to, in the order in which data runs through
+the model."""
 
 
 def family_of(name: str) -> str:
     """PURE: what a weight of the whole model belongs to; for decoder layers with their number, from 0."""
-    prefix, _ = _family(name)
-    number = _layer(name)
-    return FAMILIES[prefix] + ("" if number < 0 else f" {number}")
+    place, layer = place_of(name)
+    return [*FAMILIES.values(), "model"][place] + (f" {layer}" if layer >= 0 else "")
 
 
 def place_of(name: str) -> tuple[int, int]:
     """PURE: sorts weights of the whole model in the order in which data runs through it."""
-    return _family(name)[1], _layer(name)
-
-
-def _family(name: str) -> tuple[str, int]:
-    return next((prefix, place) for place, prefix in enumerate(FAMILIES) if name.startswith(prefix))
-
-
-def _layer(name: str) -> int:
-    rest = name.removeprefix("language_model.decoder.layers.")
-    return int(rest.partition(".")[0]) if rest != name else -1
+    place = next((place for place, part in enumerate(FAMILIES) if part in name), len(FAMILIES))
+    layer = re.search(r"language_model\.decoder\.layers\.(\d+)\.", name)
+    return place, int(layer[1]) if layer else -1
 
 
 @dataclass(frozen=True)

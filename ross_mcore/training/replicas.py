@@ -25,20 +25,13 @@ from torch.distributed import ProcessGroup
 
 from ross_mcore.checkpoint.together import exchange
 from ross_mcore.parallel.groups import Groups, agree, sum_over_ranks
+from ross_mcore.training.diagnosis import family_of
 from ross_mcore.training.progress import at
 from ross_mcore.training.run import Run
 
 WORDS_AT_ONCE = 1 << 18
 _BETWEEN_PIECES = 0x1E3779B97F4A7C15
 """Odd, so that a product with it loses nothing in 64 bits."""
-
-PARTS = {
-    "language_model": "the language model",
-    "vision_model": "the vision tower",
-    "vision_projection": "the projector",
-    "denoiser": "the denoiser",
-    "pixel_decoder": "the VAE",
-}
 
 
 @functools.cache
@@ -224,12 +217,9 @@ class ReplicaCheck:
             what = f"is frozen and was changed since the start, on {_named(ranks)} of the {len(values)} that hold it"
         else:
             what = f"is not the same on all ranks of its {kinds[name]} group: {_who_deviates(values)}"
-        part = next((text for part, text in PARTS.items() if part in name.split(".")), "the model")
         others = len({*changed, *kinds}) - 1
-        return (
-            f"iteration {iteration}: {name}, in {part}, {what}{f' ({others} other tensors alike)' if others else ''}. "
-            f"{self._remedy()}"
-        )
+        alike = f" ({others} other tensors alike)" if others else ""
+        return f"iteration {iteration}: {name}, in the {family_of(name)}, {what}{alike}. {self._remedy()}"
 
     def _remedy(self) -> str:
         cause = "a fault of memory or communication (look for ECC and link errors on the machines of these ranks)"

@@ -55,7 +55,7 @@ FAULTS = [
         Case("", 4, layout(2, use_distributed_optimizer=True)),
         "language_model.decoder.layers.0.mlp.linear_fc1.weight",
         (2,),
-        r"iteration 2: language_model.decoder.layers.0.mlp.linear_fc1.weight \(part 1 of 2\), in the language model, "
+        r"iteration 2: language_model.decoder.layers.0.mlp.linear_fc1.weight \(part 1 of 2\), in the decoder layer 0, "
         "is not the same on all ranks of its data-parallel group: ranks 0, 2 do not agree",
         passed=2,
         **SECOND_STEP,
@@ -65,7 +65,7 @@ FAULTS = [
         Case("", 4, layout(2, 2, sequence_parallel=True), family="tied"),
         "language_model.output_layer.weight",
         (2,),
-        r"language_model.embedding, tied to the output layer \(part 1 of 2\), in the language model, is not the same "
+        r"language_model.embedding, tied to the output layer \(part 1 of 2\), in the embedding, is not the same "
         "on all ranks of its embedding group: ranks 0, 2 do not agree",
     ),
     Fault(
@@ -81,8 +81,8 @@ FAULTS = [
         Case("", 4, layout(1, 2, **INTERLEAVED)),
         "language_model.decoder.layers.0.self_attention.linear_qkv.bias",
         (3,),
-        "optimizer.state.exp_avg.language_model.decoder.layers.3.self_attention.linear_qkv.bias, in the language "
-        "model, is not the same on all ranks of its data-parallel group: ranks 2, 3 do not agree",
+        "optimizer.state.exp_avg.language_model.decoder.layers.3.self_attention.linear_qkv.bias, in the decoder "
+        "layer 3, is not the same on all ranks of its data-parallel group: ranks 2, 3 do not agree",
         moment="exp_avg",
     ),
     Fault(

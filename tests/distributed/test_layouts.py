@@ -194,7 +194,9 @@ def train_in_small_buckets(flags: dict, stop_after: int | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "more"), [("finetune", {"vision_lr": 1e-4}), ("pretrain", {})], ids=["finetune", "pretrain"]
+    ("stage", "more"),
+    [("finetune", {"vision_lr": 1e-4}), pytest.param("pretrain", {}, marks=pytest.mark.slow)],
+    ids=["finetune", "pretrain"],
 )
 def test_weights_gathered_late_are_used_and_saved(
     stage: str, more: dict, start: Callable[..., Finished], reference: Callable[[Case], Finished]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import pytest
 
+from examples.acceptance.models import LANGUAGE, VOCABULARY
 from examples.acceptance.parts import COMMON, NEEDS, PARTS, REFERENCES, Machine, Training, with_references
 from ross_mcore import config as options
-from ross_mcore import flags
+from ross_mcore import flags, platform
+from ross_mcore.architecture import LanguageConfig
+
+platform.prepare()
+
+from ross_mcore.training.execution import check_execution  # noqa: E402
 
 TRAININGS = {training.name: training for part in PARTS for training in with_references(part)}
 
@@ -25,13 +32,25 @@ def test_names_are_unique_and_references_exist() -> None:
         assert all(set(reference.needs) <= set(part.needs) for part in PARTS if part.against == reference.name)
 
 
+def language_of(size: str) -> LanguageConfig:
+    shape = {name: value for name, value in LANGUAGE[size].items() if name != "initializer_range"}
+    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    return LanguageConfig("qwen2", head_dim=head_dim, tie_word_embeddings=False, qkv_bias=True, **common, **shape)
+
+
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     return flags.build_parser()
 
 
 @pytest.mark.parametrize("training", TRAININGS.values(), ids=list(TRAININGS))
-def test_flags_are_accepted(training: Training, parser: argparse.ArgumentParser) -> None:
+def test_flags_are_accepted(
+    training: Training, parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there is everything: the libraries are said to be there, nothing of them is called."""
+    monkeypatch.setattr(platform, "fp8_refusal", lambda recipe: None)
+    everything = platform.Libraries(**{field.name: True for field in dataclasses.fields(platform.Libraries)})
     for life in training.lives:
         words = f"{COMMON[training.model]} {training.flags} {life.flags}".split()
         given = vars(parser.parse_args(words))
@@ -41,6 +60,7 @@ def test_flags_are_accepted(training: Training, parser: argparse.ArgumentParser)
         assert life.ranks % degrees == 0
         virtual = 2 if parallel.num_layers_per_virtual_pipeline_stage else 1
         options.check(config, data_parallel_size=life.ranks // degrees, virtual_stages=virtual)
+        check_execution(config, language_of(training.model), everything)
 
 
 def test_what_a_machine_lacks() -> None:

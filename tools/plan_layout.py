@@ -107,6 +107,7 @@ def main() -> int:
     options, rest = parse_arguments()
     from ross_mcore import flags
     from ross_mcore.architecture import ArchitectureError
+    from ross_mcore.checkpoint.convert import ConversionError
     from ross_mcore.checkpoint.manifest import CheckpointError
     from ross_mcore.config import ConfigError, check
     from ross_mcore.parallel.layout import LayoutError, make_layout
@@ -126,7 +127,7 @@ def main() -> int:
             vision_trains=config.optimizer.vision_lr is not None,
         )
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
-    except (ArchitectureError, CheckpointError, ConfigError, LayoutError) as error:
+    except (ArchitectureError, CheckpointError, ConfigError, ConversionError, LayoutError) as error:
         print(f"plan_layout: {error}", file=sys.stderr)
         return 2
     print_plan(config, model, layout, options.tokens or config.data.seq_length)

@@ -69,7 +69,7 @@ def judge(
 
 def is_error(line: str, target: Target) -> bool:
     """Whether a line begins as the errors of a tool do."""
-    return re.match(rf"{Path(target.script).stem}(\.py)?: \S", line) is not None
+    return re.match(rf"({Path(target.script).stem}|pretrain_ross)(\.py)?: \S", line) is not None  # who parses flags
 
 
 def error_message(stderr: str, target: Target) -> str:

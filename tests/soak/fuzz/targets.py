@@ -281,6 +281,21 @@ TARGETS = (
         names_findings=True,
     ),
     Target(
+        "plan_layout: checkpoint",
+        "tools/plan_layout.py",
+        "--world-size 2 --load in/base --config in/run.yaml",
+        ("run.yaml", "base"),
+        _below("in/base/iter_*", ("*.json", "config.json")),
+    ),
+    Target(
+        "plan_layout: parts",
+        "tools/plan_layout.py",
+        "--world-size 2 --language-model in/parts/language_model --vision-model in/parts/siglip_vision_tower "
+        "--pixel-decoder in/parts/pixel_decoder --config in/run.yaml",
+        ("run.yaml", "parts"),
+        _below("in/parts", ("language_model/config.json", "siglip_vision_tower/*.json", "pixel_decoder/config.json")),
+    ),
+    Target(
         "check_parity: parts",
         "tools/check_parity.py",
         "--golden in/recorded --failures-only",

@@ -76,7 +76,6 @@ class Saver:
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
-        run.model.gather_weights()
         whole = sharded_state(run.model, run.optimizer, run.carried, is_loading=False)
         if not weights_are_finite(run.model, run.device):
             raise CheckpointError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -39,10 +40,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="TARGET", help="only targets whose name contains this")
     parser.add_argument("--case", type=int, metavar="K", help="only case number K, and print what the tool said")
     parser.add_argument("--messages", action="store_true", help="print the error of every refused case")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="cases at a time [%(default)s]")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where failures are kept [a temporary folder]")
     options = parser.parse_args(arguments)
-    if options.cases < 1 or options.first < 0:
-        parser.error("--cases is at least 1 and --first not negative")
+    if min(options.cases, options.jobs) < 1 or options.first < 0:
+        parser.error("--cases and --jobs are at least 1 and --first not negative")
     return options
 
 
@@ -64,30 +66,61 @@ def case_numbers(cases: int, first: int, only: str | None, case: int | None) -> 
 
 
 def fuzz(
-    numbers: Iterable[int], seed: int, work: Path, keep: Path, report: Callable[[Result], None] = lambda result: None
+    numbers: Iterable[int],
+    seed: int,
+    work: Path,
+    keep: Path,
+    report: Callable[[Result], None] = lambda result: None,
+    jobs: int = 2,
 ) -> list[Result]:
-    """Makes valid inputs under `work`, runs the cases, moves the folders of failures to `keep`.
+    """Makes valid inputs under `work`, runs the cases in `jobs` processes, moves the folders of failures to `keep`.
 
-    The calling process must have one thread, and the imports of tests/distributed/preload.py behind it.
+    The calling process must have one thread, and the imports of tests/distributed/preload.py behind it. `report` is
+    called with its own results as they come, and with those of the other processes when they have ended.
     """
-    from tests.soak.fuzz.case import run_case
     from tests.soak.fuzz.inputs import make_inputs
 
     make_inputs(work / "valid", work / "inputs")
+    shares = [list(numbers)[job::jobs] for job in range(jobs)]
+    others = []
+    for job, share in list(enumerate(shares))[1:]:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                found = [run_and_keep(number, seed, work, keep, f"case{job}") for number in share]
+                (work / f"results{job}").write_bytes(pickle.dumps(found))
+                status = 0
+            finally:
+                os._exit(status)
+        others.append((child, job))
     results = []
-    for number in numbers:
-        folder = work / "case"
-        result = run_case(number, seed, work / "valid", folder)
-        if result.problems:
-            kept = keep / f"seed{seed}-case{number}"
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir(parents=True)
-            for path in (folder, *(folder.with_suffix(suffix) for suffix in (".out", ".err", ".acts"))):
-                shutil.move(path, kept / path.name)
-            (kept / "about.txt").write_text(describe(result, seed) + "\n", "utf-8", "backslashreplace")
-        results.append(result)
-        report(result)
-    return results
+    for number in shares[0]:
+        results.append(run_and_keep(number, seed, work, keep, "case0"))
+        report(results[-1])
+    for child, job in others:
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError(f"process {job} of the fuzzer itself failed")
+        for result in pickle.loads((work / f"results{job}").read_bytes()):
+            results.append(result)
+            report(result)
+    return sorted(results, key=lambda result: result.number)
+
+
+def run_and_keep(number: int, seed: int, work: Path, keep: Path, name: str) -> Result:
+    """One case in the folder `name` of `work`; what it leaves goes to `keep` if it failed."""
+    from tests.soak.fuzz.case import run_case
+
+    folder = work / name
+    result = run_case(number, seed, work / "valid", folder)
+    if result.problems:
+        kept = keep / f"seed{seed}-case{number}"
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        for path in (folder, *(folder.with_suffix(suffix) for suffix in (".out", ".err", ".acts"))):
+            shutil.move(path, kept / path.name)
+        (kept / "about.txt").write_text(describe(result, seed) + "\n", "utf-8", "backslashreplace")
+    return result
 
 
 def describe(result: Result, seed: int) -> str:
@@ -139,7 +172,7 @@ def main() -> int:
             bar = "#" * (30 * len(done) // len(numbers))
             print(f"\r[{bar:30}] {len(done)}/{len(numbers)}, {failed} failed", end="", file=sys.stderr, flush=True)
 
-        results = fuzz(numbers, options.seed, Path(work), keep, report)
+        results = fuzz(numbers, options.seed, Path(work), keep, report, options.jobs)
         print(file=sys.stderr)
         if options.case is not None:
             print(f"{results[0].what}\nstatus {results[0].status}: {results[0].message}")

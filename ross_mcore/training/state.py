@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
@@ -89,38 +86,12 @@ def read_state(checkpoint: Checkpoint) -> TrainState:
     return state
 
 
-@contextmanager
-def _places_as_collected(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Counts the places of parameters as mcore counts those of the state that it collects for a checkpoint.
-
-    It collects the state of all buckets of a buffer without the padding between them (distrib_optimizer.py:1113), and
-    then looks for every parameter's at its place in the padded buffer (:1479): behind the first padding, everything
-    would be saved under the names of its neighbours. Buckets are padded where sizes are no multiples of 128 or of the
-    data-parallel size, and there are several of them with --overlap-grad-reduce.
-    """
-    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
-    padded = [(buffer, buffer.param_index_map) for part in parts for buffer in getattr(part, "buffers", ())]
-    for buffer, places in padded:
-        before = accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
-        shifts = [start - collected for (start, _), collected in zip(buffer.bucket_indices, before)]
-        buffer.param_index_map = {
-            parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
-            for parameter, (start, end, bucket) in places.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, places in padded:
-            buffer.param_index_map = places
-
-
 def sharded_state(
     model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights, is_loading: bool
 ) -> dict[str, Any]:
     """Model, optimizer and FP8 scales as a checkpoint holds them."""
     weights, groups = model.sharded_weights(), model.first.groups
-    with _places_as_collected(optimizer):
-        moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
     if PLAIN_MASTERS in moments:
         moments[PLAIN_MASTERS] = _named_as_by_the_other_optimizer(moments[PLAIN_MASTERS])
     force_all_tensors_to_non_fp8(weights)  # what --fp8-param-gather keeps, in bf16
@@ -140,7 +111,7 @@ def _named_as_by_the_other_optimizer(groups: list[list[Any]]) -> dict[int, Any]:
     By number, because mcore loses lists without elements, those of a stage that trains nothing of a group, and masters
     behind them would come back as another group's.
     """
-    masters = dict(enumerate(chain.from_iterable(groups)))
+    masters = dict(enumerate(itertools.chain.from_iterable(groups)))
     for master in masters.values():
         master.key = master.key.replace(PLAIN_MASTER_PREFIX, MASTER_PREFIX, 1)
     return masters

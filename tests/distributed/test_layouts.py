@@ -203,11 +203,11 @@ def test_weights_gathered_late_are_used_and_saved(
 ) -> None:
     """A module waits for its own weights, and a checkpoint for all of them, from which a run goes on as from others.
 
-    Saved are the first step and the last, because a save waits for weights that no module has waited for.
+    Saved are the second step and the last, because a save waits for weights that no module has waited for.
     """
     case = Case("", 2, GATHERED, stage=stage, common=tuple(more.items()))
     name = f"gathered_late_{stage}"
-    start(case, name, stop_after=1, rank=train_in_small_buckets, save_interval=None)
+    start(case, name, stop_after=2, rank=train_in_small_buckets, save_interval=None)
     run = start(case, name, rank=train_in_small_buckets, save_interval=None)
     assert [entry["iteration"] for entry in run.metrics] == [1, 2, 3]
     assert_same(run, reference(case), 1e-5)

@@ -213,6 +213,7 @@ def build(
         )
 
     model = ModelChunks(build_chunk(chunk) for chunk in groups.stage.chunks)
+    _count_padding(model)
     if weights is not None:
         load_weights(weights, model, carried or CarriedWeights())
     optimizer = build_optimizer(model, config)
@@ -224,3 +225,16 @@ def build(
         # the interleaved schedule begins the gathers of all stages together; else each begins with its first module
         schedule.param_sync_func = model.start_gathering()
     return model, optimizer
+
+
+def _count_padding(model: ModelChunks) -> None:
+    """Lets mcore count the padding at the end of each bucket when it lists the optimizer's state for a checkpoint.
+
+    It lines the buckets up without (distrib_optimizer.py:1051) and cuts parameters out of them by places that count
+    with it (:1487), so that all after the first padded bucket would be saved as other numbers than they are.
+    """
+    for chunk in model:
+        for buffer in chunk.buffers:  # type: ignore[union-attr]
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()

@@ -82,7 +82,8 @@ def held_by(run: Run) -> list[Held]:
         sharded = getattr(parameter, "tensor_model_parallel", False)
         name = f"{name}{_part_of(run.groups)}" if sharded else name
         found.append(Held(name, parameter, sharded, frozen=not parameter.requires_grad))
-    weights = {held.tensor: held for held in found}
+    # mcore's plain optimizer for bf16 works on masters, which it leaves at the weights
+    weights = {getattr(held.tensor, "main_param", held.tensor): held for held in found}
     for part in run.model.parts:
         found += [Held(name, buffer, sharded=False, frozen=True) for name, buffer in part.named_buffers()]
     for optimizer in run.optimizer.chained_optimizers:
@@ -90,6 +91,8 @@ def held_by(run: Run) -> list[Held]:
             continue
         for parameter, state in optimizer.optimizer.state.items():
             weight = weights[parameter]
+            if parameter is not weight.tensor:
+                found.append(Held(f"optimizer.state.param.{weight.name}", parameter, weight.sharded))
             for name in (name for name, value in state.items() if isinstance(value, Tensor)):
                 found.append(Held(f"optimizer.state.{name}.{weight.name}", state[name], weight.sharded))
     return found

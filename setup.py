@@ -35,7 +35,7 @@ setup(
     extras_require={
         # Apex is not on PyPI: build it from its repository with --cpp_ext and --cuda_ext. It is optional; it brings
         # fused gradient accumulation. Transformer Engine and flash-attn compile against the installed torch and CUDA.
-        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
         # Shards behind URLs (s3://, gs://, https://); fsspec itself comes with torch.
         "remote": ["fsspec[http,s3,gs]"],
         "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff"],

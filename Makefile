@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up on a machine that has Python (3.10 or newer), make and pip.
+# `make demo` and `make test` set everything up on a machine that has Python (3.11 or newer), make and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

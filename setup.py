@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ross_mcore", "ross_mcore.*"]),
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "megatron-core==0.16.1",
         "transformers>=5.23",
         "diffusers>=0.36",

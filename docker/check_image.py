@@ -17,7 +17,7 @@ from pathlib import Path
 HELD = ("torch", "torchvision", "triton", "pytorch-triton", "numpy")
 """Compiled, or what compiled packages were built against. Transformer Engine, flash-attn and Apex are needed by nothing
 that pip installs, so they are not touched."""
-RANGES = {"torch": ">=2.6", "transformer-engine": ">=2.9.0a0,<2.12.0", "flash-attn": ">=2.1.1"}
+RANGES = {"torch": ">=2.7", "transformer-engine": ">=2.9.0a0,<2.12.0", "flash-attn": ">=2.1.1"}
 """Of setup.py, of megatron-core 0.16.1's extra `dev`, and of Transformer Engine 2.9.0."""
 APEX = "fused_weight_gradient_mlp_cuda"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ten minutes on a machine with 1, 2, 4 or 8 GPUs: does everything here work on it, and how fast?
+# On a machine with 1, 2, 4 or 8 GPUs: does everything here work on it, and how fast?
 #
 #   examples/gpu_acceptance.sh                  on the GPUs there are; without any, the CPU form
 #   examples/gpu_acceptance.sh --cpu            the CPU form: gloo, up to 4 ranks, six CPU minutes

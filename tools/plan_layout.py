@@ -5,8 +5,8 @@
       --vision-model siglip-so400m-patch14-384 --config examples/recipes/train_ross/finetune_siglip_qwen2.yaml
 
 All other options are those of pretrain_ross.py. Weights, gradients and optimizer state are counted. Activations are
-estimated from shapes, and load and bubble from operations; only a run tells what they are. Exit status 2: it would be
-refused.
+estimated from shapes, and load and bubble from operations; only a run tells what they are. Exit status 2: layout or
+batch would be refused; what precision and kernels need is looked at when a run starts.
 """
 
 from __future__ import annotations

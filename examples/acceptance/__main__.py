@@ -47,6 +47,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ranks {options.ranks}: at least 1")
     options.parts = [part for part in PARTS if part.name in chosen or part.name in FIRST]
     options.out = options.out.resolve()
+    if options.out.is_dir() and any(options.out.iterdir()) and not (options.out / "report.md").exists():
+        parser.error(f"--out {options.out}: it holds something else; give an empty folder or a new one")
     return options
 
 

@@ -65,10 +65,14 @@ class Runner:
                     results.append(Result(training.name, FAIL, _named(error)))
         except Exception as error:
             status, why, said = FAIL, _named(error), getattr(error, "said", "")
+        compared = [result for result in results if result.name != part.against]
+        skipped = [result for result in compared if result.status == SKIP]
         if failed := [result.name for result in results if result.status == FAIL]:
             status, why = FAIL, "; ".join(failed)
-        elif results and all(result.status == SKIP for result in results):
-            status, why = SKIP, results[0].why
+        elif skipped and len(skipped) == len(compared):
+            status, why = SKIP, skipped[0].why
+        elif skipped:
+            why = f"{len(skipped)} of {len(compared)} were skipped: {skipped[0].why}"
         return Outcome(part, status, why, results, said, time.monotonic() - began)
 
     def command(self, text: str, name: str, part: Part, environment: Mapping[str, str] = FP32_EXACTLY) -> str:

@@ -27,6 +27,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -219,7 +220,8 @@ def _read_block(view: IO[bytes], shape: Sequence[int], starts: Sequence[int], ta
     whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
     Raises ValueError, or whatever torch.load does, for a damaged piece.
     """
-    piece = torch.load(view, map_location="meta", weights_only=True)  # all but the content
+    with FakeTensorMode():  # all but the content; map_location="meta" does not say everywhere where that lies
+        piece = torch.load(view, weights_only=True)
     if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
         found = list(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
         raise ValueError(f"a piece is {found}, expected {list(shape)}")

@@ -324,6 +324,8 @@ class StepLoader:
     def _substitute(self, step: Step, position: int, sample: int, reasons: dict[int, str]) -> int:
         """Notes that `sample` is bad; the number of the next one to try in the place of the planned one."""
         entry = step.quarantined.setdefault(position, Quarantined(position, sample, reasons[position]))
+        if entry.reason == ASKED_FOR != reasons[position]:  # so that it is counted
+            entry.reason = f"{ASKED_FOR}, and what stood in for it is bad: {reasons[position]}"
         room = self._room(np.array([entry.sample]))[0]
         while entry.attempts < self.attempts:
             entry.replacement = substitute(

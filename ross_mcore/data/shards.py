@@ -21,6 +21,8 @@ parses a tar at training time: a member is one `pread` at (shard, offset, size),
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
 import os
 import stat
@@ -212,12 +214,11 @@ class ShardReader:
 
     def find(self, keys: Iterable[str]) -> dict[str, list[int]]:
         """The numbers of the samples with each of these keys: more than one when shards share keys."""
-        known = b"\n" + self._keys.tobytes()  # so that a place of a match is a key's own offset
-        found: dict[str, list[int]] = {}
-        for key in keys:
-            wanted, numbers, place = f"\n{key}\n".encode(), found.setdefault(key, []), -1
-            while (place := known.find(wanted, place + 1)) >= 0:
-                numbers.append(int(np.searchsorted(self.samples["key_offset"], place)))
+        found: dict[str, list[int]] = {key: [] for key in keys}
+        wanted = {f"{key}\n".encode(): numbers for key, numbers in found.items()}
+        for number, line in enumerate(itertools.islice(io.BytesIO(self._keys.tobytes()), len(self))):
+            if line in wanted:
+                wanted[line].append(number)
         return found
 
     def shard_name(self, shard: int) -> str:

@@ -138,9 +138,9 @@ class RossModel(MegatronModule):
 
     def _embed(self, batch: Batch) -> Tensor:
         """Token embeddings with image features spliced in, [T, 1, D] or this rank's part of it."""
-        embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None)
         # tower and projector also run without images: then their gradients are zero, not missing
-        projected = self.vision_projection(self._features(batch, embeddings.dtype))
+        projected = self.vision_projection(self._features(batch, self.config.params_dtype))
+        embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None)
         projected = split.gather_shares(projected, batch.num_images, self.groups.tensor)
         embeddings = image_tokens.splice(embeddings, projected, batch.image_starts)
         if self.config.sequence_parallel:

@@ -5,6 +5,8 @@ Legend: J images, H W pixels, N patches of an image, D width of the tower.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -99,9 +101,13 @@ def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
     else:
         from transformers.models.siglip.configuration_siglip import SiglipVisionConfig as Config
         from transformers.models.siglip.modeling_siglip import SiglipVisionModel as Model
+    from transformers.utils import is_flash_attn_2_available
+
     fields = {name: value for name, value in config.huggingface.items() if name in VISION_KEYS}
     try:
-        attention = attention_of(dtype, platform.libraries())
+        installed = platform.libraries()  # and transformers refuses a flash-attn that is too old or does not load
+        usable = replace(installed, flash_attention=installed.flash_attention and is_flash_attn_2_available())
+        attention = attention_of(dtype, usable)
         return Model(Config(**fields | {"attn_implementation": attention, "dtype": dtype})).to(dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ArchitectureError(

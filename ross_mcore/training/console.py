@@ -106,12 +106,13 @@ class Console:
             self.log.text("options", "\n".join(f"    {k}: {v}" for k, v in self.config.flat().items()))
 
     def step(self, metrics: StepMetrics, row_tokens: int) -> None:
-        """One iteration, of `row_tokens` that are not padding."""
-        self._window.append((metrics, row_tokens))
+        """One iteration, of `row_tokens` that are not padding; without any, nothing was computed."""
+        if row_tokens:
+            self._window.append((metrics, row_tokens))
         self.skipped += metrics.skipped_samples
         self.ignored += metrics.ignored_samples
         last = metrics.iteration == self.train_iters
-        if metrics.iteration % self.config.logging.log_interval and not last:
+        if not self._window or (metrics.iteration % self.config.logging.log_interval and not last):
             return
         count = len(self._window)
         seconds = sum(m.step_seconds for m, _ in self._window)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,21 +59,26 @@ class Diagnosis:
         return ", ".join(found)
 
 
-def weights_are_finite(model: ModelChunks, device: torch.device) -> bool:
-    """Whether all weights on all ranks are. Collective; reads every weight once."""
-    weights = [weight.detach() for weight in model.parameters() if _is_plain(weight)]
+def all_finite(model: ModelChunks, device: torch.device, figures: Iterable[float] = ()) -> bool:
+    """Whether all weights on all ranks are finite, and `figures`, of which each rank has its own.
+
+    Collective, and the same on every rank, even where ranks that should have the same figures have not. Reads every
+    weight once; of one kept in FP8, which has no infinity to go to, this rank's part of its master.
+    """
+    kept = (weight if _is_plain(weight) else getattr(weight, "main_param", None) for weight in model.parameters())
+    weights = [weight.detach() for weight in kept if weight is not None and weight.numel()]
     largest = torch._foreach_norm(weights, math.inf) if weights else []
-    bad = float(bool(largest) and not torch.stack([norm.float() for norm in largest]).isfinite().all())
-    return sum_over_ranks([bad], device) == [0.0]
+    bad = bool(largest) and not torch.stack([norm.float() for norm in largest]).isfinite().all()
+    return sum_over_ranks([float(bad or not all(map(math.isfinite, figures)))], device) == [0.0]
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is kept as the numbers that it stands for: not one in FP8, which has no infinity to go to."""
-    return type(weight.data) is Tensor and weight.is_floating_point() and weight.numel() > 0
+    """Whether a weight is kept as the numbers that it stands for."""
+    return type(weight.data) is Tensor and weight.is_floating_point()
 
 
 def diagnose(model: ModelChunks) -> Diagnosis:
-    """Looks at the weights and reduced gradients of all ranks. Collective, and slower than `weights_are_finite`."""
+    """Looks at the weights and reduced gradients of all ranks. Collective, and slower than `all_finite`."""
     weights, gradients = [], []
     for name, weight in model.named_weights():
         if _is_plain(weight) and not weight.detach().isfinite().all():

@@ -20,7 +20,7 @@ from ross_mcore.data.tokenizer import TokenizerError
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import RankError
 from ross_mcore.parallel.layout import LayoutError
-from ross_mcore.training.diagnosis import diagnose, weights_are_finite
+from ross_mcore.training.diagnosis import all_finite, diagnose
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.incidents import INCIDENTS_FILE, Incident, samples_behind
 from ross_mcore.training.metrics import LogError, StepMetrics
@@ -156,6 +156,7 @@ def _take_step(run: Run, state: TrainState, report: Report, asked: Asked) -> _Ta
     after = replace(state, iteration=state.iteration + 1, data=step.cursor)
     if run.config.training.skips(after.iteration):
         unknown, seconds = Losses(math.nan, math.nan), time.perf_counter() - began
+        size = replace(size, label_tokens=0, images=0, row_tokens=0)  # nothing of it is computed
         return _TakenStep(after, step, size, [], unknown, math.nan, rate, False, True, [], seconds, data_seconds)
 
     size = replace_bad_samples(step, size, run.loader, run.groups, run.row_multiple, run.device)
@@ -167,7 +168,7 @@ def _take_step(run: Run, state: TrainState, report: Report, asked: Asked) -> _Ta
 
     set_hyperparameters(run.optimizer, state.iteration, run.train_iters, run.config.optimizer)
     losses, norm, parts = _compute_gradients(run, step, size)
-    applied = math.isfinite(losses.loss) and math.isfinite(norm) and weights_are_finite(run.model, run.device)
+    applied = all_finite(run.model, run.device, (losses.loss, norm))
     if applied:
         at("optimizer step")
         apply_gradients(run.optimizer, norm, run.config.optimizer.clip_grad)

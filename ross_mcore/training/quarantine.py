@@ -88,7 +88,7 @@ class QuarantineLog:
         if not self._reasons:
             return None
         counts = ", ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(5))
-        return f"{self._reasons.total()} bad samples were replaced: {counts}; all of them are in {self.path}"
+        return f"{self._reasons.total()} samples were replaced: {counts}; all of them are in {self.path}"
 
 
 def kind(reason: str) -> str:

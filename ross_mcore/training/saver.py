@@ -10,7 +10,8 @@ from typing import Any
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.manifest import CheckpointError
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
-from ross_mcore.training.diagnosis import weights_are_finite
+from ross_mcore.training.diagnosis import all_finite
+from ross_mcore.training.incidents import INCIDENTS_FILE
 from ross_mcore.training.run import Run
 from ross_mcore.training.state import TrainState, sharded_state
 
@@ -77,9 +78,11 @@ class Saver:
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
         whole = sharded_state(run.model, run.optimizer, run.carried, is_loading=False)
-        if not weights_are_finite(run.model, run.device):
+        if not all_finite(run.model, run.device):
             raise CheckpointError(
-                f"the weights after iteration {state.iteration} are not finite, and no run could go on from them"
+                f"the weights after iteration {state.iteration} are not finite. Checkpoints before it are intact: go "
+                f"on from one of them with a lower --lr, or leave out what {run.save_folder / INCIDENTS_FILE} names "
+                "(--skip-samples, --skip-iterations)"
             )
         destination = Destination(
             run.save_folder,
@@ -101,10 +104,10 @@ class Saver:
             self._failures += 1
             steps = min(2 ** (self._failures - 1), MOST_STEPS_TO_RETRY)
             self._retry_at = iteration + steps
-            self._say(
-                f"warning: a checkpoint could not be saved: {error}. Training goes on, older checkpoints are intact; "
-                f"it is tried again after iteration {self._retry_at}"
-            )
+            then = "it is tried once more"
+            if iteration < self._run.train_iters:
+                then = f"training goes on, and it is tried again after iteration {self._retry_at}"
+            self._say(f"warning: a checkpoint could not be saved: {error}. Older checkpoints are intact; {then}")
             return
         if isinstance(found, RunningSave):
             self._running = found

@@ -47,7 +47,7 @@ def _rank(
         raise
 
 
-def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:
+def run_ranks(function: Callable[..., None], world: int, *arguments: Any, limit_seconds: float = LIMIT_SECONDS) -> None:
     """Runs `function(*arguments)` on `world` ranks; fails the test with every rank's traceback, or when ranks hang."""
     context = multiprocessing.get_context("forkserver")
     errors, place = context.SimpleQueue(), meeting_place()
@@ -58,12 +58,12 @@ def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> Non
         join=False,
         start_method="forkserver",
     )
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + limit_seconds
     try:
         while not processes.join(timeout=0.2):
             if time.monotonic() > deadline:
                 alive = [i for i, process in enumerate(processes.processes) if process.is_alive()]
-                pytest.fail(f"ranks {alive} of {world} still run after {LIMIT_SECONDS} s", pytrace=False)
+                pytest.fail(f"ranks {alive} of {world} still run after {limit_seconds} s", pytrace=False)
     except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
         found = []
         while not errors.empty():

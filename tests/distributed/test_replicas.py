@@ -160,7 +160,7 @@ def test_a_wrong_bit_ends_the_run_on_all_ranks_and_is_named(
         (fault, options(fault.case, fault.name, save_interval=fault.iteration or 1, **fault.flags)) for fault in FAULTS
     ]
     jobs.append((None, options(SOUND, "sound", save_interval=None, check_replicas_interval=1)))
-    run_ranks(train_one_after_another, 4, jobs, str(tmp_path))
+    run_ranks(train_one_after_another, 4, jobs, str(tmp_path), limit_seconds=240)
     ends = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
     for number, fault in enumerate(FAULTS):
         assert [end[number][::2] for end in ends] == [[2, fault.passed]] * 4, (fault.name, ends)

@@ -31,19 +31,24 @@ def test_two_ranks_pass_and_the_report_says_so(tmp_path: Path) -> None:
     }
     far = re.findall(r"^\| ([^|]+) \| \*\*PASS\*\* \| (\d\.\de-\d\d) \|", page, re.MULTILINE)
     assert len(far) == 5 and all(0 < float(difference) <= 1e-5 for _, difference in far), far
-    assert "needs 4 ranks, there are 2" in page and "make test-te" in page
+    assert "## Speed and memory" in page and "needs 4 ranks, there are 2" in page and "make test-te" in page
     assert (tmp_path / "lm_loss.svg").exists() and (tmp_path / "vm_loss.svg").exists()
 
 
 def test_ctrl_c_leaves_the_report_so_far(tmp_path: Path) -> None:
     command = [str(SCRIPT), "--cpu", "--out", str(tmp_path)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "logs" / "environment.log").exists():  # its first command runs
-        assert started.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    started.send_signal(signal.SIGINT)
-    said = started.communicate(timeout=60)[0]
+    # a shell without job control starts what is in its background without SIGINT
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, **heard)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "logs" / "environment.log").exists():  # its first command runs
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        said = started.communicate(timeout=60)[0]
+    finally:
+        started.kill()
     assert started.returncode == 130, said
     assert "**Not complete**: it was interrupted." in (tmp_path / "report.md").read_text()
 

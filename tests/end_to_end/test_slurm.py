@@ -22,7 +22,7 @@ from tests.distributed.conftest import base, shards, workplace  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
-JOB = "4711"
+JOB = str(os.getpid())  # the port of the rendezvous follows from it
 LIMIT_SECONDS = 240
 STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do [[ $1 == *=* ]] || shift; shift; done; echo $$ > "$STEP"; exec "$@"\n',

@@ -59,6 +59,22 @@ def test_curves() -> None:
     assert [line.attrib["points"] for line in lines] == ["44.0,44.0 596.0,256.0", "44.0,256.0 596.0,150.0"]
 
 
+def test_a_part_that_compared_nothing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that compared a part of its table says so; what it compares with does not count."""
+    states = {"one": "PASS", "two": "SKIP", "three": "PASS"}
+    monkeypatch.setattr(
+        Runner, "_judged", lambda self, training, part: Result(training.name, states[training.name], "why")
+    )
+    runner = Runner(tmp_path, Machine(False, 1), {})
+    for names, status, why in (
+        (("one", "two"), "SKIP", "why"),
+        (("one", "two", "three"), "PASS", "1 of 2 were skipped: why"),
+    ):
+        part = Part("layouts", "", trainings=tuple(Training(name, ()) for name in names), against="one")
+        outcome = runner.run(part)
+        assert (outcome.status, outcome.why) == (status, why)
+
+
 def test_a_failed_command_ends_its_part_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "runs" / "old").mkdir(parents=True)
     runner = Runner(tmp_path, Machine(False, 1, {"gpu": "needs a CUDA GPU"}), {"WORD": "hello"})

@@ -51,4 +51,4 @@ def test_a_restart_drops_what_it_will_find_again_and_counts_the_rest(tmp_path: P
     assert list(lines[0]) == ["iteration", "position", "shard", "key", "reason", "replaced_by"]
     summary = log.summary()
     assert summary is not None and str(log.path) in summary
-    assert "5 bad samples were replaced: 3 x undecodable, 2 x the record is not JSON;" in summary
+    assert "5 samples were replaced: 3 x undecodable, 2 x the record is not JSON;" in summary

@@ -15,6 +15,9 @@ class ConfigError(ValueError):
     """Options that cannot work; the message names the flag and the remedy."""
 
 
+MOST_WORKERS = 128
+
+
 def _positive(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
@@ -179,6 +182,10 @@ class DataOptions:
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample", "data_cache_bytes")
         _not_negative(self, "num_workers", "max_bad_fraction")
+        if self.num_workers > MOST_WORKERS:
+            raise ConfigError(
+                f"--num-workers {self.num_workers} is more than {MOST_WORKERS} processes a rank; lower it"
+            )
 
 
 @dataclass(frozen=True)

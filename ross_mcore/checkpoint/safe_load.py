@@ -66,7 +66,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
-            raise CheckpointError(f"it mentions {module}.{name}, which a checkpoint has no use for: refused")
+            raise CheckpointError(
+                f"it mentions {shown(f'{module}.{name}')}, which a checkpoint has no use for: refused"
+            )
         return getattr(importlib.import_module(module), name)
 
     def load_build(self) -> None:
@@ -155,7 +157,7 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: {_why(error)}; copy the file again, or have it saved again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} is not a dictionary of tensors; have it saved again")
+        raise CheckpointError(f"{path} is not a dictionary of tensors; save it again")
     for name, tensor in state.items():
         if not (_is_stored(tensor) and tensor.is_floating_point()):
             raise CheckpointError(

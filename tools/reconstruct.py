@@ -26,7 +26,7 @@ def main() -> int:
         parser.error("--steps must be between 1 and 1000")
     missing = [str(path) for path in options.image if not path.is_file()]
     if missing:
-        parser.error(f"--image: no such file: {', '.join(missing)}")
+        parser.error(f"--image: no such file: {', '.join(missing)}; give PNG, JPEG or WebP files")
 
     from ross_mcore import platform
 

@@ -225,7 +225,7 @@ def _read_block(view: IO[bytes], shape: Sequence[int], starts: Sequence[int], ta
     with FakeTensorMode():  # all but the content; map_location="meta" does not say everywhere where that lies
         piece = torch.load(view, weights_only=True)
     if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
-        found = list(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
+        found = f"of shape {list(piece.shape)}" if isinstance(piece, Tensor) else "no tensor"
         raise ValueError(f"a piece is {found}, expected {list(shape)}")
     begin = getattr(piece.untyped_storage(), "_checkpoint_offset", None)
     if begin is None or not piece.is_contiguous():

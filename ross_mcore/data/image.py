@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ross_mcore.architecture import ArchitectureError, VisionConfig
 from ross_mcore.batch import normalised_pixels
+from ross_mcore.checked import reason
 
 ImageAspectRatio = Literal["square", "pad"]
 
@@ -58,7 +59,7 @@ def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.I
     except Image.DecompressionBombError:
         raise ImageError("too large in pixels") from None
     except Exception as error:  # a hostile file can raise anything out of a decoder
-        raise ImageError(f"undecodable: {type(error).__name__}: {error}"[:200]) from None
+        raise ImageError(f"undecodable: {reason(error)}") from None
 
 
 @dataclass(frozen=True)

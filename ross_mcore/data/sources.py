@@ -98,7 +98,9 @@ def _entries(path: Path) -> list[Any]:
     if isinstance(content, dict):
         for key in content:
             if key != "datasets":
-                raise ShardError(f"{path}: unknown key {checked.shown(key)}{_hint(key, ['datasets'])}")
+                raise ShardError(
+                    f"{path}: unknown key {checked.shown(key)}, only `datasets` is read{_hint(key, ['datasets'])}"
+                )
         content = content.get("datasets")
     if not isinstance(content, list) or not content:
         raise ShardError(f"{path}: expected a list of data sets, each with a `path`, alone or under `datasets:`")
@@ -112,7 +114,9 @@ def _source(file: Path, number: int, entry: Any) -> Source:
         raise ShardError(f"{where}: expected keys and values ({', '.join(known)}), got {checked.shown(entry)}")
     for key in entry:
         if key not in known:
-            raise ShardError(f"{where}: unknown key {checked.shown(key)}{_hint(key, known)}")
+            raise ShardError(
+                f"{where}: unknown key {checked.shown(key)}, only {', '.join(known)} are read{_hint(key, known)}"
+            )
     for key in ("path", "name"):
         value = entry.get(key)
         if (value is not None or key == "path") and (not isinstance(value, str) or not value.strip()):

@@ -91,7 +91,9 @@ class Golden:
         self.read: dict[str, None] = {}
         """Names of the files that were read, in order."""
         if not any(self.folder.glob("*.safetensors")) and not self.models:
-            raise GoldenError(f"{self.folder} holds no recorded values: no model_*/ and no *.safetensors")
+            raise GoldenError(
+                f"{self.folder} holds no recorded values: no model_*/ and no *.safetensors; give another folder"
+            )
 
     def tensors(self, name: str) -> tuple[Tensors, dict[str, str]]:
         """(tensors, metadata); what was stored in float16 without loss comes back as float32."""

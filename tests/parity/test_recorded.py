@@ -167,7 +167,7 @@ def test_a_damaged_folder_and_a_wrong_layout_are_one_line(tmp_path: Path) -> Non
     for name in ("components", "model_llama_clip"):
         shutil.copytree(GOLDEN / name, tmp_path / name, ignore=shutil.ignore_patterns("train20*"))
     oracle = tmp_path / "model_llama_clip" / "oracle.json"
-    for text, said in ((None, "has no"), ("{", "cannot be read"), ("[]", "holds a list, expected a dict")):
+    for text, said in ((None, "has no"), ("{", "cannot be read"), ("[]", "holds [], expected a mapping")):
         if text is None:
             oracle.unlink()
         else:

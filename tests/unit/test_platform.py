@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 
-import torch
-
 from ross_mcore import platform
 
 MIB = 1 << 20
@@ -13,7 +11,7 @@ MIB = 1 << 20
 
 def hold_and_let_go(say: multiprocessing.connection.Connection) -> None:
     before = platform.peak_memory_bytes()
-    held = torch.ones(256 * MIB, dtype=torch.uint8)
+    held = b"1" * (256 * MIB)  # nothing that takes threads, of which a forked process has none
     risen = platform.peak_memory_bytes()
     del held
     say.send((before, risen, platform.peak_memory_bytes()))

@@ -23,8 +23,8 @@ RAW = re.compile(
 """What belongs to the program's inside and says nothing to who handed over a file."""
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^Exception ignored in|^terminate called", re.MULTILINE)
 REMEDY = re.compile(
-    r"\b(copy|save|saved|make|made|give|index|train|mend|move|remove|delete|choose|say|use|expected|did you mean|see|start"
-    r"|convert|lower|raise|put|take|set|reads?|is read|are read|must|needs?|only|at most|implemented|argument)\b"
+    r"\b(copy|save|saved|make|made|give|index|train|mend|move|remove|delete|choose|say|use|expected|did you mean|see"
+    r"|start|convert|lower|raise|put|take|set|reads?|is read|are read|must|needs?|only|at most|implemented|argument)\b"
     r"|--help",
     re.IGNORECASE,
 )

@@ -148,8 +148,8 @@ def test_damaged_tensor_file_is_named(stored: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (torch.arange(6.0), r"a piece is \[6\], expected \[2, 3\]"),
-        ({"a": torch.arange(6.0).view(2, 3)}, r"a piece is dict, expected \[2, 3\]"),
+        (torch.arange(6.0), r"a piece is of shape \[6\], expected \[2, 3\]"),
+        ({"a": torch.arange(6.0).view(2, 3)}, r"a piece is no tensor, expected \[2, 3\]"),
         (torch.arange(6.0).view(3, 2).t(), "not stored as it lies in memory"),
         (torch.arange(6.0).expand(2, 2, 6)[0, :, :3], "not stored as it lies in memory"),
     ],

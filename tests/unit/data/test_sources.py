@@ -51,9 +51,9 @@ def test_a_yaml_lists_data_sets_from_its_own_folder(write: Callable[[str], Path]
     [
         ("", "expected a list of data sets"),
         ("datasets: []", "expected a list of data sets"),
-        ("dataset: []", "unknown key 'dataset'; did you mean datasets?"),
+        ("dataset: []", "unknown key 'dataset', only `datasets` is read; did you mean datasets?"),
         ("- a", "data set 1: expected keys and values .path, name, weight, .* got 'a'"),
-        ("- {path: a}\n- {path: b, wieght: 1}", "data set 2: unknown key 'wieght'; did you mean weight?"),
+        ("- {path: a}\n- {path: b, wieght: 1}", "data set 2: unknown key 'wieght', only path, .* did you mean weight?"),
         ("- {weight: 1}", "data set 1: path must be text, got None"),
         ("- {path: a, name: 3}", "data set 1: name must be text, got 3"),
         ("- {path: missing}", "data set 'missing': path 'missing' is no folder"),

@@ -27,7 +27,6 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -222,14 +221,14 @@ def _read_block(view: IO[bytes], shape: Sequence[int], starts: Sequence[int], ta
     whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
     Raises ValueError, or whatever torch.load does, for a damaged piece.
     """
-    with FakeTensorMode():  # all but the content; map_location="meta" does not say everywhere where that lies
-        piece = torch.load(view, weights_only=True)
+    piece = torch.load(view, map_location="meta", weights_only=True)  # all but the content
     if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
         found = f"of shape {list(piece.shape)}" if isinstance(piece, Tensor) else "no tensor"
         raise ValueError(f"a piece is {found}, expected {list(shape)}")
-    begin = getattr(piece.untyped_storage(), "_checkpoint_offset", None)
-    if begin is None or not piece.is_contiguous():
+    if not piece.is_contiguous():
         raise ValueError("a piece is not stored as it lies in memory")
+    view.seek(0)
+    begin = torch._C.PyTorchFileReader(view).get_record_offset("data/0")  # of its only storage, as torch.load finds it
     row = math.prod(shape[1:]) * piece.itemsize
     first, rows = (starts[0], target.shape[0]) if target.dim() else (0, 1)
     straight = (

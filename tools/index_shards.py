@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.out is None:
         folder = Path(options.data_path[0])
         if len(options.data_path) > 1 or not folder.is_dir():
-            parser.error("--out is needed unless --data-path is one local folder")
+            parser.error("give --out, which is needed unless --data-path is one local folder")
         options.out = folder
     return options
 

@@ -128,7 +128,7 @@ def main() -> int:
         )
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
     except (ArchitectureError, CheckpointError, ConfigError, ConversionError, LayoutError) as error:
-        print(f"plan_layout: {error}", file=sys.stderr)
+        print(f"plan_layout: {error}; see --help", file=sys.stderr)
         return 2
     print_plan(config, model, layout, options.tokens or config.data.seq_length)
     return 0

@@ -23,6 +23,7 @@ from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.continuity import changeable_options, continued, refuse_other_model
+from ross_mcore.training.diagnosis import all_finite, diagnose
 from ross_mcore.training.execution import row_multiple
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.start import (
@@ -96,6 +97,8 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     model, optimizer = build(config, model_config, groups, weights, precomputed, blank, carried)
     if resume:
         restore(start, model, optimizer, carried)
+    if not all_finite(model, platform.device()):
+        raise CheckpointError(f"{start.path} cannot be trained from: its {diagnose(model)}; take another checkpoint")
     try:
         loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state, skipped))
     except ValueError as error:  # of the place in the data, which every rank reads from the same file

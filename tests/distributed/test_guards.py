@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from ross_mcore.checkpoint.safe_load import _view, read_metadata
 from ross_mcore.data.shards import ShardReader
 from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
-from tests.distributed.conftest import Finished, train_one_rank
+from tests.distributed.conftest import Finished, run_options, train_one_rank
+from tests.distributed.harness import run_ranks
 
 SPOILT = {
     3: ("language_model.decoder.layers.2.mlp.linear_fc1.weight", "decoder layer 2"),
@@ -68,6 +74,32 @@ def test_a_broken_weight_is_found_before_it_does_harm(case: Case, start: Callabl
     assert "lm_loss nan" in found[0]["reason"] and "gradients are not from the denoiser (" in found[0]["reason"]
     if case.name == "tp2xpp2":  # there the broken row is that of a token that nobody uses
         assert run.metrics[6]["lm_loss"] > 0 and run.metrics[6]["grad_norm"] > 0, "losses show nothing"
+
+
+def start_from(flags: dict[str, Any]) -> None:
+    from ross_mcore.config import Config
+    from ross_mcore.training.loop import train
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = train(Config.from_flat(**flags))
+    if status != 2 or "weights are not finite from the projector (vision_projection.0.bias) on" not in said.getvalue():
+        raise SystemExit(f"status {status}: {said.getvalue()}")
+
+
+def test_no_run_starts_from_weights_that_are_not_finite(
+    base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(base("qwen2_siglip"), tmp_path / "base")
+    folder = next((tmp_path / "base").glob("iter_*"))
+    metadata = read_metadata(folder)
+    (place,) = (at for index, at in metadata.storage_data.items() if index.fqn == "vision_projection.0.bias")
+    with (folder / place.relative_path).open("r+b") as stream:
+        begin = torch._C.PyTorchFileReader(_view(stream, place)).get_record_offset("data/0")
+        stream.seek(place.offset + begin)
+        stream.write(struct.pack("<f", float("nan")))
+    flags = run_options(Case("", 1), tmp_path / "run", base, shards, load=str(tmp_path / "base"), verify=False)
+    run_ranks(start_from, 1, flags)
 
 
 def train_with_odd_samples(flags: dict[str, Any], stop_after: int | None) -> None:

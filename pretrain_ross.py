@@ -1,5 +1,8 @@
 """Train a ROSS model: `torchrun --nproc-per-node N pretrain_ross.py --help`."""
 
+import os
+import sys
+
 from ross_mcore.flags import parse
 
 
@@ -15,4 +18,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    if status:  # at once: torch's threads may abort a process whose interpreter ends under them, with a status of theirs
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -19,7 +19,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = main()
-    if status:  # at once: torch's threads may abort a process whose interpreter ends under them, with a status of theirs
+    if status:  # at once: now and then, torch's threads abort a process whose interpreter ends under them
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

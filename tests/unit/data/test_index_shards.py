@@ -637,7 +637,7 @@ def test_the_tool_says_what_it_did(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data-path", "nowhere"], "--out is needed"),
+        (["--data-path", "nowhere"], "give --out"),
         (["--data-path", "nowhere", "--out", "{out}"], "nowhere names no tar"),
         (["--data-path", "*.rat", "--out", "{out}"], "names no tar"),
         (["--data-path", "{out}", "--template", "plain"], "come together"),

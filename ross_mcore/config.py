@@ -6,7 +6,7 @@ One field is one flag, and the text under a field is the flag's help (see flags.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ross_mcore.architecture import ModelConfig
 
@@ -377,6 +377,26 @@ class Config:
     def use_distributed_optimizer(self) -> bool:
         chosen = self.parallel.use_distributed_optimizer
         return self.execution.bf16 if chosen is None else chosen
+
+    @property
+    def llm_trains(self) -> bool:
+        return self.training.training_stage == "finetune"
+
+    @property
+    def vision_trains(self) -> bool:
+        return self.optimizer.vision_lr is not None
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """What decides where things are, as parallel/layout.py:make_layout takes it."""
+        return {
+            "tensor_parallel": self.parallel.tensor_model_parallel_size,
+            "pipeline_parallel": self.parallel.pipeline_model_parallel_size,
+            "pipeline_layout": self.parallel.pipeline_layout,
+            "layers_per_virtual_stage": self.parallel.num_layers_per_virtual_pipeline_stage,
+            "llm_trains": self.llm_trains,
+            "vision_trains": self.vision_trains,
+        }
 
     def template(self, model: ModelConfig) -> str:
         """The conversation template, by default that of the stage and the language model's family."""

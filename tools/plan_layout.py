@@ -66,7 +66,7 @@ def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int) 
     from ross_mcore.parallel.layout import stage_extra_costs
     from ross_mcore.parallel.memory import Plan, bubble, stage_memory
 
-    llm_trains, vision_trains = config.training.training_stage == "finetune", config.optimizer.vision_lr is not None
+    llm_trains, vision_trains = config.llm_trains, config.vision_trains
     rows = layout.data_parallel * config.training.micro_batch_size
     batch = config.training.global_batch_size or rows
     plan = Plan(
@@ -113,19 +113,9 @@ def main() -> int:
     from ross_mcore.parallel.layout import LayoutError, make_layout
 
     config = flags.parse(rest, complete=False)
-    parallel = config.parallel
     try:
         model = read_model(options, config.checkpoint.load)
-        layout = make_layout(
-            model,
-            world_size=options.world_size,
-            tensor_parallel=parallel.tensor_model_parallel_size,
-            pipeline_parallel=parallel.pipeline_model_parallel_size,
-            pipeline_layout=parallel.pipeline_layout,
-            layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
-            llm_trains=config.training.training_stage == "finetune",
-            vision_trains=config.optimizer.vision_lr is not None,
-        )
+        layout = make_layout(model, world_size=options.world_size, **config.placement)
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
     except (ArchitectureError, CheckpointError, ConfigError, ConversionError, LayoutError) as error:
         print(f"plan_layout: {error}; see --help", file=sys.stderr)

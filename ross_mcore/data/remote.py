@@ -125,6 +125,8 @@ class ShardCache:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe is not waited for
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise RemoteError(f"{path} cannot be read: {error.strerror}; give another --data-cache-dir") from None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != size:  # somebody wrote into it

@@ -40,7 +40,15 @@ class GoldenError(ValueError):
     """A folder that does not hold recorded values; the message names the file."""
 
 
-KNOWN = (*(ArchitectureError, CheckpointError, ConfigError, ConversionError, GoldenError, LayoutError, TokenizerError),)
+KNOWN = (
+    ArchitectureError,
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    GoldenError,
+    LayoutError,
+    TokenizerError,
+)
 """What is said in words already; what tools/check_parity.py ends with."""
 MOST_NAMED = 6
 

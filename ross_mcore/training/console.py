@@ -127,8 +127,8 @@ class Console:
         flops = rows * step_flops(
             forward_flops(self.model_config, tokens / rows, labels / rows, images / rows, self.precomputed),
             self.model_config.language.num_hidden_layers,
-            llm_trains=self.config.training.training_stage == "finetune",
-            vision_trains=self.config.optimizer.vision_lr is not None,
+            llm_trains=self.config.llm_trains,
+            vision_trains=self.config.vision_trains,
         )
         devices = torch.distributed.get_world_size()
         remaining = (self.train_iters - metrics.iteration) * seconds / count

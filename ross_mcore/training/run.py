@@ -151,7 +151,7 @@ def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, tr
         max_images_per_sample=config.data.max_images_per_sample,
         max_tokens_per_sample=config.data.max_tokens_per_sample,
         supervise_final_eos=config.data.supervise_final_eos,
-        vision_trains=config.optimizer.vision_lr is not None,
+        vision_trains=config.vision_trains,
         options=changeable_options(config, train_iters),
     )
 

@@ -64,18 +64,8 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
 
 def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = NOTHING_PRECOMPUTED) -> Layout:
     """The layout of this run, after every check that needs nothing built."""
-    parallel = config.parallel
-    layout = make_layout(
-        model_config,
-        world_size=torch.distributed.get_world_size(),
-        tensor_parallel=parallel.tensor_model_parallel_size,
-        pipeline_parallel=parallel.pipeline_model_parallel_size,
-        pipeline_layout=parallel.pipeline_layout,
-        layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
-        llm_trains=config.training.training_stage == "finetune",
-        vision_trains=config.optimizer.vision_lr is not None,
-        precomputed=precomputed,
-    )
+    world_size = torch.distributed.get_world_size()
+    layout = make_layout(model_config, world_size=world_size, precomputed=precomputed, **config.placement)
     options.check(
         config,
         data_parallel_size=layout.data_parallel,
@@ -181,7 +171,7 @@ def build(
     `carried` takes the weights of what is not built because it is `precomputed`.
     """
     execution = execution_of(config)
-    train_vision = config.optimizer.vision_lr is not None
+    train_vision = config.vision_trains
     if execution.tp_comm_overlap:
         from ross_mcore.models import transformer_engine
 

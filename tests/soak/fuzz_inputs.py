@@ -13,13 +13,14 @@ target damages nothing. Files and output of failures are kept. Exit status 1 whe
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import pickle
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,7 @@ def fuzz(
     The calling process must have one thread, and the imports of tests/distributed/preload.py behind it. `report` is
     called with its own results as they come, and with those of the other processes when they have ended.
     """
+    from tests.soak.fuzz.case import Result
     from tests.soak.fuzz.inputs import make_inputs
 
     make_inputs(work / "valid", work / "inputs")
@@ -89,7 +91,7 @@ def fuzz(
             status = 1
             try:
                 found = [run_and_keep(number, seed, work, keep, f"case{job}") for number in share]
-                (work / f"results{job}").write_bytes(pickle.dumps(found))
+                (work / f"results{job}").write_text(json.dumps([asdict(result) for result in found]))
                 status = 0
             finally:
                 os._exit(status)
@@ -101,9 +103,9 @@ def fuzz(
     for child, job in others:
         if os.waitpid(child, 0)[1]:
             raise RuntimeError(f"process {job} of the fuzzer itself failed")
-        for result in pickle.loads((work / f"results{job}").read_bytes()):
-            results.append(result)
-            report(result)
+        for found in json.loads((work / f"results{job}").read_text()):
+            results.append(Result(**found))
+            report(results[-1])
     return sorted(results, key=lambda result: result.number)
 
 

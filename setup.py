@@ -24,6 +24,7 @@ setup(
         "tokenizers",
         "safetensors>=0.5",
         "sentencepiece",
+        "isal",
         "numpy",
         "pillow",
         "einops",

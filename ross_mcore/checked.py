@@ -168,8 +168,8 @@ def build(kind: type[T], data: Any, what: str) -> T:
     data = mapping(data, what)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
-    if unknown := next((key for key in data if key not in fields), None):
-        raise ValueError(f"{what} has an unknown key {shown(unknown)}")
+    if unknown := [key for key in data if key not in fields]:
+        raise ValueError(f"{what} has an unknown key {shown(unknown[0])}")
     for name, field in fields.items():
         if name in data:
             if not _fits(data[name], hints[name]):

@@ -271,7 +271,10 @@ def publish(
         _point_to(root, iteration)
         return inspect(target)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {iteration} under {root} was not completed: {error}") from None
+        raise CheckpointError(
+            f"checkpoint {iteration} under {root} was not completed: {error}; remove what is there, or give another "
+            "folder"
+        ) from None
 
 
 def _rename(partial: Path, target: Path) -> None:

@@ -294,7 +294,7 @@ class SafetensorsFolder:
 
     def _what_is_missing(self) -> str:
         if not self._folder.is_dir():
-            return f"{self._folder} does not exist or is not a folder"
+            return f"{self._folder} does not exist or is not a folder; give one of safetensors"
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
         if pickles:
             return (

@@ -7,10 +7,10 @@
  "crc32": "5d1b7a90"}                                       # of this file itself, without this entry
 ```
 
-The checksum is CRC-32 as zlib computes it: 1 to 4 GB/s on one core, faster than blake2b or SHA-256, without a further
-dependency, and it lets other threads run meanwhile. It finds every error within 32 neighbouring bits and misses other
-damage once in 4 * 10^9 times. It is meant against disks and networks, not against forgery: whoever can write to a
-checkpoint can write its marker too.
+The checksum is CRC-32 as zlib has it. ISA-L computes it at 9 GB/s on one core, where zlib makes 2.4, and lets
+other threads run meanwhile. It finds every error within 32 neighbouring bits and misses other damage once in 4 * 10^9
+times. It is meant against disks and networks, not against forgery: whoever can write to a checkpoint can write its
+marker too.
 
 Version 1 had sizes alone ("files": {"config.json": 812}); it is read, and only its sizes can be checked.
 """
@@ -20,11 +20,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from ross_mcore import checked
 
@@ -32,8 +33,6 @@ MARKER = "complete.json"
 FORMAT = "ross_mcore_checkpoint"
 FORMAT_VERSION = 2
 _CHUNK_BYTES = 2**20
-_AHEAD_BYTES = 2**25
-"""What the system is asked to read while the checksum of what it has read is taken."""
 
 
 class CheckpointError(RuntimeError):
@@ -115,7 +114,7 @@ def _record(entry: Any) -> FileRecord:
 
 
 def _own_checksum(data: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
+    return f"{crc32(json.dumps(data, sort_keys=True).encode()):08x}"
 
 
 def wrong_size(folder: Path, name: str, record: FileRecord) -> str | None:
@@ -159,20 +158,16 @@ def damages(
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda read_bytes: None, from_disk: bool = False) -> int:
     """CRC-32 of a file. from_disk: what the system has cached of it is dropped first, where it can. Raises OSError."""
-    value, done, asked, buffer = 0, 0, 0, memoryview(bytearray(_CHUNK_BYTES))
-    can_advise = hasattr(os, "posix_fadvise")
+    value, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as stream:
-        if from_disk and can_advise:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while True:
-            if can_advise and asked <= done + _AHEAD_BYTES // 2:
-                os.posix_fadvise(stream.fileno(), asked, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-                asked += _AHEAD_BYTES
-            if not (count := stream.readinto(buffer)):
-                return value
-            value = zlib.crc32(buffer[:count], value)
-            done += count
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            if from_disk:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := stream.readinto(buffer):
+            value = crc32(buffer[:count], value)
             advance(count)
+    return value
 
 
 def record_of(path: Path) -> FileRecord:

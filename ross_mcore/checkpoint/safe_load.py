@@ -1,4 +1,4 @@
-"""Reading torch_dist checkpoints and adapters without running their code: the one place where a pickle is opened.
+"""Reading torch_dist checkpoints and adapters without running their code: pickles are opened here and in pieces.py.
 
 Parts of the format are pickles. What mcore 0.16.1 and torch do with them, and what is done here:
 
@@ -21,9 +21,9 @@ import io
 import itertools
 import math
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from ross_mcore.checked import reason, shown
 from ross_mcore.checkpoint.folder import REMEDY, CheckpointError
+from ross_mcore.checkpoint.pieces import Room, Slice, read_block, require_stored
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, OPTIMIZER_PREFIX
 
 ALLOWED = {
@@ -118,6 +118,9 @@ def _check_places(folder: Path, metadata: Metadata) -> None:
             continue
         if not isinstance(name, str) or not item.chunks:
             raise CheckpointError(f"{shown(name)} is described without any part")
+        volumes = [math.prod(chunk.sizes) for chunk in item.chunks]
+        if sum(volumes) != math.prod(item.size) or (len(volumes) > 1 and not all(volumes)):
+            raise CheckpointError(f"{shown(name)} is said to consist of {len(volumes)} parts, which are not it")
         places = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in item.chunks]
         if math.prod(item.size) * item.properties.dtype.itemsize > sum(place.length for place in places):
             raise CheckpointError(f"{name} is said to have shape {shown(list(item.size))}, more than its bytes hold")
@@ -137,6 +140,8 @@ def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any
     than plain data."""
     path = Path(folder) / COMMON_FILE
     try:
+        if content is None:
+            require_stored(path)
         state = torch.load(path if content is None else content, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
@@ -150,6 +155,7 @@ def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any
 def read_adapter(path: Path) -> dict[str, Tensor]:
     """A dictionary of tensors that torch.save wrote, mapped rather than read. Raises CheckpointError naming it."""
     try:
+        require_stored(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # as in read_common
         raise CheckpointError(
@@ -183,7 +189,7 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
     item = metadata.state_dict_metadata.get(name)
     if not isinstance(item, TensorStorageMetadata):
         raise CheckpointError(f"{folder} has no tensor {name}")
-    whole, room = torch.empty(item.size, dtype=item.properties.dtype), _Room()
+    whole, room = torch.empty(item.size, dtype=item.properties.dtype), Room()
     file = INDEX_FILE
     try:
         for chunk in item.chunks:
@@ -191,60 +197,10 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
             file = place.relative_path
             target = narrow_tensor_by_index(whole, chunk.offsets, chunk.sizes)
             with (Path(folder) / file).open("rb") as stream:
-                _read_block(_view(stream, place), chunk.sizes, [0] * whole.dim(), target, room)
+                read_block(Slice(stream, place.offset, place.length), chunk.sizes, [0] * whole.dim(), target, room)
     except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(f"{name} cannot be read from {folder / file}: {_why(error)}; {REMEDY}") from None
     return whole
-
-
-class _Room:
-    """Memory for what cannot be read to where it belongs, used again and again."""
-
-    def __init__(self) -> None:
-        self._held = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, size: int) -> Tensor:
-        if self._held.numel() < size:
-            self._held = torch.empty(size, dtype=torch.uint8)
-        return self._held[:size]
-
-
-def _view(stream: IO[bytes], place: Any) -> IO[bytes]:
-    """The bytes of a file at a place, as a file of their own."""
-    return cast(IO[bytes], _create_file_view(cast(io.IOBase, stream), place.offset, place.length))
-
-
-def _read_block(view: IO[bytes], shape: Sequence[int], starts: Sequence[int], target: Tensor, room: _Room) -> None:
-    """Fills `target` from the block of its shape that begins at `starts` of a piece of shape `shape`.
-
-    torch.load would take new memory for every piece, which takes the system as long to give as the disk to fill. Here
-    whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
-    Raises ValueError, or whatever torch.load does, for a damaged piece.
-    """
-    piece = torch.load(view, map_location="meta", weights_only=True)  # all but the content
-    if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
-        found = f"of shape {list(piece.shape)}" if isinstance(piece, Tensor) else "no tensor"
-        raise ValueError(f"a piece is {found}, expected {list(shape)}")
-    if not piece.is_contiguous():
-        raise ValueError("a piece is not stored as it lies in memory")
-    view.seek(0)
-    begin = torch._C.PyTorchFileReader(view).get_record_offset("data/0")  # of its only storage, as torch.load finds it
-    row = math.prod(shape[1:]) * piece.itemsize
-    first, rows = (starts[0], target.shape[0]) if target.dim() else (0, 1)
-    straight = (
-        (target.dtype, target.device.type) == (piece.dtype, "cpu")
-        and target.shape[1:] == piece.shape[1:]
-        and target.is_contiguous()
-    )
-    memory = target.view(-1).view(torch.uint8) if straight else room.of(rows * row)
-    view.seek(begin + piece.storage_offset() * piece.itemsize + first * row)
-    if view.readinto(memory.numpy()) != rows * row:  # type: ignore[attr-defined]
-        raise ValueError("a piece ends too early")
-    if not straight:
-        block = memory.view(piece.dtype).view(rows, *shape[1:]) if shape else memory.view(piece.dtype).view(())
-        for axis in range(1, target.dim()):
-            block = block.narrow(axis, starts[axis], target.shape[axis])
-        target.copy_(block)
 
 
 class StoredTensors:
@@ -287,7 +243,7 @@ class Reader(FileSystemReader):
         described = self._metadata.state_dict_metadata.items()
         tensors = [(name, item) for name, item in described if isinstance(item, TensorStorageMetadata)]
         shapes = {MetadataIndex(n, chunk.offsets): chunk.sizes for n, item in tensors for chunk in item.chunks}
-        room = _Room()
+        room = Room()
         placed = [(self._metadata.storage_data[item.storage_index], item) for item in plan.items]
         placed.sort(key=lambda pair: (pair[0].relative_path, pair[0].offset))
         for file, own in itertools.groupby(placed, key=lambda pair: pair[0].relative_path):
@@ -295,12 +251,12 @@ class Reader(FileSystemReader):
             try:
                 with path.open("rb") as stream:
                     for place, item in own:
-                        view = _view(stream, place)
+                        view = Slice(stream, place.offset, place.length)
                         if item.type == LoadItemType.BYTE_IO:
                             planner.load_bytes(item, io.BytesIO(view.read()))
                             continue
                         target = planner.resolve_tensor(item)
-                        _read_block(view, shapes[item.storage_index], item.storage_offsets, target.detach(), room)
+                        read_block(view, shapes[item.storage_index], item.storage_offsets, target.detach(), room)
                         planner.commit_tensor(item, target)
             except Exception as error:  # a damaged file can raise anything
                 raise CheckpointError(f"{path} cannot be read: {_why(error)}; {REMEDY}") from None

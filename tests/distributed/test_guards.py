@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ross_mcore.checkpoint.safe_load import _view, read_metadata
+from ross_mcore.checkpoint.pieces import Slice
+from ross_mcore.checkpoint.safe_load import read_metadata
 from ross_mcore.data.shards import ShardReader
 from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
 from tests.distributed.conftest import Finished, run_options, train_one_rank
@@ -95,7 +96,7 @@ def test_no_run_starts_from_weights_that_are_not_finite(
     metadata = read_metadata(folder)
     (place,) = (at for index, at in metadata.storage_data.items() if index.fqn == "vision_projection.0.bias")
     with (folder / place.relative_path).open("r+b") as stream:
-        begin = torch._C.PyTorchFileReader(_view(stream, place)).get_record_offset("data/0")
+        begin = torch._C.PyTorchFileReader(Slice(stream, place.offset, place.length)).get_record_offset("data/0")
         stream.seek(place.offset + begin)
         stream.write(struct.pack("<f", float("nan")))
     flags = run_options(Case("", 1), tmp_path / "run", base, shards, load=str(tmp_path / "base"), verify=False)

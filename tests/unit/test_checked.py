@@ -45,6 +45,7 @@ def test_a_dataclass_is_built_of_values_of_its_types() -> None:
         ({"mean": [1]}, "mean of it is [1], expected a list of 2 numbers"),
         ({"places": {"a": "b"}}, "places of it"),
         ({"surprise": 1}, "it has an unknown key 'surprise'"),
+        ({"": 1}, "it has an unknown key ''"),
     ],
 )
 def test_other_values_are_refused_by_name(change: dict[str, Any], says: str) -> None:

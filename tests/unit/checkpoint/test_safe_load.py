@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,47 @@ def test_piece_that_says_more_than_its_bytes_hold_is_refused(stored: Path) -> No
     )
     path.write_bytes(path.read_bytes()[: place.offset] + huge + path.read_bytes()[place.offset + place.length :])
     with pytest.raises(CheckpointError, match=r"a\.weight cannot be read from .*__0_0\.distcp: .*ends too early"):
+        read_tensor(stored, metadata, "a.weight")
+
+
+def test_tensor_of_other_parts_than_its_own_is_refused(stored: Path) -> None:
+    """A million empty parts would be read one after another; fewer would leave numbers that were never read."""
+    metadata = read_metadata(stored)
+    (whole,) = metadata.state_dict_metadata["a.weight"].chunks
+    place = metadata.storage_data[MetadataIndex("a.weight", whole.offsets)]
+    empty = [ChunkStorageMetadata(torch.Size([0, column]), torch.Size([0, 3])) for column in range(1000)]
+    half = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([1, 3]))
+    for chunks in ([whole, *empty], [whole, whole], [half], [half, half, half]):
+        metadata.state_dict_metadata["a.weight"].chunks = chunks
+        metadata.storage_data |= {MetadataIndex("a.weight", chunk.offsets): place for chunk in chunks}
+        (stored / INDEX_FILE).write_bytes(pickle.dumps(metadata))
+        with pytest.raises(CheckpointError, match=r"a\.weight.* parts, which are not it"):
+            read_metadata(stored)
+
+
+def compress(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def test_compressed_archive_is_refused_before_it_is_unpacked(stored: Path, tmp_path: Path) -> None:
+    """A few kilobytes may unpack to more than the memory there is."""
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "adapter.bin")
+    compress(tmp_path / "adapter.bin")
+    with pytest.raises(CheckpointError, match=r"adapter\.bin was refused: .*is compressed"):
+        read_adapter(tmp_path / "adapter.bin")
+    compress(stored / COMMON_FILE)
+    with pytest.raises(CheckpointError, match=r"common\.pt was refused: .*is compressed"):
+        read_common(stored)
+    metadata = read_metadata(stored)
+    torch.save(torch.zeros(2, 3), stored / "__0_1.distcp")
+    compress(stored / "__0_1.distcp")
+    size = (stored / "__0_1.distcp").stat().st_size
+    metadata.storage_data[MetadataIndex("a.weight", torch.Size([0, 0]))] = _StorageInfo("__0_1.distcp", 0, size)
+    with pytest.raises(CheckpointError, match=r"a\.weight cannot be read from .*__0_1\.distcp: .*is compressed"):
         read_tensor(stored, metadata, "a.weight")
 
 

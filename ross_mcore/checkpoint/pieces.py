@@ -1,0 +1,105 @@
+"""One piece of a tensor as torch_dist stores it: what `torch.save` makes of a tensor, somewhere in a larger file.
+
+It is read to where it belongs, without memory of its own, and only if it is as torch writes it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ross_mcore.checked import shown
+from ross_mcore.checkpoint.manifest import CheckpointError
+
+
+class Slice(io.RawIOBase):
+    """`length` bytes of an open file from `begin` on, as a file of their own."""
+
+    def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
+        self._file, self._begin, self._length, self._at = file, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:  # type: ignore[override]
+        own = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._begin + self._at)
+        count = self._file.readinto(own)
+        self._at += count
+        return count
+
+
+def require_stored(archive: Path | IO[bytes]) -> None:
+    """Raises CheckpointError for an archive of compressed data, which torch never writes and which may unpack to any
+    size. What is no archive is left to torch."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            packed = next((m.filename for m in members.infolist() if m.file_size != m.compress_size), None)
+    except zipfile.BadZipFile:
+        return
+    if packed is not None:
+        raise CheckpointError(f"{shown(packed)} in it is compressed, which torch never does")
+
+
+class Room:
+    """Memory for what cannot be read to where it belongs, used again and again."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        if self._held.numel() < size:
+            self._held = torch.empty(size, dtype=torch.uint8)
+        return self._held[:size]
+
+
+def read_block(view: Slice, shape: Sequence[int], starts: Sequence[int], target: Tensor, room: Room) -> None:
+    """Fills `target` from the block of its shape that begins at `starts` of a piece of shape `shape`.
+
+    torch.load would take new memory for every piece, which takes the system as long to give as the disk to fill. Here
+    whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
+    Raises ValueError, or whatever torch.load does, for a damaged piece.
+    """
+    require_stored(view)
+    view.seek(0)
+    piece = torch.load(view, map_location="meta", weights_only=True)  # all but the content
+    if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
+        found = f"of shape {list(piece.shape)}" if isinstance(piece, Tensor) else "no tensor"
+        raise ValueError(f"a piece is {found}, expected {list(shape)}")
+    if not piece.is_contiguous():
+        raise ValueError("a piece is not stored as it lies in memory")
+    view.seek(0)
+    begin = torch._C.PyTorchFileReader(view).get_record_offset("data/0")  # of its only storage, as torch.load finds it
+    row = math.prod(shape[1:]) * piece.itemsize
+    first, rows = (starts[0], target.shape[0]) if target.dim() else (0, 1)
+    straight = (
+        (target.dtype, target.device.type) == (piece.dtype, "cpu")
+        and target.shape[1:] == piece.shape[1:]
+        and target.is_contiguous()
+    )
+    memory = target.view(-1).view(torch.uint8) if straight else room.of(rows * row)
+    view.seek(begin + piece.storage_offset() * piece.itemsize + first * row)
+    if view.readinto(memory.numpy()) != rows * row:
+        raise ValueError("a piece ends too early")
+    if not straight:
+        block = memory.view(piece.dtype).view(rows, *shape[1:]) if shape else memory.view(piece.dtype).view(())
+        for axis in range(1, target.dim()):
+            block = block.narrow(axis, starts[axis], target.shape[axis])
+        target.copy_(block)

@@ -19,8 +19,6 @@ from torch import Tensor
 from ross_mcore.architecture import LanguageConfig
 from ross_mcore.checkpoint.inventory import Shapes
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 class ConversionError(ValueError):
     """A source that does not fit the architecture; the message names the tensor and says what was expected."""
@@ -235,16 +233,9 @@ def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: Lan
 
 
 def convert_in(steps: Iterable[Step], source: Tensors, language: LanguageConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, one after the other. Raises ConversionError for one that is not a plain float."""
+    """Our tensors, one after the other."""
     for step in steps:
-        yield step.ours, step.row.to_ours([_read(source, name) for name in step.theirs], language)
-
-
-def _read(source: Tensors, name: str) -> Tensor:
-    tensor = source.read(name)
-    if tensor.dtype not in FLOATS:
-        raise ConversionError(f"tensor {name} is {tensor.dtype}; only plain floats can be converted")
-    return tensor
+        yield step.ours, step.row.to_ours([source.read(name) for name in step.theirs], language)
 
 
 def plan_out(table: Sequence[AnyRow], names: Iterable[str]) -> list[Step]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ross_mcore import checked
@@ -30,6 +31,7 @@ from ross_mcore.checkpoint.export_config import ross_facts
 from ross_mcore.checkpoint.safe_load import read_adapter
 from ross_mcore.library_configs import MOST_LAYERS
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEMS = ("model", "diffusion_pytorch_model")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -331,4 +333,11 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> Tensor:
         # a mapping of its own: in a shared one, all that was read of the file would stay in memory
-        return self._opened(self._file_of[name]).get_tensor(name)
+        file = self._file_of[name]
+        tensor: Tensor = self._opened(file).get_tensor(name)
+        if tensor.dtype not in FLOATS:
+            raise ConversionError(
+                f"{self._folder / file}: tensor {name} is {tensor.dtype}; only plain floats can be converted: give a "
+                "folder of those"
+            )
+        return tensor

@@ -111,6 +111,12 @@ def harm_shape(folders: dict[str, Path]) -> None:
     (folders["language"] / "config.json").write_text(json.dumps({**config, "vocab_size": 149}))
 
 
+def harm_quantised(folders: dict[str, Path]) -> None:
+    path = folders["language"] / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"].to(torch.int8)}, path)
+
+
 def harm_truncated(folders: dict[str, Path]) -> None:
     path = folders["pixel_decoder"] / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -139,6 +145,7 @@ def harm_json(folders: dict[str, Path]) -> None:
         (harm_pickles, "convert it to safetensors"),
         (harm_unknown, "head.adapter"),
         (harm_shape, "[150, 16], the architecture says [149, 16]"),
+        (harm_quantised, "model.safetensors: tensor model.norm.weight is torch.int8"),
         (harm_truncated, "not a whole safetensors file"),
         (harm_tokenizer, "tokenizer.json"),
         (harm_processor, "preprocessor_config.json"),

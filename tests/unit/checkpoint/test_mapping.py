@@ -124,14 +124,6 @@ def test_wrong_shape_is_shown_with_the_right_one() -> None:
         convert_language(theirs, config)
 
 
-def test_quantised_source_is_refused() -> None:
-    config = language_config()
-    theirs = huggingface_language_tensors(config)
-    theirs["model.layers.0.mlp.down_proj.weight"] = torch.zeros(16, 24, dtype=torch.int8)
-    with pytest.raises(ConversionError, match=r"down_proj\.weight is torch\.int8"):
-        convert_language(theirs, config)
-
-
 def test_unknown_tensor_of_ours_is_named_on_the_way_out() -> None:
     config = language_config()
     with pytest.raises(ConversionError, match=r"language_model\.surprise"):

@@ -30,6 +30,7 @@ from ross_mcore.data.indexing import (
     IndexedShard,
     ShardIndex,
     content_digest,
+    make_folder,
     part_facts,
     printable,
     replacing,
@@ -177,7 +178,7 @@ class Precomputation:
                     f"{out} was begun with other settings, shards or weights (see {out / SETTINGS}); remove it or "
                     "choose another folder"
                 )
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        make_folder(out / PARTS)
         with replacing(out / SETTINGS) as stream:
             stream.write(text.encode())
 

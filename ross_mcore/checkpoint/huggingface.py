@@ -286,13 +286,13 @@ class SafetensorsFolder:
             raise ConversionError(self._what_is_missing())
         for file in sorted(set(self._file_of.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ConversionError(f"the index of {self._folder} names {file!r}, which is not a file of that folder")
+                raise ConversionError(f"{index} names {checked.shown(file)}, which is not a file of that folder")
             listed = {name for name, where in self._file_of.items() if where == file}
             held = set(self._shard(file).keys())
             if listed != held:
                 example = sorted(listed ^ held)[0]
                 where = "in the index but not in the file" if example in listed else "in the file but not in the index"
-                raise ConversionError(f"{self._folder / file}: tensor {example} is {where}")
+                raise ConversionError(f"{self._folder / file}: tensor {checked.shown(example)} is {where}")
 
     def _what_is_missing(self) -> str:
         if not self._folder.is_dir():

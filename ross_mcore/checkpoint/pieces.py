@@ -9,7 +9,6 @@ import io
 import math
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -39,23 +38,22 @@ class Slice(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:  # type: ignore[override]
-        own = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        own = memoryview(buffer)[: max(0, self._length - self._at)]
         self._file.seek(self._begin + self._at)
         count = self._file.readinto(own)
         self._at += count
         return count
 
 
-def require_stored(archive: Path | IO[bytes]) -> None:
+def require_stored(file: IO[bytes]) -> None:
     """Raises CheckpointError for an archive of compressed data, which torch never writes and which may unpack to any
-    size. What is no archive is left to torch."""
-    try:
-        with zipfile.ZipFile(archive) as members:
-            packed = next((m.filename for m in members.infolist() if m.file_size != m.compress_size), None)
-    except zipfile.BadZipFile:
-        return
-    if packed is not None:
-        raise CheckpointError(f"{shown(packed)} in it is compressed, which torch never does")
+    size, or BadZipFile for a damaged one. What is no archive, as torch sees it, is left to torch."""
+    if file.read(4) == b"PK\x03\x04":
+        with zipfile.ZipFile(file) as archive:
+            packed = next((m.filename for m in archive.infolist() if m.file_size != m.compress_size), None)
+        if packed is not None:
+            raise CheckpointError(f"{shown(packed)} in it is compressed, which torch never does")
+    file.seek(0)
 
 
 class Room:
@@ -77,8 +75,7 @@ def read_block(view: Slice, shape: Sequence[int], starts: Sequence[int], target:
     whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
     Raises ValueError, or whatever torch.load does, for a damaged piece.
     """
-    require_stored(view)
-    view.seek(0)
+    require_stored(view)  # type: ignore[arg-type]
     piece = torch.load(view, map_location="meta", weights_only=True)  # all but the content
     if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
         found = f"of shape {list(piece.shape)}" if isinstance(piece, Tensor) else "no tensor"

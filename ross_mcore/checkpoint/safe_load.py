@@ -16,6 +16,7 @@ dist_checkpointing/strategies/common.py. No class is added to what weights_only 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -140,9 +141,9 @@ def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any
     than plain data."""
     path = Path(folder) / COMMON_FILE
     try:
-        if content is None:
-            require_stored(path)
-        state = torch.load(path if content is None else content, map_location="cpu", weights_only=True)
+        with path.open("rb") if content is None else contextlib.nullcontext(content) as file:
+            require_stored(file)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError of the zip reader ...
@@ -155,7 +156,8 @@ def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any
 def read_adapter(path: Path) -> dict[str, Tensor]:
     """A dictionary of tensors that torch.save wrote, mapped rather than read. Raises CheckpointError naming it."""
     try:
-        require_stored(path)
+        with path.open("rb") as file:
+            require_stored(file)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # as in read_common
         raise CheckpointError(

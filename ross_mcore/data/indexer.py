@@ -27,6 +27,7 @@ from ross_mcore.data.indexing import (
     ShardIndex,
     index_tar,
     length_source,
+    make_folder,
     part_facts,
     quarantine_lines,
     replacing,
@@ -172,10 +173,7 @@ def index_shards(
     """
     _, source = settings.measure()
     parts = out / PARTS
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ShardError(f"{parts} cannot be made: {error.strerror}; give another --out") from None
+    make_folder(parts)
     paths = [parts / f"{hashlib.sha256(shard.location.encode()).hexdigest()[:24]}.npz" for shard in shards]
     tasks = [
         (shard, path, about)

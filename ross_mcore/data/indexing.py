@@ -487,3 +487,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise ShardError(f"{path} cannot be written: {error.strerror}; make room, or move away what is there") from None
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder that a tool writes into, where there is none. Raises ShardError naming it.
+
+    A link is refused: what is written through it would lie elsewhere, perhaps over what is there.
+    """
+    if path.is_symlink():
+        raise ShardError(f"{path} is a link; remove it, or give another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be made: {error.strerror}; give another folder") from None

@@ -126,10 +126,11 @@ class PrecomputedParts:
             raise ShardError(f"{self.reader.folder} has no {kind}")
         path = self.reader.folder / BLANK
         try:
+            checked.require_regular(path)
             blank = load_file(path)[kind]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, ValueError, SafetensorError, KeyError) as error:
             raise ShardError(
-                f"{path}: {error}; it belongs to the shards: copy it from the folder that {TOOL} wrote"
+                f"{path}: {checked.reason(error)}; it belongs to the shards: copy it from the folder that {TOOL} wrote"
             ) from None
         expected = ((2,) if kind == "latents" else ()) + self.sources[kind].shape
         if tuple(blank.shape) != expected:

@@ -42,6 +42,8 @@ class ShardWriter:
         self.out = Path(out).absolute()
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._length_source = length_source
+        if self.out.is_symlink():  # at the end a folder takes its place
+            raise ShardError(f"{out} is a link; give the folder that it leads to, or another one")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             if not overwrite:
                 raise ShardError(f"{out} exists and is not empty; choose another folder or pass --overwrite")

@@ -171,7 +171,7 @@ def test_piece_that_says_more_than_its_bytes_hold_is_refused(stored: Path) -> No
     place = metadata.storage_data[MetadataIndex("a.weight", torch.Size([0, 0]))]
     piece = path.read_bytes()[place.offset :][: place.length]
     # the pickled numbers: of elements, the shape, the strides
-    huge = piece.replace(b"K\x06", b"K\xff").replace(b"K\x02K\x03\x86", b"K\xffK\x01\x86")
+    huge = piece.replace(b"K\x06", b"K\xff", 1).replace(b"K\x02K\x03\x86", b"K\xffK\x01\x86")
     huge = huge.replace(b"K\x03K\x01\x86", b"K\x01K\x01\x86")
     metadata.state_dict_metadata["a.weight"] = TensorStorageMetadata(
         TensorProperties(dtype=torch.float32),

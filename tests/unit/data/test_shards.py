@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ross_mcore.data.indexing import make_folder
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import ShardError, ShardReader
 
@@ -127,6 +128,19 @@ def test_overwriting_needs_permission_and_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "out" / "index.json").unlink()
     with pytest.raises(ShardError, match="not a data set"):
         make(b"4", True)
+
+
+def test_a_folder_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ShardError, match="is a link; give the folder that it leads to"):
+        ShardWriter(tmp_path / "out", overwrite=True)
+    with pytest.raises(ShardError, match="is a link; remove it"):
+        make_folder(tmp_path / "out")
+    make_folder(tmp_path / "new" / "folder")
+    (tmp_path / "file").touch()
+    with pytest.raises(ShardError, match="file/in it cannot be made: Not a directory"):
+        make_folder(tmp_path / "file" / "in it")
 
 
 @pytest.mark.parametrize("key", ["", "../x", "a/b", "a.b", "ä", "a b"])

@@ -8,6 +8,8 @@ root/
     config.json  train_state.json  tokenizer/  preprocessor_config.json
     metadata.json  common.pt  .metadata  __<rank>_<n>.distcp        mcore's torch_dist format
   .iter_0000200.partial/                being written, or left by a process that died: ignored, removed by the next save
+  iter_0000300.damaged/                 was passed over by a start, and is not looked at again
+  .lock                                 held by the run that saves here (claim.py)
 ```
 
 A checkpoint is complete when its marker is there and every file it lists has the size it says; it is intact when the
@@ -193,29 +195,47 @@ def begin(root: Path, iteration: int) -> Path:
     return partial
 
 
-def tidy(root: Path) -> None:
-    """Ends what a process that died had begun: removes left-overs and moves the pointer to the newest checkpoint.
+def tidy(root: Path, newest: Checkpoint | None) -> None:
+    """Ends what a process that died had begun, and sets aside what is damaged, so that `retire` counts neither.
 
+    newest: the intact checkpoint of `root` that a run goes on from, if it does; what is newer was passed over for it.
     For a start that may save nothing; what cannot be done is logged.
     """
+    root = Path(root)
+    if not root.is_dir():
+        return
     try:
-        if Path(root).is_dir():
-            _remove_left_overs(root)
-            pointer, newest = Path(root) / POINTER, find_checkpoint(root)
-            if newest is not None and not _points_to(pointer, newest.iteration):
-                _point_to(root, newest.iteration)
-    except OSError as error:
+        _remove_left_overs(root)
+        intact = [c.path for c in checkpoints(root) if newest is None or c.sequence <= newest.sequence]
+        for folder in root.iterdir():
+            if _NAME.fullmatch(folder.name) and folder.is_dir() and folder not in intact:
+                _set_aside(folder)
+        if newest is not None and not _points_to(root / POINTER, newest.iteration):
+            _point_to(root, newest.iteration)
+    except (CheckpointError, OSError) as error:
         _logger.warning("%s cannot be tidied: %s", root, error)
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(folder.name.removesuffix(".replaced") + ".damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    _logger.warning("%s is damaged and now called %s; delete it when you need it no more", folder, aside.name)
 
 
 def _remove_left_overs(root: Path) -> None:
     for left_over in root.iterdir():
         if _LEFT_OVER.fullmatch(left_over.name):
-            _logger.warning("removed %s, which a process that died had not finished", left_over)
-            if left_over.is_dir() and not left_over.is_symlink():
-                shutil.rmtree(left_over)
+            try:
+                if left_over.is_dir() and not left_over.is_symlink():
+                    shutil.rmtree(left_over)
+                else:
+                    left_over.unlink()
+            except OSError as error:
+                _logger.warning("%s is no longer needed, but cannot be removed: %s", left_over, error)
             else:
-                left_over.unlink()
+                _logger.warning("removed %s, which a process that died had not finished", left_over)
 
 
 def _points_to(pointer: Path, iteration: int) -> bool:
@@ -268,26 +288,31 @@ def publish(
         for folder in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
             sync(folder)
         _rename(partial, target)
-        _point_to(root, iteration)
-        return inspect(target)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {iteration} under {root} was not completed: {error}; remove what is there, or give another "
             "folder"
         ) from None
+    try:
+        _remove(_former(target))
+        _point_to(root, iteration)
+    except OSError as error:
+        _logger.warning("%s is complete, but %s is not up to date: %s", target, root, error)
+    return inspect(target)
+
+
+def _former(target: Path) -> Path:
+    """What a checkpoint is called between the renames that put another into its place."""
+    return target.with_name(target.name + ".replaced")
 
 
 def _rename(partial: Path, target: Path) -> None:
     """Gives a complete checkpoint its name. A former one of that name stays findable until then. Raises OSError."""
-    former = target.with_name(target.name + ".replaced")
     if target.exists():
-        if former.exists():
-            _remove(former)
-        target.rename(former)
+        _remove(_former(target))
+        target.rename(_former(target))
     partial.rename(target)
     sync(target.parent)
-    if former.exists():
-        _remove(former)
 
 
 def rename_into_place(partial: Path, target: Path) -> None:
@@ -312,6 +337,8 @@ def _copy_assets(sources: list[Path], target: Path) -> None:
 def retire(root: Path, keep_last: int | None = None, save_retain_interval: int | None = None) -> list[Path]:
     """Deletes old checkpoints and returns their paths; the newest complete one is never among them.
 
+    One that cannot be deleted is logged.
+
     keep_last: how many of the newest stay. save_retain_interval: checkpoints whose iteration it divides stay; given
     alone, only those and the newest. Neither: nothing is deleted. Raises ValueError for a value below 1.
     """
@@ -325,19 +352,25 @@ def retire(root: Path, keep_last: int | None = None, save_retain_interval: int |
         for checkpoint in checkpoints(root)[keep_last or 1 :]
         if save_retain_interval is None or checkpoint.iteration % save_retain_interval
     ]
+    deleted = []
     for path in old:
-        _remove(path)
-    return old
+        try:
+            _remove(path)
+            deleted.append(path)
+        except OSError as error:
+            _logger.warning("%s is no longer needed, but cannot be deleted: %s", path, error)
+    return deleted
 
 
 def _remove(folder: Path) -> None:
-    """Deletes a checkpoint so that a death half way leaves none that looks complete."""
+    """Deletes a checkpoint, if it exists, so that a death half way leaves none that looks complete. Raises OSError."""
     name = folder.name.removesuffix(".replaced")
     doomed = folder.with_name(f".{name}.deleting")
     if doomed.exists():
         shutil.rmtree(doomed)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

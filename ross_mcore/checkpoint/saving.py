@@ -54,6 +54,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
+from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.manifest import CheckpointError, FileRecord, checksum
 from ross_mcore.checkpoint.safe_load import read_common
@@ -72,13 +73,14 @@ _logger = logging.getLogger(__name__)
 class Destination:
     """Where a checkpoint goes and what is kept beside it.
 
-    assets: folder whose tokenizer/ and preprocessor_config.json are copied. layout: see `Manifest`. keep_last,
-    save_retain_interval: see `folder.retire`.
+    claim: the first rank's hold on `root`, in a run. assets: folder whose tokenizer/ and preprocessor_config.json are
+    copied. layout: see `Manifest`. keep_last, save_retain_interval: see `folder.retire`.
     """
 
     root: Path
     iteration: int
     model_config: ModelConfig
+    claim: Claim | None = None
     assets: Path | None = None
     layout: Mapping[str, Any] = field(default_factory=dict)
     keep_last: int | None = None
@@ -87,6 +89,16 @@ class Destination:
     @property
     def partial(self) -> Path:
         return folder.partial_folder(self.root, self.iteration)
+
+    def require(self) -> None:
+        """Raises CheckpointError when `root` is not this run's any more."""
+        if self.claim is not None:
+            self.claim.require()
+
+    def begin(self) -> None:
+        """Makes room for a checkpoint. Raises CheckpointError."""
+        self.require()
+        folder.begin(self.root, self.iteration)
 
 
 class HostCopies:
@@ -146,7 +158,7 @@ def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopi
     Raises CheckpointError on every rank when any rank fails; what was complete before stays so.
     """
     first = dist.get_rank() == 0
-    together(lambda: folder.begin(destination.root, destination.iteration) if first else None)
+    together(lambda: destination.begin() if first else None)
     try:
         tensors, common = together(lambda: split_state(state))
         pieces, metadata = _plan(tensors)
@@ -178,13 +190,16 @@ class RunningSave:
         self.is_copied = copies is not None
         self._copy_bytes = copies.bytes if copies is not None else 0
         self._began = time.monotonic()
-        self._written = _in_thread(lambda: _write(destination.partial, pieces))
+        self._moved = 0
+        self._heard = 0.0
+        self._written = _in_thread(lambda: _write(destination.partial, pieces, self._advance))
         self._published: concurrent.futures.Future[Saved | None] | None = None
 
     def poll(self) -> Saved | None:
         """The checkpoint, once it is complete. Collective. Raises CheckpointError on every rank when any failed."""
         current = self._published or self._written
-        if sum_over_ranks([float(not current.done())], platform.device())[0]:
+        waiting, self._heard = sum_over_ranks([float(not current.done()), float(self._moved)], platform.device())
+        if waiting:
             return None
         try:
             if self._published is not None:
@@ -199,11 +214,19 @@ class RunningSave:
         self._published = _in_thread(lambda: self._publish(all_written, copied))
         return None
 
-    def finish(self) -> Saved:
-        """Waits for the checkpoint. Collective; raises as `poll` does."""
+    def finish(self, moving: Callable[[], None] = lambda: None) -> Saved:
+        """Waits for the checkpoint. Collective; raises as `poll` does. `moving` is called, on every rank, whenever any
+        of them has written or read back more."""
+        before = self._heard
         while (saved := self.poll()) is None:
+            if self._heard > before:
+                before = self._heard
+                moving()
             concurrent.futures.wait([self._published or self._written], timeout=POLL_SECONDS)
         return saved
+
+    def _advance(self, count: int) -> None:
+        self._moved += count
 
     def _publish(self, written: list[_Written], copy_bytes: int) -> Saved | None:
         """On the first rank: completes the folder and deletes what is not to be kept."""
@@ -212,6 +235,7 @@ class RunningSave:
         to, partial = self.destination, self.destination.partial
         self._metadata.storage_data = {index: place for own in written for index, place in own.places.items()}
         records = {name: record for own in written for name, record in own.records.items()}
+        to.require()
         try:
             write_index(partial, self._metadata)
             (partial / COMMON_FILE).write_bytes(self._common_file)
@@ -220,10 +244,7 @@ class RunningSave:
         checkpoint = folder.publish(
             to.root, to.iteration, partial, to.model_config, self._train_state, to.assets, records, to.layout
         )
-        try:
-            folder.retire(to.root, to.keep_last, to.save_retain_interval)
-        except OSError as error:
-            _logger.warning("%s is complete, but an older checkpoint cannot be deleted: %s", checkpoint.path, error)
+        folder.retire(to.root, to.keep_last, to.save_retain_interval)
         total = sum(record.bytes for record in records.values())
         return Saved(checkpoint, total, copy_bytes, time.monotonic() - self._began)
 
@@ -281,15 +302,21 @@ def _pickled(common: dict[str, Any], partial: Path) -> bytes:
     return stream.getvalue()
 
 
-def _write(partial: Path, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> _Written:
-    """Writes this rank's file, brings it to the disk and reads it back. Raises CheckpointError naming it."""
+def _write(partial: Path, pieces: dict[MetadataIndex, Tensor | io.BytesIO], advance: Callable[[int], None]) -> _Written:
+    """Writes this rank's file, brings it to the disk and reads it back. Raises CheckpointError naming it.
+
+    advance: is called with every number of bytes that was written or read.
+    """
     if not pieces:
         return _Written({}, {})
     path = partial / f"__{dist.get_rank()}_0.distcp"
     with TensorFile(path) as file:
-        places = {index: file.append(piece) for index, piece in pieces.items()}
+        places = {}
+        for index, piece in pieces.items():
+            places[index] = file.append(piece)
+            advance(places[index].length)
     try:
-        found = checksum(path, from_disk=True)
+        found = checksum(path, advance, from_disk=True)
     except OSError as error:
         raise CheckpointError(f"{path} was written but cannot be read back: {error.strerror}") from None
     if found != file.record.crc32:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ross_mcore.checkpoint.folder import Checkpoint, is_iteration, nothing_at, scan
+from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, is_iteration, nothing_at, scan
 from ross_mcore.checkpoint.manifest import CheckpointError, Manifest, damages
 from ross_mcore.checkpoint.together import exchange, together
 from ross_mcore.parallel.groups import same_on_all_ranks
@@ -36,7 +36,7 @@ def find_intact(path: Path, verify: bool = True) -> Checkpoint | None:
             return checkpoint
         problems.append("; ".join(damaged))
     if is_iteration(path) and problems:
-        raise CheckpointError(problems[0])
+        raise CheckpointError(f"{problems[0]}; {REMEDY}")
     if problems:
         raise nothing_at(path, problems)
     return None

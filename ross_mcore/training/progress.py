@@ -29,6 +29,11 @@ def here() -> Place:
     return _here
 
 
+def moving() -> None:
+    """The phase of now goes on, and something comes of it."""
+    at(_here.phase, is_long=_here.is_long)
+
+
 def at(phase: str, *, iteration: int | None = None, is_long: bool = False) -> None:
     """This process begins `phase`; of the same iteration as before, unless another is given."""
     global _here, _first_iteration

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
+from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint, CheckpointError
@@ -42,11 +44,12 @@ from ross_mcore.training.state import TrainState, restore
 class Run:
     """What training works with.
 
-    `start`: the checkpoint begun from, `resume`: whether its run is continued; `held_out`: the data of validation;
-    `row_multiple`: rows are padded to a multiple of it.
+    `claim`: the first rank's hold on the folder of --save; `start`: the checkpoint begun from; `resume`: whether its
+    run is continued; `held_out`: the data of validation; `row_multiple`: rows are padded to a multiple of it.
     """
 
     config: Config
+    claim: Claim | None
     model_config: ModelConfig
     start: Checkpoint
     resume: bool
@@ -72,7 +75,11 @@ class Run:
 
 
 def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
-    """The run that `config` describes and the state it begins in. Collective; `closing` ends the data workers."""
+    """The run that `config` describes and the state it begins in. Collective.
+
+    `closing` ends the data workers and lets go of the folder of --save, which the first rank holds.
+    """
+    claim = process_groups.together(lambda: _claim(config, closing))
     start, resume = starting_point(config)
     if resume and config.checkpoint.load is not None:
         process_groups.together(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
@@ -105,6 +112,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
         raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}") from None
     run = Run(
         config,
+        claim,
         model_config,
         start,
         resume,
@@ -121,6 +129,10 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
         train_iters,
     )
     return run, state
+
+
+def _claim(config: Config, closing: ExitStack) -> Claim | None:
+    return closing.enter_context(Claim(Path(config.checkpoint.save or ""))) if dist.get_rank() == 0 else None
 
 
 def _open_data(

@@ -10,6 +10,7 @@ from typing import Any
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.manifest import CheckpointError
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
+from ross_mcore.training import progress
 from ross_mcore.training.diagnosis import all_finite
 from ross_mcore.training.incidents import INCIDENTS_FILE
 from ross_mcore.training.run import Run
@@ -39,7 +40,7 @@ class Saver:
         continued = run.resume and run.start.path.parent == run.save_folder
         self._saved_iteration = run.start.iteration if continued else None
         if run.groups.rank == 0:
-            folder.tidy(run.save_folder)
+            folder.tidy(run.save_folder, run.start if continued else None)
 
     def after_step(self, state: TrainState) -> None:
         """Reports a save that has finished or failed meanwhile; tries again what failed. Call after every step."""
@@ -65,7 +66,8 @@ class Saver:
     def wait(self, iteration: int) -> None:
         """Waits for the save in flight, if there is one, and reports what became of it."""
         if self._running is not None:
-            self._hear(self._running.finish, iteration)
+            running = self._running
+            self._hear(lambda: running.finish(progress.moving), iteration)
 
     def finish(self, state: TrainState) -> None:
         """Returns when `state` is saved. Raises CheckpointError, on every rank, when it cannot be."""
@@ -73,7 +75,7 @@ class Saver:
         if self._saved_iteration != state.iteration:
             self._stood_still_seconds = 0.0
             self._running = self._begin(state)
-            self._done(self._running.finish())
+            self._done(self._running.finish(progress.moving))
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
@@ -88,6 +90,7 @@ class Saver:
             run.save_folder,
             state.iteration,
             run.model_config,
+            claim=run.claim,
             assets=run.start.path,
             layout=layout_of(run),
             keep_last=options.keep_last,

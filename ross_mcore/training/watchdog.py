@@ -122,7 +122,10 @@ class Watchdog:
                 self._seen, self._moved_at = place, time.monotonic()
             if beats > self._patience * (LONG_PHASE if place.is_long else 1):
                 waited = beats * self._beat_seconds
-                self.explain(f"no progress for {waited:.0f} s in iteration {place.iteration}, {place.phase}")
+                self.explain(
+                    f"no progress for {waited:.0f} s in iteration {place.iteration}, {place.phase} (too short a time? "
+                    "--distributed-timeout-minutes)"
+                )
 
     def _publish(self) -> None:
         self._count += 1

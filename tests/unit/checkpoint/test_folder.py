@@ -12,7 +12,7 @@ import pytest
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.folder import CheckpointError
+from ross_mcore.checkpoint.folder import POINTER, CheckpointError
 from ross_mcore.checkpoint.manifest import FORMAT, FileRecord
 
 
@@ -120,6 +120,48 @@ def test_newest_complete_survives_when_a_newer_one_is_damaged(tmp_path: Path, mo
     folder.retire(tmp_path, keep_last=1)
     found = folder.find_checkpoint(tmp_path)
     assert found is not None and found.iteration == 2
+
+
+def test_damaged_ones_are_set_aside_and_do_not_count(tmp_path: Path, model_config: ModelConfig) -> None:
+    """3 has a byte turned, which only a verified start sees; 4 lost its marker."""
+    good = [write(tmp_path, iteration, model_config) for iteration in (1, 2)]
+    write(tmp_path, 3, model_config)
+    (write(tmp_path, 4, model_config).path / folder.MARKER).unlink()
+    folder.tidy(tmp_path, good[-1])
+    aside = ["iter_0000003.damaged", "iter_0000004.damaged"]
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002", *aside, POINTER]
+    assert (tmp_path / POINTER).read_text() == "2\n"
+    write(tmp_path, 3, model_config)
+    folder.retire(tmp_path, keep_last=2)
+    assert [checkpoint.iteration for checkpoint in folder.checkpoints(tmp_path)] == [3, 2]
+
+
+def test_what_cannot_be_deleted_stops_no_save(
+    tmp_path: Path, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for iteration in (1, 2, 3):
+        write(tmp_path, iteration, model_config)
+    real = folder.shutil.rmtree
+
+    def cannot(path: Path) -> None:
+        if "iter_0000001" in path.name:
+            raise OSError(39, "Directory not empty", str(path))
+        real(path)
+
+    monkeypatch.setattr(folder.shutil, "rmtree", cannot)
+    assert folder.retire(tmp_path, keep_last=1) == [tmp_path / "iter_0000002"]
+    write(tmp_path, 4, model_config)
+    assert [checkpoint.iteration for checkpoint in folder.checkpoints(tmp_path)] == [4, 3]
+    assert ".iter_0000001.deleting is no longer needed, but cannot be removed" in caplog.text
+    assert "removed" not in caplog.text.replace("cannot be removed", "")
+
+
+def test_pointer_that_cannot_be_moved_fails_no_save(
+    tmp_path: Path, model_config: ModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / POINTER).mkdir()
+    assert write(tmp_path, 1, model_config).iteration == 1
+    assert "iter_0000001 is complete, but" in caplog.text
 
 
 @pytest.mark.parametrize("keywords", [{"keep_last": 0}, {"save_retain_interval": -1}])

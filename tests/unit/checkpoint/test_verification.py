@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -235,6 +236,24 @@ def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, model
         loaded = sharded.load_model_weights(saved.checkpoint, state(0.0, 1_000_000)["model"])
         assert torch.equal(loaded["weight"], torch.full((1_000_000,), float(iteration)))
     assert len(places) == 1
+
+
+def test_who_waits_for_a_slow_save_hears_that_it_moves(
+    tmp_path: Path, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = saving.TensorFile.append
+
+    def slow_append(self: saving.TensorFile, piece: Any) -> Any:
+        time.sleep(0.1)
+        return append(self, piece)
+
+    monkeypatch.setattr(saving.TensorFile, "append", slow_append)
+    monkeypatch.setattr(saving, "POLL_SECONDS", 0.01)
+    pieces = {f"{n}": ShardedTensor.from_rank_offsets(f"{n}", torch.zeros(9)) for n in range(5)}
+    heard: list[None] = []
+    running = saving.begin_save(saving.Destination(tmp_path, 1, model_config), {"model": pieces, "train_state": {}})
+    running.finish(lambda: heard.append(None))
+    assert 4 <= len(heard) <= 6
 
 
 def test_older_checkpoints_stay_until_the_new_one_is_complete(

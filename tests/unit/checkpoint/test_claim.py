@@ -1,0 +1,130 @@
+"""One run at a time saves into a folder, and into that folder alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ross_mcore.checkpoint import claim
+from ross_mcore.checkpoint.claim import LOCK, Claim
+from ross_mcore.checkpoint.manifest import CheckpointError
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from ross_mcore.checkpoint.claim import Claim
+with Claim(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Holds `run`, and has a child as data workers are."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        yield process
+        for number in (process.pid, child):
+            os.kill(number, signal.SIGKILL)
+
+
+def test_second_run_is_refused_until_the_first_is_dead(
+    tmp_path: Path, other_run: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "WAIT_SECONDS", 0.3)
+    with (
+        pytest.raises(CheckpointError, match=rf"run is held by process {other_run.pid} on .*, which is still running"),
+        Claim(tmp_path / "run"),
+    ):
+        pass
+    os.kill(other_run.pid, signal.SIGKILL)  # its child lives on
+    monkeypatch.setattr(claim, "WAIT_SECONDS", 20)
+    with Claim(tmp_path / "run") as mine:
+        mine.require()
+
+
+def test_start_that_failed_leaves_nothing(tmp_path: Path) -> None:
+    with Claim(tmp_path / "run"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    assert not (tmp_path / "run").exists()
+    with Claim(tmp_path / "run"):
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_folder_that_was_deleted_is_made_anew(tmp_path: Path) -> None:
+    with Claim(tmp_path / "a" / "run") as mine:
+        (tmp_path / "a" / "run" / LOCK).unlink()
+        (tmp_path / "a" / "run").rmdir()
+        (tmp_path / "a").rmdir()
+        mine.require()
+        mine.require()
+        assert (tmp_path / "a" / "run" / LOCK).exists()
+
+
+def test_folder_that_another_run_took_is_left_to_it(tmp_path: Path) -> None:
+    """Where there are no locks."""
+    with Claim(tmp_path) as mine:
+        (tmp_path / "new").write_text('{"host": "node7", "process": 31}')
+        (tmp_path / "new").replace(tmp_path / LOCK)
+        with pytest.raises(CheckpointError, match="was taken by process 31 on 'node7': stop one of the two runs"):
+            mine.require()
+
+
+@pytest.mark.parametrize("inside", [".", "runs/a"])
+def test_nothing_is_written_under_a_mount_that_vanished(tmp_path: Path, inside: str) -> None:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    (tmp_path / "disk").mkdir()
+    with tempfile.TemporaryDirectory(dir=shared) as mounted:
+        (tmp_path / "mount").symlink_to(mounted)
+        with Claim(tmp_path / "mount" / inside) as mine:
+            mine.require()
+            (tmp_path / "mount").unlink()
+            (tmp_path / "mount").symlink_to(tmp_path / "disk")
+            with pytest.raises(CheckpointError, match="is not on the file system of before.*mount it again"):
+                mine.require()
+            assert not list((tmp_path / "disk").iterdir())
+            (tmp_path / "mount").unlink()
+            (tmp_path / "mount").symlink_to(mounted)
+            mine.require()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "file in the way", "pipe as lock", "link as lock", "device"])
+def test_what_cannot_be_written_into_is_named(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "run"
+    if kind == "file":
+        root.touch()
+    elif kind == "link":
+        root.symlink_to(tmp_path / "nowhere" / "else")
+    elif kind == "file in the way":
+        (tmp_path / "file").touch()
+        root = tmp_path / "file" / "run"
+    elif kind == "device":
+        root = Path("/dev/null")
+    else:
+        root.mkdir()
+        os.mkfifo(root / LOCK) if kind == "pipe as lock" else (root / LOCK).symlink_to(tmp_path / "outside")
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"\.lock cannot be written: .*; give another --save"), Claim(root):
+        pass
+    assert time.monotonic() - began < 5 and not (tmp_path / "outside").exists()
+
+
+def test_folder_of_one_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="iter_0000004 is one checkpoint; give the folder of a run"):
+        Claim(tmp_path / "iter_0000004").__enter__()
+    assert not list(tmp_path.iterdir())

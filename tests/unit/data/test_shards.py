@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ross_mcore.data.indexing import make_folder
+from ross_mcore.data.index_writer import make_folder
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import ShardError, ShardReader
 

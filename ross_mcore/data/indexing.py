@@ -22,7 +22,6 @@ from ross_mcore.data.conversation import (
     check_turns,
     count_words,
     require_pictures,
-    tokenize_conversation,
 )
 from ross_mcore.data.image import ImageError, decode_image
 from ross_mcore.data.index_writer import ShardIndex, content_digest
@@ -38,6 +37,7 @@ from ross_mcore.data.shards import (
     as_record,
 )
 from ross_mcore.data.tar_samples import Damage, Member, TarSample, group_members, printable, walk_tar
+from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.data.tokenizer import fingerprint_tokenizer
 
 if TYPE_CHECKING:

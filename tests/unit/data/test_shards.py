@@ -52,7 +52,7 @@ def test_webdataset_reads_the_shards(shards: Path, records: list[dict[str, Any]]
 
 
 def test_text_lengths_are_in_the_index(shards: Path, tokenizer: Any) -> None:
-    from ross_mcore.data.conversation import tokenize_conversation
+    from ross_mcore.data.templates import tokenize_conversation
 
     reader = ShardReader(shards)
     assert reader.length_source is not None and reader.length_source.template == "qwen_2"

@@ -26,19 +26,18 @@ from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
-from ross_mcore.data.indexing import (
+from ross_mcore.data.index_writer import (
     IndexedShard,
     ShardIndex,
     content_digest,
     make_folder,
     part_facts,
-    printable,
     replacing,
     write_index,
 )
 from ross_mcore.data.precomputed import BLANK, PartSource, pack_blank, pack_part, part_source
 from ross_mcore.data.shards import CAPTION, MAX_PART_BYTES, ShardError, ShardReader
-from ross_mcore.data.tar_samples import Member, group_members, walk_tar
+from ross_mcore.data.tar_samples import Member, group_members, printable, walk_tar
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel.groups import together

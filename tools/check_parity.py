@@ -50,9 +50,9 @@ def main() -> int:
 
     from ross_mcore.parallel import groups
     from ross_mcore.parity.golden import KNOWN
-    from ross_mcore.parity.model import Layout
     from ross_mcore.parity.report import all_rows
     from ross_mcore.parity.rows import HEADER, summary
+    from ross_mcore.parity.trial import Layout
 
     logging.disable(logging.WARNING)
     first = os.environ.get("RANK", "0") == "0"

@@ -118,9 +118,9 @@ def main() -> int:
     options = parse_arguments()
     from rich.console import Console
 
-    from ross_mcore.data.conversation import TRAINING_TEMPLATES
     from ross_mcore.data.inspection import inspect, record_of, tokens_of, write_contact_sheet
     from ross_mcore.data.shards import ShardError, ShardReader, ShardReadError
+    from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
 
     console = Console()

@@ -58,11 +58,12 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.conversation import TRAINING_TEMPLATES, SampleBounds
+    from ross_mcore.data.conversation import SampleBounds
     from ross_mcore.data.indexing import length_source
     from ross_mcore.data.llava import RecordsError, convert_records, read_records
     from ross_mcore.data.shard_writer import ShardWriter
     from ross_mcore.data.shards import ShardError
+    from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
 
     console = Console(stderr=True)

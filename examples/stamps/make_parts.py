@@ -63,7 +63,7 @@ def write_tokenizer(captions: Sequence[str], out: Path) -> PreTrainedTokenizerBa
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
-    from ross_mcore.data.conversation import TEMPLATES
+    from ross_mcore.data.templates import TEMPLATES
 
     template = TEMPLATES["qwen_2"]
     chats = [f"{template.system}USER: {QUESTION} ASSISTANT: {caption}" for caption in captions]

@@ -21,18 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from ross_mcore import checked
 from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
-from ross_mcore.data.indexing import (
+from ross_mcore.data.index_writer import (
     IndexedShard,
-    Measure,
     ShardIndex,
-    index_tar,
-    length_source,
     make_folder,
     part_facts,
     quarantine_lines,
     replacing,
     write_index,
 )
+from ross_mcore.data.indexing import Measure, index_tar, length_source
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, RemoteError, ShardCache, identify, is_remote, list_shards
 from ross_mcore.data.shards import FORMAT_VERSION, LengthSource, ShardError
 from ross_mcore.data.tokenizer import load_tokenizer

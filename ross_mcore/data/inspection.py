@@ -20,12 +20,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ross_mcore import checked
 from ross_mcore.batch import IGNORE_INDEX
-from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ConversationError, tokenize_conversation
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ConversationError
 from ross_mcore.data.image import ImageError, decode_image
-from ross_mcore.data.indexing import NO_LIMIT, replacing
+from ross_mcore.data.index_writer import replacing
+from ross_mcore.data.indexing import NO_LIMIT
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.packing import pack
 from ross_mcore.data.shards import UNKNOWN_LENGTH, ShardError, ShardReader
+from ross_mcore.data.templates import tokenize_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

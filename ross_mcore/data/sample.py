@@ -21,7 +21,6 @@ from torch import Tensor
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import (
-    TRAINING_TEMPLATES,
     UNBOUNDED,
     ConversationError,
     NothingLeft,
@@ -29,7 +28,6 @@ from ross_mcore.data.conversation import (
     cut_row,
     expand_images,
     require_pictures,
-    tokenize_conversation,
 )
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.indexing import length_source, stale_lengths
@@ -37,6 +35,7 @@ from ross_mcore.data.precomputed import PrecomputedParts
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
+from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

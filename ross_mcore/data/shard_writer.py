@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ross_mcore.data.indexing import IndexedShard, ShardIndex, content_digest, write_index
+from ross_mcore.data.index_writer import IndexedShard, ShardIndex, content_digest, write_index
 from ross_mcore.data.shards import (
     MAX_IMAGE_BYTES,
     MAX_IMAGES,

@@ -15,7 +15,7 @@ A data set is a folder:
 The tars need not lie in the folder: the index names each by its name there, by an absolute path or by a URL. Nothing
 parses a tar at training time: a member is one `pread` at (shard, offset, size), of a shard from a URL in a local cache
 (remote.py). The tars are plain WebDataset shards, which any WebDataset reader reads without the index.
-`shard_writer.py` makes such tars, `indexing.py` the index of any.
+`shard_writer.py` makes such tars, `indexing.py` and `index_writer.py` the index of any.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 
 from ross_mcore import checked
 from ross_mcore.batch import Sample
-from ross_mcore.data.conversation import TRAINING_TEMPLATES
 from ross_mcore.data.image import ImageAspectRatio
 from ross_mcore.data.mixture import counts_by_epochs, counts_by_weight
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shards import ShardError
+from ross_mcore.data.templates import TRAINING_TEMPLATES
 
 SUFFIXES = (".yaml", ".yml")
 MAX_OPEN_SHARDS = 384

@@ -1,4 +1,4 @@
-"""Rows of the whole model, at any layout: features, states, losses, gradients, edge cases, generation, training curves.
+"""Rows of the whole model, at any layout: features, states, losses, gradients, edge cases, generation, training.
 
 Every rank runs everything; rows are made on all ranks from values that were brought together, and rank 0 prints them.
 """
@@ -6,256 +6,31 @@ Every rank runs everything; rows are made on all ranks from values that were bro
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from ross_mcore import platform
-from ross_mcore.architecture import ModelConfig, VisionConfig
 from ross_mcore.batch import Sample
-from ross_mcore.checkpoint.assembly import import_ross
 from ross_mcore.checkpoint.convert import Row as TableRow
 from ross_mcore.checkpoint.convert import convert_out, match
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.mapping import ross_table
 from ross_mcore.checkpoint.safe_load import StoredTensors
-from ross_mcore.checkpoint.sharded import save_checkpoint, sharding_metadata
-from ross_mcore.config import Config, OptimizerOptions
-from ross_mcore.data.conversation import ConversationError, cut_row, expand_images
-from ross_mcore.data.loader import Step
+from ross_mcore.data.conversation import ConversationError, expand_images
 from ross_mcore.models.diffusion import Draws
-from ross_mcore.parallel import groups as process_groups
-from ross_mcore.parallel.groups import Groups
-from ross_mcore.parallel.layout import share_of
 from ross_mcore.parity.components import SINUSOID_PARAMETER, SINUSOID_TOLERANCE
 from ross_mcore.parity.golden import Golden, GoldenError, NotRecorded, Tensors, where_recorded
 from ross_mcore.parity.rows import TOLERANCE, Row, compare, compare_exactly, compare_sets, instead
-from ross_mcore.training.chunks import ModelChunks
-from ross_mcore.training.optimizer import (
-    apply_gradients,
-    gradient_norm,
-    learning_rate,
-    set_hyperparameters,
-    warmup_iterations,
-)
-from ross_mcore.training.start import build, place
-from ross_mcore.training.step import Losses, StepSize, agree_on_step, combine_losses, run_schedule
+from ross_mcore.parity.training import curve_rows, optimizer_rows
+from ross_mcore.parity.trial import STAGES, Layout, Trial, import_model, prepare, recorded_rows, replayed, shared_folder
+from ross_mcore.training.step import Losses
 
-T = TypeVar("T")
-CURVE_TOLERANCE = 1e-4
-"""Twenty steps of Adam: its update is the gradient's sign where gradients are as small as their rounding."""
-SCHEDULE_TOLERANCE = 1e-12
-"""The same cosine in float64, in another order of operations."""
-ADAM_SHARE = 1e-2
-"""A weight may end this share of the farthest that Adam can carry it (rate x steps) away, for the same reason."""
-KEY_BIASES = ("attn.qkv.bias", "k_proj.bias")
-"""A key's bias adds the same to all scores of a query, rotation aside, so its gradient is mostly rounding, of which
-Adam makes full steps: ten times that share."""
 ROUNDING = 1e-7
 """Of the largest norm beside it: a gradient this much smaller than its neighbours is their rounding (eps is 1.2e-7)."""
-REFERENCE = {
-    "loss_normalization": "microbatch",
-    "vm_loss_rows": "all",
-    "lr_decay_style": "constant",
-    "lr_warmup_iters": 0,
-    "clip_grad": 0.0,
-    "weight_decay": 0.0,
-}
-"""The reference's arithmetic, in flags of this trainer."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the flags of the tool say."""
-
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    sequence_parallel: bool = False
-
-
-@dataclass
-class Trial:
-    """One recorded model, ready to train in one stage at one layout."""
-
-    config: Config
-    model_config: ModelConfig
-    groups: Groups
-    model: ModelChunks
-    optimizer: MegatronOptimizer
-
-    @property
-    def device(self) -> torch.device:
-        return platform.device()
-
-    def size(self, rows: list[Sample]) -> StepSize:
-        multiple = self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1
-        return agree_on_step(_as_step(rows), self.groups, multiple, self.device)
-
-    def run(self, rows: list[Sample], **options: Any) -> list[Any]:
-        """One micro-batch through mcore's schedule."""
-        training = replace(self.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
-        image_size = self.model_config.vision.image_size
-        return run_schedule(
-            self.model,
-            _as_step(share_of_pixels(rows, self.groups)),
-            self.size(rows),
-            self.groups,
-            training,
-            image_size=image_size,
-            device=self.device,
-            **options,
-        )
-
-    def losses(self, rows: list[Sample], draws: Draws, scales: tuple[float, float] = (1.0, 1.0)) -> Losses:
-        """Forward and backward with replayed draws; reduced gradients are left in the model."""
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        parts = self.run(rows, draws=[draws], scales=scales)
-        return combine_losses(parts, self.groups, self.device)
-
-    def hidden(self, rows: list[Sample]) -> Tensor | None:
-        """States after the final norm [B, S, D] on the ranks of the last stage, None elsewhere."""
-        with torch.no_grad():
-            found = self.run(rows, output="hidden", forward_only=True)
-        return found[0].view(len(rows), -1, found[0].shape[-1]) if self.groups.stage.is_last else None
-
-    def logits(self, states: Tensor | None) -> Tensor | None:
-        """States [N, D] -> logits [N, vocabulary] where they are, None elsewhere."""
-        if states is None:
-            return None
-        with torch.no_grad():
-            columns = self.model.last.language_model.logits(states)
-            whole = tensor_parallel.gather_from_tensor_model_parallel_region(columns)
-        return whole[:, : self.model_config.language.vocab_size]
-
-    def everywhere(self, value: T | None) -> T:
-        """What the first rank that has a value (not None) has, on every rank. Collective."""
-        values: list[T | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return next(v for v in values if v is not None)
-
-    def by_their_names(self, tensors: dict[str, Tensor]) -> Tensors:
-        """Tensors of this rank, by parameter name -> whole ones of all ranks, under the reference's names. Collective.
-
-        They take the way of a checkpoint: saved in pieces, read whole, converted out.
-        """
-        state = self.model.first.sharded_state_dict(metadata=sharding_metadata())
-        for name in list(state):
-            if name in tensors:
-                state[name].data = tensors[name]
-            else:
-                del state[name]
-        with shared_folder() as folder:
-            checkpoint = save_checkpoint(folder, 0, {"model": state}, self.model_config)
-            found = dict(
-                convert_out(ross_table(self.model_config), StoredTensors(checkpoint.path), self.model_config.language)
-            )
-            dist.barrier()
-        return found
-
-    def gradients(self) -> Tensors:
-        """Reduced gradients of every trained parameter, whole. Collective."""
-        named = self.model.first.named_parameters()
-        return self.by_their_names({name: p.main_grad.clone() for name, p in named if p.requires_grad})
-
-    def parameters(self) -> Tensors:
-        return self.by_their_names({name: p.detach().clone() for name, p in self.model.first.named_parameters()})
-
-
-def _as_step(rows: list[Sample]) -> Step:
-    """One micro-batch whose rows are one sample each."""
-    return Step([], None, [[[sample] for sample in rows]], [], {})
-
-
-class shared_folder:
-    """A temporary folder that rank 0 makes and removes, and all ranks see. Collective."""
-
-    def __enter__(self) -> Path:
-        names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(names, src=0)
-        self._path = Path(str(names[0]))
-        return self._path
-
-    def __exit__(self, *_: object) -> None:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(self._path, ignore_errors=True)
-
-
-def share_of_pixels(rows: list[Sample], groups: Groups) -> list[Sample]:
-    """The rows with the pixels of this tensor-parallel rank's share of the pictures, as the loader gives them."""
-    pictures = [(row, place) for row, sample in enumerate(rows) for place in range(len(sample.pixels))]
-    mine = {pictures[index] for index in share_of(len(pictures), groups.tensor_rank, groups.tensor.size())}
-    return [
-        replace(sample, pixels=[p if (row, place) in mine else None for place, p in enumerate(sample.pixels)])
-        for row, sample in enumerate(rows)
-    ]
-
-
-def import_model(golden: Golden, name: str, root: Path) -> Checkpoint:
-    """The recorded checkpoint as ours. Its tokenizer is not recorded and not used: any of the folder's will do."""
-    source = golden.folder / name / "hf_checkpoint"
-    with tempfile.TemporaryDirectory() as none_recorded:
-        (Path(none_recorded) / "tokenizer.json").write_text("{}", encoding="utf-8")
-        tokenizers = [golden.folder / path for path in golden.names("data/tok_*")] + [Path(none_recorded)]
-        return import_ross(root, source, tokenizer=tokenizers[0], base=golden.folder)
-
-
-def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, **flags: Any) -> Trial:
-    """Builds the model at the layout for a training stage. Collective."""
-    config = Config.from_flat(
-        tensor_model_parallel_size=layout.tensor_parallel,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        sequence_parallel=layout.sequence_parallel,
-        training_stage=stage,
-        **(REFERENCE | flags),
-    )
-    model_config = checkpoint.model_config()
-    groups = process_groups.initialize(place(config, model_config), config.training.seed, timeout_minutes=10)
-    model, optimizer = build(config, model_config, groups, checkpoint)
-    return Trial(config, model_config, groups, model, optimizer)
-
-
-STAGES = {1: "pretrain", 2: "finetune"}
-
-
-def recorded_rows(tensors: Tensors, prefix: str, vision: VisionConfig, max_length: int | None = None) -> list[Sample]:
-    """A recorded batch as samples, cut to `max_length`; pictures that are not recorded are zero.
-
-    Raises ConversationError when the cut goes through a picture.
-    """
-    samples = []
-    blank = torch.zeros(3, vision.image_size, vision.image_size)
-    batch = zip(*(tensors[prefix + name] for name in ("input_ids", "labels", "attention_mask")))
-    for row, (ids, labels, mask) in enumerate(batch):
-        kept = mask.bool()
-        tokens, targets, starts = expand_images(ids[kept].tolist(), labels[kept].tolist(), vision.image_tokens)
-        if max_length is not None:
-            tokens, targets, starts = cut_row(tokens, targets, starts, vision.image_tokens, max_length)
-        picture = tensors[f"{prefix}images"][row] if f"{prefix}images" in tensors else blank
-        pictures: list[Tensor | None] = [picture for _ in starts]
-        samples.append(Sample(str(row), row, torch.from_numpy(tokens), torch.from_numpy(targets), starts, pictures))
-    return samples
-
-
-def replayed(tensors: Tensors, prefix: str, rows: list[Sample]) -> Draws:
-    """The recorded tape of a batch, pictures first and then blank rows. The reference tiles it draw after draw."""
-    noise = tensors[f"{prefix}posterior_noise"]
-    order = sorted(range(len(rows)), key=lambda row: not rows[row].image_starts)
-
-    def by_row(tape: Tensor) -> Tensor:
-        return tape.unflatten(0, (len(tape) // len(noise), len(noise))).transpose(0, 1)[order]
-
-    return Draws(noise[order], by_row(tensors[f"{prefix}t"]), by_row(tensors[f"{prefix}noise"]))
 
 
 def model_rows(golden: Golden, layout: Layout) -> Iterator[Row]:
@@ -267,10 +42,10 @@ def model_rows(golden: Golden, layout: Layout) -> Iterator[Row]:
             dist.barrier()
             checkpoint = Checkpoint(folder / "iter_0000000", 0)
             yield from _oracle_rows(golden, name, checkpoint, layout)
-            yield from _optimizer_rows(golden, name, checkpoint, layout)
+            yield from optimizer_rows(golden, name, checkpoint, layout)
             for stage in STAGES:
                 if golden.has(f"{name}/train20_stage{stage}.json"):
-                    curve = _curve_rows(golden, name, checkpoint, stage, layout)
+                    curve = curve_rows(golden, name, checkpoint, stage, layout)
                     yield from where_recorded("curves", f"{name} stage {stage}", curve)
 
 
@@ -312,7 +87,7 @@ def _stage_rows(title: str, trial: Trial, stage: int, tensors: Tensors, oracle: 
     for key, whole in tensors.items():
         prefix, _, parameter = key.partition(".")
         if prefix == f"grad{stage}":
-            tolerance = SINUSOID_TOLERANCE if SINUSOID_PARAMETER in parameter else TOLERANCE
+            tolerance = _gradient_tolerance(parameter)
             ours = gradients.get(parameter, math.nan * whole)
             yield compare("model", f"{title}: whole gradient of {parameter}", ours, whole, tolerance)
 
@@ -336,9 +111,13 @@ def _loss_rows(family: str, title: str, losses: Losses, recorded: dict[str, floa
 def _gradient_rows(title: str, gradients: Tensors, norms: dict[str, float | None]) -> Iterator[Row]:
     largest = max((norm or 0.0 for norm in norms.values()), default=0.0)
     for parameter, norm in norms.items():
-        tolerance = SINUSOID_TOLERANCE if SINUSOID_PARAMETER in parameter else TOLERANCE
+        tolerance = _gradient_tolerance(parameter)
         ours = gradients[parameter].norm().item() if parameter in gradients else math.nan
         yield compare("gradient norms", f"{title}: {parameter}", ours, norm or 0.0, tolerance, ROUNDING * largest)
+
+
+def _gradient_tolerance(parameter: str) -> float:
+    return SINUSOID_TOLERANCE if SINUSOID_PARAMETER in parameter else TOLERANCE
 
 
 def _checkpoint_rows(name: str, checkpoint: Checkpoint, oracle: dict[str, Any]) -> Iterator[Row]:
@@ -450,98 +229,3 @@ def _generation_rows(name: str, trial: Trial, tensors: Tensors) -> Iterator[Row]
         yield compare_exactly("generation", f"{name} {prefix}: tokens", chosen, wanted, "tokens")
         if f"{prefix}.scores" in tensors:
             yield compare("generation", f"{name} {prefix}: scores", torch.stack(scores), tensors[f"{prefix}.scores"][0])
-
-
-def _optimizer_rows(golden: Golden, name: str, checkpoint: Checkpoint, layout: Layout) -> Iterator[Row]:
-    """Every parameter's learning rate, weight decay, betas and eps, in each recorded setting of this family."""
-    if not golden.has("data/optimizer_groups.json"):
-        return
-    family = checkpoint.model_config().language.model_type
-    for case, groups in golden.json("data/optimizer_groups.json").items():
-        kind, stage, *options = case.split("|")
-        if kind != family:
-            continue
-        settings = dict(option.split("=") for option in options)
-        denoiser_lr = None if settings.get("inv_lr", "None") == "None" else float(settings["inv_lr"])
-        theirs = {
-            (key, group["lr"], group["wd"], *group["betas"], group["eps"]) for group in groups for key in group["names"]
-        }
-        peak = max(group["lr"] for group in groups)
-        trial = prepare(
-            checkpoint,
-            STAGES[int(stage.removeprefix("stage"))],
-            layout,
-            lr=peak,
-            denoiser_lr=denoiser_lr,
-            weight_decay=max(group["wd"] for group in groups),
-            decay_norm_weights=family == "qwen2",
-        )
-        set_hyperparameters(trial.optimizer, 0, 1, trial.config.optimizer)
-        yield compare_sets("optimizer groups", f"{name} {case}", _optimizer_settings(trial), theirs, "parameters")
-
-
-def _optimizer_settings(trial: Trial) -> set[tuple[Any, ...]]:
-    """(their name, rate, decay, betas, eps) of every trained parameter of all stages. Collective."""
-    group_of = {id(p): group for group in trial.optimizer.param_groups for p in group["params"]}
-    marked, settings = {}, []
-    for key, parameter in trial.model.first.named_parameters():
-        if parameter.requires_grad:
-            group = group_of[id(parameter)]
-            settings.append((group["lr"], group["weight_decay"], *group["betas"], group["eps"]))
-            marked[key] = torch.full_like(parameter, float(len(settings) - 1))
-    # the settings travel as numbers: the tensors that carry them are split and renamed as the parameters are
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, settings)
-    table = sorted({setting for own in everyone for setting in own})
-    coded = {key: value.fill_(float(table.index(settings[int(value.flatten()[0])]))) for key, value in marked.items()}
-    found = trial.by_their_names(coded)
-    return {(key, *table[int(value.flatten()[0])]) for key, value in found.items()}
-
-
-def schedule_rows(golden: Golden) -> Iterator[Row]:
-    """The learning rate of every step of the recorded schedules, for both recorded groups."""
-    if not golden.has("data/lr_schedule.json"):
-        return
-    for case in golden.json("data/lr_schedule.json", list):
-        steps = case["total_steps"]
-        options = OptimizerOptions(lr=case["base"])
-        yield compare_exactly(
-            "learning rate",
-            f"{steps} steps: warm-up",
-            [warmup_iterations(options, steps)],
-            [case["warmup"]],
-            "iterations",
-        )
-        for column, peak in enumerate((case["base"], case["second_group"])):
-            recorded = [rates[column] for rates in case["lr_used_at_step"]]
-            ours = [learning_rate(step, steps, options, peak) for step in range(len(recorded))]
-            title = f"{steps} steps: rates with peak {peak:g}"
-            yield compare("learning rate", title, ours, recorded, SCHEDULE_TOLERANCE)
-
-
-def _curve_rows(golden: Golden, name: str, checkpoint: Checkpoint, stage: int, layout: Layout) -> Iterator[Row]:
-    """Twenty training steps of this trainer's own step on the recorded batches and draws."""
-    curve = golden.json(f"{name}/train20_stage{stage}.json")
-    tensors, _ = golden.tensors(f"{name}/train20.safetensors")
-    trial = prepare(checkpoint, STAGES[stage], layout, lr=curve["lr"])
-    for step, number in enumerate(curve["batch_index"]):
-        rows = recorded_rows(tensors, f"batch{number}.", trial.model_config.vision)
-        set_hyperparameters(trial.optimizer, step, len(curve["batch_index"]), trial.config.optimizer)
-        losses = trial.losses(rows, replayed(tensors, f"step{step:02d}.", rows))
-        norm = gradient_norm(trial.optimizer)
-        apply_gradients(trial.optimizer, norm, trial.config.optimizer.clip_grad)
-        ours = {"lm": losses.lm_loss, "vm": losses.vm_loss, "total": losses.loss, "grad_norm": norm}
-        for key, value in ours.items():
-            title = f"{name} stage {stage} step {step + 1}: {key}"
-            yield compare("curves", title, value, curve[key][step], CURVE_TOLERANCE)
-    final, floor = trial.parameters(), ADAM_SHARE * curve["lr"] * len(curve["batch_index"])
-    for key, norm in curve.get("final_param_norms", {}).items():
-        allowed = floor * (10 if key.endswith(KEY_BIASES) else 1)
-        title = f"{name} stage {stage} after the last step: norm of {key}"
-        ours = final[key].norm().item() if key in final else math.nan
-        yield compare("trained weights", title, ours, norm, CURVE_TOLERANCE, allowed)
-    for key, value in tensors.items():
-        if key.startswith("final.") and stage == 2:
-            key = key.removeprefix("final.")
-            ours = final.get(key, math.nan * value)
-            yield compare("trained weights", f"{name} after the last step: {key}", ours, value, CURVE_TOLERANCE, floor)

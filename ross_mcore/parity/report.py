@@ -10,8 +10,10 @@ import torch.distributed as dist
 from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.parity import components, data
 from ross_mcore.parity.golden import Golden, usable, where_recorded
-from ross_mcore.parity.model import Layout, model_rows, schedule_rows
+from ross_mcore.parity.model import model_rows
 from ross_mcore.parity.rows import Row
+from ross_mcore.parity.training import schedule_rows
+from ross_mcore.parity.trial import Layout
 
 PARTS = {
     "diffusion": components.diffusion_rows,

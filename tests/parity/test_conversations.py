@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from ross_mcore.data.conversation import (
+from ross_mcore.data.conversation import ConversationError, expand_images
+from ross_mcore.data.templates import (
     TRAINING_TEMPLATES,
-    ConversationError,
     Tokenized,
-    expand_images,
     tokenize_conversation,
     tokenize_prompt,
     write_prompt,

@@ -19,9 +19,9 @@ platform.prepare()
 
 from ross_mcore.parity import components, data  # noqa: E402
 from ross_mcore.parity.golden import Golden, GoldenError, where_recorded  # noqa: E402
-from ross_mcore.parity.model import Layout  # noqa: E402
 from ross_mcore.parity.report import PARTS, all_rows  # noqa: E402
 from ross_mcore.parity.rows import Row, compare, compare_exactly, compare_sets, summary  # noqa: E402
+from ross_mcore.parity.trial import Layout  # noqa: E402
 from tests.recorded import GOLDEN  # noqa: E402
 
 COUNTS = {

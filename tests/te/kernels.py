@@ -3,57 +3,23 @@
 Names, argument orders and results are those of Transformer Engine 2.9's Python sources, which call them. Stood in for:
 
 - fp32, bf16, unfused attention: generic_gemm, rmsnorm_fwd and _bwd, layernorm_fwd and _bwd, get_cudnn_version
-- bf16 and packed attention: get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd
-  (cuDNN's fused attention, in its layouts BSHD, SBHD and, for packed rows with cu_seqlens, THD: no flash-attn)
+- bf16 and packed attention (attention.py): get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd
 - FP8 with delayed and with current scaling: quantize, dequantize, bgrad_quantize, fp8_transpose; for weights kept in
   FP8 compute_amax, multi_tensor_compute_scale_and_scale_inv
 - mcore's optimizer: multi_tensor_scale, multi_tensor_l2norm, multi_tensor_adam
 
-Every other name of the extension can be imported, used as a type and read as an enumeration, and raises when called.
+extension.py makes a module of them, which has every other name too.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
 import math
-import types
-from collections import Counter
 
 import torch
 
-CALLS: Counter = Counter()
-"""How often each function ran; of attention also how often for each layout of its tensors (BSHD_BSHD_BSHD, ...)."""
+from tests.te.attention import fused_attn_bwd, fused_attn_fwd, get_cudnn_version, get_fused_attn_backend
+from tests.te.extension import DType
 
-
-def _enumeration(name, **members):
-    return enum.IntEnum(name, members, module="transformer_engine_torch")
-
-
-DType = _enumeration(
-    "DType",
-    kByte=0,
-    kInt16=1,
-    kInt32=2,
-    kInt64=3,
-    kFloat32=4,
-    kFloat16=5,
-    kBFloat16=6,
-    kFloat8E4M3=7,
-    kFloat8E5M2=8,
-    kFloat8E8M0=9,
-    kFloat4E2M1=10,
-)
-FP8FwdTensors = _enumeration(
-    "FP8FwdTensors",
-    **{f"GEMM{i}_{n}": 3 * (i - 1) + j for i in (1, 2, 3) for j, n in enumerate(("INPUT", "WEIGHT", "OUTPUT"))},
-)
-FP8BwdTensors = _enumeration(
-    "FP8BwdTensors", **{f"GRAD_{n}{i}": 2 * (i - 1) + j for i in (1, 2, 3) for j, n in enumerate(("OUTPUT", "INPUT"))}
-)
-NVTE_Fused_Attn_Backend = _enumeration(
-    "NVTE_Fused_Attn_Backend", NVTE_No_Backend=-1, NVTE_F16_max512_seqlen=0, NVTE_F16_arbitrary_seqlen=1, NVTE_FP8=2
-)
 _TORCH = {
     DType.kByte: torch.uint8,
     DType.kInt32: torch.int32,
@@ -243,119 +209,6 @@ def multi_tensor_compute_scale_and_scale_inv(chunk_size, noop, lists, max_fp8, f
         scale_inv.copy_(scale.reciprocal())
 
 
-# attention: cuDNN's fused kernel, needed for bf16 and for packed (thd) batches -------------------
-
-
-def get_fused_attn_backend(*_args, **_kw):
-    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
-
-
-def get_cudnn_version():
-    return 91300
-
-
-def _sequences(layout, t, cu):
-    """[view [heads, seq, dim] of each sequence] of a thd / bshd / sbhd tensor."""
-    if "T" in layout:
-        cu = cu.tolist()
-        return [t[a:b].transpose(0, 1) for a, b in zip(cu[:-1], cu[1:])]
-    t = t if layout.startswith("B") else t.transpose(0, 1)
-    return [t[i, :n].transpose(0, 1) for i, n in enumerate((cu[1:] - cu[:-1]).tolist())]
-
-
-def _attend(layout, mask, window, scale, cu_q, cu_kv, cu_q_pad, cu_kv_pad, q, k, v):
-    if any(p is not None and not torch.equal(p, c) for p, c in ((cu_q_pad, cu_q), (cu_kv_pad, cu_kv))):
-        raise NotImplementedError("tests.te.kernels: fused_attn: padding between packed sequences")
-    layout, outs = layout.name.removeprefix("NVTE_"), []
-    for qs, ks, vs in zip(_sequences(layout, q, cu_q), _sequences(layout, k, cu_kv), _sequences(layout, v, cu_kv)):
-        groups, sq, sk = qs.shape[0] // ks.shape[0], qs.shape[1], ks.shape[1]
-        s = qs.float() @ ks.float().repeat_interleave(groups, 0).transpose(1, 2) * scale
-        rel = torch.arange(sk)[None] - torch.arange(sq)[:, None] - (sk - sq if "BOTTOM" in mask.name else 0)
-        hide = (rel > 0) if "CAUSAL" in mask.name else torch.zeros(sq, sk, dtype=torch.bool)
-        if window[0] >= 0:
-            hide = hide | (rel < -window[0])
-        p = torch.softmax(s.masked_fill(hide, -math.inf), -1)
-        outs.append((p @ vs.float().repeat_interleave(groups, 0)).transpose(0, 1))
-    if "T" in layout:
-        return torch.cat(outs).to(q.dtype)
-    longest = q.shape[1 if layout.startswith("B") else 0]
-    out = torch.stack([torch.nn.functional.pad(o, (0, 0, 0, 0, 0, longest - len(o))) for o in outs], 1)
-    return (out.transpose(0, 1) if layout.startswith("B") else out).contiguous().to(q.dtype)
-
-
-def fused_attn_fwd(
-    max_q,
-    max_kv,
-    is_training,
-    scale,
-    dropout,
-    fast_zero_fill,
-    layout,
-    bias_type,
-    mask,
-    softmax_type,
-    window,
-    cu_q,
-    cu_kv,
-    q,
-    k,
-    v,
-    fake_dtype,
-    cu_q_pad,
-    cu_kv_pad,
-    page_k,
-    page_v,
-    s_quantizer,
-    o_quantizer,
-    attn_bias,
-    softmax_offset,
-    rng_gen,
-    rng_elts,
-    return_max_logit=False,
-    cuda_graph=False,
-):  # cuda_graph: TE >= 2.10
-    if dropout and is_training or attn_bias is not None or s_quantizer is not None or return_max_logit:
-        raise NotImplementedError("tests.te.kernels: fused_attn_fwd: dropout, bias, fp8 attention, max logit")
-    CALLS[f"fused_attn_fwd {layout.name.removeprefix('NVTE_')}"] += 1
-    out = _attend(layout, mask, window, scale, cu_q, cu_kv, cu_q_pad, cu_kv_pad, q, k, v)
-    return out, torch.empty(0), torch.zeros(2, dtype=torch.int64)  # out, softmax stats, rng state
-
-
-def fused_attn_bwd(
-    max_q,
-    max_kv,
-    scale,
-    dropout,
-    fast_zero_fill,
-    layout,
-    bias_type,
-    mask,
-    softmax_type,
-    window,
-    deterministic,
-    cu_q,
-    cu_kv,
-    q,
-    k,
-    v,
-    o,
-    d_o,
-    fake_dtype,
-    dqkv_dtype,
-    aux,
-    cu_q_pad,
-    cu_kv_pad,
-    s_quantizer,
-    dp_quantizer,
-    dqkv_quantizer,
-    cuda_graph=False,
-):
-    with torch.enable_grad():
-        qkv = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = _attend(layout, mask, window, scale, cu_q, cu_kv, cu_q_pad, cu_kv_pad, *qkv)
-        return *torch.autograd.grad(out, qkv, d_o.view(out.shape)), None, None
-
-
 # optimizer kernels: megatron.core takes TE's FusedAdam, l2norm and scale as soon as TE imports ----
 
 
@@ -383,52 +236,6 @@ def multi_tensor_adam(chunk_size, noop, lists, lr, beta1, beta2, eps, step, mode
             p.copy_(w)
 
 
-class _Missing(type):
-    """A name of the extension that has no stand-in: can be imported, is a type and an enumeration, cannot be called."""
-
-    def __getattr__(cls, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        member = object.__new__(cls)
-        member.name = name
-        setattr(cls, name, member)
-        return member
-
-    def __call__(cls, *args, **kwargs):
-        raise NotImplementedError(f"tests/te/kernels.py has no transformer_engine_torch.{cls.__name__}")
-
-
-class Extension(types.ModuleType):
-    """A module in which every name exists, see `_Missing`."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        missing = _Missing(name, (), {"__module__": "transformer_engine_torch", "__repr__": lambda self: self.name})
-        setattr(self, name, missing)
-        return missing
-
-
-def _counted(function):
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        CALLS[function.__name__] += 1
-        with torch.no_grad():
-            return function(*args, **kwargs)
-
-    return call
-
-
-def extension() -> Extension:
-    """The module `transformer_engine_torch`."""
-    module = Extension("transformer_engine_torch")
-    for function in FUNCTIONS:
-        setattr(module, function.__name__, _counted(function))
-    for enumeration in ENUMS:
-        setattr(module, enumeration.__name__, enumeration)
-    return module
-
-
 FUNCTIONS = (
     generic_gemm,
     rmsnorm_fwd,
@@ -449,4 +256,3 @@ FUNCTIONS = (
     multi_tensor_l2norm,
     multi_tensor_adam,
 )
-ENUMS = (DType, FP8FwdTensors, FP8BwdTensors, NVTE_Fused_Attn_Backend)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.distributed.conftest import train_one_rank
-from tests.te import kernels
+from tests.te.extension import CALLS
 
 
 def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None:
@@ -40,7 +40,7 @@ def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None
 
     opening.build = build_and_look
     train_one_rank(flags, stop_after)
-    seen["calls"] = dict(kernels.CALLS)
+    seen["calls"] = dict(CALLS)
     seen["histories"] = _keeps_maxima(model[0])
     Path(flags["save"], f"seen_{os.environ['RANK']}.json").write_text(json.dumps(seen))
 

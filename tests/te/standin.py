@@ -3,7 +3,8 @@
 `install()` comes before anything imports transformer_engine or megatron.core. It does two things, both seen inside
 `transformer_engine.*` alone:
 
-1. `transformer_engine_torch`, the compiled extension, becomes a module of plain torch functions (kernels.py).
+1. `transformer_engine_torch`, the compiled extension, becomes a module (extension.py) of plain torch functions
+   (kernels.py, attention.py).
 2. An import hook spells the device anew in Transformer Engine's sources while they load (RULES, seven patterns of one
    line), because they say "cuda", assert `.is_cuda` and ask torch.cuda for the architecture.
 
@@ -27,7 +28,8 @@ from typing import Any
 
 import torch
 
-from tests.te import kernels
+from tests.te.extension import Extension, extension
+from tests.te.kernels import FUNCTIONS
 
 ARCHITECTURE = (9, 0)
 """The GPU that Transformer Engine is told to be on: Hopper, whose FP8 matrix products take row-major copies only."""
@@ -107,7 +109,7 @@ class _StubLoader(importlib.abc.Loader):
     """Submodules replaced whole: Triton kernels and the ONNX export table, whose libraries are not needed here."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return kernels.Extension(spec.name)
+        return Extension(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__path__ = []
@@ -133,7 +135,7 @@ def install() -> None:
     os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # delayed scaling: the Python update of the amax histories
     os.environ["NVTE_TORCH_COMPILE"] = "0"  # transformer_engine/pytorch/jit.py: no torch.compile of small functions
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"  # UnfusedDotProductAttention: torch's softmax
-    sys.modules["transformer_engine_torch"] = kernels.extension()
+    sys.modules["transformer_engine_torch"] = extension(FUNCTIONS)
     sys.meta_path.insert(0, _Finder())
     # here, because transformer_engine/__init__.py hides an ImportError of it
     import transformer_engine.pytorch  # noqa: F401

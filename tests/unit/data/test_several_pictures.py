@@ -21,9 +21,6 @@ from ross_mcore.data.conversation import (
     cut_row,
     expand_images,
     require_pictures,
-    tokenize_conversation,
-    tokenize_prompt,
-    write_prompt,
 )
 from ross_mcore.data.llava import convert_records
 from ross_mcore.data.loader import StepLoader
@@ -31,6 +28,7 @@ from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import LengthSource, ShardReader
+from ross_mcore.data.templates import tokenize_conversation, tokenize_prompt, write_prompt
 from ross_mcore.data.tokenizer import fingerprint_tokenizer, load_tokenizer
 
 TEMPLATES = [

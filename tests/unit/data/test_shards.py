@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ross_mcore.data.indexing import make_folder
+from ross_mcore.data.index_writer import make_folder
 from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.shards import ShardError, ShardReader
 
@@ -52,7 +52,7 @@ def test_webdataset_reads_the_shards(shards: Path, records: list[dict[str, Any]]
 
 
 def test_text_lengths_are_in_the_index(shards: Path, tokenizer: Any) -> None:
-    from ross_mcore.data.conversation import tokenize_conversation
+    from ross_mcore.data.templates import tokenize_conversation
 
     reader = ShardReader(shards)
     assert reader.length_source is not None and reader.length_source.template == "qwen_2"

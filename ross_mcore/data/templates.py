@@ -1,0 +1,212 @@
+"""Templates: conversations -> text -> token ids and labels, as in the reference.
+
+Behaviour: reference conversation.py:264-520 and train.py:620-893, confirmed token by token against recorded values.
+Legend: L tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ross_mcore.batch import IGNORE_INDEX
+from ross_mcore.data.conversation import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
+    ConversationError,
+    check_turns,
+    encode_text,
+    normalise_images,
+    with_missing_images,
+)
+from ross_mcore.data.labels import Prompt, mask_byte_pairs, mask_caption, mask_headers, mask_sentencepiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_PLACEHOLDER_IN_TEXT = "<im_start><image><im_end>"
+ROLES = {"human": "USER", "gpt": "ASSISTANT"}
+HEADERS = {
+    "human": "<|start_header_id|>user<|end_header_id|>\n\n",
+    "gpt": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+END_OF_TURN = "<|eot_id|>"
+
+Turn = tuple[str, str | None]
+"""(role, text) of a turn; the text is None where an answer is to be generated."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """input_ids [L] with one IMAGE_TOKEN_INDEX per image, labels [L], unshifted.
+
+    `mismatch`: the answers could not be located among the tokens, so that every label is IGNORE_INDEX; `text_tokens`:
+    ids without the images', before any cut.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    mismatch: bool
+    text_tokens: int
+
+    @property
+    def image_spans(self) -> int:
+        return self.input_ids.count(IMAGE_TOKEN_INDEX)
+
+    @property
+    def label_tokens(self) -> int:
+        """Labels that a loss can use: none for the first token, which nothing predicts, nor for an image."""
+        return sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns are written out, and which function finds the answers among the tokens.
+
+    `system` opens the prompt, `answer_start` stands before and `round_end` after every answer. `write` gives the text
+    of a conversation, `mask` its labels and whether they are a mismatch. A `round_end` that is not `tokenized` marks
+    where rounds end and is taken out of a conversation before that becomes tokens.
+    """
+
+    system: str
+    answer_start: str
+    round_end: str
+    write: Callable[[list[Turn], Template], str]
+    mask: Callable[[Prompt], tuple[list[int], bool]]
+    tokenized: bool = True
+
+
+def _write_caption(turns: list[Turn], style: Template) -> str:
+    """The pictures of the instruction, which keeps nothing else, and the caption, or text that may show pictures too.
+
+    What a caption is generated from shows a picture in any case.
+    """
+    pictures = IMAGE_PLACEHOLDER * (turns[0][1] or "").count(IMAGE_PLACEHOLDER)
+    if turns[-1][1] is None:
+        return pictures or IMAGE_PLACEHOLDER
+    if len(turns) != 2:
+        raise ConversationError("plain takes two turns, an instruction and a caption")
+    return f"{pictures}{turns[1][1]}{style.round_end}"
+
+
+def _write_dialogue(turns: list[Turn], style: Template) -> str:
+    """`<system> USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon alone."""
+    ends = {"human": " ", "gpt": style.round_end}
+    written = [f"{ROLES[role]}: {text}{ends[role]}" if text else f"{ROLES[role]}:" for role, text in _dialogue(turns)]
+    return style.system + "".join(written)
+
+
+def _write_headers(turns: list[Turn], style: Template) -> str:
+    """A header, the text and `<|eot_id|>` for every turn; only an answer to be generated is its header alone."""
+    ends = {"human": END_OF_TURN, "gpt": END_OF_TURN + style.round_end}
+    return style.system + "".join(
+        HEADERS[role] if text is None else f"{HEADERS[role]}{text}{ends[role]}" for role, text in _dialogue(turns)
+    )
+
+
+def _dialogue(turns: list[Turn]) -> list[Turn]:
+    """The turns from the human's first on. Raises ConversationError unless they alternate."""
+    turns = turns[1:] if turns[0][0] != "human" else turns
+    if any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
+        raise ConversationError("the turns do not alternate between human and gpt")
+    return turns
+
+
+def _system(human: str) -> str:
+    return (
+        f"A chat between a curious {human} and an artificial intelligence assistant. "
+        f"The assistant gives helpful, detailed, and polite answers to the {human}'s questions. "
+    )
+
+
+TEMPLATES = {
+    "plain": Template("", "", "\n", _write_caption, mask_caption),
+    "qwen_2": Template(_system("human"), " ASSISTANT: ", "<|im_end|>", _write_dialogue, mask_byte_pairs),
+    "v1": Template(_system("user"), " ASSISTANT: ", "</s>", _write_dialogue, mask_sentencepiece),
+    "llama3": Template("", HEADERS["gpt"], "<|eot_conversation|>", _write_headers, mask_headers, tokenized=False),
+    "v1_qwen2": Template(_system("human"), " ASSISTANT: ", "<|im_end|>", _write_dialogue, mask_sentencepiece),
+}
+"""Reference conversation.py:264-520 and the dispatch of train.py:881-893."""
+
+TRAINING_TEMPLATES = tuple(name for name in TEMPLATES if name != "v1_qwen2")
+"""What to train with. The labels of v1_qwen2 are all ignored beyond one round; its prompts are those of qwen_2."""
+
+
+def tokenize_conversation(
+    conversations: Any,
+    num_images: int,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    supervise_final_eos: bool = True,
+    mm_use_im_start_end: bool = False,
+) -> Tokenized:
+    """Ids and labels of a LLaVA conversation, a list of {"from": "human" | "gpt", "value": text}.
+
+    `num_images` (not the text) says whether `<image>` means a picture. As in the reference, only rows without a picture
+    are cut to `max_length` here. `supervise_final_eos=False` gives the reference's labels for `qwen_2`.
+    `mm_use_im_start_end` as in `write_prompt`.
+    Raises ConversationError for a malformed conversation, KeyError for an unknown template.
+    """
+    style = TEMPLATES[template]
+    text = write_prompt(conversations, num_images, template, mm_use_im_start_end=mm_use_im_start_end)
+    shows_image = _shows_image(text, num_images, template)
+    ids = encode_text(text if style.tokenized else text.replace(style.round_end, ""), shows_image, tokenizer)
+    text_tokens = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
+    if not shows_image:
+        ids = ids[:max_length]
+    prompt = Prompt(
+        text, ids, num_images, tokenizer, style.answer_start, style.round_end, max_length, supervise_final_eos
+    )
+    labels, mismatch = style.mask(prompt)
+    return Tokenized(ids, labels, mismatch, text_tokens)
+
+
+def tokenize_prompt(
+    conversations: Any,
+    num_images: int,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    mm_use_im_start_end: bool = False,
+) -> list[int]:
+    """Ids to generate from: a conversation whose last turn is the human's, with the answer's role written after it.
+
+    `plain` gives the images alone. In later rounds of `llama3` the reference leaves `<|eot_conversation|>` as text in
+    what it generates from, though not in what it trains on; so does this. Raises as `write_prompt`.
+    """
+    text = write_prompt(conversations, num_images, template, True, mm_use_im_start_end)
+    return encode_text(text, _shows_image(text, num_images, template), tokenizer)
+
+
+def write_prompt(
+    conversations: Any,
+    num_images: int,
+    template: str,
+    generation: bool = False,
+    mm_use_im_start_end: bool = False,
+) -> str:
+    """The text of a conversation, one `<image>` a picture; with `generation`, up to where the next answer begins.
+
+    `mm_use_im_start_end` puts the plain text `<im_start>` and `<im_end>` around every `<image>`.
+    Raises ConversationError for a malformed conversation, KeyError for an unknown template.
+    """
+    style = TEMPLATES[template]
+    checked = check_turns(conversations)
+    if num_images == 1:
+        checked = [(role, normalise_images(text)) for role, text in checked]
+    elif num_images > 1:
+        checked = with_missing_images(checked, num_images)
+    if num_images and mm_use_im_start_end:
+        checked = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in checked]
+    turns: list[Turn] = [*checked]
+    if generation:
+        if turns[-1][0] != "human":
+            raise ConversationError("nothing to answer: the last turn is not the human's")
+        turns.append(("gpt", None))
+    return style.write(turns, style)
+
+
+def _shows_image(text: str, num_images: int, template: str) -> bool:
+    """Whether `<image>` in a written conversation is a picture; in a caption it always is."""
+    return num_images > 0 or (template == "plain" and IMAGE_PLACEHOLDER in text)

@@ -31,10 +31,10 @@ def anything(drawn: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    count=st.integers(1, 60),
+    count=st.integers(1, 30),
     seed=st.integers(0, 2**63),
     position=st.integers(0, 2**40),
-    lengths=st.lists(st.integers(1, 9), min_size=60, max_size=60),
+    lengths=st.lists(st.integers(1, 9), min_size=30, max_size=30),
     data=st.data(),
 )
 def test_every_sample_that_fits_is_tried_once(

@@ -257,9 +257,12 @@ def _stand_in_for_cuda() -> None:
 
     torch.Tensor.type = type_as_mcore_expects  # type: ignore[method-assign]
 
-    # jit.py: the fuser is torch.compile, which costs seconds per fused function and a C++ compiler
+    # jit.py: the fuser is torch.compile, which costs seconds per fused function and a C++ compiler; mcore's functions
+    # are given to it when they are first imported, and that alone loads the compiler
+    compiling, torch.compile = torch.compile, lambda function: function
     import megatron.core.jit
 
+    torch.compile = compiling
     megatron.core.jit.disable_jit_fuser()
     # tensor_parallel/random.py defers the setting of generators through a CUDA hook that never runs here
     import megatron.core.tensor_parallel.random as random

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 ROUNDS = 8
+_TURNS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)
 
 
 class Order(Protocol):
@@ -232,7 +233,7 @@ def permute(place: NDArray[np.int64], size: ArrayLike, key: NDArray[np.uint64]) 
     below = np.broadcast_to(np.asarray(size, np.uint64), place.shape)
     bits = np.frexp((below - np.uint64(1)).astype(np.float64))[1]  # of the largest number, exact below 2^53
     half_bits = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
-    turns = np.stack([np.broadcast_to(_mix(key + np.uint64(turn << 56)), place.shape) for turn in range(ROUNDS)])
+    turns = np.broadcast_to(_mix(key + _TURNS), (ROUNDS, *place.shape))
     number = _feistel(place.astype(np.uint64), turns, half_bits)
     while (outside := number >= below).any():
         number[outside] = _feistel(number[outside], turns[:, outside], half_bits[outside])

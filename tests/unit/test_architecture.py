@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -61,7 +62,11 @@ PURE = {
 }
 """Files whose only imports are the standard library, the package, and these."""
 
+LIGHT = ["projector", "vision", "image_tokens", "denoiser", "diffusion", "pixel_decoder"]
+"""Modules of `models` that load neither megatron nor Hugging Face code before something is built."""
 
+
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Dotted names of everything a file imports, at any depth of nesting; type-checking blocks included."""
     names: set[str] = set()
@@ -117,14 +122,21 @@ def test_only_groups_reads_parallel_state() -> None:
 
 
 def test_importing_has_no_effects_and_help_needs_no_torch() -> None:
-    """Import every module in one process: no output, no file, no process group; flags without torch."""
+    """Import every module in one process: no output, no file, no process group; flags without torch.
+
+    Those of LIGHT come before the others, and without what is heavy.
+    """
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
     code = (
         "import sys\n"
         "import ross_mcore.flags\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'flags import torch'\n"
-        "from ross_mcore import platform; platform.prepare()\n"
         "import importlib, os, torch\n"
+        f"for name in {LIGHT!r}: importlib.import_module('ross_mcore.models.' + name)\n"
+        "for heavy in ('megatron', 'transformers', 'diffusers', 'torchvision'):\n"
+        "    assert heavy not in sys.modules, heavy\n"
+        "from ross_mcore import platform; platform.prepare()\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules, 'mcore is compiled'\n"
         "before = set(os.listdir('.'))\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
         "assert set(os.listdir('.')) == before\n"

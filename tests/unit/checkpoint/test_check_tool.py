@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,23 +26,28 @@ TRAINED = "vision_projection.0.weight"
 LAYOUT = {"world_size": 4, "tensor_model_parallel_size": 2, "dtype": "float32"}
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model, and the checkpoint of a run that trains one matrix of it."""
-    source = SOURCES[0]
-    base = import_ross(tmp_path / "run", write_source(tmp_path / "source", source), source.tokenizer)
+    source, path = SOURCES[0], tmp_path_factory.mktemp("finished")
+    root = path / "run"
+    base = import_ross(root, write_source(path / "source", source), source.tokenizer)
     stored = StoredTensors(base.path)
-    partial = folder.begin(tmp_path / "run", 7)
+    partial = folder.begin(root, 7)
     with TensorWriter(partial) as writer:
         for name in stored.names():
             writer.add(name, stored.read(name))
         for moment in MOMENTS:
             writer.add(f"optimizer.state.{moment}.{TRAINED}", torch.zeros(stored.shape(TRAINED)))
     state = {"training_stage": "pretrain", "data": {"consumed_samples": 28}}
-    folder.publish(
-        tmp_path / "run", 7, partial, base.model_config(), state, base.path, records=writer.records, layout=LAYOUT
-    )
-    return tmp_path / "run"
+    folder.publish(root, 7, partial, base.model_config(), state, base.path, records=writer.records, layout=LAYOUT)
+    return root
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 @pytest.fixture

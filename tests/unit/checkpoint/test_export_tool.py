@@ -185,6 +185,14 @@ def test_help_needs_no_torch() -> None:
     assert "--format stage1" in done.stdout and "Peak memory" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def parts(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` in Hugging Face's folders."""
+    path = tmp_path_factory.mktemp("parts") / "parts"
+    tool.export(tool.parse_arguments(["--load", str(base), "--save", str(path), "--format", "hf"]))
+    return path
+
+
 class Harmful:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -196,8 +204,7 @@ class Harmful:
 @pytest.mark.parametrize("kind", ["code", "other adapter", "not a dictionary", "not a file of torch", "other shape"])
 def test_adapter_that_is_none(
     kind: str,
-    base: Path,
-    export: Callable[..., int],
+    parts: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -211,8 +218,6 @@ def test_adapter_that_is_none(
         "other shape": ({"model.mm_projector.0.weight": torch.zeros(2, 2)}, "mm_projector"),
     }[kind]
     torch.save(contents, file) if contents is not None else file.write_bytes(b"x" * 100)
-    parts = tmp_path / "parts"
-    assert export("--load", base, "--save", parts, "--format", "hf") == 0
     flags = ["--language-model", parts / "language_model", "--vision-model", parts / "siglip_vision_tower"]
     flags += ["--mm-projector", file, "--save", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["convert_hf_to_mcore.py", *map(str, flags)])

@@ -23,7 +23,7 @@ def mixtures(draw: Any) -> MixtureOrder:
     return MixtureOrder(orders, tuple(counts), draw(st.integers(0, 2**64)), draw(st.integers(1, 400)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(mixture=mixtures(), epoch=st.integers(0, 10**4))
 def test_an_epoch_takes_the_next_samples_of_every_data_set(mixture: MixtureOrder, epoch: int) -> None:
     positions = np.arange(mixture.num_samples) + epoch * mixture.num_samples
@@ -48,14 +48,14 @@ def test_shares_are_close_after_any_number_of_blocks(mixture: MixtureOrder, bloc
         assert abs((datasets == which).sum() - end * count / mixture.num_samples) < len(mixture.counts)
 
 
-@settings(max_examples=80, deadline=None)
-@given(mixture=mixtures(), places=st.lists(st.integers(0, 10**9), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+@given(mixture=mixtures(), places=st.lists(st.integers(0, 10**9), min_size=1, max_size=12))
 def test_a_position_is_found_without_its_neighbours(mixture: MixtureOrder, places: list[int]) -> None:
     together = mixture.sample_at(places)
     assert [int(mixture.sample_at(place)[0]) for place in places] == together.tolist()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     data=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=1, max_size=5),
     seed=st.integers(0, 2**32),

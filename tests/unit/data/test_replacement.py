@@ -31,10 +31,10 @@ def anything(drawn: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    count=st.integers(1, 60),
+    count=st.integers(1, 30),
     seed=st.integers(0, 2**63),
     position=st.integers(0, 2**40),
-    lengths=st.lists(st.integers(1, 9), min_size=60, max_size=60),
+    lengths=st.lists(st.integers(1, 9), min_size=30, max_size=30),
     data=st.data(),
 )
 def test_every_sample_that_fits_is_tried_once(
@@ -53,10 +53,10 @@ def test_every_sample_that_fits_is_tried_once(
 
 
 def test_replacements_are_spread_evenly_and_change_with_seed_and_place() -> None:
-    drawn = [substitute(0, range(11), anything, 5, position, 0) for position in range(5000)]
+    drawn = [substitute(0, range(11), anything, 5, position, 0) for position in range(2000)]
     counts = np.bincount(drawn, minlength=11)
-    assert counts[0] == 0 and counts[1:].min() > 420 and counts[1:].max() < 580  # 500 each, four deviations
-    other_seed = [substitute(0, range(11), anything, 6, position, 0) for position in range(5000)]
+    assert counts[0] == 0 and counts[1:].min() > 146 and counts[1:].max() < 254  # 200 each, four deviations
+    other_seed = [substitute(0, range(11), anything, 6, position, 0) for position in range(2000)]
     assert np.mean(np.array(drawn) == other_seed) < 0.13
 
 
@@ -195,11 +195,11 @@ LEFT_OUT = {0, 2, 5, 9, 13, 20}
 """Samples that somebody named; 2 and 13 are bad as well."""
 
 
-@pytest.mark.parametrize("packed", [False, True])
 def test_samples_that_are_named_are_left_out_and_all_others_stay(
-    packed: bool, damaged: Callable[[], ShardDataset]
+    alone: tuple[bool, list[Any]], damaged: Callable[[], ShardDataset]
 ) -> None:
-    before, steps = run(damaged(), packed), run(damaged(), packed, skipped=LEFT_OUT)
+    packed, before = alone
+    steps = run(damaged(), packed, skipped=LEFT_OUT)
     assert run(damaged(), packed, tp_size=2, dp_size=2, num_workers=1, skipped=LEFT_OUT) == steps
     keys, bad = dict(enumerate(damaged().keys(range(23)))), BAD if packed else BAD - {*ANOTHER_LENGTH}
     seen = set()

@@ -22,9 +22,9 @@ ROW_TOKENS = 50
 @st.composite
 def streams(draw: Any) -> tuple[Any, int]:
     """A way to open one and the same stream again, and the number of samples of an epoch."""
-    lengths = np.array(draw(st.lists(st.integers(1, ROW_TOKENS), min_size=1, max_size=150)))
+    lengths = np.array(draw(st.lists(st.integers(1, ROW_TOKENS), min_size=1, max_size=60)))
     seed, blocks = draw(st.integers(0, 2**32)), (draw(st.integers(1, 20)), draw(st.integers(1, 6)))
-    packed, window = draw(st.booleans()), draw(st.integers(1, 200))
+    packed, window = draw(st.booleans()), draw(st.integers(1, 80))
 
     def open_stream() -> RowStream:
         order = BlockOrder(lengths.size, seed, *blocks)
@@ -45,7 +45,7 @@ def rows_of(stream: RowStream, epochs: int) -> list[PlannedRow]:
     return rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(streams())
 def test_the_rows_of_every_epoch_hold_each_sample_once(made: tuple[Any, int]) -> None:
     open_stream, size = made
@@ -65,8 +65,8 @@ def test_the_rows_of_every_epoch_hold_each_sample_once(made: tuple[Any, int]) ->
         assert positions.tolist() == list(range(2 * size, 3 * size))
 
 
-@settings(max_examples=60, deadline=None)
-@given(made=streams(), stop=st.integers(0, 120), count=st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+@given(made=streams(), stop=st.integers(0, 50), count=st.integers(0, 20))
 def test_resuming_anywhere_gives_the_tail(made: tuple[Any, int], stop: int, count: int) -> None:
     open_stream, _ = made
     whole = open_stream().take(stop + count)
@@ -82,7 +82,7 @@ def test_resuming_anywhere_gives_the_tail(made: tuple[Any, int], stop: int, coun
         assert plain(stream.take(count)) == plain(whole[stop:])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     made=streams(),
     stop=st.integers(0, 3),

@@ -51,7 +51,8 @@ def test_same_seeds_give_the_same_files(dataset: Path, tmp_path: Path) -> None:
 
 def test_eval_seed_changes_only_the_evaluation(dataset: Path, tmp_path: Path) -> None:
     make(tmp_path, eval_seed=3)
-    changed = {name for name, digest in digests(tmp_path).items() if digest != digests(dataset)[name]}
+    before = digests(dataset)
+    changed = {name for name, digest in digests(tmp_path).items() if digest != before[name]}
     assert {"heldout.json", "unseen_pairs.json", "grey.json"} <= changed
     assert not {name for name in changed if "train" in name or name in ("pretrain.json", "finetune.json")}
 

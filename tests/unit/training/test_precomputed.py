@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -35,19 +36,22 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     return {family: recorded_checkpoint(family, root / family) for family in ("qwen2_siglip", "llama_clip")}
 
 
-@pytest.fixture
-def shards(bases: dict[str, Checkpoint], tmp_path: Path) -> Any:
-    with ShardWriter(tmp_path / "plain") as writer:
+@pytest.fixture(scope="module")
+def shards(bases: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """shards(kinds) -> three pictures with these parts, each made once; shards() -> without any."""
+    root = tmp_path_factory.mktemp("shards")
+    with ShardWriter(root / "plain") as writer:
         for number in range(3):
             picture = GOLDEN / "data" / "images" / f"img{number}.png"
             writer.write(f"key{number}", json.dumps(RECORD).encode(), [("png", picture.read_bytes())])
 
-    def get(*kinds: str, family: str = "qwen2_siglip", aspect_ratio: Any = "pad", drop_images: bool = False) -> Path:
+    @functools.cache
+    def get(*kinds: str, aspect_ratio: Any = "pad", drop_images: bool = False) -> Path:
         if not kinds:
-            return tmp_path / "plain"
-        out = tmp_path / f"{family}_{'_'.join(kinds)}_{aspect_ratio}_{drop_images}"
-        parts = load_picture_parts(bases[family].path, kinds, aspect_ratio, "fp32")
-        Precomputation(ShardReader(tmp_path / "plain"), out, parts, drop_images).run()
+            return root / "plain"
+        out = root / f"{'_'.join(kinds)}_{aspect_ratio}_{drop_images}"
+        parts = load_picture_parts(bases["qwen2_siglip"].path, kinds, aspect_ratio, "fp32")
+        Precomputation(ShardReader(root / "plain"), out, parts, drop_images).run()
         return out
 
     return get

@@ -160,11 +160,12 @@ class RossFolder:
             raise error if str(error).startswith(str(file)) else ArchitectureError(f"{file}: {error}") from None
         except ValueError as error:
             raise ArchitectureError(f"{file}: {error}") from None
+        parts = " and ".join(str(part) for part in (self.vision_model, self.pixel_decoder) if part)
         for key, ours in ross_facts(model).items():
             if config.get(key) not in (ours, None):
                 raise ArchitectureError(
-                    f"{file}: {key} is {checked.shown(config[key])}, but the folders of tower and VAE say {ours}. Give "
-                    "the folders that this model was trained with"
+                    f"{file}: {key} is {checked.shown(config[key])}, but {parts} say {ours}. Give the folders that "
+                    "this model was trained with"
                 )
         return model
 

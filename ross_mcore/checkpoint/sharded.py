@@ -248,10 +248,11 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
         problems.append(f"shapes differ: {_some(shapes)}")
     if not problems:
         return
-    what = "does not fit this model"
+    what, remedy = "does not fit this model", "take another checkpoint"
     if all(name.startswith(OPTIMIZER_PREFIX) for name in (*missing, *left_over, *other_shape)):
         what = "has optimizer state of other trainable parts"
-    raise CheckpointError(f"{checkpoint.path} {what}: " + "; ".join(problems))
+        remedy += ", or its weights alone (--load, --finetune and a new --save)"
+    raise CheckpointError(f"{checkpoint.path} {what}: {'; '.join(problems)}; {remedy}")
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -131,7 +131,10 @@ class ShardCache:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != size:  # somebody wrote into it
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise RemoteError(f"{path} is in the way: {error.strerror}; remove it") from None
             return None
         with contextlib.suppress(OSError):
             os.utime(path)

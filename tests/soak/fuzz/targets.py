@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 CHECKPOINT = ("*.json", "*.pt", ".metadata", "*.distcp", "tokenizer/*")
 TRAIN = "--config in/run.yaml --train-iters 1 --save out/run --tensorboard-dir out/run/board"
-RUN = ("run", "run/board", "run/board/*", "run/metrics.jsonl", "run/quarantine.jsonl", "run/validation.jsonl")
+RUN_FILES = ("metrics", "validation", "quarantine", "incidents")
+RUN = ("run", "run/.lock", "run/board", "run/board/*", *(f"run/{name}.jsonl" for name in RUN_FILES))
 """What a run that ends on bad data leaves: figures, never a checkpoint that looks complete."""
 TRAINED = ("run/iter_*/complete.json", "run/metrics.jsonl")
 SAVED = ("base/iter_0000000/complete.json",)
@@ -51,11 +52,10 @@ PARTS = (
 )
 INDEX = ("index.json", "*.npy", "keys.txt", "quarantine.jsonl", "*.tar")
 
-RUN_FILES = ("metrics", "validation", "quarantine")
 RUN_PLANTS = (
     *(f"out/run/{name}.{suffix}" for name in RUN_FILES for suffix in ("jsonl", "partial")),
     *("out/run/latest_checkpointed_iteration.txt", "out/run/latest_checkpointed_iteration.txt.new"),
-    *("out/run/.iter_0000002.partial", "out/run/iter_0000002"),
+    *("out/run/.iter_0000002.partial", "out/run/iter_0000002", "out/run/.lock"),
 )
 INDEX_PLANTS = (
     *(f"out/shards/{name}" for name in ("index.json", "samples.npy", "images.npy", "keys.txt", "quarantine.jsonl")),

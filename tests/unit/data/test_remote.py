@@ -72,6 +72,13 @@ def test_a_changed_shard_is_indexed_again_and_never_mixed_up(stored: str, shards
     assert b"What is 8?" in ShardReader(tmp_path, tmp_path / "cache").record_bytes(7)
 
 
+def test_a_folder_in_the_place_of_a_copy_is_named(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path)
+    cache.path("a.tar", None).mkdir()
+    with pytest.raises(RemoteError, match=r"\.tar is in the way: .*; remove it"), cache.open("a.tar", 3, None):
+        pass
+
+
 def test_a_cache_folder_is_needed_and_named(stored: str, tmp_path: Path) -> None:
     index_shards(find_shards([stored], tmp_path), tmp_path, Settings())
     with pytest.raises(ShardError, match="memory://.* not a local file: .*--data-cache-dir"):

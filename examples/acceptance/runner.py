@@ -107,7 +107,8 @@ class Runner:
         return self._trained[training.name]
 
     def _train(self, training: Training, part: Part) -> Result:
-        from ross_mcore.training.metrics import METRICS_FILE, read_metrics
+        from ross_mcore.training.logs import read_entries
+        from ross_mcore.training.metrics import METRICS_FILE
 
         folder = self._out / "runs" / _file_name(training.name)
         shutil.rmtree(folder, ignore_errors=True)
@@ -123,7 +124,7 @@ class Runner:
                 part,
                 precision,
             )
-        steps = list(read_metrics(folder / METRICS_FILE))
+        steps = list(read_entries(folder / METRICS_FILE))
         for checkpoint in folder.glob("iter_*"):  # nothing reads them any more, and large ones fill the disk
             shutil.rmtree(checkpoint)
         problem = judge.problem(steps, ITERATIONS, falls=training.model == "small")

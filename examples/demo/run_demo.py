@@ -80,10 +80,11 @@ def training_command(stage: str, load: Path, out: Path, ranks: int, iterations: 
 
 
 def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
-    from ross_mcore.training.metrics import METRICS_FILE, read_metrics
+    from ross_mcore.training.logs import read_entries
+    from ross_mcore.training.metrics import METRICS_FILE
 
     path = run_folder / METRICS_FILE
-    return list(read_metrics(path)) if path.exists() else []
+    return list(read_entries(path)) if path.exists() else []
 
 
 def train_and_interrupt(command: list[str | Path], run_folder: Path, at_iteration: int) -> int:

@@ -18,6 +18,7 @@ from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.training.continuity import changes
+from ross_mcore.training.logs import say
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation, duration
 from ross_mcore.training.quarantine import BadSample
 from ross_mcore.training.state import TrainState
@@ -72,7 +73,7 @@ class Console:
 
     def say(self, text: str) -> None:
         if self.log is not None:
-            print(text, flush=True)
+            say(text)
 
     def start(self, start: Checkpoint, resume: bool, state: TrainState, dataset: MixtureDataset) -> None:
         layout, stages = self.layout, []

@@ -5,11 +5,9 @@ incidents.jsonl has a line for each.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
@@ -17,7 +15,6 @@ import torch.distributed as dist
 from ross_mcore.data.loader import Step
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.parallel.groups import Groups
-from ross_mcore.training.metrics import drop_after, finite
 from ross_mcore.training.step import MicroBatchLosses
 
 INCIDENTS_FILE = "incidents.jsonl"
@@ -108,18 +105,3 @@ def _rows(part: MicroBatchLosses) -> Iterable[_Row]:
     for position, (lm_sum, vm_sum), (trained, labels, images, blank) in zip(part.positions, losses, counts):
         if trained:
             yield position, lm_sum, labels, vm_sum, images + blank
-
-
-class IncidentLog:
-    """Writes incidents.jsonl; one rank holds it. Lines after `iteration` (of a branch left by a crash) are dropped."""
-
-    def __init__(self, save: Path, iteration: int) -> None:
-        self.path = save / INCIDENTS_FILE
-        drop_after(iteration, self.path)
-
-    def write(self, incidents: Sequence[Incident]) -> None:
-        """Appends all lines of a step at once."""
-        if incidents:
-            with self.path.open("ab", buffering=0) as stream:
-                lines = (json.dumps(finite(asdict(incident))) for incident in incidents)
-                stream.write("".join(line + "\n" for line in lines).encode())

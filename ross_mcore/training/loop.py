@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,7 +22,8 @@ from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.training.diagnosis import all_finite, diagnose
 from ross_mcore.training.evaluation import reconstruction_grid
 from ross_mcore.training.incidents import INCIDENTS_FILE, Incident, samples_behind
-from ross_mcore.training.metrics import LogError, StepMetrics
+from ross_mcore.training.logs import LogError, complain
+from ross_mcore.training.metrics import StepMetrics
 from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
 from ross_mcore.training.progress import at
 from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
@@ -77,7 +77,7 @@ def train(config: Config) -> int:
         return 0
     except (*USER_ERRORS, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"pretrain_ross.py: error: {error}", file=sys.stderr, flush=True)
+            complain(f"pretrain_ross.py: error: {error}")
         return 2
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ross_mcore import checked
+from ross_mcore.training.logs import JsonLines
 
 if TYPE_CHECKING:
     from ross_mcore.training.step import DataSetLosses
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
-
-
-class LogError(RuntimeError):
-    """A file of figures that cannot be read or begun; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -74,56 +67,24 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines that each have an iteration. Raises LogError.
-
-    What is none is passed over: a last line cut by a crash, or one that damage made unreadable.
-    """
-    try:
-        for line in checked.read_lines(path):
-            try:
-                entry = json.loads(line or b"")
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and type(entry.get("iteration")) is int:
-                yield entry
-    except (OSError, ValueError) as error:
-        raise LogError(
-            f"{path} cannot be read: {checked.reason(error)}; move it away, or give another --save"
-        ) from None
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for every number in it that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class MetricsLog:
-    """Writes a run's figures; one rank holds it. Lines after `iteration` (of a branch left by a crash) are dropped."""
+    """Writes a run's figures from `iteration` on; one rank holds it. Raises LogError where it cannot be begun."""
 
     def __init__(self, save: Path, tensorboard: Path, iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from ross_mcore.training.board import Board  # one rank needs TensorBoard
 
-        save.mkdir(parents=True, exist_ok=True)
-        self._save = save
-        for name in (METRICS_FILE, VALIDATION_FILE):
-            drop_after(iteration, save / name)
-        self._stream: IO[str] = (save / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(tensorboard), purge_step=iteration + 1)
+        self._metrics = JsonLines(save / METRICS_FILE, iteration)
+        self._validation = JsonLines(save / VALIDATION_FILE, iteration)
+        self._board = Board(tensorboard, iteration)
 
     def write(self, metrics: StepMetrics) -> None:
         entry = asdict(metrics)
         if not entry["datasets"]:
             del entry["datasets"]
-        self._stream.write(json.dumps(finite(entry)) + "\n")
+        self._metrics.add(entry)
 
     def write_validation(self, found: Validation) -> None:
-        with (self._save / VALIDATION_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite(asdict(found))) + "\n")
+        self._validation.add(asdict(found))
         losses = {
             f"validation_{loss}/{name}": getattr(own, loss)
             for name, own in found.datasets.items()
@@ -132,31 +93,14 @@ class MetricsLog:
         self.scalars(found.iteration, {name: loss for name, loss in losses.items() if loss is not None})
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
-        self._board.flush()
+        self._board.scalars(iteration, values)
 
     def picture(self, iteration: int, name: str, image: Tensor) -> None:
         """image [3, H, W] in [0, 1]."""
-        self._board.add_image(name, image, iteration)
-        self._board.flush()
+        self._board.picture(iteration, name, image)
 
     def text(self, name: str, value: str) -> None:
-        self._board.add_text(name, value, 0)
-
-    def close(self) -> None:
-        self._stream.close()
-        self._board.close()
-
-
-def drop_after(iteration: int, path: Path) -> None:
-    """Leaves the lines of a file, if there is one, up to `iteration`."""
-    if path.exists() or path.is_symlink():
-        kept = [entry for entry in read_metrics(path) if entry["iteration"] <= iteration]
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)  # what waits there may be a link
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        partial.replace(path)
+        self._board.text(name, value)
 
 
 def picture_grid(rows: list[Tensor], gap: int = 2) -> Tensor:

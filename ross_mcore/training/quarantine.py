@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from ross_mcore.data.loader import Step
 from ross_mcore.data.replacement import ASKED_FOR, EMPTY
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.training.metrics import drop_after, read_metrics
+from ross_mcore.training.logs import JsonLines, read_entries
 
 QUARANTINE_FILE = "quarantine.jsonl"
 FEW = 10
@@ -66,22 +65,19 @@ def is_over_budget(bad: int, consumed: int, max_bad_fraction: float) -> bool:
 
 
 class QuarantineLog:
-    """Writes quarantine.jsonl; one rank holds it. Lines after `iteration` (of a branch left by a crash) are dropped."""
+    """Writes quarantine.jsonl from `iteration` on; one rank holds it. Raises LogError where it cannot be begun."""
 
     def __init__(self, save: Path, iteration: int) -> None:
         self.path = save / QUARANTINE_FILE
+        self._file = JsonLines(self.path, iteration)
         self._reasons: Counter[str] = Counter()
-        drop_after(iteration, self.path)
         if self.path.exists():
-            self._reasons.update(kind(str(entry.get("reason"))) for entry in read_metrics(self.path))
+            self._reasons.update(kind(str(entry.get("reason"))) for entry in read_entries(self.path))
 
     def write(self, bad: Sequence[BadSample]) -> None:
-        """Appends all lines of a step at once."""
-        if not bad:
-            return
+        """What of a step was replaced."""
         self._reasons.update(kind(entry.reason) for entry in bad)
-        with self.path.open("ab", buffering=0) as stream:
-            stream.write("".join(json.dumps(asdict(entry)) + "\n" for entry in bad).encode())
+        self._file.add(*map(asdict, bad))
 
     def summary(self) -> str | None:
         """Counts by reason, the most frequent first; None for a run without bad samples."""

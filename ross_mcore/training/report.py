@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from ross_mcore.training.console import Console
-from ross_mcore.training.incidents import Incident, IncidentLog
+from ross_mcore.training.incidents import INCIDENTS_FILE, Incident
+from ross_mcore.training.logs import JsonLines
 from ross_mcore.training.metrics import MetricsLog, StepMetrics, Validation
 from ross_mcore.training.quarantine import BadSample, QuarantineLog
 from ross_mcore.training.run import Run
@@ -22,12 +24,12 @@ class Report:
         folder = run.save_folder
         self._log: MetricsLog | None = None
         self._quarantine: QuarantineLog | None = None
-        self._incidents: IncidentLog | None = None
+        self._incidents: JsonLines | None = None
         if run.groups.speaks:
             board = Path(run.config.logging.tensorboard_dir or folder / "tensorboard")
             self._log = MetricsLog(folder, board, state.iteration)
             self._quarantine = QuarantineLog(folder, state.iteration)
-            self._incidents = IncidentLog(folder, state.iteration)
+            self._incidents = JsonLines(folder / INCIDENTS_FILE, state.iteration)
         self.console = Console(
             self._log,
             run.config,
@@ -51,7 +53,7 @@ class Report:
     def incidents(self, found: Sequence[Incident]) -> None:
         """What of an iteration somebody should look at, which is listed for good."""
         if self._incidents is not None:
-            self._incidents.write(found)
+            self._incidents.add(*map(asdict, found))
         for incident in found:
             self.console.say(str(incident))
 
@@ -71,8 +73,6 @@ class Report:
             self._log.picture(iteration, "reconstruction", grid)
 
     def close(self) -> None:
-        """The summary of bad samples, and the end of the files."""
+        """The summary of bad samples."""
         if self._quarantine is not None and (summary := self._quarantine.summary()):
             self.console.say(summary)
-        if self._log is not None:
-            self._log.close()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from enum import IntEnum
 from types import FrameType
 from typing import Any
+
+from ross_mcore.training.logs import complain
 
 REPEAT_SECONDS = 2.0
 """A second Ctrl-C later than this aborts at once; before, it is the launcher passing on the first one."""
@@ -83,6 +84,6 @@ class Requests:
                 first = now
             elif found[0] == signal.SIGINT and now - first > REPEAT_SECONDS:
                 rank = os.environ.get("RANK", "0")
-                print(f"rank {rank}: aborted; the newest complete checkpoint is intact", file=sys.stderr, flush=True)
+                complain(f"rank {rank}: aborted; the newest complete checkpoint is intact")
                 os._exit(ABORTED)
         os.close(pipe)

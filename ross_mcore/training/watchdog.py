@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from ross_mcore import platform
 from ross_mcore.parallel.groups import last_collective
 from ross_mcore.training import progress
+from ross_mcore.training.logs import complain
 from ross_mcore.training.verdict import ENDED, RUNNING, Beat, verdict
 
 T = TypeVar("T")
@@ -97,8 +97,10 @@ class Watchdog:
             os._exit(LOST_A_RANK)
 
     def _say(self, trouble: str, said: str) -> None:
-        print(f"pretrain_ross.py: error: rank {self._rank}: {trouble}\n{said}\nThe newest complete checkpoint is "
-              "intact; the same command continues from it.", file=sys.stderr, flush=True)  # fmt: skip
+        complain(
+            f"pretrain_ross.py: error: rank {self._rank}: {trouble}\n{said}\nThe newest complete checkpoint is intact; "
+            "the same command continues from it."
+        )
 
     def _speaks_for_another_machine(self, host: str) -> bool:
         return os.environ.get("LOCAL_RANK") == "0" and host.split()[0] != socket.gethostname()

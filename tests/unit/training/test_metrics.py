@@ -12,13 +12,13 @@ from ross_mcore import platform
 
 platform.prepare()
 
+from ross_mcore.training.logs import read_entries  # noqa: E402
 from ross_mcore.training.metrics import (  # noqa: E402
     MetricsLog,
     StepMetrics,
     Validation,
     duration,
     picture_grid,
-    read_metrics,
 )
 from ross_mcore.training.step import DataSetLosses  # noqa: E402
 
@@ -33,19 +33,16 @@ def test_a_restart_drops_the_lines_of_the_lost_iterations(tmp_path: Path) -> Non
     log = MetricsLog(tmp_path, tmp_path / "board", 0)
     for iteration in (1, 2, 3, 4):
         log.write(entry(iteration))
-    log.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"iteration": 5, "lm_lo')  # cut by a crash
     log = MetricsLog(tmp_path, tmp_path / "board", 2)
     log.write(entry(3))
-    log.close()
-    assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["iteration"] for line in read_entries(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_every_promised_key_is_written(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, tmp_path / "board", 0)
     log.write(entry(1))
-    log.close()
     keys = """iteration consumed_samples lm_loss vm_loss loss grad_norm learning_rate num_tokens num_images
               sample_digest step_seconds data_seconds bad_samples skipped_samples
               ignored_samples peak_memory_bytes""".split()
@@ -57,8 +54,7 @@ def test_data_sets_are_written_where_there_are_several(tmp_path: Path) -> None:
     own = {"a": DataSetLosses(3, 10, 0, 1.5, None), "b": DataSetLosses(1, 0, 2, math.nan, 0.5)}
     log.write(entry(1))
     log.write(replace(entry(2), datasets=own))
-    log.close()
-    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    first, second = read_entries(tmp_path / "metrics.jsonl")
     assert "datasets" not in first
     assert second["datasets"] == {
         "a": {"samples": 3, "labels": 10, "images": 0, "lm_loss": 1.5, "vm_loss": None},
@@ -71,9 +67,8 @@ def test_a_restart_drops_what_was_measured_on_lost_iterations(tmp_path: Path) ->
     assert not (tmp_path / "validation.jsonl").exists()
     for iteration in (2, 4):
         log.write_validation(Validation(iteration, {"a": DataSetLosses(3, 10, 0, 1.5, None)}, 0.1))
-    log.close()
-    MetricsLog(tmp_path, tmp_path / "board", 3).close()
-    (line,) = read_metrics(tmp_path / "validation.jsonl")
+    MetricsLog(tmp_path, tmp_path / "board", 3)
+    (line,) = read_entries(tmp_path / "validation.jsonl")
     assert line["iteration"] == 2 and line["datasets"]["a"]["lm_loss"] == 1.5
 
 
@@ -81,9 +76,9 @@ def test_a_link_where_the_log_writes_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     (tmp_path / "other").write_text("kept")
     (tmp_path / "metrics.partial").symlink_to("other")
-    MetricsLog(tmp_path, tmp_path / "board", 3).close()
+    MetricsLog(tmp_path, tmp_path / "board", 3)
     assert (tmp_path / "other").read_text() == "kept"
-    assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert [line["iteration"] for line in read_entries(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_grid_places_pictures_row_by_row() -> None:

@@ -1,0 +1,162 @@
+"""Lines for people and files that a run leaves beside its checkpoints. It goes on where they cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ross_mcore import checked
+
+
+class LogError(RuntimeError):
+    """A file of figures that cannot be read or begun; the message names it."""
+
+
+def say(text: str) -> None:
+    """Prints a line at once. Why standard output does not take it is told once, on standard error."""
+    if (problem := _print(text, sys.stdout)) is not None:
+        _complain_once(f"warning: standard output cannot be written: {problem}; training goes on")
+
+
+def complain(text: str) -> None:
+    """Prints a line on standard error at once, as far as that can be written."""
+    _print(text, sys.stderr)
+
+
+_complain_once = functools.cache(complain)
+
+
+def _print(text: str, stream: TextIO) -> str | None:
+    """The reason why a line is lost, None for one that was printed."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        _forget_unwritten(stream)
+        return checked.reason(error)
+    return None
+
+
+def _forget_unwritten(stream: TextIO) -> None:
+    """Empties a stream's buffer, over which the process would end with status 120, and workers print it again."""
+    descriptor = stream.fileno()
+    kept = os.dup(descriptor)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
+        stream.flush()
+    os.dup2(kept, descriptor)
+    os.close(kept)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Adds all of `content` to a file, or nothing where a disk is full. Raises OSError."""
+    end = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as stream:
+            while content:
+                content = content[stream.write(content) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, end)
+        raise
+
+
+class LogFile:
+    """A file that a run appends to. What cannot be written is lost; that is said once, until the file works again.
+
+    Nothing is written to the disk beneath a mount that vanished. Raises LogError when there is no folder for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fails = False
+        try:
+            self._device = path.parent.stat().st_dev
+        except OSError as error:
+            raise LogError(f"{path} cannot be written: {checked.reason(error)}; give another --save") from None
+
+    def append(self, content: bytes) -> None:
+        try:
+            if self.path.parent.stat().st_dev != self._device:
+                raise OSError(errno.ENODEV, "the file system of before is no longer there")
+            append(self.path, content)
+        except OSError as error:
+            if not self._fails:
+                reason = checked.reason(error)
+                say(f"warning: {self.path} cannot be written: {reason}; training goes on without it until it can be")
+            self._fails = True
+        else:
+            if self._fails:
+                say(f"{self.path} is written again; what came in between is lost")
+            self._fails = False
+
+
+class JsonLines(LogFile):
+    """A file of objects that each have an iteration. Those after `iteration`, of a branch left by a crash, are dropped.
+
+    Raises LogError where that cannot be done.
+    """
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        super().__init__(path)
+        drop_after(iteration, path)
+
+    def add(self, *entries: dict[str, Any]) -> None:
+        """Appends all at once."""
+        if entries:
+            self.append(_lines(finite(entry) for entry in entries))
+
+
+def _lines(entries: Iterable[Any]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+def read_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of lines that each have an iteration. Raises LogError.
+
+    What is none is passed over: a last line cut by a crash, or one that damage made unreadable.
+    """
+    try:
+        for line in checked.read_lines(path):
+            try:
+                entry = json.loads(line or b"")
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict) and type(entry.get("iteration")) is int:
+                yield entry
+    except (OSError, ValueError) as error:
+        raise LogError(
+            f"{path} cannot be read: {checked.reason(error)}; move it away, or give another --save"
+        ) from None
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number in it that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def drop_after(iteration: int, path: Path) -> None:
+    """Leaves the lines of a file, if there is one, up to `iteration`. Raises LogError."""
+    if not os.path.lexists(path):
+        return
+    kept = [entry for entry in read_entries(path) if entry["iteration"] <= iteration]
+    partial = path.with_suffix(".partial")
+    try:
+        partial.unlink(missing_ok=True)  # what waits there may be a link
+        partial.write_bytes(_lines(kept))
+        partial.replace(path)
+    except OSError as error:
+        raise LogError(
+            f"{partial} cannot be written: {checked.reason(error)}; move it away, or give another --save"
+        ) from None

@@ -1,0 +1,30 @@
+"""Signals before training takes them over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SLOW_IMPORTS = """
+import os, signal
+os.kill(os.getpid(), signal.SIGUSR1)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:  # as some libraries do around an import
+    pass
+"""
+
+
+def test_ctrl_c_during_imports_ends_with_a_line(tmp_path: Path) -> None:
+    script = shutil.copy(ROOT / "pretrain_ross.py", tmp_path)
+    (tmp_path / "ross_mcore").mkdir()
+    (tmp_path / "ross_mcore" / "__init__.py").touch()
+    (tmp_path / "ross_mcore" / "flags.py").write_text(SLOW_IMPORTS)
+    for rank, said in (("0", b"pretrain_ross.py: interrupted\n"), ("1", b"")):
+        environment = {**os.environ, "RANK": rank}
+        done = subprocess.run([sys.executable, script], capture_output=True, timeout=60, env=environment)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", said)

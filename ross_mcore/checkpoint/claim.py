@@ -74,9 +74,10 @@ class Claim:
             self.root.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise OSError(errno.EINVAL, "it is not a regular file")
+                raise OSError(errno.EINVAL, f"{LOCK} in it is not a regular file")
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error.strerror}; give another --save") from None
+            reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+            raise CheckpointError(f"{self.root} cannot be written: {reason}; give another --save") from None
         self._lock()
         about = json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n"
         try:

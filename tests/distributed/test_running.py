@@ -78,7 +78,7 @@ def test_a_signal_to_any_rank_saves_everywhere_and_exits_zero(flags: dict[str, A
 def test_numbers_that_are_not_finite_are_skipped_and_then_end_the_run(flags: dict[str, Any]) -> None:
     """A rate that blows every weight up at the second step: what follows is not applied, and the third such step in a
     row ends the run. The checkpoint of the first step is intact."""
-    broken = {**flags, "lr": 1e30, "lr_warmup_iters": 1, "max_bad_steps": 3, "save_interval": 1, "train_iters": 50}
+    broken = {**flags, "lr": 1e18, "lr_warmup_iters": 1, "max_bad_steps": 3, "save_interval": 1, "train_iters": 50}
     run_ranks(train_and_expect, 4, broken, 2)
     entries = [json.loads(line) for line in (Path(flags["save"]) / "metrics.jsonl").read_text().splitlines()]
     assert [entry["applied"] for entry in entries[-3:]] == [False] * 3

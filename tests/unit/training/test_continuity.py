@@ -112,11 +112,14 @@ def test_another_model_beside_a_run_is_refused(tmp_path: Path) -> None:
         refuse_other_model(own, checkpoint(tmp_path / "renamed", "a c b").path)
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer/vocab.txt"])
-def test_a_damaged_load_is_no_other_model(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "said", "says"),
+    [("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'), ("tokenizer/vocab.txt", "a b c", "a b d")],
+)
+def test_a_damaged_load_is_no_other_model(tmp_path: Path, file: str, said: str, says: str) -> None:
     own, load = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "load", num_hidden_layers=3)
     content = (load.path / file).read_text()
-    (load.path / file).write_text(content.replace("1", "2").replace("a", "b"))
+    (load.path / file).write_text(content.replace(said, says))
     refuse_other_model(own, load.path.parent)
     (load.path / file).write_text(content)
     with pytest.raises(ConfigError, match="another model"):

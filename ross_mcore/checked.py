@@ -45,8 +45,13 @@ def reason(error: BaseException) -> str:
     wordless = isinstance(error, (KeyError, IndexError, AssertionError, AttributeError, TypeError, RecursionError))
     if wordless or " " not in said or any(inside in said for inside in (" object at 0x", "invalid literal")):
         return "it is damaged"
-    printable = "".join(character if character.isprintable() else "?" for character in said)
-    return printable if len(printable) <= 200 else printable[:197] + "..."
+    said = printable(said)
+    return said if len(said) <= 200 else said[:197] + "..."
+
+
+def printable(text: str) -> str:
+    """A text for a terminal, with a question mark for each character that would steer it."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def read_json(
@@ -123,6 +128,8 @@ def read_yaml(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
+    except ValueError:  # of Python's own int and date
+        raise ValueError("it has a number of too many digits, or a date that there is not") from None
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:
@@ -160,6 +167,14 @@ def switch(data: Mapping[str, Any], key: str, default: bool) -> bool:
     value = default if data.get(key) is None else data[key]
     if type(value) is not bool:
         raise ValueError(f"{key} is {shown(value)}, expected true or false")
+    return value
+
+
+def text(data: Mapping[str, Any], key: str) -> str:
+    """A text of a mapping. Raises ValueError."""
+    value = data.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {shown(value)}, expected text")
     return value
 
 

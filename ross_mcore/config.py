@@ -9,13 +9,21 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ross_mcore.architecture import ModelConfig
+from ross_mcore.checked import shown
 
 
 class ConfigError(ValueError):
     """Options that cannot work; the message names the flag and the remedy."""
 
 
+MOST_NUMBER = 10**18
+"""Of any option: more does not fit the 64-bit integers and the JSON that options end in."""
 MOST_WORKERS = 128
+MOST_ROWS = 1 << 20
+"""Of a batch: every rank plans all rows of a step before it begins."""
+MOST_TIMEOUT_MINUTES = 365 * 24 * 60
+MOST_DIGITS = 15
+"""Of an iteration to skip."""
 
 
 def _positive(section: object, *names: str) -> None:
@@ -32,14 +40,26 @@ def _not_negative(section: object, *names: str) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
 
 
+def _at_most(section: object, most: int, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value > most:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {shown(value)}")
+
+
 def _ranges(flag: str, text: str | None) -> list[range]:
     """`7,12-15` as ranges of numbers."""
     found = []
     for part in [] if text is None else text.split(","):
         first, dash, last = (number.strip() for number in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise ConfigError(f"{flag} {text}: {part.strip()!r} is no number and no range; give them as 7,12-15")
-        found.append(range(int(first), int(last or first) + 1))
+        numbers = [first, last] if dash else [first]
+        fits = all(number.isdecimal() and len(number) <= MOST_DIGITS for number in numbers)
+        if not fits or int(numbers[-1]) < int(first):
+            raise ConfigError(
+                f"{flag} {shown(text)}: {shown(part.strip())} is no number and no range; give them as 7,12-15, of at "
+                f"most {MOST_DIGITS} digits"
+            )
+        found.append(range(int(first), int(numbers[-1]) + 1))
     return found
 
 
@@ -80,6 +100,7 @@ class ParallelOptions:
             "num_layers_per_virtual_pipeline_stage",
             "distributed_timeout_minutes",
         )
+        _at_most(self, MOST_TIMEOUT_MINUTES, "distributed_timeout_minutes")
 
 
 @dataclass(frozen=True)
@@ -182,10 +203,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample", "data_cache_bytes")
         _not_negative(self, "num_workers", "max_bad_fraction")
-        if self.num_workers > MOST_WORKERS:
-            raise ConfigError(
-                f"--num-workers {self.num_workers} is more than {MOST_WORKERS} processes a rank; lower it"
-            )
+        _at_most(self, MOST_WORKERS, "num_workers")
 
 
 @dataclass(frozen=True)
@@ -237,6 +255,7 @@ class TrainingOptions:
         _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_epochs", "max_bad_steps")
         _positive(self, "exit_duration_in_mins", "exit_interval", "check_replicas_interval")
         _not_negative(self, "loss_spike_factor")
+        _at_most(self, MOST_ROWS, "micro_batch_size", "global_batch_size")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ConfigError("--train-iters and --train-epochs exclude each other; give one")
         _ranges("--skip-iterations", self.skip_iterations)
@@ -305,7 +324,8 @@ class CheckpointOptions:
     """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. If it already holds a checkpoint, the run continues
     from there."""
     finetune: bool = False
-    """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage."""
+    """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage. A run that --save
+    already holds goes on all the same."""
     save_interval: int | None = None
     """Save every N iterations; the end of the run, SIGTERM, SIGINT, SIGUSR1 (which does not end the run),
     --exit-duration-in-mins and --exit-interval save as well."""
@@ -356,6 +376,15 @@ class Config:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
+
+    def __post_init__(self) -> None:
+        """Refuses nan and numbers without bound; infinity too, for which every option has 0 or its own absence."""
+        for name, value in self.flat().items():
+            if isinstance(value, (int, float)) and not abs(value) <= MOST_NUMBER:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be a finite number of at most {MOST_NUMBER:.0e}, "
+                    f"got {shown(value)}"
+                )
 
     @classmethod
     def from_flat(cls, **values: object) -> Config:

@@ -62,17 +62,22 @@ def size(number: float) -> str:
 
 
 def print_checkpoint(found: dict[str, Any], console: Console) -> None:
+    """Says what `check` found. The console reads no markup: names and values are those of a file."""
     from rich.table import Table
-    from rich.text import Text
 
-    console.print(Text(found["path"], "bold"))
+    from ross_mcore.checked import printable
+
+    def say(text: str, style: str = "") -> None:
+        console.print(printable(text), style=style)
+
+    say(found["path"], "bold")
     if "parts" in found:
         stage = found["training_stage"]
         samples = found["consumed_samples"]
         what = "a model, no training state" if samples is None else f"{stage}, {samples:,} samples consumed"
-        console.print(f"  iteration {found['iteration']}: {what}", highlight=False)
+        say(f"  iteration {found['iteration']}: {what}")
         layout = found["layout"] or {"not recorded": ""}
-        console.print("  saved at: " + ", ".join(f"{k} {v}".strip() for k, v in layout.items()), highlight=False)
+        say("  saved at: " + ", ".join(f"{k} {v}".strip() for k, v in layout.items()))
         table = Table("part", "parameters", "trained", "bytes", "type", box=None, padding=(0, 2))
         for part, own in found["parts"].items():
             types = ", ".join(own["dtypes"])
@@ -80,21 +85,21 @@ def print_checkpoint(found: dict[str, Any], console: Console) -> None:
             table.add_row(part, count(own["parameters"]), trained, size(own["bytes"]), types)
         if (optimizer := found["optimizer"]) is not None:
             kinds = "optimizer: " + ", ".join(optimizer["state"])
-            table.add_row(kinds, "", "", size(optimizer["bytes"]), ", ".join(optimizer["dtypes"]))
+            table.add_row(printable(kinds), "", "", size(optimizer["bytes"]), ", ".join(optimizer["dtypes"]))
         table.add_row("all files", "", "", size(found["bytes"]), f"{found['files']} files")
-        console.print(table, highlight=False)
+        console.print(table)
         for name in found["unlisted"]:
-            console.print(f"  {name} does not belong to it", highlight=False)
+            say(f"  {name} does not belong to it")
     if found["problems"]:
         for problem in found["problems"][:20]:
-            console.print(Text(f"  {problem}", "red"))
+            say(f"  {problem}", "red")
         if (rest := len(found["problems"]) - 20) > 0:
-            console.print(Text(f"  and {rest} more", "red"))
+            say(f"  and {rest} more", "red")
     else:
         compared = (
             "every file has its checksum" if found["verified"] else "every file has its size; content not compared"
         )
-        console.print(Text(f"  intact: {compared}", "green"))
+        say(f"  intact: {compared}", "green")
 
 
 def main() -> int:
@@ -121,11 +126,11 @@ def main() -> int:
     if options.json:
         print(json.dumps({"intact": is_intact, "incomplete": incomplete, "checkpoints": found}, indent=1))
         return 0 if is_intact else 1
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     for one in found:
         print_checkpoint(one, console)
     for problem in incomplete:
-        console.print(problem, style="red", highlight=False)
+        console.print(problem, style="red")
     return 0 if is_intact else 1
 
 

@@ -56,6 +56,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def print_figures(found: dict[str, Any], console: Console) -> None:
     from rich.table import Table
+    from rich.text import Text
+
+    from ross_mcore.checked import printable
 
     samples, text, measured = found["samples"], found["text"], found["measured_with"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -80,7 +83,7 @@ def print_figures(found: dict[str, Any], console: Console) -> None:
     bad = sum(found["bad"].values())
     table.add_row("bad", f"{bad:,} left out ({bad / (samples + bad):.4%})", style="red" if bad else "")
     for reason, count in found["bad"].items():
-        table.add_row("", f"{count:,} x {reason}")
+        table.add_row("", printable(f"{count:,} x {reason}"))
     packing = found["packing"]
     if packing is not None:
         table.add_row(
@@ -93,12 +96,15 @@ def print_figures(found: dict[str, Any], console: Console) -> None:
     console.print(f"\n{unit} of text, samples")
     most, width = max(text["histogram"].values()), max(10, console.width - 36)
     for label, count in text["histogram"].items():
-        console.print(f"{label:>14} [cyan]{'█' * -(-count * width // most)}[/] {count:,}", highlight=False)
+        bar = "█" * -(-count * width // most)
+        console.print(Text.assemble(f"{label:>14} ", (bar, "cyan"), f" {count:,}"))
 
 
 def print_sample(key: str, record: dict[str, Any], tokens: list[Token] | None, console: Console) -> None:
     from rich.json import JSON
     from rich.text import Text
+
+    from ross_mcore.checked import printable
 
     console.rule(Text(key))
     console.print(JSON(json.dumps(record)))
@@ -107,7 +113,7 @@ def print_sample(key: str, record: dict[str, Any], tokens: list[Token] | None, c
     styles = {True: "bold green", False: "dim"}
     shown = Text("\n")
     for token in tokens:
-        text = token.text.replace("\n", "\\n")
+        text = printable(token.text.replace("\n", "\\n"))
         shown.append(f"[{text}]" if token.supervised else text, styles[token.supervised]).append("|", "dim")
     console.print(shown, highlight=False)
     supervised = sum(token.supervised for token in tokens)
@@ -123,7 +129,7 @@ def main() -> int:
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     try:
         if options.template is not None and options.template not in TRAINING_TEMPLATES:
             raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")

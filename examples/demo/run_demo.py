@@ -294,9 +294,8 @@ def show(summary: dict[str, Any], out: Path) -> None:
         table.add_row(title, str(entry["questions"]), *shares)
     console.print(table)
     for example in summary["examples"][:4]:
-        console.print(
-            f"  {example['image']}: {example['question']} -> [bold]{example['answer']}[/] ({example['right']})"
-        )
+        line = f"  {example['image']}: {example['question']} -> {example['answer']} ({example['right']})"
+        console.print(line, highlight=False, markup=False)
     named = summary["named_rightly"]
     table = Table("reconstruction", "shapes and colours named rightly by the nearest of 31 templates")
     table.add_row("sampled from the image states", f"{named['samples']:.1%}")
@@ -316,9 +315,10 @@ def show(summary: dict[str, Any], out: Path) -> None:
     )
     console.print("such pictures with their labels, the language model on text about such scenes without pictures.")
     console.print(
-        f"Open: {out}/reconstruction.png (pictures over what the image states reconstruct), {out}/summary.json,"
+        f"Open: {out}/reconstruction.png (pictures over what the image states reconstruct), {out}/summary.json,",
+        markup=False,
     )
-    console.print(f"      tensorboard --logdir {out}")
+    console.print(f"      tensorboard --logdir {out}", markup=False)
 
 
 def main() -> int:

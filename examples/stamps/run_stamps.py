@@ -210,7 +210,8 @@ def show(summary: dict[str, Any], out: Path) -> None:
     console.print("Made before the training: VAE and vision tower from the same pictures, without their captions; the")
     console.print("language model starts from random weights. What derives from GPL-2 pictures stays in this folder.")
     console.print(
-        f"Open: {out}/reconstruction.png (pictures over what the image states reconstruct), {out}/summary.json"
+        f"Open: {out}/reconstruction.png (pictures over what the image states reconstruct), {out}/summary.json",
+        markup=False,
     )
 
 

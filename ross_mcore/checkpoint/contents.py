@@ -9,10 +9,11 @@ from typing import Any
 
 from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 
+from ross_mcore import checked
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE, Checkpoint
 from ross_mcore.checkpoint.inventory import inventory
-from ross_mcore.checkpoint.manifest import MARKER
+from ross_mcore.checkpoint.manifest import MARKER, CheckpointError
 from ross_mcore.checkpoint.safe_load import read_metadata, tensor_shapes
 from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
 
@@ -32,7 +33,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     `problems`: tensors that config.json tells of and that are not there, or the other way round. `unlisted`: files that
     the marker does not know. `optimizer` and `consumed_samples` are None in a converted model.
     """
-    manifest, metadata, state = checkpoint.manifest(), read_metadata(checkpoint.path), checkpoint.train_state()
+    manifest, metadata, state = checkpoint.manifest(), read_metadata(checkpoint.path), _state(checkpoint)
     tensors = {n: item for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
     trained = {name.split("exp_avg.", 1)[1] for name in tensors if name.startswith(f"{OPTIMIZER_PREFIX}state.exp_avg.")}
     parts = {}
@@ -44,7 +45,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "iteration": checkpoint.iteration,
-        "consumed_samples": state.get("data", {}).get("consumed_samples") if state else None,
+        "consumed_samples": state["data"]["consumed_samples"] if state else None,
         "training_stage": state.get("training_stage"),
         "saved": checkpoint.sequence,
         "format_version": manifest.version,
@@ -57,6 +58,18 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "problems": _disagreements(checkpoint.model_config(), metadata),
         "unlisted": _unlisted(checkpoint.path, set(manifest.files)),
     }
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The loop's own state, of whose values those that are told are checked. Raises CheckpointError."""
+    state = checkpoint.train_state()
+    try:
+        if state:
+            checked.count(checked.mapping(state.get("data"), "data"), "consumed_samples", least=0, most=2**53)
+            checked.text(state, "training_stage")
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path / TRAIN_STATE} is malformed: {error}; {REMEDY}") from None
+    return state
 
 
 def _sizes(tensors: dict[str, TensorStorageMetadata]) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ross_mcore import checked
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Of what the library may read in a tokenizer's folder."""
+DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json")
 LLAMA3_END_OF_TEXT = "<|end_of_text|>"
 
 
@@ -29,6 +31,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer  # a second to import
 
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_say_printably)
     if not Path(folder).is_dir():
         raise TokenizerError(f"{folder} is not a folder; give the folder that holds tokenizer.json or tokenizer.model")
     try:
@@ -36,6 +40,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             if path.suffix in READ_SUFFIXES and not path.is_dir():
                 try:
                     checked.require_regular(path, checked.MOST_TOKENIZER_FILE_BYTES)
+                    if path.name in DESCRIPTIONS:
+                        _require_printable_keys(checked.read_json(path))
                 except (OSError, ValueError) as error:
                     raise ValueError(f"{path.name}: {checked.reason(error)}") from None
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -55,6 +61,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         end_of_text = LLAMA3_END_OF_TEXT if LLAMA3_END_OF_TEXT in tokenizer.get_vocab() else tokenizer.eos_token
         tokenizer.pad_token = tokenizer.unk_token or end_of_text
     return tokenizer
+
+
+def _say_printably(record: logging.LogRecord) -> bool:
+    """What the library logs may quote a file."""
+    record.msg, record.args = checked.printable(" ".join(record.getMessage().split())), None
+    return True
+
+
+def _require_printable_keys(value: Any) -> None:
+    """Raises ValueError for a key that would steer a terminal: the library prints those of a token that it ignores."""
+    for key in value if isinstance(value, dict) else ():
+        if not key.isprintable():
+            raise ValueError(f"it has the key {checked.shown(key)}")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _require_printable_keys(inner)
 
 
 def _follow_sentencepiece(tokenizer: PreTrainedTokenizerBase, model_file: Path) -> None:

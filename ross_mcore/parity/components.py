@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ross_mcore.architecture import DenoiserConfig, PixelDecoderConfig
+from ross_mcore.architecture import DenoiserConfig
+from ross_mcore.checkpoint.huggingface import read_pixel_decoder_config
 from ross_mcore.models.denoiser import (
     CONDITION_NORM_EPSILON,
     Denoiser,
@@ -196,7 +197,7 @@ def vae_rows(golden: Golden) -> Iterator[Row]:
 
 def _vae_rows(golden: Golden, name: str, tensors: Tensors, metadata: dict[str, str]) -> Iterator[Row]:
     decoder = PixelDecoder(
-        PixelDecoderConfig(golden.json(f"{golden.autoencoder}/config.json")),
+        read_pixel_decoder_config(golden.folder / golden.autoencoder),
         json.loads(metadata["mean"]),
         json.loads(metadata["std"]),
         int(metadata["decode_image_size"]),

@@ -11,8 +11,8 @@ from typing import Any
 from ross_mcore import checked
 from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checked import shown
-from ross_mcore.checkpoint.folder import Checkpoint, find_checkpoint
-from ross_mcore.checkpoint.manifest import CheckpointError
+from ross_mcore.checkpoint.folder import TOKENIZER, Checkpoint, checkpoints
+from ross_mcore.checkpoint.manifest import CheckpointError, damages
 from ross_mcore.config import Config, ConfigError
 from ross_mcore.training.state import TrainState, read_state
 
@@ -104,12 +104,15 @@ def changes(saved: Mapping[str, Any], started: TrainState) -> list[str]:
 def refuse_other_model(own: Checkpoint, load: Path) -> None:
     """Raises ConfigError when --load holds another model than the run of --save, which goes on from `own`.
 
-    A --load that is gone by now, or broken, is no matter: nothing is read from it.
+    A --load that is gone by now, or damaged, is no matter: nothing is read from it. Nor is one that `own` lies in: it
+    goes on itself.
     """
-    other = find_checkpoint(load)
-    if other is None or other.path == own.path:
+    if checked.real_path(load) in (checked.real_path(own.path), checked.real_path(own.path.parent)):
         return
     try:
+        other = next((found for found in checkpoints(load) if not _is_damaged(found)), None)
+        if other is None:
+            return
         theirs, its = other.model_config().to_dict(), tokenizer_fingerprint(other.tokenizer)
     except (ArchitectureError, CheckpointError):
         return
@@ -123,6 +126,13 @@ def refuse_other_model(own: Checkpoint, load: Path) -> None:
             "That run would go on, and --load would not be read. Give the --load it was started from, or another "
             "--save folder"
         )
+
+
+def _is_damaged(checkpoint: Checkpoint) -> bool:
+    """Whether config.json or the tokenizer is not what the marker says. Raises CheckpointError."""
+    manifest = checkpoint.manifest()
+    compared = [name for name in manifest.files if name == "config.json" or name.startswith(f"{TOKENIZER}/")]
+    return bool(damages(checkpoint.path, manifest, compared))
 
 
 def _differences(prefix: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from ross_mcore.architecture import ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.fit import architecture_of
-from ross_mcore.checkpoint.folder import TRAIN_STATE
+from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint, CheckpointError
 from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader
@@ -109,7 +109,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     try:
         loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state, skipped))
     except ValueError as error:  # of the place in the data, which every rank reads from the same file
-        raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}") from None
+        raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
     run = Run(
         config,
         claim,
@@ -191,6 +191,6 @@ def _open_loader(
         reads=groups.stage.reads_data,
         num_workers=config.data.num_workers,
         seed=config.training.seed,
-        state=state.data or None,
+        state=state.data if state.iteration or state.data else None,
         skipped=skipped,
     )

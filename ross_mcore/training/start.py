@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -38,6 +39,8 @@ from ross_mcore.training.step import finalize_gradients
 ROWS_COUNTED_IN = 1_000_000
 """Samples whose rows are planned at start to know how many steps an epoch takes: about two seconds."""
 
+_logger = logging.getLogger(__name__)
+
 
 def starting_point(config: Config) -> tuple[Checkpoint, bool]:
     """The checkpoint to start from, and whether to continue its run (True) or take its weights alone (False).
@@ -53,6 +56,8 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
             raise ConfigError(
                 f"--save {checkpoint.save} holds a run of training stage {saved_stage!r}; give another folder"
             )
+        if checkpoint.finetune and torch.distributed.get_rank() == 0:
+            _logger.warning("--finetune is ignored: %s holds a run already, which goes on", checkpoint.save)
         return own, True
     load = Path(checkpoint.load or "")
     found = find_intact(load, checkpoint.verify)
@@ -112,7 +117,13 @@ def skipped_samples(config: Config, dataset: MixtureDataset) -> set[int]:
         given = checked.read_text(Path(named)).splitlines() if os.path.isfile(named) else named.split(",")  # noqa: PTH113
     except ValueError as error:
         raise ConfigError(f"--skip-samples {named} cannot be read: {error}") from None
-    found = dataset.find([key.strip() for key in given if key.strip()])
+    keys_given = [key.strip() for key in given if key.strip()]
+    if not keys_given:
+        raise ConfigError(
+            f"--skip-samples {checked.shown(named)} names no sample; give ids as SAVE/incidents.jsonl names them, or "
+            "remove the flag"
+        )
+    found = dataset.find(keys_given)
     if missing := [key for key, numbers in found.items() if not numbers]:
         raise ConfigError(
             f"--skip-samples {checked.shown(named)}: no sample of {config.data.data_path} has the id "

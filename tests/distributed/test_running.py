@@ -23,6 +23,7 @@ from ross_mcore.data.shards import ShardReader
 from tests.distributed.cases import INTERLEAVED, Case, layout
 from tests.distributed.conftest import Finished
 from tests.distributed.harness import run_ranks
+from tests.resealed import change_state
 
 
 def train_until_signal(flags: dict[str, Any]) -> None:
@@ -78,7 +79,7 @@ def test_a_signal_to_any_rank_saves_everywhere_and_exits_zero(flags: dict[str, A
 def test_numbers_that_are_not_finite_are_skipped_and_then_end_the_run(flags: dict[str, Any]) -> None:
     """A rate that blows every weight up at the second step: what follows is not applied, and the third such step in a
     row ends the run. The checkpoint of the first step is intact."""
-    broken = {**flags, "lr": 1e30, "lr_warmup_iters": 1, "max_bad_steps": 3, "save_interval": 1, "train_iters": 50}
+    broken = {**flags, "lr": 1e18, "lr_warmup_iters": 1, "max_bad_steps": 3, "save_interval": 1, "train_iters": 50}
     run_ranks(train_and_expect, 4, broken, 2)
     entries = [json.loads(line) for line in (Path(flags["save"]) / "metrics.jsonl").read_text().splitlines()]
     assert [entry["applied"] for entry in entries[-3:]] == [False] * 3
@@ -278,6 +279,19 @@ def test_what_must_not_change_when_a_run_goes_on(
     )
     assert [line["consumed_samples"] for line in ours] == [line["consumed_samples"] for line in small[1:]]
     assert ours[1]["sample_digest"] == small[2]["sample_digest"] != small[1]["sample_digest"]
+
+
+def go_on_without_place(first: dict[str, Any]) -> None:
+    """A run of one step is continued from a checkpoint that does not say how far its data was read."""
+    train_and_expect(first, 0)
+    found = find_checkpoint(Path(first["save"]))
+    assert found is not None
+    change_state(found, data={})
+    train_and_expect_refusal({**first, "train_iters": 2}, "iter_0000001/train_state.json: consumed_rows=None .* copy")
+
+
+def test_no_run_goes_on_at_the_first_row_again(flags: dict[str, Any]) -> None:
+    run_ranks(go_on_without_place, 1, {**flags, **layout(), "train_iters": 1})
 
 
 def test_an_order_of_whole_passes_refuses_weights(flags: dict[str, Any], shards: Callable[[str], Path]) -> None:

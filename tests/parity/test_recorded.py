@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from ross_mcore import platform
 platform.prepare()
 
 from ross_mcore.parity import components, data  # noqa: E402
-from ross_mcore.parity.golden import Golden, GoldenError, where_recorded  # noqa: E402
+from ross_mcore.parity.golden import KNOWN, Golden, GoldenError, usable, where_recorded  # noqa: E402
 from ross_mcore.parity.report import PARTS, all_rows  # noqa: E402
 from ross_mcore.parity.rows import Row, compare, compare_exactly, compare_sets, summary  # noqa: E402
 from ross_mcore.parity.trial import Layout  # noqa: E402
@@ -98,6 +99,23 @@ def test_a_wrong_value_fails(copied: Path) -> None:
     file.write_text(json.dumps(recorded))
     failed = [row.name for row in data.conversation_rows(Golden(copied)) if row.status == "FAIL"]
     assert failed == ["qwen|qwen_2 text_single", "qwen|qwen_2 system_turn"]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "rows"),
+    [
+        ("components/tiny_vae/config.json", "block_out_channels", False, components.vae_rows),
+        ("data/proc_clip/preprocessor_config.json", "image_mean", [0.5, 0.5], data.image_rows),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_named_with_its_file(
+    copied: Path, file: str, key: str, value: object, rows: Callable[[Golden], Iterator[Row]]
+) -> None:
+    path, golden = copied / file, Golden(copied)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(KNOWN, match=key) as error:
+        list(usable(golden, "any", rows(golden)))
+    assert str(path) in str(error.value)
 
 
 def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, copied: Path) -> None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "library_configs": {"checked"},
     "checked": set(),
     "batch": set(),
-    "config": {"architecture"},
+    "config": {"architecture", "checked"},
     "flags": {"checked", "config"},
     "flops": {"architecture"},
     "platform": set(),

@@ -85,6 +85,10 @@ def test_flags_win_over_yaml_and_later_files_over_earlier(tmp_path: Path) -> Non
         ("- lr", "expected a mapping"),
         ("lr: {", "cannot be read"),
         ("micro-batch-size: 0", "must be positive"),
+        ("lr: .nan", "--lr must be a finite number of at most 1e+18, got nan"),
+        ("clip-grad: .inf", "--clip-grad must be a finite number of at most 1e+18, got inf"),
+        ("seed: " + "9" * 5000, "too many digits"),
+        ("save: 2001-13-01", "a date that there is not"),
     ],
 )
 def test_bad_yaml_is_one_paragraph_naming_the_file(
@@ -97,7 +101,7 @@ def test_bad_yaml_is_one_paragraph_naming_the_file(
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said
-    assert "must be positive" in said or str(path) in said
+    assert "must be" in said or str(path) in said
 
 
 @pytest.mark.parametrize(
@@ -110,12 +114,29 @@ def test_bad_yaml_is_one_paragraph_naming_the_file(
         (["--keep-last", "0"], "must be positive"),
         (["--skip-iterations", "5-9,x"], "'x' is no number and no range; give them as 7,12-15"),
         (["--skip-iterations", "9-5"], "'9-5' is no number"),
+        (["--skip-iterations", "1-" + "9" * 5000], "give them as 7,12-15, of at most 15 digits"),
+        (["--seed", "1" + "0" * 30], "--seed must be a finite number of at most 1e+18, got 1000000"),
+        (["--seed", "-1" + "0" * 30], "--seed must be a finite number of at most 1e+18, got -100000"),
+        (["--global-batch-size", "1" + "0" * 18], "--global-batch-size must be at most 1048576, got 10000"),
+        (["--micro-batch-size", "1" + "0" * 18], "--micro-batch-size must be at most 1048576, got 10000"),
+        (["--distributed-timeout-minutes", "1e7"], "--distributed-timeout-minutes must be at most 525600"),
     ],
 )
 def test_sections_validate_themselves(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
     assert says.replace("\\", "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300"])
+@pytest.mark.parametrize(
+    "name", [flag(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section) if "float" in f.type]
+)
+def test_no_number_is_without_bound(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse([f"{name}={value}"], complete=False)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.count("\n") == 1 and f"{name} " in said
 
 
 def test_iterations_to_skip_are_numbers_and_ranges() -> None:

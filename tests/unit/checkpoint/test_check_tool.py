@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ross_mcore.checkpoint.assembly import import_ross
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.checkpoint.stream import TensorWriter
+from tests.resealed import change_state, reseal
 from tests.sources import SOURCES, write_source
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
@@ -98,6 +100,43 @@ def test_damage_is_named(run: Path, check: Callable[..., int], capsys: pytest.Ca
     assert check(run / "iter_0000000") == 0
     (path / ".metadata").unlink()
     assert check(path) == check(run) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": [1]}, "data is [1], expected a mapping"),
+        ({"data": None}, "data is None, expected a mapping"),
+        ({"data": {}}, "consumed_samples is missing"),
+        ({"data": {"consumed_samples": "abc"}}, "consumed_samples is 'abc', expected a whole number"),
+        ({"data": {"consumed_samples": [1]}}, "consumed_samples is [1], expected a whole number"),
+        ({"training_stage": [1]}, "training_stage is [1], expected text"),
+    ],
+)
+def test_values_of_another_kind_are_named(
+    run: Path, check: Callable[..., int], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], says: str
+) -> None:
+    checkpoint = folder.require_checkpoint(run)
+    change_state(checkpoint, **changes)
+    assert check(run, "--json") == 1
+    (problem,) = json.loads(capsys.readouterr().out)["checkpoints"][0]["problems"]
+    assert problem.startswith(f"{checkpoint.path / folder.TRAIN_STATE} is malformed: {says}")
+
+
+def test_what_a_file_says_is_printed_as_it_is(
+    run: Path, check: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = folder.require_checkpoint(run)
+    change_state(checkpoint, training_stage="[/x] :smile: \x1b[31m")
+    reseal(checkpoint, layout={"[/a]": "[/b]"})
+    (checkpoint.path / "[red]stray").touch()
+    (run / "iter_0000009").mkdir()
+    (run / "iter_0000009" / folder.MARKER).touch()
+    moved = run.rename(run.with_name("q[lr=3]"))
+    assert check(moved) == 1
+    said = capsys.readouterr().out.replace("\n", "")
+    for part in ("[/x] :smile: ?[31m, 28", "saved at: [/a] [/b]", "[red]stray does not", "q[lr=3]/iter_0000009/"):
+        assert part in said
 
 
 def test_tensors_that_the_architecture_does_not_know(

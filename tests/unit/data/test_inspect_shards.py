@@ -141,10 +141,12 @@ def test_bad_samples_are_counted_by_reason(shards: Path, tmp_path: Path, tool: C
 
     folder = tmp_path / "copy"
     shutil.copytree(shards, folder)
-    lines = [{"shard": "s", "key": "k", "reason": reason} for reason in ("broken: a", "broken: b", "empty")]
+    lines = [{"shard": "s", "key": "k", "reason": reason} for reason in ("broken: a", "broken: b", "[/x] \x1b[31m")]
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert inspect(ShardReader(folder))["bad"] == {"broken": 2, "empty": 1}
-    assert tool("--data-path", folder) == 0 and "3 left out" in capsys.readouterr().out
+    assert inspect(ShardReader(folder))["bad"] == {"broken": 2, "[/x] \x1b[31m": 1}
+    assert tool("--data-path", folder) == 0
+    said = capsys.readouterr().out
+    assert "3 left out" in said and "1 x [/x] ?[31m" in said
     (folder / "quarantine.jsonl").write_text("[]\n")
     assert tool("--data-path", folder) == 2 and "quarantine.jsonl" in capsys.readouterr().err
 

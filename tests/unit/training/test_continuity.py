@@ -91,14 +91,14 @@ def test_a_state_of_another_version_is_named(tmp_path: Path) -> None:
         continued(saved(tmp_path, {"epoch": 1}), STARTED, Config())
 
 
-def checkpoint(root: Path, tokenizer: str = "a b c", **language: Any) -> Checkpoint:
+def checkpoint(root: Path, tokenizer: str = "a b c", iteration: int = 1, **language: Any) -> Checkpoint:
     config = LanguageConfig.from_huggingface({**LLAMA, "num_attention_heads": 1, **language})
     model = ModelConfig(config, VisionConfig(CLIP, (0, 0, 0), (1, 1, 1)), ProjectorConfig(), None, None)
     assets = root / "assets"
-    (assets / "tokenizer").mkdir(parents=True)
+    (assets / "tokenizer").mkdir(parents=True, exist_ok=True)
     (assets / "tokenizer" / "vocab.txt").write_text(tokenizer)
     (assets / "preprocessor_config.json").write_text("{}")
-    return folder.publish(root, 1, folder.begin(root, 1), model, {}, assets)
+    return folder.publish(root, iteration, folder.begin(root, iteration), model, {}, assets)
 
 
 def test_another_model_beside_a_run_is_refused(tmp_path: Path) -> None:
@@ -110,3 +110,27 @@ def test_another_model_beside_a_run_is_refused(tmp_path: Path) -> None:
         refuse_other_model(own, checkpoint(tmp_path / "deeper", num_hidden_layers=3).path)
     with pytest.raises(ConfigError, match="tokenizer files [0-9a-f]{16} and [0-9a-f]{16}"):
         refuse_other_model(own, checkpoint(tmp_path / "renamed", "a c b").path)
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "says"),
+    [("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'), ("tokenizer/vocab.txt", "a b c", "a b d")],
+)
+def test_a_damaged_load_is_no_other_model(tmp_path: Path, file: str, said: str, says: str) -> None:
+    own, load = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "load", num_hidden_layers=3)
+    content = (load.path / file).read_text()
+    (load.path / file).write_text(content.replace(said, says))
+    refuse_other_model(own, load.path.parent)
+    (load.path / file).write_text(content)
+    with pytest.raises(ConfigError, match="another model"):
+        refuse_other_model(own, load.path.parent)
+
+
+def test_a_run_that_went_back_to_an_older_checkpoint_is_no_other_model(tmp_path: Path) -> None:
+    own = checkpoint(tmp_path / "run")
+    newer = checkpoint(tmp_path / "run", "a c b", iteration=2)
+    (tmp_path / "link").symlink_to("run")
+    for load in (tmp_path / "run", tmp_path / "link", own.path):
+        refuse_other_model(own, load)
+    with pytest.raises(ConfigError, match="another model"):
+        refuse_other_model(own, newer.path)

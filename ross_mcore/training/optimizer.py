@@ -85,7 +85,20 @@ def build_optimizer(model: ModelChunks, config: Config) -> MegatronOptimizer:
     overrides: dict[Any, Any] = {_no_decay(options.decay_norm_weights): {"wd_mult": 0.0}}
     for part, tag in PART_TAGS.items():
         overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
-    return get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
+    optimizer = get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
+    _begin_state(optimizer)
+    return optimizer
+
+
+def _begin_state(optimizer: MegatronOptimizer) -> None:
+    """Moments of zero and step 0, with which Adam itself would begin its first step: so what is saved before that step,
+    when those before it are skipped, can be saved and resumed like any other state."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        for group in part.optimizer.param_groups:
+            group.setdefault("step", 0)
 
 
 def warmup_iterations(options: OptimizerOptions, train_iters: int) -> int:

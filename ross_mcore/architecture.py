@@ -348,3 +348,14 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     except ValueError as error:
         raise ArchitectureError(f"{path} cannot be read: {error}; copy the file again") from None
     return ModelConfig.from_dict(data, str(path))
+
+
+def trains(name: str, llm_trains: bool, vision_trains: bool) -> bool:
+    """PURE: whether a weight of this name trains, as in the reference (ROSS train.py:1170-1206).
+
+    In its pretraining, projector and denoiser do, the position table included; in its fine-tuning (`llm_trains`)
+    projector, language model and denoiser without that table. The VAE never does, the vision tower when it has a rate.
+    """
+    part = name.partition(".")[0]
+    trained = {"language_model": llm_trains, "vision_model": vision_trains, "pixel_decoder": False}
+    return trained.get(part, True) and (name != "denoiser.pos_embed" or not llm_trains)

@@ -324,8 +324,8 @@ class CheckpointOptions:
     """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. If it already holds a checkpoint, the run continues
     from there."""
     finetune: bool = False
-    """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage. A run that --save
-    already holds goes on all the same."""
+    """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage. A run that
+    --save already holds goes on all the same."""
     save_interval: int | None = None
     """Save every N iterations; the end of the run, SIGTERM, SIGINT, SIGUSR1 (which does not end the run),
     --exit-duration-in-mins and --exit-interval save as well."""

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from ross_mcore import platform
 from ross_mcore.parallel.layout import Layout, Stage
 
+E = TypeVar("E", bound=Exception)
 T = TypeVar("T")
 
 
@@ -92,6 +93,17 @@ class RankError(RuntimeError):
     """An action that failed on some rank; the message names the rank and what it said."""
 
 
+def on_all_ranks(error: E) -> E:
+    """`error`, noted as one where every rank raises one: after it they can still communicate."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_on_all_ranks(error: Exception) -> bool:
+    """Whether the ranks can still communicate after an error: where one fails alone, others wait in a collective."""
+    return getattr(error, "on_all_ranks", False) or dist.get_world_size() == 1
+
+
 def together(action: Callable[[], T]) -> T:
     """Runs `action` on every rank; when it fails on any, raises on all, after all have tried. Collective.
 
@@ -107,10 +119,10 @@ def together(action: Callable[[], T]) -> T:
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if problem is None else str(problem))
     if problem is not None:
-        raise problem
+        raise on_all_ranks(problem)
     failed = [rank for rank, message in enumerate(messages) if message is not None]
     if failed:
-        raise RankError(f"{messages[failed[0]]} (rank {failed[0]})")
+        raise on_all_ranks(RankError(f"{messages[failed[0]]} (rank {failed[0]})"))
     return result
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.architecture import ModelConfig, trains
 from ross_mcore.parallel.layout import Layout, Stage, share_of
 
 SHARDED = re.compile(
@@ -72,7 +72,7 @@ def stage_memory(
             continue
         count = math.prod(shape) / (layout.tensor_parallel if SHARDED.fullmatch(name) else 1)
         weights += count * (4 if name.startswith("pixel_decoder.") else size)
-        trained += count * _trains(name, plan)
+        trained += count * trains(name, plan.llm_trains, plan.vision_trains)
     share = layout.data_parallel if plan.distributed_optimizer else 1
     return Memory(
         weights, 4 * trained, (12 if plan.bf16 else 8) * trained / share, _activations(model, layout, stage, plan)
@@ -91,13 +91,6 @@ def hosted(name: str, stage: Stage, tied: bool) -> bool:
     if layer := re.match(r"decoder\.layers\.(\d+)\.", rest):
         return int(layer[1]) in stage.layers
     return stage.is_last
-
-
-def _trains(name: str, plan: Plan) -> bool:
-    """As training/optimizer.py:set_trainable has it."""
-    part = name.partition(".")[0]
-    trains = {"language_model": plan.llm_trains, "vision_model": plan.vision_trains, "pixel_decoder": False}
-    return trains.get(part, True) and (name != "denoiser.pos_embed" or not plan.llm_trains)
 
 
 def micro_batches_in_flight(layout: Layout, stage: Stage, micro_batches: int) -> float:

@@ -62,7 +62,9 @@ USER_ERRORS = (
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; the last good checkpoint is intact."""
+    """The run cannot go on; the last good checkpoint is intact. Every rank raises it."""
+
+    on_all_ranks = True
 
 
 def train(config: Config) -> int:
@@ -106,9 +108,10 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
             if asked or _is_due(state, run, config.checkpoint.save_interval):
                 at("saving a checkpoint", is_long=True)
                 saver.save(state)
-    except TrainingError:  # raised by all ranks alike
-        at("waiting for a save", is_long=True)
-        saver.wait(state.iteration)
+    except Exception as error:
+        if process_groups.is_on_all_ranks(error):
+            at("waiting for a save", is_long=True)
+            saver.wait(state.iteration, "the run ends")
         raise
     at("saving the last checkpoint", is_long=True)
     saver.finish(state)

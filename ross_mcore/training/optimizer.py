@@ -10,6 +10,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
 from torch import Tensor
 
+from ross_mcore.architecture import trains
 from ross_mcore.config import Config, OptimizerOptions
 from ross_mcore.models.ross import RossModel
 from ross_mcore.training import adam
@@ -19,21 +20,12 @@ DEFAULT_WARMUP_FRACTION = 0.03
 
 
 def set_trainable(model: RossModel, training_stage: str, train_vision: bool) -> None:
-    """Freezes what the reference freezes (ROSS train.py:1170-1206).
-
-    pretrain: projector and denoiser, its position table included. finetune: projector, language model and denoiser, its
-    position table frozen again. The VAE never trains, the vision tower only when it is given a rate of its own.
-    """
-    model.language_model.requires_grad_(training_stage == "finetune")
-    if hasattr(model, "vision_projection"):
-        model.vision_projection.requires_grad_(True)
-    if hasattr(model, "denoiser"):
-        model.denoiser.requires_grad_(True)
-        model.denoiser.pos_embed.requires_grad_(training_stage == "pretrain")
-    if hasattr(model, "pixel_decoder"):
-        model.pixel_decoder.requires_grad_(False)
-    if hasattr(model, "vision_model") and not train_vision:
-        model.vision_model.requires_grad_(False)
+    """Freezes what does not train (architecture.trains); of a tower that does, what it never runs stays frozen."""
+    for name, parameter in model.named_parameters():
+        if not trains(name, training_stage == "finetune", train_vision):
+            parameter.requires_grad_(False)
+        elif not name.startswith("vision_model."):
+            parameter.requires_grad_(True)
 
 
 PART_TAGS = {"vision_model": 2.0, "vision_projection": 3.0, "denoiser": 4.0}
@@ -85,7 +77,20 @@ def build_optimizer(model: ModelChunks, config: Config) -> MegatronOptimizer:
     overrides: dict[Any, Any] = {_no_decay(options.decay_norm_weights): {"wd_mult": 0.0}}
     for part, tag in PART_TAGS.items():
         overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
-    return get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
+    optimizer = get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
+    _begin_state(optimizer)
+    return optimizer
+
+
+def _begin_state(optimizer: MegatronOptimizer) -> None:
+    """Moments of zero and step 0, with which Adam itself would begin its first step: so what is saved before that step,
+    when those before it are skipped, can be saved and resumed like any other state."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        for group in part.optimizer.param_groups:
+            group.setdefault("step", 0)
 
 
 def warmup_iterations(options: OptimizerOptions, train_iters: int) -> int:
@@ -112,6 +117,11 @@ def learning_rate(iteration: int, train_iters: int, options: OptimizerOptions, p
     }[options.lr_decay_style]
     lowest = min(options.min_lr, peak)
     return lowest + (peak - lowest) * remaining
+
+
+def updates_weights(iteration: int, train_iters: int, options: OptimizerOptions) -> bool:
+    """PURE: whether any part has a rate other than 0 in the step that follows `iteration` finished steps."""
+    return any(learning_rate(iteration, train_iters, options, peak) for peak in peak_rates(options).values())
 
 
 def set_hyperparameters(

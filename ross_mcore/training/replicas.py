@@ -23,9 +23,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ross_mcore.architecture import trains
 from ross_mcore.checkpoint.together import exchange
 from ross_mcore.parallel.groups import Groups, agree, sum_over_ranks
 from ross_mcore.training.diagnosis import family_of
+from ross_mcore.training.optimizer import updates_weights
 from ross_mcore.training.progress import at
 from ross_mcore.training.run import Run
 
@@ -77,11 +79,12 @@ def held_by(run: Run) -> list[Held]:
 
     The distributed optimizer's moments and masters have no copies. Weights must be gathered.
     """
-    found = []
+    found, config = [], run.config
     for name, parameter in run.model.named_weights():
+        # by the options, lest what trains by mistake is not looked at; and what a trained tower never runs
+        frozen = not trains(name, config.llm_trains, config.vision_trains) or not parameter.requires_grad
         sharded = getattr(parameter, "tensor_model_parallel", False)
-        name = f"{name}{_part_of(run.groups)}" if sharded else name
-        found.append(Held(name, parameter, sharded, frozen=not parameter.requires_grad))
+        found.append(Held(f"{name}{_part_of(run.groups)}" if sharded else name, parameter, sharded, frozen))
     # mcore's plain optimizer for bf16 works on masters, which it leaves at the weights
     weights = {getattr(held.tensor, "main_param", held.tensor): held for held in found}
     for part in run.model.parts:
@@ -153,13 +156,15 @@ class ReplicaCheck:
         return self._check(iteration, f"self-check before iteration {iteration + 1}" if self._self_check else "")
 
     def after_step(self, iteration: int, applied: bool) -> str | None:
-        """Checks where it is time. To be called before anything is saved; `applied`: whether weights were updated.
+        """Checks where it is time. To be called before anything is saved; `applied`: whether the step was.
 
-        After the first step that updates them, the check of the start is made once more.
+        After the first one that was applied at a rate other than 0, the check of the start is made once more.
         """
+        run = self._run
         is_first = self._self_check and applied
-        self._self_check = self._self_check and not applied
-        is_last = iteration == self._run.train_iters
+        is_first = is_first and updates_weights(iteration - 1, run.train_iters, run.config.optimizer)
+        self._self_check = self._self_check and not is_first
+        is_last = iteration == run.train_iters
         is_due = self._interval is not None and (is_last or iteration % self._interval == 0)
         if not (is_first or is_due):
             return None

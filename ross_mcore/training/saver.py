@@ -50,12 +50,18 @@ class Saver:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Starts to save `state`, when the save before is finished. A failure is reported, and tried again later."""
+        """Starts to save `state`, when the save before is finished, unless it is saved or begun already.
+
+        A failure is reported, and tried again later unless a newer save begins before.
+        """
+        if self._saved_iteration == state.iteration or self._saves(state.iteration):
+            return
         began = time.monotonic()
-        self.wait(state.iteration)
+        self.wait(state.iteration, "a newer one begins")
         if time.monotonic() - began > 1:
             self._say(f"waited {time.monotonic() - began:.1f} s for the save before; --save-interval is short for it")
         began = time.monotonic()
+        self._retry_at = None
         self._hear(lambda: self._begin(state), state.iteration)
         if self._running is not None and not self._running.is_copied:
             if self._copies is not None:
@@ -63,19 +69,26 @@ class Saver:
             self.wait(state.iteration)
         self._stood_still_seconds = time.monotonic() - began
 
-    def wait(self, iteration: int) -> None:
-        """Waits for the save in flight, if there is one, and reports what became of it."""
+    def wait(self, iteration: int, then: str | None = None) -> None:
+        """Waits for the save in flight, if there is one, and reports what became of it.
+
+        `then`: what follows when it failed, if not another attempt.
+        """
         if self._running is not None:
             running = self._running
-            self._hear(lambda: running.finish(progress.moving), iteration)
+            self._hear(lambda: running.finish(progress.moving), iteration, then)
 
     def finish(self, state: TrainState) -> None:
         """Returns when `state` is saved. Raises CheckpointError, on every rank, when it cannot be."""
-        self.wait(state.iteration)
+        self.wait(state.iteration, "it is tried once more")
         if self._saved_iteration != state.iteration:
             self._stood_still_seconds = 0.0
             self._running = self._begin(state)
             self._done(self._running.finish(progress.moving))
+
+    def _saves(self, iteration: int) -> bool:
+        """Whether the save in flight is of this iteration."""
+        return self._running is not None and self._running.destination.iteration == iteration
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
@@ -98,8 +111,8 @@ class Saver:
         )
         return begin_save(destination, {**whole, "train_state": asdict(state)}, self._copies)
 
-    def _hear(self, action: Callable[[], RunningSave | Saved | None], iteration: int) -> None:
-        """Does something that may begin or end a save; says it when that fails."""
+    def _hear(self, action: Callable[[], RunningSave | Saved | None], iteration: int, then: str | None = None) -> None:
+        """Does something that may begin or end a save; says it when that fails, and what follows `then`."""
         try:
             found = action()
         except CheckpointError as error:
@@ -107,9 +120,9 @@ class Saver:
             self._failures += 1
             steps = min(2 ** (self._failures - 1), MOST_STEPS_TO_RETRY)
             self._retry_at = iteration + steps
-            then = "it is tried once more"
-            if iteration < self._run.train_iters:
+            if then is None and iteration < self._run.train_iters:
                 then = f"training goes on, and it is tried again after iteration {self._retry_at}"
+            then = then or "it is tried once more"
             self._say(f"warning: a checkpoint could not be saved: {error}. Older checkpoints are intact; {then}")
             return
         if isinstance(found, RunningSave):

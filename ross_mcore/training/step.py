@@ -21,7 +21,7 @@ from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import ShardReadError
 from ross_mcore.models.diffusion import Draws
-from ross_mcore.parallel.groups import Groups, sum_over_ranks
+from ross_mcore.parallel.groups import Groups, on_all_ranks, sum_over_ranks
 from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.progress import at
 from ross_mcore.training.stop import Asked
@@ -149,9 +149,9 @@ def _refuse(failure: Exception | None) -> NoReturn:
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if failure is None else str(failure).strip() or type(failure).__name__)
     if failure is not None and not isinstance(failure, ShardReadError):
-        raise failure
+        raise on_all_ranks(failure)
     rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    raise ShardReadError(f"{message} (rank {rank})")
+    raise on_all_ranks(ShardReadError(f"{message} (rank {rank})"))
 
 
 def replace_bad_samples(

@@ -17,6 +17,8 @@ import pytest
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.checkpoint import folder
+from tests.distributed.cases import Case
+from tests.distributed.conftest import run_options
 from tests.distributed.harness import run_ranks
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
@@ -141,4 +143,51 @@ def test_a_run_goes_on_without_checkpoints_until_the_disk_has_room(
     run_ranks(train_with_a_full_disk, 2, flags)
     saved = folder.checkpoints(tmp_path / "run")
     assert saved[0].iteration == 9 and saved[0].manifest().layout["data_parallel_size"] == 2
+    assert not list((tmp_path / "run").glob(".iter_*"))
+
+
+def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) -> None:
+    """Iteration 1 is being saved when something of iteration 2 fails on the last rank; `ends`: how each must end."""
+    from ross_mcore.checkpoint import saving
+    from ross_mcore.config import Config
+    from ross_mcore.data.loader import StepLoader
+    from ross_mcore.data.shards import ShardReadError
+    from ross_mcore.training.loop import train
+    from ross_mcore.training.metrics import MetricsLog
+
+    rank, write, read, log = int(os.environ["RANK"]), saving._write, StepLoader._read, MetricsLog.write
+
+    def write_slowly(*arguments: Any) -> Any:
+        time.sleep(2)
+        return write(*arguments)
+
+    def fail_to_read(loader: Any) -> Any:
+        if where != "log" and rank == len(ends) - 1 and list(Path(flags["save"]).glob(".iter_*")):
+            raise ShardReadError("a.tar: Input/output error") if where == "shard" else MemoryError("none is left")
+        return read(loader)
+
+    def fail_to_log(self: Any, metrics: Any) -> None:
+        if where == "log" and metrics.iteration == 2:
+            raise OSError("No space left on device")
+        log(self, metrics)
+
+    saving._write, StepLoader._read, MetricsLog.write = write_slowly, fail_to_read, fail_to_log
+    end: int | str
+    try:
+        end = train(Config.from_flat(**flags))
+    except (MemoryError, OSError) as error:
+        end = type(error).__name__
+    assert end == ends[rank], end
+
+
+@pytest.mark.parametrize(
+    ("where", "ends"), [("shard", [2, 2]), ("memory", [2, "MemoryError"]), ("log", ["OSError"])], ids=str
+)
+def test_a_save_in_flight_is_finished_before_a_failed_run_ends(
+    where: str, ends: list[int | str], base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Where all ranks fail at one point: when one of them cannot read, and whatever it is in a run of one process."""
+    flags = run_options(Case("", len(ends)), tmp_path / "run", base, shards, save_interval=1)
+    run_ranks(fail_while_saving, len(ends), flags, where, ends)
+    assert [found.iteration for found in folder.checkpoints(tmp_path / "run")] == [1]
     assert not list((tmp_path / "run").glob(".iter_*"))

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from ross_mcore.checkpoint.pieces import Slice
-from ross_mcore.checkpoint.safe_load import read_metadata
+from ross_mcore.checkpoint.safe_load import read_common, read_metadata
 from ross_mcore.data.shards import ShardReader
 from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
-from tests.distributed.conftest import Finished, run_options, train_one_rank
+from tests.distributed.conftest import Finished, moved, run_options, train_one_rank
 from tests.distributed.harness import run_ranks
 
 SPOILT = {
@@ -169,3 +169,38 @@ def test_samples_whose_losses_stand_out_are_named_and_can_be_skipped(
         assert ours["applied"] == (ours["iteration"] not in (22, 24))
         if ours["applied"]:
             assert (ours["lm_loss"] == theirs["lm_loss"]) == (ours["iteration"] not in touched)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("fp32", 1),
+        Case("bf16, masters on every rank", 1, {"bf16": True, "use_distributed_optimizer": False}),
+        Case("bf16", 1, {"bf16": True}),
+        Case("tp2, frozen LLM, distributed optimizer", 2, layout(2, use_distributed_optimizer=True), stage="pretrain"),
+        Case("dp2 distributed optimizer", 2, {"use_distributed_optimizer": True}),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_is_saved_before_any_step_was_applied_goes_on(case: Case, start: Callable[..., Finished]) -> None:
+    """After a stop behind two steps that are passed over: the same bits, and the same count of steps, as without it."""
+    skips = {"skip_iterations": "1-2", "train_iters": 4}
+    name = case.name.replace(" ", "_")
+    straight = start(case, f"{name}_late", save_interval=None, **skips)
+    run = start(case, f"{name}_late_and_stopped", exit_interval=2, **skips)
+    assert [entry["applied"] for entry in run.metrics] == [False] * 2 and (run.folder / "iter_0000001").is_dir()
+    run = start(case, f"{name}_late_and_stopped", save_interval=None, **skips)
+    assert [entry["applied"] for entry in run.metrics] == [False] * 2 + [True] * 2
+    before, last, expected = (
+        run.folder / "iter_0000002",
+        run.folder / "iter_0000004",
+        straight.folder / "iter_0000004",
+    )
+    assert moved(expected, last) == 0.0
+    assert steps_of(before) == {0} and steps_of(last) == steps_of(expected) == {2}
+
+
+def steps_of(folder: Path) -> set[int]:
+    """Adam's counts in a checkpoint."""
+    optimizer = read_common(folder)["optimizer"]
+    return {group["step"] for group in optimizer.get("optimizer", optimizer)["param_groups"]}

@@ -22,7 +22,10 @@ from tests.distributed.harness import run_ranks
 
 @dataclass(frozen=True)
 class Fault:
-    """After `iteration` steps, one bit of a weight of the last chunk, or of its Adam moment, is turned on `ranks`."""
+    """After `iteration` steps, one bit of a weight of the last chunk, or of its Adam moment, is turned on `ranks`.
+
+    Without ranks, the part of the model named `weight` is not frozen where the options say so.
+    """
 
     name: str
     case: Case
@@ -86,6 +89,15 @@ FAULTS = [
         moment="exp_avg",
     ),
     Fault(
+        "trains by mistake",
+        Case("", 4, layout(2), stage="pretrain"),
+        "language_model",
+        (),
+        "iteration 2: language_model.* is frozen and was changed since the start, on ranks 0, 2 of the 2 that hold it",
+        iteration=2,
+        flags={"lr_warmup_iters": 1},
+    ),
+    Fault(
         "what was loaded",
         TENSOR_AND_DATA,
         "language_model.decoder.layers.2.pre_mlp_layernorm.weight",
@@ -107,9 +119,18 @@ def turn_a_bit(tensor: torch.Tensor) -> None:
 def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, int]:
     """Exit status, what standard error says, and how many checks were passed."""
     from ross_mcore.config import Config
+    from ross_mcore.training import start
     from ross_mcore.training.loop import train
     from ross_mcore.training.replicas import ReplicaCheck
 
+    set_trainable = start.set_trainable
+
+    def freeze_too_little(model: Any, *options: Any) -> None:
+        set_trainable(model, *options)
+        if fault is not None and not fault.ranks:
+            getattr(model, fault.weight).requires_grad_(True)
+
+    start.set_trainable = freeze_too_little
     before, after, check = ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check
     passed = []
 
@@ -138,6 +159,7 @@ def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, in
     with contextlib.redirect_stderr(said):
         status = train(Config.from_flat(**flags))
     ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = before, after, check
+    start.set_trainable = set_trainable
     return status, said.getvalue(), len(passed)
 
 

@@ -11,7 +11,7 @@ import pytest
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
 from ross_mcore.checkpoint.torch_dist import FP8_PREFIX
 from tests.distributed.cases import Case, layout
-from tests.distributed.conftest import Finished
+from tests.distributed.conftest import Finished, moved
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import assert_same
 from tests.te.test_fp8 import FP8
@@ -33,6 +33,18 @@ def test_a_run_goes_on_with_the_other_layers(
     start(before, folder, exit_duration_in_mins=1e-6)
     run = start(after, folder)
     assert_same(run, reference(Case("", 1)), 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, FP8], ids=["fp32", "bf16", "FP8"])
+def test_what_is_saved_before_any_step_was_applied_goes_on(
+    options: dict[str, Any], start: Callable[..., Finished]
+) -> None:
+    """Transformer Engine's Adam counts its steps from its first one on."""
+    case, name = Case("", 1, {**ENGINE, **options}), f"late_{'_'.join(options)}"
+    straight = start(case, name, skip_iterations="1", save_interval=None)
+    start(case, f"{name}_stopped", skip_iterations="1", exit_interval=1)
+    run = start(case, f"{name}_stopped", skip_iterations="1", save_interval=None)
+    assert run.metrics[1:] and moved(straight.folder / "iter_0000003", run.folder / "iter_0000003") == 0.0
 
 
 def scales(folder: Path) -> dict[str, Any]:

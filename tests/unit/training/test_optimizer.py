@@ -19,6 +19,7 @@ from ross_mcore.training.optimizer import (  # noqa: E402
     learning_rate,
     peak_rates,
     set_hyperparameters,
+    updates_weights,
     warmup_iterations,
 )
 
@@ -43,6 +44,13 @@ def test_schedule_is_the_recorded_one(run: dict) -> None:
     for step, recorded in enumerate(run["lr_used_at_step"]):
         rates = [learning_rate(step, run["total_steps"], options, peak) for peak in (None, second)]
         assert rates == pytest.approx(recorded, rel=1e-12, abs=1e-18)
+
+
+def test_the_first_step_of_a_warm_up_updates_nothing() -> None:
+    """And none does where every rate is 0."""
+    assert [updates_weights(step, 10, OptimizerOptions(lr=1.0)) for step in (0, 1, 9)] == [False, True, True]
+    assert updates_weights(0, 10, OptimizerOptions(lr=0.0, denoiser_lr=1.0, lr_warmup_iters=0))
+    assert not updates_weights(5, 10, OptimizerOptions(lr=0.0))
 
 
 @given(st.integers(1, 10_000), st.floats(0, 0.99))

@@ -32,7 +32,7 @@ class Save(RunningSave):
         checkpoint: Any = SimpleNamespace(iteration=self.destination.iteration, path=Path("run/it"))
         return Saved(checkpoint, 0, 0, 0.0) if self.ended else None
 
-    def finish(self) -> Saved:
+    def finish(self, moving: Any = None) -> Saved:
         self.ended = self.ended or True
         saved = self.poll()
         assert saved is not None

@@ -74,6 +74,7 @@ class MetricsLog:
         from ross_mcore.training.board import Board  # one rank needs TensorBoard
 
         self._metrics = JsonLines(save / METRICS_FILE, iteration)
+        self._metrics.append(b"")  # the file is there from the start, for who follows it
         self._validation = JsonLines(save / VALIDATION_FILE, iteration)
         self._board = Board(tensorboard, iteration)
 

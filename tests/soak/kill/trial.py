@@ -164,6 +164,6 @@ def plan(draw: random.Random, expected: Uninterrupted) -> Kill:
 
 def tear_last_line(path: Path, draw: random.Random) -> None:
     """Half a line at the end, as a machine may leave it that loses its power while it writes."""
-    if path.exists() and (lines := path.read_bytes().splitlines()):
+    if path.exists() and (lines := [line for line in path.read_bytes().splitlines() if len(line) > 1]):
         with path.open("ab") as stream:
             stream.write(lines[-1][: draw.randint(1, len(lines[-1]) - 1)])

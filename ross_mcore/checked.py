@@ -143,7 +143,7 @@ def count(data: Mapping[str, Any], key: str, default: int | None = None, least: 
     """A whole number of a mapping; `default` where there is none. Raises ValueError."""
     value = default if data.get(key) is None else data[key]
     if value is None:
-        raise ValueError(f"{key} is missing")
+        raise ValueError(f"{key} is missing, expected a whole number from {least} to {most}")
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{key} is {shown(value)}, expected a whole number from {least} to {most}")
     return value
@@ -155,7 +155,7 @@ def real(
     """A finite number of a mapping, larger than `above`. Raises ValueError."""
     value = default if data.get(key) is None else data[key]
     if value is None:
-        raise ValueError(f"{key} is missing")
+        raise ValueError(f"{key} is missing, expected a number")
     if type(value) not in (int, float) or not math.isfinite(value) or not above < value <= most:
         bound = "" if above == -math.inf else f" above {above:g}"
         raise ValueError(f"{key} is {shown(value)}, expected a number{bound}")

@@ -41,6 +41,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch.distributed.checkpoint import Metadata, ReadItem
 from torch.distributed.checkpoint import load as read_shards
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,7 +49,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checked import reason, shown
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, require_checkpoint
+from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, CheckpointError, find_checkpoint, require_checkpoint
 from ross_mcore.checkpoint.manifest import read_json
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
 from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
@@ -56,6 +57,7 @@ from ross_mcore.checkpoint.together import exchange, together
 from ross_mcore.checkpoint.torch_dist import (
     BACKEND,
     BACKEND_FILE,
+    COMMON_FILE,
     FP8_PREFIX,
     MASTER_PREFIX,
     OPTIMIZER_PREFIX,
@@ -126,6 +128,7 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
         stored = common.pop("content_metadata", None)
         if stored != SHARDING:
             raise CheckpointError(f"{checkpoint.path} was sharded with {shown(stored)}, this code reads {SHARDING}")
+        _require_plain_groups(checkpoint, common.get("optimizer"))
         return metadata, common
 
     metadata, common = together(check)
@@ -165,6 +168,19 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
 # A checkpoint is of one of three optimizers and loads into any: mcore's distributed one, its plain one for bf16, its
 # plain one for fp32. Moments have the same names and shapes in all. What differs is how deep parameter groups are
 # nested, and that the first two keep fp32 masters of the weights; in an fp32 run, those are the weights.
+
+
+def _require_plain_groups(checkpoint: Checkpoint, stored: Any) -> None:
+    """Raises CheckpointError for a parameter group that cannot be looked up: mcore does so by some of its values."""
+    stored = stored.get("optimizer", stored) if isinstance(stored, dict) else {}
+    groups = stored.get("param_groups") if isinstance(stored, dict) else None
+    for group in groups if isinstance(groups, list) else ():
+        for key, value in group.items() if isinstance(group, dict) else ():
+            if str(key).removeprefix("pre_") in param_group_identifier_keys and not isinstance(value, int | float):
+                raise CheckpointError(
+                    f"{checkpoint.path / COMMON_FILE}: {shown(key)} of a parameter group is {shown(value)}, expected a "
+                    f"number; {REMEDY}"
+                )
 
 
 def _groups_as_wanted(stored: Any, wanted: dict[str, Any]) -> Any:

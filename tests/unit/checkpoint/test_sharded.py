@@ -202,3 +202,12 @@ def test_stored_object_cannot_run_code(tmp_path: Path, model_config: ModelConfig
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp cannot be read: .* something else than tensors"):
         sharded.load_model_weights(checkpoint, {"object": ShardedObject("object", None, (1,), (0,))})
     assert not (tmp_path / "evil").exists()
+
+
+def test_parameter_group_that_cannot_be_looked_up_is_named(tmp_path: Path, model_config: ModelConfig) -> None:
+    checkpoint = save(tmp_path, 3, model_config)
+    common = torch.load(checkpoint.path / "common.pt", weights_only=True)
+    common["optimizer"]["param_groups"][0]["pre_wd_mult"] = [1.0, 1.0]
+    torch.save(common, checkpoint.path / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common\.pt: 'pre_wd_mult' of a parameter group is \[1\.0, 1\.0\]"):
+        sharded.load_training_state(checkpoint, wanted_state())

@@ -25,6 +25,7 @@ from ross_mcore.checkpoint.manifest import CheckpointError
 LOCK = ".lock"
 WAIT_SECONDS = 10.0
 """How long a process that is about to end, such as one that was killed, is waited for."""
+_OPENED = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Claim:
     def __enter__(self) -> Claim:
         if is_iteration(self.root):
             raise CheckpointError(f"{self.root} is one checkpoint; give the folder of a run: --save {self.root.parent}")
-        self._take()
+        self._file = self._taken()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -50,7 +51,7 @@ class Claim:
             if [path.name for path in self.root.iterdir()] == [LOCK]:  # a start that failed leaves nothing
                 (self.root / LOCK).unlink()
                 self.root.rmdir()
-        self._let_go()
+        _let_go(self._file)
 
     def require(self) -> None:
         """Raises CheckpointError unless the folder is still held. One that was deleted is made anew."""
@@ -65,33 +66,36 @@ class Claim:
                     f"{self.root} is not on the file system of before, which is no longer there: mount it again"
                 ) from None
         _logger.warning("%s was deleted, with all checkpoints in it: it is made anew", self.root)
-        self._let_go()
-        self._take()
+        former, self._file = self._file, self._taken()
+        _let_go(former)
 
-    def _take(self) -> None:
-        path = self.root / LOCK
+    def _taken(self) -> int:
+        """A descriptor of the lock's file, held, with this process named in it."""
+        about = json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n"
+        file = -1
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            file = os.open(self.root / LOCK, _OPENED, 0o666)
+            if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise OSError(errno.EINVAL, f"{LOCK} in it is not a regular file")
+            self._lock(file)
+            os.ftruncate(file, 0)
+            os.pwrite(file, about.encode(), 0)
         except OSError as error:
+            _let_go(file)
             reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
             raise CheckpointError(f"{self.root} cannot be written: {reason}; give another --save") from None
-        self._lock()
-        about = json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n"
-        try:
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, about.encode(), 0)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error.strerror}; make room") from None
+        except CheckpointError:
+            _let_go(file)
+            raise
+        return file
 
-    def _lock(self) -> None:
+    def _lock(self, file: int) -> None:
         """A lock of the process, not of the open file: a data worker that outlives it must not keep it."""
         path, ends = self.root / LOCK, time.monotonic() + WAIT_SECONDS
         while True:
             try:
-                return fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in _NO_LOCKS:
                     return _logger.warning(
@@ -104,11 +108,11 @@ class Claim:
                     ) from None
             time.sleep(0.2)
 
-    def _let_go(self) -> None:
-        if self._file >= 0:
-            with contextlib.suppress(OSError):  # on a file system that is gone
-                os.close(self._file)
-            self._file = -1
+
+def _let_go(file: int) -> None:
+    if file >= 0:
+        with contextlib.suppress(OSError):  # on a file system that is gone
+            os.close(file)
 
 
 def _owner(path: Path) -> str:

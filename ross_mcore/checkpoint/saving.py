@@ -8,9 +8,9 @@
 
 Threads never communicate: what ranks tell each other, they tell in `begin_save` and `poll`, which all of them call.
 
-mcore's own asynchronous save does the same in forked processes. Here are threads: a fork of a process that has threads
-(and gloo's) may deadlock, its shared queue needs a server process and seconds to start, and nothing is won, because
-writing and checksums leave the interpreter's lock alone.
+mcore's own asynchronous save does the same in forked processes. Here are threads: a fork of a process that has threads,
+as every process group has, may deadlock, its shared queue needs a server process and seconds to start, and nothing is
+won, because writing and checksums leave the interpreter's lock alone.
 
 Replicated tensors are written once, by whichever rank has least to write (mcore's fully parallel save).
 """

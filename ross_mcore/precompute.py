@@ -27,6 +27,7 @@ from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
 from ross_mcore.data.index_writer import (
+    PARTS,
     IndexedShard,
     ShardIndex,
     content_digest,
@@ -37,13 +38,12 @@ from ross_mcore.data.index_writer import (
 )
 from ross_mcore.data.precomputed import BLANK, PartSource, pack_blank, pack_part, part_source
 from ross_mcore.data.shards import CAPTION, MAX_PART_BYTES, ShardError, ShardReader
-from ross_mcore.data.tar_samples import Member, group_members, printable, walk_tar
+from ross_mcore.data.tar_samples import Member, group_members, reportable, walk_tar
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel.groups import together
 
 SETTINGS = "precompute.json"
-PARTS = "index.parts"
 COLUMNS = ("kind", "num_images", "text_words", "text_tokens", "label_tokens", "image_spans")
 """Of a SAMPLE_ROW: what does not change when a sample moves to another tar."""
 
@@ -214,7 +214,7 @@ class Precomputation:
             for group in self._groups(rows):
                 read = [self._read(number) for number in group]  # here: a reader is no reader of threads
                 found = list(pool.map(self._decode, read))
-                bad += [(printable(sample.key), sample.problem) for sample in found if sample.problem is not None]
+                bad += [(reportable(sample.key), sample.problem) for sample in found if sample.problem is not None]
                 samples = [sample for sample in found if sample.problem is None]
                 made = self._compute([sample.pixels for sample in samples])
                 for sample, its_parts in zip(samples, made, strict=True):

@@ -34,6 +34,8 @@ from ross_mcore.data.shards import (
 )
 from ross_mcore.data.tar_samples import TarSample
 
+PARTS = "index.parts"
+"""Folder of an index with a part for every shard, of which only those are made again that changed."""
 DIGEST_BYTES = 16
 
 
@@ -238,6 +240,13 @@ def quarantine_lines(name: str, part: ShardIndex) -> list[bytes]:
     return [json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for line in lines]
 
 
+def share(path: Path, mode: int) -> None:
+    """Gives what tempfile made, which is private, the rights that it would have if it had been made by name."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(mode & ~mask)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A new file under a temporary name, on the disk and renamed to `path` at the end, removed after an exception.
@@ -254,9 +263,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)  # mkstemp makes it private
+        share(Path(name), 0o666)
         Path(name).rename(path)
     except ShardReadError:
         raise

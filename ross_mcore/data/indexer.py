@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ross_mcore import checked
 from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
 from ross_mcore.data.index_writer import (
+    PARTS,
     IndexedShard,
     ShardIndex,
     make_folder,
@@ -37,8 +38,6 @@ from ross_mcore.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
-
-PARTS = "index.parts"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from ross_mcore.data.shards import (
     ShardReader,
     as_record,
 )
-from ross_mcore.data.tar_samples import Damage, Member, TarSample, group_members, printable, walk_tar
+from ross_mcore.data.tar_samples import Damage, Member, TarSample, group_members, reportable, walk_tar
 from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.data.tokenizer import fingerprint_tokenizer
 
@@ -155,7 +155,7 @@ def index_tar(
         try:
             columns, digest, sources = _row(descriptor, sample, measure, verify_images)
         except (ValueError, RecursionError) as error:  # SampleError, ShardError, and whatever a parser makes of it
-            quarantine.append((printable(sample.key), str(error)))
+            quarantine.append((reportable(sample.key), str(error)))
         else:
             usable.append(sample)
             facts.append(columns)

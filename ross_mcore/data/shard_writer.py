@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ross_mcore.data.index_writer import IndexedShard, ShardIndex, content_digest, write_index
+from ross_mcore.data.index_writer import IndexedShard, ShardIndex, content_digest, share, write_index
 from ross_mcore.data.shards import (
     MAX_IMAGE_BYTES,
     MAX_IMAGES,
@@ -134,9 +134,7 @@ class ShardWriter:
         if not self._shards:
             raise ShardError(f"no usable sample: {self.out} was not written")
         write_index(self.folder, self._shards, self._length_source)
-        mask = os.umask(0)
-        os.umask(mask)
-        self.folder.chmod(0o777 & ~mask)  # mkdtemp makes it private
+        share(self.folder, 0o777)
         if self.out.exists() and any(self.out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".old", dir=self.out.parent))
             self.out.rename(old)

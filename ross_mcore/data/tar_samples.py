@@ -204,7 +204,7 @@ def group_members(members: Iterable[Member]) -> tuple[list[TarSample], int]:
     return samples, others
 
 
-def printable(key: str) -> str:
+def reportable(key: str) -> str:
     """A key for a report, whatever is in it."""
     return key.encode("utf-8", "backslashreplace").decode()
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ross_mcore import platform
@@ -24,14 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 from ross_mcore.checkpoint import folder, sharded  # noqa: E402
 from ross_mcore.checkpoint.folder import CheckpointError  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    was_there = dist.is_initialized()
-    platform.initialize_process_group(1)
-    yield
-    if not was_there:
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def sharded_state(tensors: dict[str, Tensor]) -> dict[str, Any]:

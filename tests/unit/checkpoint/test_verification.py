@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
@@ -36,13 +35,7 @@ from ross_mcore.checkpoint.verification import find_intact, share_of_files  # no
 TENSORS = "__0_0.distcp"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    was_there = dist.is_initialized()
-    platform.initialize_process_group(1)
-    yield
-    if not was_there:
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def state(value: float = 1.0, elements: int = 40_000) -> dict[str, Any]:

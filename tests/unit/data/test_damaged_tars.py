@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ross_mcore.data.image import decode_image
-from ross_mcore.data.indexer import PARTS
+from ross_mcore.data.index_writer import PARTS
 from ross_mcore.data.indexing import Measure, index_tar
 from ross_mcore.data.shards import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
 from ross_mcore.data.tar_samples import Damage, walk_tar

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from ross_mcore import platform
 
@@ -19,14 +17,7 @@ from ross_mcore.config import Config, ConfigError  # noqa: E402
 from ross_mcore.training import start  # noqa: E402
 from ross_mcore.training.start import skipped_samples, starting_point  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    was_there = dist.is_initialized()
-    platform.initialize_process_group(1)
-    yield
-    if not was_there:
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize("finetune", [True, False])

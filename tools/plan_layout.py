@@ -109,7 +109,8 @@ def main() -> int:
     from ross_mcore.architecture import ArchitectureError
     from ross_mcore.checkpoint.convert import ConversionError
     from ross_mcore.checkpoint.manifest import CheckpointError
-    from ross_mcore.config import ConfigError, check
+    from ross_mcore.config import check
+    from ross_mcore.options import ConfigError
     from ross_mcore.parallel.layout import LayoutError, make_layout
 
     config = flags.parse(rest, complete=False)

@@ -25,10 +25,10 @@ from ross_mcore import checked
 from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checkpoint.convert import ConversionError
 from ross_mcore.checkpoint.folder import CheckpointError
-from ross_mcore.config import ConfigError
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.shards import MAX_IMAGE_BYTES
 from ross_mcore.data.tokenizer import TokenizerError
+from ross_mcore.options import ConfigError
 from ross_mcore.parallel.layout import LayoutError
 from ross_mcore.parity.rows import Row, not_recorded
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.config import OptimizerOptions
+from ross_mcore.options import OptimizerOptions
 from ross_mcore.parity.golden import Golden
 from ross_mcore.parity.rows import Row, compare, compare_exactly, compare_sets
 from ross_mcore.parity.trial import STAGES, Layout, Trial, prepare, recorded_rows, replayed

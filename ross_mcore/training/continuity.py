@@ -13,7 +13,8 @@ from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checked import shown
 from ross_mcore.checkpoint.folder import TOKENIZER, Checkpoint, checkpoints
 from ross_mcore.checkpoint.manifest import CheckpointError, damages
-from ross_mcore.config import Config, ConfigError
+from ross_mcore.config import Config
+from ross_mcore.options import ConfigError
 from ross_mcore.training.state import TrainState, read_state
 
 RUN_IDENTITY = {

@@ -12,10 +12,11 @@ from functools import partial
 from ross_mcore import platform
 from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checkpoint.folder import CheckpointError
-from ross_mcore.config import Config, ConfigError
+from ross_mcore.config import Config
 from ross_mcore.data.loader import Step
 from ross_mcore.data.shards import ShardError, ShardReadError
 from ross_mcore.data.tokenizer import TokenizerError
+from ross_mcore.options import ConfigError
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import RankError
 from ross_mcore.parallel.layout import LayoutError

@@ -11,8 +11,9 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, 
 from torch import Tensor
 
 from ross_mcore.architecture import trains
-from ross_mcore.config import Config, OptimizerOptions
+from ross_mcore.config import Config
 from ross_mcore.models.ross import RossModel
+from ross_mcore.options import OptimizerOptions
 from ross_mcore.training import adam
 from ross_mcore.training.chunks import ModelChunks
 

@@ -9,9 +9,10 @@ import torch
 from ross_mcore.architecture import ModelConfig, Precomputed
 from ross_mcore.checkpoint.fingerprint import part_fingerprint
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.config import Config, ConfigError
+from ross_mcore.config import Config
 from ross_mcore.data.precomputed import PrecomputedParts, part_source
 from ross_mcore.data.sample import ShardDataset
+from ross_mcore.options import ConfigError
 from ross_mcore.parallel.groups import from_first_rank, together
 from ross_mcore.parallel.layout import Stage
 

@@ -17,7 +17,7 @@ from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precompute
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import Checkpoint, nothing_at
 from ross_mcore.checkpoint.verification import find_intact
-from ross_mcore.config import Config, ConfigError
+from ross_mcore.config import Config
 from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.loader import window_samples
 from ross_mcore.data.mixture import MixtureOrder
@@ -27,6 +27,7 @@ from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.ross import RossModel
+from ross_mcore.options import ConfigError
 from ross_mcore.parallel import groups as groups_of_ranks
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk, Layout, make_layout

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ross_mcore import platform
 from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, is_blank, segments
-from ross_mcore.config import TrainingOptions
 from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shards import ShardReadError
 from ross_mcore.models.diffusion import Draws
+from ross_mcore.options import TrainingOptions
 from ross_mcore.parallel.groups import Groups, on_all_ranks, sum_over_ranks
 from ross_mcore.training.chunks import ModelChunks
 from ross_mcore.training.progress import at

@@ -20,8 +20,9 @@ ALLOWED = {
     "library_configs": {"checked"},
     "checked": set(),
     "batch": set(),
-    "config": {"architecture", "checked"},
-    "flags": {"checked", "config"},
+    "options": {"checked"},
+    "config": {"architecture", "checked", "options"},
+    "flags": {"checked", "options", "config"},
     "flops": {"architecture"},
     "platform": set(),
     "parallel": {"architecture", "flops", "platform", "parallel"},
@@ -29,11 +30,11 @@ ALLOWED = {
     "data": {"checked", "architecture", "batch", "parallel", "data"},
     "checkpoint": {"checked", "library_configs", "architecture", "platform", "parallel", "checkpoint"},
     "training": {
-        *("architecture", "batch", "checked", "config", "flops", "platform"),
+        *("architecture", "batch", "checked", "options", "config", "flops", "platform"),
         *("parallel", "models", "data", "checkpoint", "training"),
     },
     "parity": {
-        *("architecture", "batch", "checked", "config", "platform"),
+        *("architecture", "batch", "checked", "options", "config", "platform"),
         *("parallel", "models", "data", "checkpoint", "training", "parity"),
     },
     "inference": {"checked", "architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
@@ -44,6 +45,7 @@ ALLOWED = {
 PURE = {
     "architecture.py": set(),
     "library_configs.py": set(),
+    "options.py": set(),
     "config.py": set(),
     "flops.py": set(),
     "batch.py": {"torch"},

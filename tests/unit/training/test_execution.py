@@ -10,7 +10,8 @@ from ross_mcore import platform
 
 platform.prepare()
 
-from ross_mcore.config import Config, ConfigError  # noqa: E402
+from ross_mcore.config import Config  # noqa: E402
+from ross_mcore.options import ConfigError  # noqa: E402
 from ross_mcore.platform import Libraries  # noqa: E402
 from ross_mcore.training.execution import check_execution, row_multiple  # noqa: E402
 from tests.recorded import recorded_config  # noqa: E402

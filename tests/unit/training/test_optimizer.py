@@ -12,7 +12,7 @@ from ross_mcore import platform
 
 platform.prepare()
 
-from ross_mcore.config import OptimizerOptions  # noqa: E402
+from ross_mcore.options import OptimizerOptions  # noqa: E402
 from ross_mcore.training.adam import PlainAdam  # noqa: E402
 from ross_mcore.training.optimizer import (  # noqa: E402
     PART_TAGS,

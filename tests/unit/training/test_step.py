@@ -13,9 +13,9 @@ from ross_mcore import platform
 platform.prepare()
 
 from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
-from ross_mcore.config import TrainingOptions  # noqa: E402
 from ross_mcore.data.loader import Step  # noqa: E402
 from ross_mcore.data.shards import ShardReadError  # noqa: E402
+from ross_mcore.options import TrainingOptions  # noqa: E402
 from ross_mcore.training.step import (  # noqa: E402
     DataSetLosses,
     MicroBatchLosses,

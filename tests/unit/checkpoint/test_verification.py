@@ -10,7 +10,7 @@ import re
 import resource
 import shutil
 import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -234,19 +234,26 @@ def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, model
 def test_who_waits_for_a_slow_save_hears_that_it_moves(
     tmp_path: Path, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = saving.TensorFile.append
+    """No piece is written before the one ahead of it was heard of."""
+    append, may_write = saving.TensorFile.append, threading.Semaphore(1)
 
     def slow_append(self: saving.TensorFile, piece: Any) -> Any:
-        time.sleep(0.1)
+        assert may_write.acquire(timeout=60)
         return append(self, piece)
 
     monkeypatch.setattr(saving.TensorFile, "append", slow_append)
     monkeypatch.setattr(saving, "POLL_SECONDS", 0.01)
     pieces = {f"{n}": ShardedTensor.from_rank_offsets(f"{n}", torch.zeros(9)) for n in range(5)}
-    heard: list[None] = []
+    heard = 0
+
+    def moving() -> None:
+        nonlocal heard
+        heard += 1
+        may_write.release()
+
     running = saving.begin_save(saving.Destination(tmp_path, 1, model_config), {"model": pieces, "train_state": {}})
-    running.finish(lambda: heard.append(None))
-    assert 4 <= len(heard) <= 6
+    running.finish(moving)
+    assert 4 <= heard <= 6
 
 
 def test_older_checkpoints_stay_until_the_new_one_is_complete(

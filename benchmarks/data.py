@@ -40,13 +40,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.data.image import ImagePreprocessing, decode_image
-from ross_mcore.data.indexing import length_source
-from ross_mcore.data.llava import convert_records
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.writer import ShardWriter
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo"

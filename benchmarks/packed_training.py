@@ -23,10 +23,10 @@ from data import DEMO, ROOT, WORDS, convert_demo
 from packing import instruction_lengths
 from PIL import Image
 
-from ross_mcore.data.indexing import length_source
-from ross_mcore.data.llava import convert_records
-from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.data.tokenizer import encode, load_tokenizer
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.writer import ShardWriter
 
 SCALE = 8
 ROW_TOKENS = 4096 // SCALE

@@ -30,9 +30,9 @@ from ross_mcore.architecture import (
     ProjectorConfig,
     VisionConfig,
 )
-from ross_mcore.data.llava import convert_records
-from ross_mcore.data.shard_writer import ShardWriter
 from ross_mcore.flops import forward_flops, step_flops
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.writer import ShardWriter
 
 WAYS = {"pictures": [], "latents": ["--latents"], "latents and features": ["--latents", "--features"]}
 SKIPPED_STEPS = 2

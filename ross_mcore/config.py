@@ -126,7 +126,7 @@ def require_complete(config: Config) -> None:
 def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -> None:
     """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy.
 
-    What precision and kernels need is in training/execution.py.
+    What precision and kernels need is in engine/precision.py.
     """
     parallel, training = config.parallel, config.training
     for name in ("valid_interval", "valid_samples"):

@@ -23,7 +23,7 @@ from ross_mcore.checkpoint.folder import TRAIN_STATE, CheckpointError
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
 from ross_mcore.data.conversation import expand_images, require_pictures
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
-from ross_mcore.data.shards import MAX_IMAGE_BYTES
+from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.models.language import Execution

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.checkpoint.assembly import import_ross
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.checkpoint.huggingface import read_ross_config
+from ross_mcore.conversion.assembly import import_ross
+from ross_mcore.conversion.huggingface import read_ross_config
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("qwen2_siglip", "llama_clip")

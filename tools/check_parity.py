@@ -1,7 +1,7 @@
 """Compares this trainer with recorded values of the reference implementation, one row per quantity.
 
 The folder is read as it is: every recorded part, model, tokenizer, template and picture found there is compared, in
-float32. What the folder may hold is said in ross_mcore/parity/golden.py, what each row means in docs/parity.md.
+float32. What the folder may hold is said in tools/parity/golden.py, what each row means in docs/parity.md.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ def main() -> int:
     platform.prepare()
     import logging
 
+    from parity.golden import KNOWN
+    from parity.report import all_rows
+    from parity.rows import HEADER, summary
+    from parity.trial import Layout
+
     from ross_mcore.parallel import groups
-    from ross_mcore.parity.golden import KNOWN
-    from ross_mcore.parity.report import all_rows
-    from ross_mcore.parity.rows import HEADER, summary
-    from ross_mcore.parity.trial import Layout
 
     logging.disable(logging.WARNING)
     first = os.environ.get("RANK", "0") == "0"

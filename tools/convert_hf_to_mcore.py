@@ -118,8 +118,8 @@ def fresh_weights(model: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]
 def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Checkpoint:
     """Language model, tower and VAE from folders, projector and denoiser from stage 1 or fresh."""
     from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
-    from ross_mcore.checkpoint import huggingface, mapping
-    from ross_mcore.checkpoint.assembly import Part, assemble
+    from ross_mcore.conversion import huggingface, mapping
+    from ross_mcore.conversion.assembly import Part, assemble
 
     language, vision, vae = options.language_model, options.vision_model, options.pixel_decoder
     model = ModelConfig(
@@ -155,8 +155,8 @@ def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Che
 
 def convert_ross(options: argparse.Namespace, dtype: torch.dtype | None) -> Checkpoint:
     """A full checkpoint of the reference."""
-    from ross_mcore.checkpoint.assembly import import_ross
-    from ross_mcore.checkpoint.huggingface import open_ross
+    from ross_mcore.conversion.assembly import import_ross
+    from ross_mcore.conversion.huggingface import open_ross
 
     ross = open_ross(options.ross_model, vision_model=options.vision_model, pixel_decoder=options.pixel_decoder)
     with progress_bar(ross.model_config()) as advance:
@@ -180,8 +180,8 @@ def main() -> int:
     import torch
 
     from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.convert import ConversionError
     from ross_mcore.checkpoint.folder import CheckpointError
+    from ross_mcore.conversion.table import ConversionError
 
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
     try:

@@ -69,9 +69,9 @@ def export(options: argparse.Namespace) -> list[str]:
     import torch
     from rich.progress import Progress
 
-    from ross_mcore.checkpoint.export import FORMATS, Export
-    from ross_mcore.checkpoint.export_config import SpecialTokens
     from ross_mcore.checkpoint.folder import require_intact
+    from ross_mcore.conversion.export import FORMATS, Export
+    from ross_mcore.conversion.export_config import SpecialTokens
     from ross_mcore.data.tokenizer import load_tokenizer
 
     checkpoint = require_intact(options.load)
@@ -95,8 +95,8 @@ def export(options: argparse.Namespace) -> list[str]:
 def main() -> int:
     options = parse_arguments()
     from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.convert import ConversionError
     from ross_mcore.checkpoint.folder import CheckpointError
+    from ross_mcore.conversion.table import ConversionError
     from ross_mcore.data.tokenizer import TokenizerError
 
     try:

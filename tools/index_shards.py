@@ -76,11 +76,11 @@ def main() -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.data.conversation import SampleBounds
-    from ross_mcore.data.indexer import Settings, find_shards, index_shards
     from ross_mcore.data.remote import RemoteError
-    from ross_mcore.data.shards import ShardError
+    from ross_mcore.data.shard_reader import ShardError
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import TokenizerError
+    from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 
     columns = TextColumn("shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     start = time.monotonic()

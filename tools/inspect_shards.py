@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ross_mcore.data.inspection import Token
+    from ross_mcore.shards.inspection import Token
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -124,10 +124,10 @@ def main() -> int:
     options = parse_arguments()
     from rich.console import Console
 
-    from ross_mcore.data.inspection import inspect, record_of, tokens_of, write_contact_sheet
-    from ross_mcore.data.shards import ShardError, ShardReader, ShardReadError
+    from ross_mcore.data.shard_reader import ShardError, ShardReader, ShardReadError
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
+    from ross_mcore.shards.inspection import inspect, record_of, tokens_of, write_contact_sheet
 
     console = Console(markup=False, emoji=False)
     try:

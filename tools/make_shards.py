@@ -59,12 +59,12 @@ def main() -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.data.conversation import SampleBounds
-    from ross_mcore.data.indexing import length_source
-    from ross_mcore.data.llava import RecordsError, convert_records, read_records
-    from ross_mcore.data.shard_writer import ShardWriter
-    from ross_mcore.data.shards import ShardError
+    from ross_mcore.data.shard_reader import ShardError
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
+    from ross_mcore.shards.llava import RecordsError, convert_records, read_records
+    from ross_mcore.shards.measure import length_source
+    from ross_mcore.shards.writer import ShardWriter
 
     console = Console(stderr=True)
     try:

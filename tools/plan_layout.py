@@ -43,8 +43,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
 
 def read_model(options: argparse.Namespace, load: str | None) -> ModelConfig:
     from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
-    from ross_mcore.checkpoint import huggingface
     from ross_mcore.checkpoint.folder import require_checkpoint
+    from ross_mcore.conversion import huggingface
 
     if options.language_model is None:
         return require_checkpoint(Path(load or "")).model_config()
@@ -107,9 +107,9 @@ def main() -> int:
     options, rest = parse_arguments()
     from ross_mcore import flags
     from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.convert import ConversionError
     from ross_mcore.checkpoint.manifest import CheckpointError
     from ross_mcore.config import check
+    from ross_mcore.conversion.table import ConversionError
     from ross_mcore.options import ConfigError
     from ross_mcore.parallel.layout import LayoutError, make_layout
 

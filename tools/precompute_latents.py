@@ -59,9 +59,9 @@ def main() -> int:
     from ross_mcore.architecture import ArchitectureError
     from ross_mcore.checkpoint.folder import CheckpointError
     from ross_mcore.data.remote import RemoteError
-    from ross_mcore.data.shards import ShardError, ShardReader
+    from ross_mcore.data.shard_reader import ShardError, ShardReader
     from ross_mcore.parallel.groups import RankError, destroy, together
-    from ross_mcore.precompute import Precomputation, load_picture_parts
+    from ross_mcore.shards.precompute import Precomputation, load_picture_parts
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kinds = [kind for kind in ("latents", "features") if getattr(options, kind)]

@@ -36,7 +36,7 @@ def main() -> int:
     from ross_mcore.data.image import ImageError
     from ross_mcore.data.tokenizer import TokenizerError
     from ross_mcore.inference import as_picture, load_model, read_picture, reconstruct
-    from ross_mcore.training.metrics import picture_grid
+    from ross_mcore.reporting.metrics import picture_grid
 
     path = None
     try:

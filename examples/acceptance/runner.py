@@ -107,8 +107,8 @@ class Runner:
         return self._trained[training.name]
 
     def _train(self, training: Training, part: Part) -> Result:
-        from ross_mcore.training.logs import read_entries
-        from ross_mcore.training.metrics import METRICS_FILE
+        from ross_mcore.reporting.logs import read_entries
+        from ross_mcore.reporting.metrics import METRICS_FILE
 
         folder = self._out / "runs" / _file_name(training.name)
         shutil.rmtree(folder, ignore_errors=True)

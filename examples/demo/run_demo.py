@@ -80,8 +80,8 @@ def training_command(stage: str, load: Path, out: Path, ranks: int, iterations: 
 
 
 def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
-    from ross_mcore.training.logs import read_entries
-    from ross_mcore.training.metrics import METRICS_FILE
+    from ross_mcore.reporting.logs import read_entries
+    from ross_mcore.reporting.metrics import METRICS_FILE
 
     path = run_folder / METRICS_FILE
     return list(read_entries(path)) if path.exists() else []
@@ -119,7 +119,7 @@ def train_and_interrupt(command: list[str | Path], run_folder: Path, at_iteratio
 def check_stream(run_folder: Path, shards: Path, seed: int) -> bool:
     """Whether every iteration is logged once and trained on exactly the samples that the pure order says."""
     from ross_mcore.data.order import BlockOrder, sample_digest
-    from ross_mcore.data.shards import ShardReader
+    from ross_mcore.data.shard_reader import ShardReader
 
     entries, reader = metrics_of(run_folder), ShardReader(shards)
     order, start = BlockOrder(len(reader), seed), 0
@@ -175,7 +175,7 @@ def reconstruct_scenes(
     from templates import share_named_rightly
 
     from ross_mcore.inference import as_picture, read_picture, reconstruct
-    from ross_mcore.training.metrics import picture_grid
+    from ross_mcore.reporting.metrics import picture_grid
 
     by_picture = {record["image"]: record["scene"] for record in records}
     scenes = [Scene(**{name: _as_tuples(value) for name, value in scene.items()}) for scene in by_picture.values()]

@@ -30,12 +30,12 @@ from ross_mcore.data.conversation import (
     require_pictures,
 )
 from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
-from ross_mcore.data.indexing import length_source, stale_lengths
 from ross_mcore.data.precomputed import PrecomputedParts
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES
 from ross_mcore.data.replacement import Bad
-from ross_mcore.data.shards import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_conversation
+from ross_mcore.shards.measure import length_source, stale_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -32,7 +32,7 @@ from ross_mcore.data.image import ImageAspectRatio
 from ross_mcore.data.mixture import counts_by_epochs, counts_by_weight
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shards import ShardError
+from ross_mcore.data.shard_reader import ShardError
 from ross_mcore.data.templates import TRAINING_TEMPLATES
 
 SUFFIXES = (".yaml", ".yml")

@@ -14,27 +14,11 @@ from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.config import Config
 from ross_mcore.data.loader import Step
-from ross_mcore.data.shards import ShardError, ShardReadError
+from ross_mcore.data.shard_reader import ShardError, ShardReadError
 from ross_mcore.data.tokenizer import TokenizerError
-from ross_mcore.options import ConfigError
-from ross_mcore.parallel import groups as process_groups
-from ross_mcore.parallel.groups import RankError
-from ross_mcore.parallel.layout import LayoutError
-from ross_mcore.training.diagnosis import all_finite, diagnose
-from ross_mcore.training.evaluation import reconstruction_grid
-from ross_mcore.training.incidents import INCIDENTS_FILE, Incident, samples_behind
-from ross_mcore.training.logs import LogError, complain
-from ross_mcore.training.metrics import StepMetrics
-from ross_mcore.training.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
-from ross_mcore.training.progress import at
-from ross_mcore.training.quarantine import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
-from ross_mcore.training.replicas import ReplicaCheck
-from ross_mcore.training.report import Report
-from ross_mcore.training.run import Run, open_run
-from ross_mcore.training.saver import Saver
-from ross_mcore.training.spikes import find_spike, remembered
-from ross_mcore.training.state import TrainState
-from ross_mcore.training.step import (
+from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
+from ross_mcore.engine.state import TrainState
+from ross_mcore.engine.step import (
     Losses,
     MicroBatchLosses,
     StepSize,
@@ -43,9 +27,25 @@ from ross_mcore.training.step import (
     replace_bad_samples,
     run_schedule,
 )
+from ross_mcore.guards.bad_samples import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
+from ross_mcore.guards.finite import all_finite, diagnose
+from ross_mcore.guards.incidents import INCIDENTS_FILE, Incident, samples_behind
+from ross_mcore.guards.progress import at
+from ross_mcore.guards.replicas import ReplicaCheck
+from ross_mcore.guards.spikes import find_spike, remembered
+from ross_mcore.guards.watchdog import Watchdog
+from ross_mcore.options import ConfigError
+from ross_mcore.parallel import groups as process_groups
+from ross_mcore.parallel.groups import RankError
+from ross_mcore.parallel.layout import LayoutError
+from ross_mcore.reporting.logs import LogError, complain
+from ross_mcore.reporting.metrics import StepMetrics
+from ross_mcore.reporting.report import Report
+from ross_mcore.training.checkpointer import Saver
+from ross_mcore.training.reconstruction import reconstruction_grid
+from ross_mcore.training.run import Run, open_run
 from ross_mcore.training.stop import Asked, Requests
 from ross_mcore.training.validation import validate
-from ross_mcore.training.watchdog import Watchdog
 
 USER_ERRORS = (
     ArchitectureError,

@@ -21,13 +21,14 @@ from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import Order
 from ross_mcore.data.sources import MixtureDataset
+from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.engine.precision import row_multiple
+from ross_mcore.engine.state import TrainState, restore
+from ross_mcore.guards.finite import all_finite, diagnose
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups
-from ross_mcore.training.chunks import ModelChunks
-from ross_mcore.training.continuity import changeable_options, continued, refuse_other_model
-from ross_mcore.training.diagnosis import all_finite, diagnose
-from ross_mcore.training.execution import row_multiple
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
+from ross_mcore.training.resume import changeable_options, continued, refuse_other_model
 from ross_mcore.training.start import (
     build,
     iterations_of,
@@ -37,7 +38,6 @@ from ross_mcore.training.start import (
     skipped_samples,
     starting_point,
 )
-from ross_mcore.training.state import TrainState, restore
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,16 @@ from ross_mcore.data.rows import RowStream
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.engine.optimizer import build_optimizer, set_trainable
+from ross_mcore.engine.precision import check_execution, execution_of, row_multiple
+from ross_mcore.engine.state import load_weights
+from ross_mcore.engine.step import finalize_gradients
 from ross_mcore.models.ross import RossModel
 from ross_mcore.options import ConfigError
 from ross_mcore.parallel import groups as groups_of_ranks
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk, Layout, make_layout
-from ross_mcore.training.chunks import ModelChunks
-from ross_mcore.training.execution import check_execution, execution_of, row_multiple
-from ross_mcore.training.optimizer import build_optimizer, set_trainable
-from ross_mcore.training.state import load_weights
-from ross_mcore.training.step import finalize_gradients
 
 ROWS_COUNTED_IN = 1_000_000
 """Samples whose rows are planned at start to know how many steps an epoch takes: about two seconds."""

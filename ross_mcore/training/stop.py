@@ -10,7 +10,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import Any
 
-from ross_mcore.training.logs import complain
+from ross_mcore.reporting.logs import complain
 
 REPEAT_SECONDS = 2.0
 """A second Ctrl-C later than this aborts at once; before, it is the launcher passing on the first one."""

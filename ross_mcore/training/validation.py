@@ -12,18 +12,18 @@ from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sources import MixtureDataset
-from ross_mcore.parallel.groups import Groups
-from ross_mcore.training.chunks import ModelChunks
-from ross_mcore.training.metrics import Validation
-from ross_mcore.training.progress import at
-from ross_mcore.training.quarantine import BadSample, bad_samples
-from ross_mcore.training.step import (
+from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.engine.step import (
     agree_on_step,
     combine_losses,
     micro_batches_per_step,
     replace_bad_samples,
     run_schedule,
 )
+from ross_mcore.guards.bad_samples import BadSample, bad_samples
+from ross_mcore.guards.progress import at
+from ross_mcore.parallel.groups import Groups
+from ross_mcore.reporting.metrics import Validation
 
 DRAW_SEED = 0
 """Keys timesteps and noise, together with the number of a sample: runs of other seeds are measured with the same."""

@@ -20,10 +20,10 @@ platform.prepare()
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes  # noqa: E402
 from ross_mcore.checkpoint.torch_dist import MASTER_PREFIX  # noqa: E402
 from ross_mcore.config import Config  # noqa: E402
-from ross_mcore.data.indexing import length_source  # noqa: E402
-from ross_mcore.data.llava import convert_records  # noqa: E402
-from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
 from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
+from ross_mcore.shards.llava import convert_records  # noqa: E402
+from ross_mcore.shards.measure import length_source  # noqa: E402
+from ross_mcore.shards.writer import ShardWriter  # noqa: E402
 from tests.distributed.cases import Case  # noqa: E402
 from tests.distributed.harness import run_ranks  # noqa: E402
 from tests.recorded import CHANGED, GOLDEN, changed_checkpoint, recorded_checkpoint  # noqa: E402
@@ -33,8 +33,8 @@ ITERATIONS = 3
 
 def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None:
     """What each rank runs; with `stop_after`, one gets SIGTERM in time to end the run after that iteration."""
+    from ross_mcore.reporting.metrics import MetricsLog, StepMetrics
     from ross_mcore.training.loop import train
-    from ross_mcore.training.metrics import MetricsLog, StepMetrics
 
     write = MetricsLog.write
 

@@ -151,9 +151,9 @@ def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) 
     from ross_mcore.checkpoint import saving
     from ross_mcore.config import Config
     from ross_mcore.data.loader import StepLoader
-    from ross_mcore.data.shards import ShardReadError
+    from ross_mcore.data.shard_reader import ShardReadError
+    from ross_mcore.reporting.metrics import MetricsLog
     from ross_mcore.training.loop import train
-    from ross_mcore.training.metrics import MetricsLog
 
     rank, write, read, log = int(os.environ["RANK"]), saving._write, StepLoader._read, MetricsLog.write
 

@@ -16,7 +16,7 @@ import torch
 
 from ross_mcore.checkpoint.pieces import Slice
 from ross_mcore.checkpoint.safe_load import read_common, read_metadata
-from ross_mcore.data.shards import ShardReader
+from ross_mcore.data.shard_reader import ShardReader
 from tests.distributed.cases import INTERLEAVED, PACKED, Case, layout
 from tests.distributed.conftest import Finished, moved, run_options, train_one_rank
 from tests.distributed.harness import run_ranks

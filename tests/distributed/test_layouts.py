@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
 from ross_mcore.data.packing import pack
-from ross_mcore.data.shards import ShardReader
+from ross_mcore.data.shard_reader import ShardReader
 from tests.distributed.cases import CASES, GATHERED, Case, layout
 from tests.distributed.conftest import Finished, moved, train_one_rank
 

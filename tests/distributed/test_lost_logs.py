@@ -20,8 +20,8 @@ from tests.distributed.conftest import Finished
 def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
     """The disk is full for metrics.jsonl and validation.jsonl of iteration 2, and TensorBoard's folder is gone."""
     from ross_mcore.config import Config
+    from ross_mcore.reporting.metrics import MetricsLog, StepMetrics
     from ross_mcore.training.loop import train
-    from ross_mcore.training.metrics import MetricsLog, StepMetrics
 
     folder, write = Path(flags["save"]), MetricsLog.write
     logs = [folder / "metrics.jsonl", folder / "validation.jsonl"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ross_mcore.checkpoint.safe_load import StoredTensors
-from ross_mcore.data.llava import convert_records
-from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import ShardReader
-from ross_mcore.precompute import Precomputation, load_picture_parts
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.precompute import Precomputation, load_picture_parts
+from ross_mcore.shards.writer import ShardWriter
 from tests.distributed.cases import Case, layout
 from tests.distributed.conftest import Finished, records
 from tests.distributed.harness import run_ranks

@@ -16,9 +16,10 @@ def compare_on_one_rank(folder: str) -> None:
     from ross_mcore import platform
 
     platform.prepare()
+    from parity.report import all_rows
+    from parity.trial import Layout
+
     from ross_mcore.parallel import groups
-    from ross_mcore.parity.report import all_rows
-    from ross_mcore.parity.trial import Layout
 
     platform.initialize_process_group(timeout_minutes=1)
     rows = list(all_rows(Path(folder), Layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True)))

@@ -119,9 +119,9 @@ def turn_a_bit(tensor: torch.Tensor) -> None:
 def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, int]:
     """Exit status, what standard error says, and how many checks were passed."""
     from ross_mcore.config import Config
+    from ross_mcore.guards.replicas import ReplicaCheck
     from ross_mcore.training import start
     from ross_mcore.training.loop import train
-    from ross_mcore.training.replicas import ReplicaCheck
 
     set_trainable = start.set_trainable
 

@@ -17,11 +17,11 @@ from ross_mcore import platform
 
 platform.prepare()
 
-from ross_mcore.checkpoint.assembly import import_ross  # noqa: E402
-from ross_mcore.checkpoint.export import Export  # noqa: E402
-from ross_mcore.checkpoint.export_config import SpecialTokens  # noqa: E402
 from ross_mcore.checkpoint.folder import require_checkpoint  # noqa: E402
 from ross_mcore.checkpoint.safe_load import read_metadata  # noqa: E402
+from ross_mcore.conversion.assembly import import_ross  # noqa: E402
+from ross_mcore.conversion.export import Export  # noqa: E402
+from ross_mcore.conversion.export_config import SpecialTokens  # noqa: E402
 from tests.distributed.harness import run_ranks  # noqa: E402
 from tests.recorded import FAMILIES, GOLDEN, TOKENIZERS  # noqa: E402
 from tests.sources import SOURCES, Source, write_source  # noqa: E402

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ross_mcore.checkpoint.folder import find_checkpoint
-from ross_mcore.data.shards import ShardReader
+from ross_mcore.data.shard_reader import ShardReader
 from tests.distributed.cases import INTERLEAVED, Case, layout
 from tests.distributed.conftest import Finished
 from tests.distributed.harness import run_ranks

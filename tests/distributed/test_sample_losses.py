@@ -21,12 +21,13 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
     from ross_mcore import platform
 
     platform.prepare()
+    from parity.trial import Layout, prepare, share_of_pixels
+
     from ross_mcore.batch import Row, Sample
     from ross_mcore.checkpoint.folder import Checkpoint
     from ross_mcore.data.loader import Step
+    from ross_mcore.engine.step import agree_on_step, run_schedule
     from ross_mcore.parallel import groups
-    from ross_mcore.parity.trial import Layout, prepare, share_of_pixels
-    from ross_mcore.training.step import agree_on_step, run_schedule
 
     platform.initialize_process_group(timeout_minutes=1)
     checkpoint = Checkpoint(Path(folder) / "iter_0000000", 0)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from ross_mcore.checkpoint.folder import find_checkpoint
+from ross_mcore.guards.watchdog import LOST_A_RANK
 from ross_mcore.training.stop import ABORTED
-from ross_mcore.training.watchdog import LOST_A_RANK
 from tests.distributed.cases import layout
 from tests.distributed.harness import end_of_ranks
 

@@ -22,7 +22,7 @@ from ross_mcore import platform
 platform.prepare()
 
 from ross_mcore.checkpoint.folder import find_checkpoint  # noqa: E402
-from ross_mcore.data.shards import ShardReader  # noqa: E402
+from ross_mcore.data.shard_reader import ShardReader  # noqa: E402
 from tests.distributed.cases import Case, layout  # noqa: E402
 from tests.distributed.conftest import Finished  # noqa: E402
 from tests.distributed.harness import run_ranks  # noqa: E402
@@ -149,7 +149,7 @@ def flags(base: Callable[[str], Path], damaged: Path, tmp_path: Path) -> dict[st
 def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> None:
     """Every rank has to return 2, and the first to say `message`; `fault` is what befalls rank 1 in its fifth step."""
     from ross_mcore.config import Config
-    from ross_mcore.data import shards
+    from ross_mcore.data import shard_reader as shards
     from ross_mcore.data.loader import StepLoader
     from ross_mcore.training import loop
 

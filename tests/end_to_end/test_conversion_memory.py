@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ross_mcore.checkpoint.assembly import import_ross
+from ross_mcore.conversion.assembly import import_ross
 from tests.sources import Source, write_source
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -19,7 +19,7 @@ import importlib, re, sys
 from pathlib import Path
 tool = importlib.import_module(sys.argv[1])
 import rich.progress, torch, transformers
-from ross_mcore.checkpoint import assembly, export
+from ross_mcore.conversion import assembly, export
 from ross_mcore.data.tokenizer import load_tokenizer
 load_tokenizer(Path(sys.argv[2]))
 sys.argv = sys.argv[2:]

@@ -142,7 +142,7 @@ def read_config(recipe: Recipe, *more: str) -> Config:
 
 def read_model(recipe: Recipe) -> ModelConfig:
     """The model that the header's conversion describes, from its parts' published config.json."""
-    from ross_mcore.checkpoint import huggingface
+    from ross_mcore.conversion import huggingface
 
     _, vision, language = recipe.parts
     ross = recipe.folder == "train_ross"
@@ -263,10 +263,10 @@ def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     from ross_mcore.checkpoint.sharded import sharding_metadata
+    from ross_mcore.engine.optimizer import set_trainable
     from ross_mcore.models.language import Execution
     from ross_mcore.models.ross import RossModel
     from ross_mcore.parallel import groups
-    from ross_mcore.training.optimizer import set_trainable
 
     torch.set_num_threads(1)
     new_group = dist.new_group

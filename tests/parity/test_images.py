@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from parity.data import preprocessing
 from PIL import Image
-
-from ross_mcore.parity.data import preprocessing
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

@@ -18,11 +18,12 @@ from ross_mcore import platform
 
 platform.prepare()
 
-from ross_mcore.parity import components, data  # noqa: E402
-from ross_mcore.parity.golden import KNOWN, Golden, GoldenError, usable, where_recorded  # noqa: E402
-from ross_mcore.parity.report import PARTS, all_rows  # noqa: E402
-from ross_mcore.parity.rows import Row, compare, compare_exactly, compare_sets, summary  # noqa: E402
-from ross_mcore.parity.trial import Layout  # noqa: E402
+from parity import components, data  # noqa: E402
+from parity.golden import KNOWN, Golden, GoldenError, usable, where_recorded  # noqa: E402
+from parity.report import PARTS, all_rows  # noqa: E402
+from parity.rows import Row, compare, compare_exactly, compare_sets, summary  # noqa: E402
+from parity.trial import Layout  # noqa: E402
+
 from tests.recorded import GOLDEN  # noqa: E402
 
 COUNTS = {

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from parity.rows import compare
 from safetensors.torch import load_file
 
 from ross_mcore.architecture import PixelDecoderConfig
 from ross_mcore.models.pixel_decoder import PixelDecoder, group_latents, ungroup_latents
-from ross_mcore.parity.rows import compare
 
 
 @pytest.fixture(scope="module", params=["siglip", "clip"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ross_mcore.config import Config
-from ross_mcore.training.execution import ATTENTION_VALUES, ATTENTION_VARIABLES, execution_of
+from ross_mcore.engine.precision import ATTENTION_VALUES, ATTENTION_VARIABLES, execution_of
 from tests.distributed.cases import GATHERED, layout
 from tests.distributed.harness import run_ranks
 

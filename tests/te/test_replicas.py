@@ -8,7 +8,7 @@ from ross_mcore import platform
 
 platform.prepare()
 
-from ross_mcore.training.replicas import fingerprint  # noqa: E402
+from ross_mcore.guards.replicas import fingerprint  # noqa: E402
 
 
 def test_fp8_weights_count_by_their_values() -> None:

@@ -27,18 +27,27 @@ ALLOWED = {
     "platform": set(),
     "parallel": {"architecture", "flops", "platform", "parallel"},
     "models": {"checked", "library_configs", "architecture", "batch", "platform", "parallel", "models"},
-    "data": {"checked", "architecture", "batch", "parallel", "data"},
+    "data": {"checked", "architecture", "batch", "parallel", "data", "shards"},
+    "shards": {"checked", "architecture", "batch", "data", "shards", "platform", "parallel", "models", "checkpoint"},
     "checkpoint": {"checked", "library_configs", "architecture", "platform", "parallel", "checkpoint"},
-    "training": {
-        *("architecture", "batch", "checked", "options", "config", "flops", "platform"),
-        *("parallel", "models", "data", "checkpoint", "training"),
-    },
-    "parity": {
+    "conversion": {"checked", "library_configs", "architecture", "checkpoint", "conversion"},
+    "engine": {
         *("architecture", "batch", "checked", "options", "config", "platform"),
-        *("parallel", "models", "data", "checkpoint", "training", "parity"),
+        *("parallel", "models", "data", "checkpoint", "engine", "guards", "training"),
+    },
+    "guards": {
+        *("architecture", "batch", "checked", "options", "config", "platform"),
+        *("parallel", "models", "data", "checkpoint", "engine", "guards", "reporting", "training"),
+    },
+    "reporting": {
+        *("architecture", "batch", "checked", "options", "config", "flops", "platform"),
+        *("parallel", "data", "checkpoint", "engine", "guards", "reporting", "training"),
+    },
+    "training": {
+        *("architecture", "batch", "checked", "options", "config", "flops", "platform", "parallel", "models", "data"),
+        *("checkpoint", "engine", "guards", "reporting", "training"),
     },
     "inference": {"checked", "architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
-    "precompute": {"checked", "architecture", "platform", "parallel", "models", "data", "checkpoint"},
 }
 """Room or file of the package -> what it may import of the package. Downward only."""
 
@@ -59,8 +68,7 @@ PURE = {
     "data/mixture.py": {"numpy"},
     "data/packing.py": {"numpy"},
     "data/rows.py": {"numpy"},
-    "parity/rows.py": {"torch"},
-    "training/spikes.py": set(),
+    "guards/spikes.py": set(),
 }
 """Files whose only imports are the standard library, the package, and these."""
 

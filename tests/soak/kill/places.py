@@ -32,7 +32,7 @@ CALLS = {
     "reading samples": ("ross_mcore.data.loader", "StepLoader.__next__"),
     "forward and backward": ("ross_mcore.training.loop", "run_schedule"),
     "optimizer step": ("ross_mcore.training.loop", "apply_gradients"),
-    "writing metrics": ("ross_mcore.training.metrics", "MetricsLog.write"),
+    "writing metrics": ("ross_mcore.reporting.metrics", "MetricsLog.write"),
     "validation": ("ross_mcore.training.loop", "validate"),
     "beginning to write": ("ross_mcore.checkpoint.saving", "RunningSave.__init__"),
     "asking for a save": ("ross_mcore.checkpoint.saving", "RunningSave.poll"),

@@ -15,7 +15,7 @@ from ross_mcore.architecture import LanguageConfig
 
 platform.prepare()
 
-from ross_mcore.training.execution import check_execution  # noqa: E402
+from ross_mcore.engine.precision import check_execution  # noqa: E402
 
 TRAININGS = {training.name: training for part in PARTS for training in with_references(part)}
 

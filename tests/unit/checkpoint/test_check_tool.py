@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.assembly import import_ross
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
-from ross_mcore.checkpoint.stream import TensorWriter
+from ross_mcore.conversion.assembly import import_ross
+from ross_mcore.conversion.stream import TensorWriter
 from tests.resealed import change_state, reseal
 from tests.sources import SOURCES, write_source
 

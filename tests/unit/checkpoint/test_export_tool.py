@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.assembly import import_ross
-from ross_mcore.checkpoint.export_config import refuse_other_tower
 from ross_mcore.checkpoint.safe_load import StoredTensors
-from ross_mcore.checkpoint.stream import TensorWriter
+from ross_mcore.conversion.assembly import import_ross
+from ross_mcore.conversion.export_config import refuse_other_tower
+from ross_mcore.conversion.stream import TensorWriter
 from tests.sources import SOURCES, write_source
 
 TOOLS = Path(__file__).parents[3] / "tools"
@@ -228,7 +228,7 @@ def test_adapter_that_is_none(
 
 
 def test_adapter_names_count_from_their_part_on(base: Path, tmp_path: Path) -> None:
-    from ross_mcore.checkpoint.huggingface import AdapterFile
+    from ross_mcore.conversion.huggingface import AdapterFile
 
     names = ("model.mm_projector.0.weight", "base_model.model.model.mm_projector.2.bias", "mm_inv_projector.net.x")
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "adapter.bin")

@@ -28,8 +28,8 @@ from ross_mcore.checkpoint.safe_load import (
     read_tensor,
     tensor_shapes,
 )
-from ross_mcore.checkpoint.stream import TensorWriter
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, sharding_metadata
+from ross_mcore.conversion.stream import TensorWriter
 
 
 class Payload:

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from ross_mcore.data.llava import convert_records
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import LengthSource
+from ross_mcore.data.shard_reader import LengthSource
 from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.writer import ShardWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

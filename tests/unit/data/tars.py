@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ross_mcore.data.indexer import Settings, TooManyBad, find_shards, index_shards
-from ross_mcore.data.shards import ShardError, ShardReader
+from ross_mcore.data.shard_reader import ShardError, ShardReader
+from ross_mcore.shards.indexer import Settings, TooManyBad, find_shards, index_shards
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
 TEXT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]

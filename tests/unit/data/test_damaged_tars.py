@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ross_mcore.data.image import decode_image
-from ross_mcore.data.index_writer import PARTS
-from ross_mcore.data.indexing import Measure, index_tar
-from ross_mcore.data.shards import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
-from ross_mcore.data.tar_samples import Damage, walk_tar
+from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
+from ross_mcore.shards.index_parts import PARTS
+from ross_mcore.shards.measure import Measure, index_tar
+from ross_mcore.shards.tars import Damage, walk_tar
 from tests.unit.data.tars import (
     BROKEN,
     JPEG,

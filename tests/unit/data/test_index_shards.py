@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ross_mcore.data.index_writer import PARTS
-from ross_mcore.data.indexer import Settings, TooManyBad, find_shards, index_shards
-from ross_mcore.data.indexing import Measure, SampleError, length_source, stale_lengths
-from ross_mcore.data.shards import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.shards.index_parts import PARTS
+from ross_mcore.shards.indexer import Settings, TooManyBad, find_shards, index_shards
+from ross_mcore.shards.measure import Measure, SampleError, length_source, stale_lengths
 from tests.unit.data.tars import RECORD, TURNS, around, caption, header_at, indexed, sample, tar, turns
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"

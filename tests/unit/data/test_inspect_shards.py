@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ross_mcore.data.inspection import HISTOGRAM_BINS, Histogram, inspect, packing_figures, tokens_of
-from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import ShardError, ShardReader
+from ross_mcore.data.shard_reader import ShardError, ShardReader
+from ross_mcore.shards.inspection import HISTOGRAM_BINS, Histogram, inspect, packing_figures, tokens_of
+from ross_mcore.shards.writer import ShardWriter
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_shards.py"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ross_mcore.data.shards import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 
 TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]

@@ -19,9 +19,9 @@ import fsspec
 import pytest
 
 from ross_mcore.data import remote
-from ross_mcore.data.indexer import Settings, find_shards, index_shards
 from ross_mcore.data.remote import RemoteError, ShardCache, identify, is_remote, list_shards
-from ross_mcore.data.shards import ShardError, ShardReader, ShardReadError
+from ross_mcore.data.shard_reader import ShardError, ShardReader, ShardReadError
+from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 
 
 @pytest.fixture(autouse=True)

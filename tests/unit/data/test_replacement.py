@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ross_mcore.batch import Sample, collate
-from ross_mcore.data import shards as shards_module
+from ross_mcore.data import shard_reader as shards_module
 from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.replacement import ASKED_FOR, ATTEMPTS, EMPTY, substitute
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import ShardReadError
+from ross_mcore.data.shard_reader import ShardReadError
+from ross_mcore.shards.writer import ShardWriter
 
 
 def anything(drawn: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_mcore.batch import IGNORE_INDEX, collate
-from ross_mcore.data.indexing import length_source
-from ross_mcore.data.llava import convert_records
 from ross_mcore.data.sample import IgnoredLabels, ShardDataset
-from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import LengthSource, ShardReader
+from ross_mcore.data.shard_reader import LengthSource, ShardReader
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.writer import ShardWriter
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red car."}]
 

@@ -22,14 +22,14 @@ from ross_mcore.data.conversation import (
     expand_images,
     require_pictures,
 )
-from ross_mcore.data.llava import convert_records
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_writer import ShardWriter
-from ross_mcore.data.shards import LengthSource, ShardReader
+from ross_mcore.data.shard_reader import LengthSource, ShardReader
 from ross_mcore.data.templates import tokenize_conversation, tokenize_prompt, write_prompt
 from ross_mcore.data.tokenizer import fingerprint_tokenizer, load_tokenizer
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.writer import ShardWriter
 
 TEMPLATES = [
     ("tok_qwen2", "qwen_2", "<|im_end|>"),
@@ -347,7 +347,7 @@ def test_a_caption_in_a_tar_says_where_its_pictures_stand(tmp_path: Path, encode
     import tarfile
     from io import BytesIO
 
-    from ross_mcore.data.indexer import Settings, find_shards, index_shards
+    from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for key, caption, count in (("one", b"A car.", 1), ("in", b"A <image> car <image>", 2), ("b", b"x <image>", 3)):

@@ -17,12 +17,12 @@ from ross_mcore.architecture import Precomputed  # noqa: E402
 from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
 from ross_mcore.config import Config  # noqa: E402
 from ross_mcore.data.sample import ShardDataset  # noqa: E402
-from ross_mcore.data.shard_writer import ShardWriter  # noqa: E402
-from ross_mcore.data.shards import ShardReader  # noqa: E402
+from ross_mcore.data.shard_reader import ShardReader  # noqa: E402
 from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
 from ross_mcore.options import ConfigError  # noqa: E402
 from ross_mcore.parallel.layout import Chunk, Stage  # noqa: E402
-from ross_mcore.precompute import Precomputation, load_picture_parts  # noqa: E402
+from ross_mcore.shards.precompute import Precomputation, load_picture_parts  # noqa: E402
+from ross_mcore.shards.writer import ShardWriter  # noqa: E402
 from ross_mcore.training.precomputed import choose_precomputed, read_pictures_as, unused_parts  # noqa: E402
 from tests.recorded import GOLDEN, recorded_checkpoint  # noqa: E402
 

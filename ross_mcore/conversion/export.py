@@ -1,0 +1,289 @@
+"""A checkpoint as Hugging Face, diffusers and the reference read it, streamed shard by shard.
+
+One shard is held at a time. Everything is planned before the first byte is written, in a folder beside the target; so
+the target is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ross_mcore import checked
+from ross_mcore.checkpoint.fit import require_fit
+from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, CheckpointError, rename_into_place
+from ross_mcore.checkpoint.inventory import inventory
+from ross_mcore.checkpoint.safe_load import StoredTensors
+from ross_mcore.conversion import export_config, mapping
+from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
+from ross_mcore.conversion.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
+from ross_mcore.conversion.table import AnyRow, ConversionError, convert_steps, plan_out
+
+PIXEL_DECODER = "pixel_decoder"
+LANGUAGE_MODEL = "language_model"
+ADAPTERS = {"vision_projection.": "mm_projector.bin", "denoiser.": "mm_inv_projector.bin"}
+"""What stage 1 of the reference trains, and the files it saves them in."""
+
+
+class Export:
+    """One checkpoint on its way out. Raises CheckpointError or ConversionError naming what it lacks or has too much."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokens: SpecialTokens,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+        mm_vision_tower: str | None = None,
+        mm_pixel_decoder: str | None = None,
+        advance: Callable[[int], None] = lambda parameters: None,
+    ) -> None:
+        """tokens: the tokenizer's; those of a generation_config.json that came with the model go before them.
+
+        dtype: of every tensor, None keeps each one's own. mm_vision_tower, mm_pixel_decoder: paths to state in
+        config.json, of folders that are there already; None writes the folders. advance: called with the number of
+        parameters written.
+        """
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.max_shard_bytes = max_shard_bytes
+        self.mm_vision_tower = mm_vision_tower
+        self.mm_pixel_decoder = mm_pixel_decoder
+        self.advance = advance
+        self.model = checkpoint.model_config()
+        self.source = StoredTensors(checkpoint.path)
+        brought = checkpoint.tokenizer / GENERATION_CONFIG
+        self.generation = read_json(brought) if brought.exists() else export_config.generation_config(tokens)
+        given = {key: value for key, value in self.generation.items() if not isinstance(value, list)}
+        try:
+            self.tokens = SpecialTokens(
+                bos=_token_id(given, "bos_token_id", tokens.bos),
+                eos=_token_id(given, "eos_token_id", tokens.eos),
+                pad=tokens.pad,
+            )
+        except ValueError as error:
+            raise ConversionError(f"{brought}: {error}; copy the file again, or remove it") from None
+        require_fit(checkpoint, self.model, self.source)
+        if mm_pixel_decoder and not self.model.pixel_decoder:
+            raise ConversionError(f"{checkpoint.path} has no pixel decoder whose path could be stated")
+
+    @property
+    def tower_folder(self) -> str:
+        """Its name says which tower it is, because the reference goes by the name."""
+        return f"{self.model.vision.model_type.split('_')[0]}_vision_tower"
+
+    def write_ross(self, save: Path) -> None:
+        """`save`: a full checkpoint of the reference, tower and VAE also in folders of their own."""
+        with _atomic(save) as partial:
+            self._write_config(save, partial)
+            self._write_tensors(partial, "model", mapping.ross_table(self.model))
+            self._write_tokenizer(partial)
+
+    def what_its_loader_needs(self, save: Path) -> list[str]:
+        """What the reference's load_pretrained_model would stumble over in `save`, one sentence each.
+
+        It goes by the folder's name for the class, and takes slow tokenizers alone (reference builder.py).
+        """
+        qwen, name = self.model.language.model_type == "qwen2", checked.real_path(save).name
+        found = []
+        if qwen != ("qwen2" in name):
+            wanted = "has qwen2 in it" if qwen else "does not have qwen2 in it"
+            found.append(f"the reference picks its class by the folder's name: rename {name} to one that {wanted}")
+        settings = self.checkpoint.tokenizer / "tokenizer_config.json"
+        kind = str(read_json(settings).get("tokenizer_class")) if settings.exists() else ""
+        needed = ("vocab.json", "merges.txt") if qwen else ("tokenizer.model",) if kind.startswith("Llama") else ()
+        missing = [file for file in needed if not (self.checkpoint.tokenizer / file).exists()]
+        if missing:
+            found.append(f"the reference loads a slow tokenizer: put {' and '.join(missing)} of the original beside it")
+        return found
+
+    def write_stage1(self, save: Path) -> None:
+        """`save`: mm_projector.bin, mm_inv_projector.bin and config.json, as stage 1 of the reference leaves them."""
+        with _atomic(save) as partial:
+            self._write_config(save, partial, saved_by_pretrain=True)
+            self._write_adapters(partial)
+
+    def write_parts(self, save: Path) -> None:
+        """`save`: language model, tower and VAE in the folders of their libraries, the adapters as stage 1 has them."""
+        with _atomic(save) as partial:
+            language = partial / LANGUAGE_MODEL
+            language.mkdir()
+            config = export_config.language_config(self.model.language, self.tokens, self._dtype("language_model."))
+            _write_json(language / "config.json", config)
+            self._write_tensors(language, "model", mapping.language_table(self.model.language), "language_model.")
+            self._write_tokenizer(language)
+            self._write_tower(partial)
+            self._write_pixel_decoder(partial)
+            self._write_adapters(partial)
+
+    def parameters(self, *prefixes: str) -> int:
+        """How many there are in the tensors (ours) that begin with one of `prefixes`."""
+        return sum(math.prod(shape) for name, shape in self.source.shapes.items() if name.startswith(prefixes))
+
+    def parameters_to_write(self, format: str) -> int:
+        """What `advance` adds up to; format: one of FORMATS."""
+        beside = () if self.mm_vision_tower else ("vision_model.",)
+        beside += () if self.mm_pixel_decoder else ("pixel_decoder.",)
+        return {
+            "ross": self.parameters("") + self.parameters(*beside),
+            "stage1": self.parameters(*ADAPTERS, *beside),
+            "hf": self.parameters(""),
+        }[format]
+
+    def _write_config(self, save: Path, partial: Path, saved_by_pretrain: bool = False) -> None:
+        """config.json of the reference, and the folders that it points to unless their paths were given."""
+        has_vae = self.model.pixel_decoder is not None
+        tower = self.mm_vision_tower or str(checked.real_path(save) / self.tower_folder)
+        vae = (self.mm_pixel_decoder or str(checked.real_path(save) / PIXEL_DECODER)) if has_vae else None
+        state = self.checkpoint.train_state()
+        known = {key: state[key] for key in ("training_stage", "image_aspect_ratio", "seq_length") if state.get(key)}
+        if saved_by_pretrain:
+            known["training_stage"] = "pretrain"
+        known["tower_trained"] = any(name.startswith("vision_model.") for name in self.source.trained)
+        try:
+            run = checked.build(RunFacts, known, "it")
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path / TRAIN_STATE}: {error}; copy the checkpoint again") from None
+        config = export_config.ross_config(
+            self.model, self.tokens, self._dtype("language_model."), run, vision_tower=tower, pixel_decoder=vae
+        )
+        if saved_by_pretrain:  # the reference saves its configuration there, not the model
+            del config["architectures"], config["torch_dtype"]
+        _write_json(partial / "config.json", config)
+        if self.mm_vision_tower is None:
+            self._write_tower(partial)
+        if self.mm_pixel_decoder is None:
+            self._write_pixel_decoder(partial)
+
+    def _write_tokenizer(self, target: Path) -> None:
+        copy_tokenizer(self.checkpoint.tokenizer, target)
+        _write_json(target / GENERATION_CONFIG, self.generation)
+
+    def _write_tower(self, partial: Path) -> None:
+        target = partial / self.tower_folder
+        target.mkdir()
+        _write_json(
+            target / "config.json", export_config.vision_config(self.model.vision, self._dtype("vision_model."))
+        )
+        self.checkpoint.image_processor()  # what cannot be read is refused here, not by who gets the copy
+        shutil.copyfile(self.checkpoint.preprocessor_config, target / "preprocessor_config.json")
+        self._write_tensors(target, "model", mapping.VISION, "vision_model.")
+
+    def _write_pixel_decoder(self, partial: Path) -> None:
+        if self.model.pixel_decoder is not None:
+            target = partial / PIXEL_DECODER
+            target.mkdir()
+            _write_json(target / "config.json", export_config.pixel_decoder_config(self.model.pixel_decoder.diffusers))
+            self._write_tensors(target, "diffusion_pytorch_model", mapping.PIXEL_DECODER, "pixel_decoder.")
+
+    def _write_adapters(self, partial: Path) -> None:
+        for prefix, file in ADAPTERS.items():
+            names = [name for name in self.source.names() if name.startswith(prefix)]
+            steps = plan_out((*mapping.projector_table(self.model), *mapping.DENOISER), names)
+            tensors = convert_steps(steps, self.source, self.model.language, self.dtype)
+            torch.save({name: _own(tensor) for name, tensor in tensors}, partial / file)
+            self.advance(self.parameters(prefix))
+
+    def _write_tensors(self, target: Path, stem: str, table: Sequence[AnyRow], prefix: str = "") -> None:
+        """The tensors (ours) that begin with `prefix`, by `table`, in one file or several with an index."""
+        language = self.model.language
+        steps = plan_out(table, [name for name in inventory(self.model) if name.startswith(prefix)])
+        sizes = {}
+        for step in steps:
+            item_bytes = (self.dtype or self.source.dtype(step.ours)).itemsize
+            shapes = step.row.their_shapes(self.source.shape(step.ours), language)
+            for name, shape in zip(step.theirs, shapes, strict=True):
+                if name in sizes:
+                    raise ConversionError(f"{name} would be written twice, the second time from {step.ours}")
+                sizes[name] = math.prod(shape) * item_bytes
+        tensors = convert_steps(steps, self.source, language, self.dtype)
+        shards = _split(sizes, self.max_shard_bytes)
+        files = {}
+        for number, names in enumerate(shards, start=1):
+            file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+            self._write_shard(target / file, islice(tensors, len(names)))
+            files |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
+            _write_json(target / f"{stem}.safetensors.index.json", index)
+
+    def _write_shard(self, path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        shard = {}
+        for name, tensor in tensors:
+            shard[name] = tensor
+            self.advance(tensor.numel())
+            del tensor  # before the next one is made
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise CheckpointError(f"{path} was not written: {error}") from None
+        shutil.copymode(path.with_name("config.json"), path)  # safetensors lets nobody else read its files
+
+    def _dtype(self, prefix: str) -> str:
+        """`torch_dtype` of the part whose tensors (ours) begin with `prefix`, which is that of its first one."""
+        if self.dtype is not None:
+            return str(self.dtype).removeprefix("torch.")
+        name = next(name for name in inventory(self.model) if name.startswith(prefix))
+        return str(self.source.dtype(name)).removeprefix("torch.")
+
+
+FORMATS = {"ross": Export.write_ross, "stage1": Export.write_stage1, "hf": Export.write_parts}
+
+
+@contextmanager
+def _atomic(save: Path) -> Iterator[Path]:
+    """A folder beside `save` that takes its name at the end; what a death leaves of it is removed by the next export.
+
+    Raises CheckpointError when `save` has something in it.
+    """
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise CheckpointError(f"{save} exists already; give --save a folder that does not")
+    save = checked.real_path(save)
+    partial = save.with_name(f".{save.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        rename_into_place(partial, save)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _token_id(config: dict[str, Any], key: str, default: int | None) -> int | None:
+    """Raises ValueError."""
+    return default if config.get(key) is None else checked.count(config, key, least=0)
+
+
+def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Names in order, in groups of at most `most` bytes; a larger tensor is a group of its own."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """`tensor` in storage of its own: torch.save would write all that lies behind a view."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

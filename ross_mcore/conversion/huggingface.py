@@ -1,0 +1,344 @@
+"""Reading what Hugging Face, diffusers and the reference implementation write: configurations, tensors when asked for.
+
+Only JSON, safetensors and, with `weights_only`, stage-1 adapters are read. Nothing is downloaded or executed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ross_mcore import checked
+from ross_mcore.architecture import (
+    ArchitectureError,
+    DenoiserConfig,
+    LanguageConfig,
+    ModelConfig,
+    PixelDecoderConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+from ross_mcore.checkpoint.safe_load import read_adapter
+from ross_mcore.conversion.export_config import ross_facts
+from ross_mcore.conversion.table import ConversionError, Tensors
+from ross_mcore.library_configs import MOST_LAYERS
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STEMS = ("model", "diffusion_pytorch_model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+GENERATION_CONFIG = "generation_config.json"
+"""Sampling defaults and the ids that end an answer; kept with the tokenizer, whose ids it holds."""
+VISION_DEFAULTS = {
+    # what a configuration may leave out: transformers' defaults of these fields
+    "siglip_vision_model": {"patch_size": 16, "image_size": 224},
+    "clip_vision_model": {"patch_size": 32, "image_size": 224},
+}
+VISION_COMMON_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+}
+VISION_TOWER_OF = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConversionError naming the file when it is missing or not a mapping."""
+    try:
+        return checked.mapping(checked.read_json(path), "it")
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist; expected a folder saved with save_pretrained") from None
+    except ValueError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from None
+
+
+def read_language_config(folder: Path) -> LanguageConfig:
+    """The decoder in `folder`. Raises ArchitectureError or ConversionError naming the folder."""
+    config = read_json(folder / "config.json")
+    try:
+        return LanguageConfig.from_huggingface(config)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{folder / 'config.json'}: {error}") from None
+
+
+def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
+    """The vision tower in `folder`, which may also hold a text tower. Raises as `read_language_config` does."""
+    config = read_json(folder / "config.json")
+    processor = read_json(folder / "preprocessor_config.json")
+    try:
+        outer = str(config.get("model_type"))
+        if outer in VISION_TOWER_OF:
+            inner = checked.mapping(config.get("vision_config") or {}, "vision_config")
+            config = {"model_type": VISION_TOWER_OF[outer], **inner}
+        kind = str(config.get("model_type"))
+        return VisionConfig(
+            huggingface={**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS.get(kind, {}), **_without_origin(config)},
+            image_mean=_channels(processor, "image_mean"),
+            image_std=_channels(processor, "image_std"),
+            select_layer=select_layer,
+        )
+    except ValueError as error:
+        raise ArchitectureError(f"{folder} (config.json, preprocessor_config.json): {error}") from None
+
+
+def _channels(processor: dict[str, Any], key: str) -> tuple[float, float, float]:
+    """A number for each colour. Raises ValueError."""
+    values = processor.get(key)
+    if not isinstance(values, list) or len(values) != 3:
+        raise ValueError(f"{key} is {checked.shown(values)}, expected 3 numbers")
+    red, green, blue = (checked.real({key: value}, key) for value in values)
+    return red, green, blue
+
+
+def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
+    """The AutoencoderKL in `folder`. Raises as `read_language_config` does."""
+    config = read_json(folder / "config.json")
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "latent_channels" not in config:
+        hint = "; give its vae/ folder" if (folder / "vae").is_dir() else ""
+        kind = checked.shown(config.get("_class_name"))
+        raise ArchitectureError(f"{folder / 'config.json'} is that of a {kind}, expected an AutoencoderKL{hint}")
+    try:
+        return PixelDecoderConfig(_without_origin(config))
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{folder / 'config.json'}: {error}") from None
+
+
+@dataclass(frozen=True)
+class RossFolder:
+    """A full checkpoint of the reference implementation, and where the parts that its config.json points to lie."""
+
+    path: Path
+    config: dict[str, Any]
+    vision_model: Path
+    pixel_decoder: Path | None
+    """None for the LLaVA baseline, which has `ross_enable` false."""
+
+    def model_config(self) -> ModelConfig:
+        """The architecture. Raises ArchitectureError or ConversionError naming the file and the key."""
+        config, file = self.config, self.path / "config.json"
+        for key, only in (("mm_use_im_start_end", False), ("s2", False), ("mm_patch_merge_type", "flat")):
+            if config.get(key, only) not in (only, None):
+                raise ArchitectureError(f"{file}: {key}={checked.shown(config[key])} is not implemented; only {only!r}")
+        try:
+            vision = read_vision_config(self.vision_model)
+            if vision.model_type == "clip_vision_model":  # the reference's SigLIP reads layer -2 whatever the file says
+                if config.get("mm_vision_select_feature", "patch") != "patch":
+                    raise ArchitectureError("mm_vision_select_feature must be 'patch'")
+                layer = checked.count(config, "mm_vision_select_layer", -2, least=-MOST_LAYERS, most=-1)
+                vision = read_vision_config(self.vision_model, layer)
+            model = ModelConfig(
+                language=read_language_config(self.path),
+                vision=vision,
+                projector=ProjectorConfig(str(config.get("mm_projector_type", "linear"))),
+                denoiser=self.pixel_decoder
+                and DenoiserConfig.from_type(
+                    str(config.get("mm_inv_projector_type")),
+                    None if config.get("mm_inv_width") is None else checked.count(config, "mm_inv_width"),
+                ),
+                pixel_decoder=self.pixel_decoder and read_pixel_decoder_config(self.pixel_decoder),
+            )
+        except ArchitectureError as error:
+            raise error if str(error).startswith(str(file)) else ArchitectureError(f"{file}: {error}") from None
+        except ValueError as error:
+            raise ArchitectureError(f"{file}: {error}") from None
+        parts = " and ".join(str(part) for part in (self.vision_model, self.pixel_decoder) if part)
+        for key, ours in ross_facts(model).items():
+            if config.get(key) not in (ours, None):
+                raise ArchitectureError(
+                    f"{file}: {key} is {checked.shown(config[key])}, but {parts} say {ours}. Give the folders that "
+                    "this model was trained with"
+                )
+        return model
+
+
+def open_ross(
+    folder: Path, base: Path | None = None, vision_model: Path | None = None, pixel_decoder: Path | None = None
+) -> RossFolder:
+    """Finds the folders of tower and VAE: those given, or what config.json says.
+
+    A path of config.json is taken from `base`, as it is, from the checkpoint's folder and from the folders around it;
+    its last name inside the checkpoint's folder serves as well. Raises ConversionError naming key and remedy.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+
+    def find(key: str, flag: str) -> Path:
+        said = config.get(key)
+        if not isinstance(said, str) or not said:
+            raise ConversionError(f"{folder / 'config.json'} has no {key}; give the folder with {flag}")
+        around = checked.real_path(folder)
+        starts = [*([base] if base else []), Path(), around, *around.parents]
+        for candidate in (*(start / said for start in starts), around / Path(said).name):
+            with suppress(OSError):  # a name too long for the file system
+                if (candidate / "config.json").is_file():
+                    return candidate
+        raise ConversionError(
+            f"{folder / 'config.json'}: {key} {checked.shown(said)} is not a folder with a config.json, as it is or "
+            f"seen from the checkpoint; say where it lies with {flag}"
+        )
+
+    return RossFolder(
+        folder,
+        config,
+        vision_model or find("mm_vision_tower", "--vision-model"),
+        (pixel_decoder or find("mm_pixel_decoder", "--pixel-decoder")) if config.get("ross_enable") else None,
+    )
+
+
+def read_ross_config(
+    folder: Path, base: Path | None = None, vision_model: Path | None = None, pixel_decoder: Path | None = None
+) -> ModelConfig:
+    """The architecture of a full checkpoint of the reference implementation; see `open_ross` for the arguments."""
+    return open_ross(folder, base, vision_model, pixel_decoder).model_config()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer's files. Raises ConversionError when `source` has none."""
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
+        raise ConversionError(f"{source} has no tokenizer.json, tokenizer.model or vocab.json; say where one is")
+    target.mkdir(exist_ok=True)
+    for path in files:
+        try:
+            checked.require_regular(path, checked.MOST_TOKENIZER_FILE_BYTES)
+            if path.suffix == ".json":
+                checked.read_json(path, checked.MOST_TOKENIZER_FILE_BYTES)
+        except ValueError as error:
+            raise ConversionError(f"{path} is no file of a tokenizer: {error}; copy it again") from None
+        shutil.copyfile(path, target / path.name)
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys that begin with an underscore say which library version wrote the folder, and where it lay."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def open_tensors(path: Path) -> Tensors:
+    """A folder of safetensors, or a stage-1 adapter file. Raises ConversionError or CheckpointError naming it."""
+    return AdapterFile(path) if Path(path).is_file() else SafetensorsFolder(path)
+
+
+class AdapterFile:
+    """`mm_projector.bin` or `mm_inv_projector.bin`, as stage 1 of the reference (or of LLaVA) saves them.
+
+    A name is taken from its last part on, as the reference does: `model.mm_projector.0.weight`, whatever came before.
+    Raises CheckpointError when the file is not a plain dictionary of tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, Tensor] = {
+            re.sub(r"^.*?(mm_projector|mm_inv_projector)\.", r"model.\1.", str(name)): tensor
+            for name, tensor in read_adapter(path).items()
+        }
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class SafetensorsFolder:
+    """The tensors of a folder, in one safetensors file or in several with an index. Nothing is read ahead.
+
+    Raises ConversionError when there are only pickles, when the index names a file outside the folder, or when a file
+    is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(folder)
+        self._file_of: dict[str, str] = {}
+        self._open: tuple[str, Any] | None = None
+        for stem in STEMS:
+            index = self._folder / f"{stem}.safetensors.index.json"
+            if index.exists():
+                weight_map = read_json(index).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise ConversionError(f"{index} has no mapping 'weight_map'")
+                self._file_of = {str(name): str(file) for name, file in weight_map.items()}
+                break
+            if (self._folder / f"{stem}.safetensors").exists():
+                file = f"{stem}.safetensors"
+                self._file_of = dict.fromkeys(self._shard(file).keys(), file)
+                break
+        else:
+            raise ConversionError(self._what_is_missing())
+        for file in sorted(set(self._file_of.values())):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ConversionError(f"{index} names {checked.shown(file)}, which is not a file of that folder")
+            listed = {name for name, where in self._file_of.items() if where == file}
+            held = set(self._shard(file).keys())
+            if listed != held:
+                example = sorted(listed ^ held)[0]
+                where = "in the index but not in the file" if example in listed else "in the file but not in the index"
+                raise ConversionError(f"{self._folder / file}: tensor {checked.shown(example)} is {where}")
+
+    def _what_is_missing(self) -> str:
+        if not self._folder.is_dir():
+            return f"{self._folder} does not exist or is not a folder; give one of safetensors"
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
+        if pickles:
+            return (
+                f"{self._folder} has only {pickles[0]}, a pickle, which could run code when it is read. Convert it to "
+                "safetensors first: load it with transformers and call save_pretrained(folder, safe_serialization=True)"
+            )
+        return f"{self._folder} has no {' or '.join(f'{stem}.safetensors' for stem in STEMS)} (nor an index of several)"
+
+    def _shard(self, file: str) -> Any:
+        """A file's header, kept open while its neighbours are asked for."""
+        if self._open is None or self._open[0] != file:
+            self._open = None
+            self._open = (file, self._opened(file))
+        return self._open[1]
+
+    def _opened(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._folder / file
+        if not path.is_file():
+            raise ConversionError(f"{path} is missing, although the index names it")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConversionError(
+                f"{path} is not a whole safetensors file: {checked.reason(error)}; copy it again"
+            ) from None
+
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        # a mapping of its own: in a shared one, all that was read of the file would stay in memory
+        file = self._file_of[name]
+        tensor: Tensor = self._opened(file).get_tensor(name)
+        if tensor.dtype not in FLOATS:
+            raise ConversionError(
+                f"{self._folder / file}: tensor {name} is {tensor.dtype}; only plain floats can be converted: give a "
+                "folder of those"
+            )
+        return tensor

@@ -1,0 +1,154 @@
+"""What trains in which stage, at which rate, and the optimizer that does it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
+from torch import Tensor
+
+from ross_mcore.architecture import trains
+from ross_mcore.config import Config
+from ross_mcore.engine import adam
+from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.models.ross import RossModel
+from ross_mcore.options import OptimizerOptions
+
+DEFAULT_WARMUP_FRACTION = 0.03
+
+
+def set_trainable(model: RossModel, training_stage: str, train_vision: bool) -> None:
+    """Freezes what does not train (architecture.trains); of a tower that does, what it never runs stays frozen."""
+    for name, parameter in model.named_parameters():
+        if not trains(name, training_stage == "finetune", train_vision):
+            parameter.requires_grad_(False)
+        elif not name.startswith("vision_model."):
+            parameter.requires_grad_(True)
+
+
+PART_TAGS = {"vision_model": 2.0, "vision_projection": 3.0, "denoiser": 4.0}
+"""Part of the model -> the `lr_mult` of its parameter groups, 1 for the language model.
+
+Nothing multiplies by it. mcore matches the groups of a checkpoint with those of a run by `lr_mult` and `wd_mult`
+(optimizer/optimizer.py:96), so they must name a part whatever its learning rate is.
+"""
+
+
+def peak_rates(options: OptimizerOptions) -> dict[float, float]:
+    """Tag of a part -> its peak learning rate."""
+    own = {
+        "vision_model": options.vision_lr,
+        "vision_projection": options.projector_lr,
+        "denoiser": options.denoiser_lr,
+    }
+    rates = {tag: options.lr if own[part] is None else own[part] for part, tag in PART_TAGS.items()}
+    return {1.0: options.lr, **rates}
+
+
+def _no_decay(decay_norm_weights: bool) -> ParamKey:
+    """What weight decay leaves alone: biases and other vectors; on request not the language model's norms."""
+
+    def matches(parameter: Tensor, name: str) -> bool:
+        norm = name.endswith(("norm.weight", "layer_norm_weight")) and "language_model." in name
+        return parameter.dim() == 1 and not (norm and decay_norm_weights)
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="no weight decay", fn=matches))
+
+
+def build_optimizer(model: ModelChunks, config: Config) -> MegatronOptimizer:
+    """mcore's optimizer (AdamW, fp32 masters under bf16, sharded when asked), with groups of its own for every part."""
+    adam.give_to_mcore()
+    options = config.optimizer
+    mcore = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=config.execution.bf16,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    overrides: dict[Any, Any] = {_no_decay(options.decay_norm_weights): {"wd_mult": 0.0}}
+    for part, tag in PART_TAGS.items():
+        overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
+    optimizer = get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
+    _begin_state(optimizer)
+    return optimizer
+
+
+def _begin_state(optimizer: MegatronOptimizer) -> None:
+    """Moments of zero and step 0, with which Adam itself would begin its first step: so what is saved before that step,
+    when those before it are skipped, can be saved and resumed like any other state."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        for group in part.optimizer.param_groups:
+            group.setdefault("step", 0)
+
+
+def warmup_iterations(options: OptimizerOptions, train_iters: int) -> int:
+    if options.lr_warmup_iters is not None:
+        return options.lr_warmup_iters
+    fraction = DEFAULT_WARMUP_FRACTION if options.lr_warmup_fraction is None else options.lr_warmup_fraction
+    return math.ceil(fraction * train_iters)
+
+
+def learning_rate(iteration: int, train_iters: int, options: OptimizerOptions, peak: float | None = None) -> float:
+    """PURE: the rate, with `peak` (default `--lr`), of the step that follows `iteration` finished steps.
+
+    Linear from 0 over the warm-up (so the first step has rate 0, as in HF's schedules), then the decay to `min_lr`.
+    """
+    peak = options.lr if peak is None else peak
+    warmup = warmup_iterations(options, train_iters)
+    if iteration < warmup:
+        return peak * iteration / warmup
+    progress = min(1.0, (iteration - warmup) / max(1, train_iters - warmup))
+    remaining = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[options.lr_decay_style]
+    lowest = min(options.min_lr, peak)
+    return lowest + (peak - lowest) * remaining
+
+
+def updates_weights(iteration: int, train_iters: int, options: OptimizerOptions) -> bool:
+    """PURE: whether any part has a rate other than 0 in the step that follows `iteration` finished steps."""
+    return any(learning_rate(iteration, train_iters, options, peak) for peak in peak_rates(options).values())
+
+
+def set_hyperparameters(
+    optimizer: MegatronOptimizer, iteration: int, train_iters: int, options: OptimizerOptions
+) -> None:
+    """Gives every group what the options say for this step, whatever a loaded checkpoint had."""
+    peaks = peak_rates(options)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(iteration, train_iters, options, peaks[group["lr_mult"]])
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+        group["betas"] = (options.adam_beta1, options.adam_beta2)
+        group["eps"] = options.adam_eps
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global L2 norm of the reduced gradients, the same on every rank; also readies them for `apply_gradients`."""
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    return 0.0 if norm is None else float(norm)
+
+
+def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
+    """Clips by `norm` and updates the weights. The caller has seen that the norm is finite."""
+    if clip_grad > 0:
+        for part in optimizer.chained_optimizers:
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()

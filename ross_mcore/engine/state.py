@@ -1,0 +1,153 @@
+"""What a run is beside its options: weights, moments and a few numbers; how they are restored."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor
+
+from ross_mcore import checked
+from ross_mcore.checkpoint.carried import CarriedWeights
+from ross_mcore.checkpoint.folder import TRAIN_STATE
+from ross_mcore.checkpoint.sharded import (
+    Checkpoint,
+    CheckpointError,
+    load_model_weights,
+    load_training_state,
+    sharding_metadata,
+)
+from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, MASTER_PREFIX, PLAIN_MASTER_PREFIX, PLAIN_MASTERS
+from ross_mcore.engine.chunks import ModelChunks
+
+CARRIED = "carried"
+"""Where in a state the weights stand that no chunk has."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All a run needs beside weights and moments: everything else is a function of these numbers and the options.
+
+    `data` is the loader's state, the place of the next row; `bad_samples` counts those replaced so far; `options` may
+    be others when the run goes on, what comes after them may not (continuity.py). The recent losses are those that the
+    next ones are compared with (spikes.py).
+    """
+
+    iteration: int = 0
+    data: dict[str, int] = field(default_factory=dict)
+    bad_steps_in_a_row: int = 0
+    bad_samples: int = 0
+    recent_lm_losses: tuple[float, ...] = ()
+    recent_vm_losses: tuple[float, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    training_stage: str = ""
+    seed: int = 0
+    data_fingerprint: str = ""
+    global_batch_size: int = 0
+    seq_length: int = 0
+    template: str = ""
+    image_aspect_ratio: str = ""
+    sampler: str = "shuffle"
+    mm_use_im_start_end: bool = False
+    pack: bool = False
+    max_images_per_sample: int = 64
+    max_tokens_per_sample: int | None = None
+    supervise_final_eos: bool = True
+    vision_trains: bool = False
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.data.get("consumed_samples", 0)
+
+
+def read_state(checkpoint: Checkpoint) -> TrainState:
+    """The loop's own state as it was saved. Raises CheckpointError naming the file and the key."""
+    file = checkpoint.path / TRAIN_STATE
+    try:
+        state = checked.build(TrainState, checkpoint.train_state(), "it")
+        counts = {name: getattr(state, name) for name in ("iteration", "bad_steps_in_a_row", "bad_samples")}
+        for name in counts:
+            checked.count(counts, name, least=0)
+        if state.iteration != checkpoint.iteration:
+            raise ValueError(f"iteration is {state.iteration}, that of the checkpoint is {checkpoint.iteration}")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged, or of another version of this trainer: {error}; copy the checkpoint again, or start "
+            "a new run from its weights with --finetune"
+        ) from None
+    return state
+
+
+def sharded_state(
+    model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights, is_loading: bool
+) -> dict[str, Any]:
+    """Model, optimizer and FP8 scales as a checkpoint holds them."""
+    weights, groups = model.sharded_weights(), model.first.groups
+    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+    if PLAIN_MASTERS in moments:
+        moments[PLAIN_MASTERS] = _named_as_by_the_other_optimizer(moments[PLAIN_MASTERS])
+    force_all_tensors_to_non_fp8(weights)  # what --fp8-param-gather keeps, in bf16
+    state = {"model": {**weights, CARRIED: carried.pieces()}, "optimizer": moments}
+    scales = {
+        name: ShardedTensor.from_rank_offsets(
+            FP8_PREFIX + name, tensor, replica_id=(0, groups.tensor_rank, groups.data_rank)
+        )
+        for name, tensor in model.fp8_state().items()
+    }
+    return {**state, "fp8": scales} if scales else state
+
+
+def _named_as_by_the_other_optimizer(groups: list[list[Any]]) -> dict[int, Any]:
+    """Masters of all groups by number, under the one name that masters have in checkpoints.
+
+    By number, because mcore loses lists without elements, those of a stage that trains nothing of a group, and masters
+    behind them would come back as another group's.
+    """
+    masters = dict(enumerate(itertools.chain.from_iterable(groups)))
+    for master in masters.values():
+        master.key = master.key.replace(PLAIN_MASTER_PREFIX, MASTER_PREFIX, 1)
+    return masters
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, Float16OptimizerWithFloat16Params):
+            masters = iter(master for _, master in sorted(state.get(PLAIN_MASTERS, {}).items()))
+            state[PLAIN_MASTERS] = [[next(masters) for _ in group] for group in part.fp32_from_float16_groups]
+    optimizer.load_state_dict(state)
+
+
+def _take_weights(loaded: dict[str, Any], model: ModelChunks, carried: CarriedWeights) -> None:
+    carried.take(loaded.get(CARRIED, {}))
+    model.load_weights(loaded)
+
+
+def load_weights(start: Checkpoint, model: ModelChunks, carried: CarriedWeights) -> None:
+    """Loads the weights of a checkpoint alone. Collective. Raises CheckpointError."""
+    _take_weights(load_model_weights(start, {**model.sharded_weights(), CARRIED: carried.pieces()}), model, carried)
+
+
+def restore(start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights) -> None:
+    """Loads weights and moments. Collective; raises CheckpointError as `load_training_state` does."""
+    loaded = load_training_state(start, sharded_state(model, optimizer, carried, is_loading=True))
+    _take_weights(loaded["model"], model, carried)
+    _load_optimizer(optimizer, loaded["optimizer"])
+    _restore_fp8(model, loaded.get("fp8", {}), start)
+    if model.first.config.bf16:  # what was saved of weights kept in FP8 is not what FP8 makes of the masters
+        model.take_masters(optimizer)
+
+
+def _restore_fp8(model: ModelChunks, stored: dict[str, Tensor], start: Checkpoint) -> None:
+    own = model.fp8_state()
+    for name, tensor in stored.items():
+        own[name].copy_(tensor)
+    if len(stored) < len(own) and model.first.groups.rank == 0:
+        _logger.warning("%s has no FP8 histories of this length: FP8 scales start afresh", start.path)

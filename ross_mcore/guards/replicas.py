@@ -1,0 +1,253 @@
+"""Whether copies of a weight are the same on all ranks that hold one, and whether what is frozen stays as it was.
+
+Ranks of a tensor-parallel group hold the same norms, projector, vision tower, denoiser and VAE, of a data-parallel one
+the same of everything; the first and the last stage the same tied embedding. Nothing in training compares them: one
+wrong bit in a copy is trained on. Here every rank takes fingerprints of what it holds, in one pass over its memory, and
+a group agrees on them in an all-reduce of two numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ross_mcore.architecture import trains
+from ross_mcore.checkpoint.together import exchange
+from ross_mcore.engine.optimizer import updates_weights
+from ross_mcore.guards.finite import family_of
+from ross_mcore.guards.progress import at
+from ross_mcore.parallel.groups import Groups, agree, sum_over_ranks
+from ross_mcore.training.run import Run
+
+WORDS_AT_ONCE = 1 << 18
+_BETWEEN_PIECES = 0x1E3779B97F4A7C15
+"""Odd, so that a product with it loses nothing in 64 bits."""
+
+
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    """Odd random numbers [WORDS_AT_ONCE], the same on every rank."""
+    drawn = torch.randint(-(2**63), 2**63 - 1, (WORDS_AT_ONCE,), generator=torch.Generator().manual_seed(0))
+    return drawn.to(device) | 1
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """int64 [] of the bits of a tensor of any shape and type: a sum of its words, each times a factor of its place.
+
+    Arithmetic is in integers that wrap, so signs of zero, NaNs and the order of elements count, and the order of
+    summation does not. Words have at most 32 bits and factors are odd: two tensors of one shape that differ in a single
+    word never have the same fingerprint, others that differ do with a probability of about 2^-32. A tensor of
+    Transformer Engine's FP8 types counts by its values.
+    """
+    if is_float8tensor(tensor):
+        tensor = tensor.dequantize()  # type: ignore[no-untyped-call]
+    words = tensor.detach().reshape(-1).view({1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32))
+    factors = _factors(words.device)
+    products = torch.empty(min(len(words), WORDS_AT_ONCE), dtype=torch.int64, device=words.device)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for piece in words.split(WORDS_AT_ONCE):
+        size = len(piece)
+        total.mul_(_BETWEEN_PIECES).add_(torch.mul(piece, factors[:size], out=products[:size]).sum())
+    return total
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of this rank. All ranks that hold one of this name hold the same; `sharded`: over the tensor-parallel
+    group, whose other ranks hold other parts."""
+
+    name: str
+    tensor: Tensor
+    sharded: bool
+    frozen: bool = False
+
+
+def held_by(run: Run) -> list[Held]:
+    """This rank's weights and buffers in the order of the model, then moments where every data-parallel rank has them.
+
+    The distributed optimizer's moments and masters have no copies. Weights must be gathered.
+    """
+    found, config = [], run.config
+    for name, parameter in run.model.named_weights():
+        # by the options, lest what trains by mistake is not looked at; and what a trained tower never runs
+        frozen = not trains(name, config.llm_trains, config.vision_trains) or not parameter.requires_grad
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        found.append(Held(f"{name}{_part_of(run.groups)}" if sharded else name, parameter, sharded, frozen))
+    # mcore's plain optimizer for bf16 works on masters, which it leaves at the weights
+    weights = {getattr(held.tensor, "main_param", held.tensor): held for held in found}
+    for part in run.model.parts:
+        found += [Held(name, buffer, sharded=False, frozen=True) for name, buffer in part.named_buffers()]
+    for optimizer in run.optimizer.chained_optimizers:
+        if getattr(optimizer, "is_stub_optimizer", False) or isinstance(optimizer, DistributedOptimizer):
+            continue
+        for parameter, state in optimizer.optimizer.state.items():
+            weight = weights[parameter]
+            if parameter is not weight.tensor:
+                found.append(Held(f"optimizer.state.param.{weight.name}", parameter, weight.sharded))
+            for name in (name for name, value in state.items() if isinstance(value, Tensor)):
+                found.append(Held(f"optimizer.state.{name}.{weight.name}", state[name], weight.sharded))
+    return found
+
+
+def _part_of(groups: Groups) -> str:
+    size = groups.layout.tensor_parallel
+    return f" (part {groups.tensor_rank + 1} of {size})" if size > 1 else ""
+
+
+def fingerprints(held: Sequence[Held]) -> dict[str, int]:
+    """By name. The device is waited for once."""
+    found = torch.stack([fingerprint(one.tensor) for one in held]).tolist() if held else []
+    return {one.name: value for one, value in zip(held, found, strict=True)}
+
+
+def steps_taken(optimizer: MegatronOptimizer) -> dict[str, int]:
+    """What Adam's bias correction counts, in every parameter group."""
+    groups = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.param_groups
+    return {f"the optimizer's step in parameter group {n}": int(g.get("step") or 0) for n, g in enumerate(groups)}
+
+
+def different(copies: Mapping[str, int], group: ProcessGroup, device: torch.device) -> list[str]:
+    """The names under which the ranks of a group do not all hold the same. Collective in the group."""
+    digest = hashlib.sha256(repr(list(copies.items())).encode()).digest()
+    if agree(int.from_bytes(digest[:8], "big", signed=True), group, device):
+        return []
+    everyone = exchange(copies, group)
+    names = dict.fromkeys(name for theirs in everyone for name in theirs)
+    return [name for name in names if len({theirs.get(name) for theirs in everyone}) > 1]
+
+
+def deviating(values: Mapping[int, int]) -> list[int]:
+    """PURE: the ranks that hold another value than most; none when no value is that of more than half."""
+    ((most, count),) = Counter(values.values()).most_common(1)
+    return [rank for rank, value in values.items() if value != most] if 2 * count > len(values) else []
+
+
+class ReplicaCheck:
+    """Compares copies at start (--self-check) and every --check-replicas-interval iterations.
+
+    Every method is collective and returns what is wrong, the same text on every rank, or None. Whether what trains did
+    change is not asked: with a rate of 0, or behind gates that begin at zero, it stays in a first step by right.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        """say: takes the lines a person reads."""
+        self._run, self._say = run, say
+        self._self_check = run.config.training.self_check
+        self._interval = run.config.training.check_replicas_interval
+        self._frozen: dict[str, int] = {}
+        self._good_after: int | None = None
+
+    def at_start(self, iteration: int) -> str | None:
+        """Compares copies before the step that follows `iteration`, and notes what is frozen."""
+        if not (self._self_check or self._interval):
+            return None
+        return self._check(iteration, f"self-check before iteration {iteration + 1}" if self._self_check else "")
+
+    def after_step(self, iteration: int, applied: bool) -> str | None:
+        """Checks where it is time. To be called before anything is saved; `applied`: whether the step was.
+
+        After the first one that was applied at a rate other than 0, the check of the start is made once more.
+        """
+        run = self._run
+        is_first = self._self_check and applied
+        is_first = is_first and updates_weights(iteration - 1, run.train_iters, run.config.optimizer)
+        self._self_check = self._self_check and not is_first
+        is_last = iteration == run.train_iters
+        is_due = self._interval is not None and (is_last or iteration % self._interval == 0)
+        if not (is_first or is_due):
+            return None
+        return self._check(iteration, f"self-check after iteration {iteration}" if is_first else "")
+
+    def _check(self, iteration: int, line: str) -> str | None:
+        """`line`: how the line begins that tells of a check that was passed; none is told without it."""
+        at("comparing replicas")
+        began, groups, device = time.perf_counter(), self._run.groups, self._run.device
+        self._run.model.gather_weights()
+        held = held_by(self._run)
+        own = fingerprints(held)
+        frozen = {one.name: own[one.name] for one in held if one.frozen}
+        self._frozen = self._frozen or frozen
+        changed = [name for name, before in self._frozen.items() if frozen.get(name) != before]
+
+        own |= steps_taken(self._run.optimizer)
+        sharded = {one.name for one in held if one.sharded}
+        whole, tied = {name: value for name, value in own.items() if name not in sharded}, self._tied(held, own)
+        differing: dict[str, str] = {}
+        for kind, group, copies in (
+            ("tensor-parallel", groups.tensor, whole),
+            ("data-parallel", groups.data, own),
+            ("embedding", groups.embedding, tied),
+        ):
+            if group is not None and copies:
+                differing |= dict.fromkeys(different(copies, group, device), kind)
+        problems, tensors = sum_over_ranks([len(changed) + len(differing), len(held)], device)
+        if problems:
+            return self._problem(iteration, changed, differing, own | tied)
+        self._good_after = iteration
+        if line:
+            ranks, seconds = dist.get_world_size(), time.perf_counter() - began
+            where = f"{tensors:.0f} tensors on {ranks} {'rank' if ranks == 1 else 'ranks'}"
+            self._say(f"{line}: {where}, copies equal and frozen ones unchanged, {seconds:.2f} s")
+        return None
+
+    def _tied(self, held: Sequence[Held], own: Mapping[str, int]) -> dict[str, int]:
+        """The embedding that is the output layer's weight too, on the two stages that hold it."""
+        groups, model = self._run.groups, self._run.model
+        if groups.embedding is None or not model.first.share_embeddings_and_output_weights:
+            return {}
+        weight = (model.first if groups.stage.is_first else model.last).shared_embedding_or_output_weight()
+        (name,) = (one.name for one in held if one.tensor is weight)
+        return {f"language_model.embedding, tied to the output layer{_part_of(groups)}": own[name]}
+
+    def _problem(self, iteration: int, changed: list[str], differing: dict[str, str], found: dict[str, int]) -> str:
+        """What the ranks found together, told of the first tensor. Collective."""
+        everyone = exchange((changed, differing))
+        changed = [name for theirs, _ in everyone for name in theirs]
+        kinds: dict[str, str] = {}
+        for _, theirs in everyone:
+            kinds = {**theirs, **kinds}
+        name = changed[0] if changed else next(iter(kinds))
+        values = {rank: value for rank, value in enumerate(exchange(found.get(name))) if value is not None}
+        if changed:
+            ranks = [rank for rank, (theirs, _) in enumerate(everyone) if name in theirs]
+            what = f"is frozen and was changed since the start, on {_named(ranks)} of the {len(values)} that hold it"
+        else:
+            what = f"is not the same on all ranks of its {kinds[name]} group: {_who_deviates(values)}"
+        others = len({*changed, *kinds}) - 1
+        alike = f" ({others} other tensors alike)" if others else ""
+        return f"iteration {iteration}: {name}, in the {family_of(name)}, {what}{alike}. {self._remedy()}"
+
+    def _remedy(self) -> str:
+        cause = "a fault of memory or communication (look for ECC and link errors on the machines of these ranks)"
+        if self._good_after is None:  # the check of the start
+            return (
+                f"All ranks loaded the same of {self._run.start.path}, so this is {cause} or of the file system. Start "
+                "again; if it stays, run tools/check_checkpoint.py on that checkpoint"
+            )
+        return (
+            f"This is {cause}, or a bug. Nothing is saved from here on. Checkpoints up to iteration {self._good_after} "
+            f"are from before it: remove later ones under {self._run.save_folder} and start again"
+        )
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
+
+
+def _who_deviates(values: Mapping[int, int]) -> str:
+    odd = deviating(values)
+    if not odd:
+        return f"{_named(list(values))} do not agree, and which is right cannot be told"
+    return f"{_named(odd)} deviates from {_named([rank for rank in values if rank not in odd])}"

@@ -1,0 +1,330 @@
+"""Indexing many shards: finding them, reading those that changed in worker processes, writing the index.
+
+What a shard held is kept in OUT/index.parts/, one file a shard, and read again only when the shard's size, its
+modification time (or the store's tag) or what lengths are measured with has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ross_mcore import checked
+from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
+from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, RemoteError, ShardCache, identify, is_remote, list_shards
+from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource, ShardError
+from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.shards.index_parts import (
+    PARTS,
+    IndexedShard,
+    ShardIndex,
+    make_folder,
+    part_facts,
+    quarantine_lines,
+    replacing,
+    write_index,
+)
+from ross_mcore.shards.measure import Measure, index_tar, length_source
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How shards are indexed; the part of a shard is good for as long as these are the same."""
+
+    tokenizer: Path | None = None
+    template: str | None = None
+    mm_use_im_start_end: bool = False
+    bounds: SampleBounds = UNBOUNDED
+    verify_images: bool = True
+    cache_folder: Path | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+
+    def measure(self) -> tuple[Measure, LengthSource | None]:
+        """Raises TokenizerError."""
+        if self.tokenizer is None or self.template is None:
+            return Measure(bounds=self.bounds), None
+        tokenizer = load_tokenizer(self.tokenizer)
+        source = length_source(tokenizer, self.template, self.mm_use_im_start_end)
+        return Measure(tokenizer, self.template, self.mm_use_im_start_end, self.bounds), source
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to index: its place as the index will name it, its path or URL, and what tells its versions apart."""
+
+    name: str
+    location: str
+    size: int
+    version: str
+    tag: str | None = None
+
+
+@dataclass
+class Indexing:
+    """What came of it.
+
+    `bad`: samples left out, and those that damaged bytes would have held at the mean size, but not the `over_bounds`.
+    """
+
+    samples: int = 0
+    images: int = 0
+    shards: int = 0
+    reread: int = 0
+    others: int = 0
+    lost_bytes: int = 0
+    quarantined: int = 0
+    over_bounds: int = 0
+    bad: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bad_fraction(self) -> float:
+        return self.bad / max(1, self.samples + self.bad)
+
+
+class TooManyBad(ShardError):
+    """More samples were bad than allowed, so no index was written; quarantine.jsonl names them."""
+
+
+def find_shards(places: Sequence[str], out: Path) -> list[Shard]:
+    """The tars that folders, files, `*` patterns, `{0..9}` ranges and URLs name, in this order, each once.
+
+    A folder stands for its *.tar by name and for the shards elsewhere that an index.json in it names.
+    Raises ShardError for a place that names no tar, RemoteError for a URL that cannot be read.
+    """
+    import braceexpand  # of webdataset, whose patterns these are
+
+    locations: list[str] = []
+    for place in places:
+        before = len(locations)
+        for pattern in braceexpand.braceexpand(place):
+            if is_remote(pattern):
+                locations += list_shards(pattern)
+            elif Path(pattern).is_dir():
+                locations += sorted(map(str, Path(pattern).glob("*.tar"))) + _named_elsewhere(Path(pattern))
+            elif any(character in pattern for character in "*?["):
+                anchor = Path(Path(pattern).anchor)
+                locations += sorted(map(str, anchor.glob(str(Path(pattern).relative_to(anchor)))))
+            elif Path(pattern).is_file():
+                locations.append(pattern)
+        if len(locations) == before:
+            raise ShardError(f"{place} names no tar: give a folder of *.tar files, files, patterns or URLs")
+    return [_describe(location, out) for location in dict.fromkeys(map(_absolute, locations))]
+
+
+def _absolute(location: str) -> str:
+    return location if is_remote(location) else str(Path(location).absolute())
+
+
+def _named_elsewhere(folder: Path) -> list[str]:
+    """The absolute paths and URLs in a folder's index.json, which an index made with --out consists of."""
+    try:
+        index = checked.read_json(folder / "index.json")
+        names = [shard["name"] for shard in index["shards"] if "\0" not in shard["name"]]
+        return [name for name in names if is_remote(name) or Path(name).is_absolute()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _describe(location: str, out: Path) -> Shard:
+    if is_remote(location):
+        size, tag = identify(location)
+        return Shard(location, location, size, str(tag), tag)
+    try:
+        path = Path(location)
+        checked.require_regular(path)
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise ShardError(
+            f"{checked.shown(location)} cannot be indexed: {checked.reason(error)}; remove it, or put the shard there"
+        ) from None
+    name = path.name if checked.real_path(path.parent) == checked.real_path(out) else location
+    return Shard(name, location, status.st_size, str(status.st_mtime_ns))
+
+
+def index_shards(
+    shards: Sequence[Shard],
+    out: Path,
+    settings: Settings,
+    *,
+    max_bad_fraction: float = 0.001,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done_bytes, all_bytes: None,
+) -> Indexing:
+    """Indexes `shards` into `out`. quarantine.jsonl is written in any case, the index unless too much was bad.
+
+    `num_workers=0` works in this process. Raises ShardError, TooManyBad, RemoteError and TokenizerError.
+    """
+    _, source = settings.measure()
+    parts = out / PARTS
+    make_folder(parts)
+    paths = [parts / f"{hashlib.sha256(shard.location.encode()).hexdigest()[:24]}.npz" for shard in shards]
+    tasks = [
+        (shard, path, about)
+        for shard, path in zip(shards, paths, strict=True)
+        for about in [_about(shard, settings, source)]
+        if not _is_current(path, about)
+    ]
+    with tempfile.TemporaryDirectory(dir=out, prefix=".index.", suffix=".partial") as scratch:
+        if settings.cache_folder is None and any(is_remote(shard.location) for shard, *_ in tasks):
+            settings = replace(settings, cache_folder=Path(scratch))
+        _run(tasks, settings, num_workers, progress)
+    entries = [
+        IndexedShard(shard.name, shard.size, partial(ShardIndex.load, path), shard.tag)
+        for shard, path in zip(shards, paths, strict=True)
+    ]
+    done = _summary(entries, settings.bounds)
+    done.reread = len(tasks)
+    for old in set(filter(Path.is_file, parts.glob("*.npz"))) - set(paths):
+        old.unlink()
+    if done.bad_fraction > max_bad_fraction or not done.samples:
+        with replacing(out / "quarantine.jsonl") as quarantine:
+            for entry in entries:
+                quarantine.writelines(quarantine_lines(entry.name, entry.part()))
+        if not done.samples:
+            raise ShardError(f"no usable sample, so no index was written to {out}; see quarantine.jsonl there")
+        raise TooManyBad(
+            f"{done.bad} of {done.samples + done.bad} samples are bad, over --max-bad-fraction {max_bad_fraction}, so "
+            f"no index was written; see {out / 'quarantine.jsonl'}: {_reasons(done)}"
+        )
+    write_index(out, entries, source)
+    return done
+
+
+def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dict[str, Any]:
+    """What a part depends on; as JSON, since it is compared with what was written."""
+    return {
+        "format": FORMAT_VERSION,
+        "location": shard.location,
+        "bytes": shard.size,
+        "version": shard.version,
+        "lengths": None if source is None else asdict(source),
+        "bounds": asdict(settings.bounds),
+        "verified": settings.verify_images,
+    }
+
+
+def _is_current(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a part was made of this; one with pictures verified also serves who does not ask for it."""
+    found = part_facts(path)
+    return found is not None and found["about"] in (about, {**about, "verified": True})
+
+
+def _summary(entries: Sequence[IndexedShard], bounds: SampleBounds) -> Indexing:
+    done = Indexing(shards=len(entries))
+    held_bytes = 0
+    for entry in entries:
+        part = entry.part()
+        done.samples += len(part.samples)
+        done.images += len(part.images)
+        done.others += part.others
+        done.lost_bytes += part.lost_bytes
+        done.quarantined += sum(key is not None for key, _ in part.quarantine)
+        done.reasons.update(reason.partition(":")[0] for key, reason in part.quarantine if key is not None)
+        done.reasons["a shard is empty or partly damaged"] += any(key is None for key, _ in part.quarantine)
+        held_bytes += entry.bytes - part.lost_bytes
+    done.reasons += Counter()  # drops what never occurred
+    mean_bytes = held_bytes / max(1, done.samples + done.quarantined)
+    done.over_bounds = sum(done.reasons[reason] for reason in bounds.reasons)
+    done.bad = done.quarantined - done.over_bounds + round(done.lost_bytes / max(1.0, mean_bytes))
+    return done
+
+
+def _reasons(done: Indexing) -> str:
+    return "; ".join(f"{count} x {reason}" for reason, count in done.reasons.most_common(5))
+
+
+Task = tuple[Shard, Path, dict[str, Any]]
+_worker: tuple[Settings, Measure, Any] | None = None
+"""What a worker process was started with."""
+
+
+def _run(tasks: Sequence[Task], settings: Settings, num_workers: int, progress: Callable[[int, int], None]) -> None:
+    """Makes the parts of shards, largest first so that the last to finish is a small one."""
+    total = sum(shard.size for shard, *_ in tasks)
+    tasks = sorted(tasks, key=lambda task: -task[0].size)
+    if not tasks:
+        return
+    progress(0, total)
+    if num_workers < 1:
+        measure, done = settings.measure()[0], 0
+        for task in tasks:
+            counter = [done]
+
+            def count(passed: int, counter: list[int] = counter) -> None:
+                counter[0] += passed
+                progress(counter[0], total)
+
+            _make_part(task, settings, measure, count)
+            done += task[0].size
+            progress(done, total)
+        return
+    # The parent has threads (progress, the tokenizer's), so workers are forked from a server that has none; what takes
+    # seconds to import is imported there, once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *(["transformers.models.auto"] if settings.tokenizer else [])])
+    passed = context.Value("Q", 0)
+    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), context, _start_worker, (settings, passed))
+    try:
+        waiting = {pool.submit(_work, task) for task in tasks}
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.25)
+            for future in finished:
+                future.result()
+            progress(min(passed.value, total), total)
+    except BrokenProcessPool:
+        raise ShardError(
+            "a worker process died (out of memory, or a decoder crashed); what was indexed so far is kept: run again "
+            "with fewer --num-workers, or with --num-workers 0 to see where it happens"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    progress(total, total)
+
+
+def _start_worker(settings: Settings, passed: Synchronized[int]) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core already
+    _worker = settings, settings.measure()[0], passed
+
+
+def _work(task: Task) -> None:
+    assert _worker is not None
+    settings, measure, passed = _worker
+
+    def count(size: int) -> None:
+        with passed.get_lock():
+            passed.value += size
+
+    _make_part(task, settings, measure, count)
+
+
+def _make_part(task: Task, settings: Settings, measure: Measure, progress: Callable[[int], None]) -> None:
+    shard, path, about = task
+    try:
+        if is_remote(shard.location):
+            assert settings.cache_folder is not None
+            cache = ShardCache(settings.cache_folder, max(settings.cache_bytes, shard.size))
+            with cache.open(shard.location, shard.size, shard.tag) as descriptor:
+                part = index_tar(descriptor, measure, settings.verify_images, progress)
+        else:
+            with Path(shard.location).open("rb") as tar:
+                part = index_tar(tar.fileno(), measure, settings.verify_images, progress)
+    except RemoteError:
+        raise
+    except OSError as error:
+        raise ShardError(f"{shard.location}: {error.strerror or error}") from None
+    part.save(path, about)

@@ -1,0 +1,247 @@
+"""What a data set holds, before GPU hours go into it: figures from its index, one sample's tokens, a contact sheet.
+
+The figures come from the index alone, so that they take seconds for any number of samples; a single sample and the
+contact sheet read shards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ross_mcore import checked
+from ross_mcore.batch import IGNORE_INDEX
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ConversationError
+from ross_mcore.data.image import ImageError, decode_image
+from ross_mcore.data.order import SampleOrder
+from ross_mcore.data.packing import pack
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardError, ShardReader
+from ross_mcore.data.templates import tokenize_conversation
+from ross_mcore.shards.index_parts import replacing
+from ross_mcore.shards.measure import NO_LIMIT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HISTOGRAM_BINS = 16
+PACKING_WINDOW = 16_384
+PACKING_WINDOWS = 8
+"""Windows of samples, drawn at random, that the fill of packed rows is measured on."""
+TILE = 224
+TEXT_LINES = 6
+LINE_PIXELS = 14
+MARGIN = 8
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of the values below `width`, 2 * `width`, ...; the last bin has all that are as large or larger."""
+
+    width: int
+    counts: list[int]
+
+    @classmethod
+    def of(cls, values: NDArray[np.int64]) -> Histogram:
+        """Bins of a round width, up to the longest hundredth."""
+        target = max(1.0, float(np.quantile(values, 0.99)) / (HISTOGRAM_BINS - 1))
+        decade = 10 ** math.floor(math.log10(target))
+        width = next(step * decade for step in (1, 2, 5, 10) if step * decade >= target)
+        return cls(width, np.bincount(np.minimum(values // width, HISTOGRAM_BINS - 1)).tolist())
+
+    def labels(self) -> list[str]:
+        names = [f"{n * self.width}-{(n + 1) * self.width - 1}" for n in range(len(self.counts))]
+        if len(names) == HISTOGRAM_BINS:
+            names[-1] = f"{(HISTOGRAM_BINS - 1) * self.width}+"
+        return names
+
+
+def inspect(reader: ShardReader, seq_length: int | None = None, image_tokens: int | None = None) -> dict[str, Any]:
+    """The figures of a data set, as JSON knows them. Packing needs `seq_length`, `image_tokens` and measured lengths.
+
+    `text` is in tokens where the index has them, else in words. `label_share`: labels among text tokens;
+    `without_labels`: samples whose answers no loss sees.
+    """
+    rows = reader.samples
+    images, labels = rows["num_images"].astype(np.int64), rows["label_tokens"].astype(np.int64)
+    measured = reader.length_source is not None and not (rows["text_tokens"] == UNKNOWN_LENGTH).any()
+    text = rows["text_tokens" if measured else "text_words"].astype(np.int64)
+    per_sample = Counter(dict(zip(*(part.tolist() for part in np.unique(images, return_counts=True)), strict=True)))
+    histogram = Histogram.of(text)
+    source = reader.length_source
+    found: dict[str, Any] = {
+        "folder": str(reader.folder),
+        "fingerprint": reader.fingerprint,
+        "shards": len(reader.index["shards"]),
+        "bytes": sum(shard["bytes"] for shard in reader.index["shards"]),
+        "samples": len(reader),
+        "images": reader.num_images,
+        "images_per_sample": {str(count): number for count, number in sorted(per_sample.items())},
+        "pictures_never_shown": int(((rows["image_spans"] == 0) & (images > 0)).sum()) if measured else None,
+        "measured_with": None if source is None else {"tokenizer": source.tokenizer, "template": source.template},
+        "text": {
+            "unit": "tokens" if measured else "words",
+            "total": int(text.sum()),
+            "mean": float(text.mean()),
+            "median": float(np.median(text)),
+            "p95": float(np.quantile(text, 0.95)),
+            "longest": int(text.max()),
+            "histogram": dict(zip(histogram.labels(), histogram.counts, strict=True)),
+        },
+        "label_tokens": int(labels.sum()) if measured else None,
+        "label_share": float(labels.sum() / max(1, text.sum())) if measured else None,
+        "without_labels": int((labels == 0).sum()) if measured else None,
+        "bad": bad_samples(reader.folder),
+        "packing": None,
+    }
+    if measured and seq_length is not None and image_tokens is not None:
+        lengths = text + rows["image_spans"].astype(np.int64) * image_tokens
+        found["packing"] = packing_figures(lengths, seq_length) | {"image_tokens": image_tokens}
+    return found
+
+
+def bad_samples(folder: Path) -> dict[str, int]:
+    """How many samples were left out of the index, by reason; from quarantine.jsonl, or make_shards' skipped.jsonl.
+
+    Raises ShardError for a list that is damaged.
+    """
+    reasons: Counter[str] = Counter()
+    for name in ("quarantine.jsonl", "skipped.jsonl"):
+        number = 0
+        try:
+            for number, line in enumerate(checked.read_lines(folder / name), start=1):  # noqa: B007  said when damaged
+                reasons[json.loads(line or b"")["reason"].partition(":")[0]] += 1
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if not number:
+                raise ShardError(
+                    f"{folder / name} cannot be read: {checked.reason(error)}; index the shards again"
+                ) from None
+            raise ShardError(f"{folder / name}: line {number} is damaged; index the shards again") from None
+    return dict(reasons.most_common())
+
+
+def packing_figures(lengths: NDArray[np.int64], seq_length: int) -> dict[str, Any]:
+    """How full rows of `seq_length` tokens get, from the token lengths [N] of all samples.
+
+    `filled`: tokens in the slots of packed rows; `filled_unpacked`: the same with a sample a row, padded to
+    `seq_length`; `too_long`: samples longer than a row, which are cut or, when that would go through their
+    only picture, skipped.
+    """
+    order = SampleOrder(lengths.size, seed=0)
+    drawn = order.sample_at(np.arange(min(lengths.size, PACKING_WINDOW * PACKING_WINDOWS)))
+    fitting = np.clip(lengths[drawn], 1, seq_length)
+    rows = 0
+    for start in range(0, fitting.size, PACKING_WINDOW):
+        rows += len(pack(fitting[start : start + PACKING_WINDOW], seq_length, key=0))
+    return {
+        "seq_length": seq_length,
+        "samples_looked_at": int(fitting.size),
+        "filled": float(fitting.sum() / (rows * seq_length)),
+        "filled_unpacked": float(fitting.mean() / seq_length),
+        "samples_per_row": fitting.size / rows,
+        "rows_of_all_samples": round(lengths.size * rows / fitting.size),
+        "too_long": int((lengths > seq_length).sum()),
+    }
+
+
+def record_of(reader: ShardReader, number: int) -> dict[str, Any]:
+    """The record of a sample. Raises ShardError when it cannot be read."""
+    shard = checked.shown(str(reader.folder / reader.shard_name(int(reader.samples[number]["shard"]))))
+    where = f"sample {reader.keys([number])[0]} of {shard}"
+    try:
+        record = json.loads(reader.record_bytes(number))
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{where} cannot be read: {checked.reason(error)}; index the shards again") from None
+    if not isinstance(record, dict):
+        raise ShardError(f"{where} is not a record; index the shards again")
+    return record
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a row as text; `supervised`: a loss asks for it."""
+
+    id: int
+    text: str
+    supervised: bool
+
+
+def tokens_of(
+    record: dict[str, Any],
+    num_images: int,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    mm_use_im_start_end: bool = False,
+) -> list[Token]:
+    """The tokens of a sample, an image being one. Raises ShardError for a record that has none."""
+    try:
+        row = tokenize_conversation(
+            record.get("conversations"),
+            num_images,
+            tokenizer,
+            template,
+            NO_LIMIT,
+            mm_use_im_start_end=mm_use_im_start_end,
+        )
+    except ConversationError as error:
+        raise ShardError(f"the record has no row under template {template}: {error}") from None
+    texts = [IMAGE_PLACEHOLDER if i == IMAGE_TOKEN_INDEX else str(tokenizer.decode([i])) for i in row.input_ids]
+    learned = [place > 0 and label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for place, label in enumerate(row.labels)]
+    return [Token(*token) for token in zip(row.input_ids, texts, learned, strict=True)]
+
+
+def write_contact_sheet(reader: ShardReader, path: Path, num_samples: int = 24, columns: int = 6) -> list[str]:
+    """Draws samples spread over the data set, each with its first picture and its text, as a PNG; their keys."""
+    numbers = np.unique(
+        np.linspace(0, len(reader) - 1, min(num_samples, len(reader))).round().astype(np.int64)
+    ).tolist()
+    columns = min(columns, len(numbers))
+    width, height = TILE + MARGIN, TILE + TEXT_LINES * LINE_PIXELS + 2 * MARGIN
+    sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(numbers) // columns) * height + MARGIN), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    keys = reader.keys(numbers)
+    for place, (number, key) in enumerate(zip(numbers, keys, strict=True)):
+        left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
+        count = int(reader.samples[number]["num_images"])
+        picture = _first_picture(reader, number) if count else None
+        pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill="#eeeeee")
+        if picture is not None:
+            picture.thumbnail((TILE, TILE))
+            sheet.paste(picture, (left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2))
+        else:
+            pen.text((left + MARGIN, top + MARGIN), "unreadable" if count else "text alone", "black", font)
+        more = f" (+{count - 1} pictures)" if count > 1 else ""
+        lines = [f"{key}{more}"[:40], *textwrap.wrap(_text(reader, number), 40, max_lines=TEXT_LINES - 1)]
+        for line, text in enumerate(lines):
+            pen.text((left, top + TILE + 2 + line * LINE_PIXELS), text, "black" if line else "#4060c0", font)
+    with replacing(path) as stream:
+        sheet.save(stream, "PNG")
+    return keys
+
+
+def _first_picture(reader: ShardReader, number: int) -> Image.Image | None:
+    try:
+        return decode_image(reader.image_bytes(number, 0))[0]
+    except (ShardError, ImageError):
+        return None
+
+
+def _text(reader: ShardReader, number: int) -> str:
+    """A sample's turns as one text, `Q:` and `A:` before them."""
+    try:
+        turns = record_of(reader, number).get("conversations")
+    except ShardError as error:
+        return str(error)
+    said = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    names = {"human": "Q", "gpt": "A"}
+    return " ".join(f"{names.get(str(turn.get('from')), turn.get('from'))}: {turn.get('value')}" for turn in said)

@@ -1,0 +1,245 @@
+"""From tars to parts of an index: the one place where members of a tar become rows.
+
+A sample that cannot be trained on is left out and listed in quarantine.jsonl with its shard, key and reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ross_mcore.data.conversation import (
+    IMAGE_PLACEHOLDER,
+    UNBOUNDED,
+    ConversationError,
+    SampleBounds,
+    check_turns,
+    count_words,
+    require_pictures,
+)
+from ross_mcore.data.image import ImageError, decode_image
+from ross_mcore.data.shard_reader import (
+    CAPTION,
+    INDEX_TOOL,
+    MAX_IMAGES,
+    RECORD,
+    TURNS,
+    UNKNOWN_LENGTH,
+    LengthSource,
+    ShardReader,
+    as_record,
+)
+from ross_mcore.data.templates import tokenize_conversation
+from ross_mcore.data.tokenizer import fingerprint_tokenizer
+from ross_mcore.shards.index_parts import ShardIndex, content_digest
+from ross_mcore.shards.tars import Damage, Member, TarSample, group_members, reportable, walk_tar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LIMIT = 2**31 - 1
+MAX_PART_HEADER_BYTES = 16 << 20
+
+
+class SampleError(ValueError):
+    """A sample that cannot be trained on; the message is a short reason, meant to be counted."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Checks records and counts their words and, with a tokenizer and a template, their tokens and labels.
+
+    A record over `bounds` is refused, over its tokens only with a tokenizer and a template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    template: str | None = None
+    mm_use_im_start_end: bool = False
+    bounds: SampleBounds = UNBOUNDED
+
+    def __call__(self, record: Any, num_images: int) -> dict[str, int]:
+        """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for a record without a row."""
+        if not isinstance(record, dict):
+            raise SampleError("the record is not a JSON object")
+        turns = record.get("conversations")
+        try:
+            self.bounds.require(num_images)
+            checked = check_turns(turns, roles=None)
+            if self.tokenizer is None or self.template is None:
+                shown = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked)
+                if num_images > 1:
+                    require_pictures(max(shown, num_images), num_images)
+                measured = {"image_spans": num_images}
+            else:
+                row = tokenize_conversation(
+                    turns,
+                    num_images,
+                    self.tokenizer,
+                    self.template,
+                    NO_LIMIT,
+                    mm_use_im_start_end=self.mm_use_im_start_end,
+                )
+                self.bounds.require(num_images, row.text_tokens)
+                require_pictures(row.image_spans, num_images)
+                measured = {
+                    "text_tokens": row.text_tokens,
+                    "label_tokens": row.label_tokens,
+                    "image_spans": row.image_spans,
+                }
+        except ConversationError as error:
+            raise SampleError(str(error)) from None
+        unknown = {"text_tokens": UNKNOWN_LENGTH, "label_tokens": UNKNOWN_LENGTH}
+        return {**unknown, "text_words": count_words(turns), **measured}
+
+
+def length_source(tokenizer: PreTrainedTokenizerBase, template: str, mm_use_im_start_end: bool = False) -> LengthSource:
+    """What lengths measured by this program are worth: fingerprints of the tokenizer and of what texts become.
+
+    The latter is of a few conversations with and without pictures, tokenized: it changes with the program's templates
+    and with where it puts pictures, which the tokenizer and the template's name do not show.
+    """
+    short = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    inside = [{"from": "human", "value": "See <image> and <image>."}, {"from": "gpt", "value": "Two."}]
+    facts = []
+    for turns, num_images in ((short, 1), (short * 2, 2), (inside, 1), (inside, 3), (short, 0)):
+        try:
+            row = tokenize_conversation(
+                turns, num_images, tokenizer, template, NO_LIMIT, mm_use_im_start_end=mm_use_im_start_end
+            )
+            facts.append([row.input_ids, row.labels])
+        except ConversationError as error:
+            facts.append([str(error)])
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return LengthSource(fingerprint_tokenizer(tokenizer), template, mm_use_im_start_end, fingerprint)
+
+
+def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: Path | str) -> str | None:
+    """Why the lengths of an index are not those of `source`, with the command that mends it; None when they are."""
+    found = reader.length_source
+    difference = None if found is None else found.difference(source)
+    if found is not None and difference is None:
+        return None
+    was = "has no lengths" if found is None else f"was measured with another {difference}"
+    flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
+    flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
+    return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"
+
+
+def index_tar(
+    descriptor: int, measure: Measure, verify_images: bool = True, progress: Callable[[int], None] = lambda _: None
+) -> ShardIndex:
+    """Indexes an open tar, whatever state it is in: every sample is in the rows or in the quarantine.
+
+    `progress` is called with the bytes passed. Raises OSError when the file cannot be read.
+    """
+    members: list[Member] = []
+    damages: list[Damage] = []
+    for found in walk_tar(descriptor):
+        (members if isinstance(found, Member) else damages).append(found)  # type: ignore[arg-type]
+    samples, others = group_members(members)
+    usable, facts, digests = [], [], []
+    part_sources: dict[str, list[Any]] = {}
+    quarantine: list[tuple[str | None, str]] = [
+        (None, f"bytes {d.start} to {d.end} of the shard are damaged or no tar") for d in damages
+    ]
+    total = os.fstat(descriptor).st_size
+    if not members and not damages:
+        quarantine.append((None, "the shard is empty" if total == 0 else "the shard has no members"))
+    for sample in samples:
+        try:
+            columns, digest, sources = _row(descriptor, sample, measure, verify_images)
+        except (ValueError, RecursionError) as error:  # SampleError, ShardError, and whatever a parser makes of it
+            quarantine.append((reportable(sample.key), str(error)))
+        else:
+            usable.append(sample)
+            facts.append(columns)
+            digests.append(digest)
+            for kind, made_with in sources.items():
+                if made_with not in part_sources.setdefault(kind, []):
+                    part_sources[kind].append(made_with)
+        progress(sum(member.size for member in sample.members.values()))
+    lost_bytes = sum(d.end - d.start for d in damages)
+    return ShardIndex.of(usable, facts, digests, quarantine, lost_bytes, others, part_sources)
+
+
+def _row(
+    descriptor: int, sample: TarSample, measure: Measure, verify_images: bool
+) -> tuple[dict[str, int], bytes, dict[str, Any]]:
+    """(columns, digest, what its precomputed parts were made with) of a sample of a tar.
+
+    Where the pictures were left out, the parts tell their number and sizes. Raises ValueError when the sample cannot be
+    trained on.
+    """
+    if sample.problem:
+        raise SampleError(sample.problem)
+    pictures = sample.pictures
+    sizes, sources = [picture.size for picture in pictures], {}
+    for name, member in sample.parts.items():
+        held, sources[name] = _read_part_header(descriptor, member)
+        if held != (sizes := sizes or held):
+            raise SampleError(f"its {name} were made of other pictures")
+    text, kind, record = _read_text(descriptor, sample, len(sizes))
+    named = record.get("image") or []
+    expected = len(named) if isinstance(named, list) else 1
+    if kind == CAPTION and not sizes:
+        raise SampleError("a caption with 0 pictures")
+    if expected and expected != len(sizes):
+        raise SampleError(f"the record names {expected} pictures and the shard has {len(sizes)}")
+    columns = {**measure(record, len(sizes)), "kind": kind, "num_images": len(sizes)}
+    if verify_images:
+        for picture in pictures:
+            try:
+                decode_image(os.pread(descriptor, picture.size, picture.offset))
+            except ImageError as error:
+                raise SampleError(f"a picture is {error}") from None
+    return columns, content_digest(sample.key, text, sizes), sources
+
+
+def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:
+    """(sizes in bytes of the pictures, what it was made with) of precomputed parts, from the safetensors header."""
+    try:
+        length = int.from_bytes(os.pread(descriptor, 8, member.offset), "little")
+        if not 0 < length <= min(MAX_PART_HEADER_BYTES, member.size - 8):
+            raise ValueError("no header")
+        header = json.loads(os.pread(descriptor, length, member.offset + 8))
+        about = json.loads(header["__metadata__"]["precomputed"])
+        sizes, source = about["picture_bytes"], about["source"]
+        if not isinstance(sizes, list) or not all(type(size) is int for size in sizes) or len(sizes) > MAX_IMAGES:
+            raise ValueError("no sizes of pictures")
+        return sizes, source
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SampleError("its precomputed parts are not those of tools/precompute_latents.py") from None
+
+
+def _read_text(descriptor: int, sample: TarSample, num_images: int) -> tuple[bytes, int, dict[str, Any]]:
+    """(bytes, kind, record) of a sample's JSON, or of its caption where there is no JSON with a conversation in it."""
+    problem = "it has no .txt"
+    if "json" in sample.members:
+        text = _read(descriptor, sample.members["json"])
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"the record is not JSON: {type(error).__name__}"
+        else:
+            if isinstance(found, list):
+                return text, TURNS, json.loads(as_record(text, TURNS, num_images))
+            if isinstance(found, dict) and ("conversations" in found or "txt" not in sample.members):
+                return text, RECORD, found
+            problem = "the record is not a JSON object"
+    if "txt" not in sample.members:
+        raise SampleError(problem)
+    text = _read(descriptor, sample.members["txt"])
+    record = json.loads(as_record(text, CAPTION, num_images))
+    if not record["conversations"][1]["value"]:
+        raise SampleError("the caption is empty")
+    return text, CAPTION, record
+
+
+def _read(descriptor: int, member: Member) -> bytes:
+    return os.pread(descriptor, member.size, member.offset)

@@ -1,0 +1,157 @@
+"""When a run's checkpoints are written: beside training, one at a time, and again when it failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from ross_mcore.checkpoint import folder
+from ross_mcore.checkpoint.manifest import CheckpointError
+from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
+from ross_mcore.engine.state import TrainState, sharded_state
+from ross_mcore.guards import progress
+from ross_mcore.guards.finite import all_finite
+from ross_mcore.guards.incidents import INCIDENTS_FILE
+from ross_mcore.training.run import Run
+
+MOST_STEPS_TO_RETRY = 256
+"""A save that keeps failing is tried again after 1, 2, 4, ... steps, but not more seldom than this."""
+
+
+class Saver:
+    """Writes the checkpoints of a run. All methods are collective: every rank calls them at the same points.
+
+    With --async-save, training stands still only while the state is copied to host memory; the copy is kept for the
+    next save, so its size is bounded by what one rank writes. Without it, or where host memory has no room for a copy,
+    training stands still until the checkpoint is complete.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        """say: takes the lines a person reads."""
+        self._run, self._say = run, say
+        self._copies = HostCopies() if run.config.checkpoint.async_save else None
+        self._running: RunningSave | None = None
+        self._stood_still_seconds = 0.0
+        self._failures = 0
+        self._retry_at: int | None = None
+        # a run that goes on in another folder is not saved there yet
+        continued = run.resume and run.start.path.parent == run.save_folder
+        self._saved_iteration = run.start.iteration if continued else None
+        if run.groups.rank == 0:
+            folder.tidy(run.save_folder, run.start if continued else None)
+
+    def after_step(self, state: TrainState) -> None:
+        """Reports a save that has finished or failed meanwhile; tries again what failed. Call after every step."""
+        if self._running is not None:
+            self._hear(self._running.poll, state.iteration)
+        if self._retry_at is not None and state.iteration >= self._retry_at:
+            self.save(state)
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save `state`, when the save before is finished, unless it is saved or begun already.
+
+        A failure is reported, and tried again later unless a newer save begins before.
+        """
+        if self._saved_iteration == state.iteration or self._saves(state.iteration):
+            return
+        began = time.monotonic()
+        self.wait(state.iteration, "a newer one begins")
+        if time.monotonic() - began > 1:
+            self._say(f"waited {time.monotonic() - began:.1f} s for the save before; --save-interval is short for it")
+        began = time.monotonic()
+        self._retry_at = None
+        self._hear(lambda: self._begin(state), state.iteration)
+        if self._running is not None and not self._running.is_copied:
+            if self._copies is not None:
+                self._say("host memory has no room for a copy of the state: training waits for this save")
+            self.wait(state.iteration)
+        self._stood_still_seconds = time.monotonic() - began
+
+    def wait(self, iteration: int, then: str | None = None) -> None:
+        """Waits for the save in flight, if there is one, and reports what became of it.
+
+        `then`: what follows when it failed, if not another attempt.
+        """
+        if self._running is not None:
+            running = self._running
+            self._hear(lambda: running.finish(progress.moving), iteration, then)
+
+    def finish(self, state: TrainState) -> None:
+        """Returns when `state` is saved. Raises CheckpointError, on every rank, when it cannot be."""
+        self.wait(state.iteration, "it is tried once more")
+        if self._saved_iteration != state.iteration:
+            self._stood_still_seconds = 0.0
+            self._running = self._begin(state)
+            self._done(self._running.finish(progress.moving))
+
+    def _saves(self, iteration: int) -> bool:
+        """Whether the save in flight is of this iteration."""
+        return self._running is not None and self._running.destination.iteration == iteration
+
+    def _begin(self, state: TrainState) -> RunningSave:
+        run, options = self._run, self._run.config.checkpoint
+        whole = sharded_state(run.model, run.optimizer, run.carried, is_loading=False)
+        if not all_finite(run.model, run.device):
+            raise CheckpointError(
+                f"the weights after iteration {state.iteration} are not finite. Checkpoints before it are intact: go "
+                f"on from one of them with a lower --lr, or leave out what {run.save_folder / INCIDENTS_FILE} names "
+                "(--skip-samples, --skip-iterations)"
+            )
+        destination = Destination(
+            run.save_folder,
+            state.iteration,
+            run.model_config,
+            claim=run.claim,
+            assets=run.start.path,
+            layout=layout_of(run),
+            keep_last=options.keep_last,
+            save_retain_interval=options.save_retain_interval,
+        )
+        return begin_save(destination, {**whole, "train_state": asdict(state)}, self._copies)
+
+    def _hear(self, action: Callable[[], RunningSave | Saved | None], iteration: int, then: str | None = None) -> None:
+        """Does something that may begin or end a save; says it when that fails, and what follows `then`."""
+        try:
+            found = action()
+        except CheckpointError as error:
+            self._running = None
+            self._failures += 1
+            steps = min(2 ** (self._failures - 1), MOST_STEPS_TO_RETRY)
+            self._retry_at = iteration + steps
+            if then is None and iteration < self._run.train_iters:
+                then = f"training goes on, and it is tried again after iteration {self._retry_at}"
+            then = then or "it is tried once more"
+            self._say(f"warning: a checkpoint could not be saved: {error}. Older checkpoints are intact; {then}")
+            return
+        if isinstance(found, RunningSave):
+            self._running = found
+        elif found is not None:
+            self._done(found)
+
+    def _done(self, saved: Saved) -> None:
+        self._running, self._failures, self._retry_at = None, 0, None
+        self._saved_iteration = saved.checkpoint.iteration
+        copied = f", copy in host memory {saved.copy_bytes / 2**20:.0f} MiB a rank" if saved.copy_bytes else ""
+        self._say(
+            f"saved iteration {saved.checkpoint.iteration} under {saved.checkpoint.path.parent}: "
+            f"{saved.bytes / 2**20:.0f} MiB in {saved.seconds:.1f} s, training stood still for "
+            f"{self._stood_still_seconds:.2f} s{copied}"
+        )
+
+
+def layout_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says about where it was saved; any other layout loads it too."""
+    layout, config = run.groups.layout, run.config
+    return {
+        "world_size": layout.tensor_parallel * layout.pipeline_parallel * layout.data_parallel,
+        "tensor_model_parallel_size": layout.tensor_parallel,
+        "pipeline_model_parallel_size": layout.pipeline_parallel,
+        "data_parallel_size": layout.data_parallel,
+        "layers_per_chunk": list(layout.layers_per_chunk),
+        "sequence_parallel": config.parallel.sequence_parallel,
+        "use_distributed_optimizer": config.use_distributed_optimizer,
+        "transformer_impl": config.execution.transformer_impl,
+        "dtype": "bfloat16" if config.execution.bf16 else "float32",
+    }

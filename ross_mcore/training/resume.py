@@ -1,0 +1,161 @@
+"""What a run that goes on must not change, what it may, and what is said about it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ross_mcore import checked
+from ross_mcore.architecture import ArchitectureError
+from ross_mcore.checked import shown
+from ross_mcore.checkpoint.folder import TOKENIZER, Checkpoint, checkpoints
+from ross_mcore.checkpoint.manifest import CheckpointError, damages
+from ross_mcore.config import Config
+from ross_mcore.engine.state import TrainState, read_state
+from ross_mcore.options import ConfigError
+
+RUN_IDENTITY = {
+    "seed": "--seed",
+    "data_fingerprint": "--data-path",
+    "global_batch_size": "--global-batch-size, by default --micro-batch-size x data-parallel size",
+    "seq_length": "--seq-length",
+    "template": "--template",
+    "supervise_final_eos": "--supervise-final-eos",
+    "image_aspect_ratio": "--image-aspect-ratio",
+    "sampler": "--sampler",
+    "mm_use_im_start_end": "--mm-use-im-start-end",
+    "pack": "--pack",
+    "max_images_per_sample": "--max-images-per-sample",
+    "max_tokens_per_sample": "--max-tokens-per-sample",
+    "vision_trains": "--vision-lr",
+}
+"""Fields of TrainState and where they come from: what decides which samples a step trains on, how they read, and which
+weights have moments."""
+
+
+def changeable_options(config: Config, train_iters: int) -> dict[str, Any]:
+    """What may change from start to start, but not without being said: rates, schedule, objective, precision, what is
+    skipped."""
+    training = config.training
+    return {
+        **asdict(config.optimizer),
+        "bf16": config.execution.bf16,
+        "train_iters": train_iters,
+        "loss_normalization": training.loss_normalization,
+        "vm_loss_rows": training.vm_loss_rows,
+        "skip_iterations": training.skip_iterations,
+        "skip_samples": config.data.skip_samples,
+    }
+
+
+def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainState:
+    """The state in which the run of `start` goes on as `started` describes it.
+
+    Raises ConfigError, naming both values, when that would be another run; CheckpointError for a state that cannot be
+    read.
+    """
+    saved = read_state(start)
+    for name, flag in RUN_IDENTITY.items():
+        before, now = getattr(saved, name), getattr(started, name)
+        if before == now or (name == "global_batch_size" and _may_change_batch(config)):
+            continue
+        allow = ""
+        if name == "global_batch_size" and config.data.sampler == "shuffle":
+            allow = "let it change with --override-global-batch-size, "
+        raise ConfigError(
+            f"the checkpoint {start.path} was trained with {name} {shown(before)} and this run has {now!r} ({flag}), "
+            f"so it cannot be continued exactly; give the same, {allow}or start a new run from its weights with "
+            "--finetune and a --save folder of its own"
+        )
+    return replace(saved, global_batch_size=started.global_batch_size, options=started.options)
+
+
+def _may_change_batch(config: Config) -> bool:
+    """Whether the flag says so. The rows of a shuffled order are the same in steps of any size."""
+    if not config.training.override_global_batch_size:
+        return False
+    if config.data.sampler != "shuffle":
+        raise ConfigError(
+            f"--override-global-batch-size with --sampler {config.data.sampler}: that order is laid out in steps of "
+            "one size; keep --global-batch-size"
+        )
+    if config.training.train_epochs is not None:
+        raise ConfigError(
+            "--override-global-batch-size with --train-epochs: the steps so far were of another size, so how many make "
+            "an epoch is not defined; give --train-iters, counted from the run's first step"
+        )
+    return True
+
+
+def changes(saved: Mapping[str, Any], started: TrainState) -> list[str]:
+    """`--lr 0.001 -> 0.0005` for every option that is not as in a train_state.json that is continued."""
+    name = "global_batch_size"
+    before = {**saved.get("options", {}), name: saved.get(name)}
+    now = {**started.options, name: started.global_batch_size}
+    return [
+        f"--{name.replace('_', '-')} {value} -> {now[name]}"
+        for name, value in before.items()
+        if name in now and value != now[name]
+    ]
+
+
+def refuse_other_model(own: Checkpoint, load: Path) -> None:
+    """Raises ConfigError when --load holds another model than the run of --save, which goes on from `own`.
+
+    A --load that is gone by now, or damaged, is no matter: nothing is read from it. Nor is one that `own` lies in: it
+    goes on itself.
+    """
+    if checked.real_path(load) in (checked.real_path(own.path), checked.real_path(own.path.parent)):
+        return
+    try:
+        other = next((found for found in checkpoints(load) if not _is_damaged(found)), None)
+        if other is None:
+            return
+        theirs, its = other.model_config().to_dict(), tokenizer_fingerprint(other.tokenizer)
+    except (ArchitectureError, CheckpointError):
+        return
+    ours, mine = own.model_config().to_dict(), tokenizer_fingerprint(own.tokenizer)
+    different = [f"{name} {shown(value)} and {shown(found)}" for name, value, found in _differences("", ours, theirs)]
+    if mine != its:
+        different.append(f"tokenizer files {mine} and {its}")
+    if different:
+        raise ConfigError(
+            f"--save holds a run of another model ({own.path}) than --load ({other.path}): {'; '.join(different[:3])}. "
+            "That run would go on, and --load would not be read. Give the --load it was started from, or another "
+            "--save folder"
+        )
+
+
+def _is_damaged(checkpoint: Checkpoint) -> bool:
+    """Whether config.json or the tokenizer is not what the marker says. Raises CheckpointError."""
+    manifest = checkpoint.manifest()
+    compared = [name for name in manifest.files if name == "config.json" or name.startswith(f"{TOKENIZER}/")]
+    return bool(damages(checkpoint.path, manifest, compared))
+
+
+def _differences(prefix: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, our value, their value) of everything that is not the same in two nested dicts."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        if ours != theirs:
+            yield prefix, ours, theirs
+        return
+    for name in dict.fromkeys([*ours, *theirs]):
+        yield from _differences(f"{prefix}.{name}" if prefix else name, ours.get(name), theirs.get(name))
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """16 hex digits that name the content of a tokenizer's folder. Raises CheckpointError for what cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            checked.require_regular(path, checked.MOST_TOKENIZER_FILE_BYTES)
+            digest.update(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no file of a tokenizer: {error}; copy the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16]

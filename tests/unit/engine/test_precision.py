@@ -1,0 +1,133 @@
+"""What precision and kernels need: refused with reason and remedy where it is missing, and rows of the right length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ross_mcore import platform
+
+platform.prepare()
+
+from ross_mcore.config import Config  # noqa: E402
+from ross_mcore.engine.precision import check_execution, row_multiple  # noqa: E402
+from ross_mcore.options import ConfigError  # noqa: E402
+from ross_mcore.platform import Libraries  # noqa: E402
+from tests.recorded import recorded_config  # noqa: E402
+
+NOTHING = Libraries(
+    gpu=False, transformer_engine=False, flash_attention=False, gradient_fusion=False, ordered_kernels=True
+)
+EVERYTHING = Libraries(
+    gpu=True, transformer_engine=True, flash_attention=True, gradient_fusion=True, ordered_kernels=True
+)
+ENGINE = {"transformer_impl": "transformer_engine"}
+BF16 = {**ENGINE, "bf16": True, "pack": False}
+FP8 = {**BF16, "fp8_format": "hybrid"}
+OVERLAP = {**BF16, "tp_comm_overlap": True, "sequence_parallel": True, "tensor_model_parallel_size": 2}
+LANGUAGE = recorded_config("qwen2_siglip").language
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (ENGINE, "pip install"),
+        ({"attention_backend": "flash"}, "needs --transformer-impl transformer_engine"),
+        ({"fp8_format": "hybrid"}, "needs --transformer-impl transformer_engine"),
+        ({"tp_comm_overlap": True}, "needs --transformer-impl transformer_engine"),
+        ({"gradient_accumulation_fusion": True}, "build Apex"),
+        ({"overlap_param_gather": True}, "add --use-distributed-optimizer and --overlap-grad-reduce"),
+    ],
+)
+def test_what_is_not_installed_is_refused(flags: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_execution(Config.from_flat(**flags), LANGUAGE, NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({**ENGINE, "pack": True}, "add --bf16"),
+        ({**BF16, "pack": True, "attention_backend": "unfused"}, "--attention-backend auto"),
+        ({**ENGINE, "pack": False, "attention_backend": "fused"}, "computes in 16 bits"),
+        ({**FP8, "bf16": False}, "needs --bf16"),
+        ({**BF16, "fp8_recipe": "tensorwise"}, "--fp8-recipe has no effect without --fp8-format"),
+        ({**BF16, "fp8_param_gather": True}, "--fp8-param-gather has no effect without --fp8-format"),
+        ({**BF16, "num_layers_at_end_in_bf16": 2}, "--num-layers-at-end-in-bf16 has no effect"),
+        ({**FP8, "fp8_recipe": "tensorwise", "fp8_amax_history_len": 16}, "--fp8-amax-history-len belongs to"),
+        ({**FP8, "first_last_layers_bf16": True}, "use --fp8-recipe tensorwise"),
+        ({**FP8, "fp8_recipe": "tensorwise", "num_layers_at_start_in_bf16": 2}, "without --first-last-layers-bf16"),
+        (
+            {
+                **FP8,
+                "fp8_recipe": "tensorwise",
+                "first_last_layers_bf16": True,
+                "num_layers_at_end_in_bf16": 3,
+                "pipeline_model_parallel_size": 2,
+            },
+            "--num-layers-at-end-in-bf16 3 is more than the 2 layers of a stage",
+        ),
+        ({**FP8, "tensor_model_parallel_size": 4}, "key and value heads .* is 8, .* multiples of 16"),
+        ({**FP8, "fp8_param_gather": True, "use_distributed_optimizer": False}, "add --use-distributed-optimizer"),
+        ({**FP8, "fp8_param_gather": True}, "--training-stage pretrain updates none"),
+        (
+            {**FP8, "fp8_param_gather": True, "fp8_recipe": "mxfp8", "training_stage": "finetune"},
+            "--fp8-param-gather does not work with --fp8-recipe mxfp8",
+        ),
+        ({**BF16, "tp_comm_overlap": True}, "overlaps the communication of --sequence-parallel"),
+        ({**OVERLAP, "bf16": False}, "add --bf16"),
+        ({**OVERLAP, "fp8_format": "hybrid", "fp8_recipe": "blockwise"}, "does not know --fp8-recipe blockwise"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_execution(Config.from_flat(**flags), LANGUAGE, EVERYTHING)
+
+
+def test_hardware_and_libraries_are_asked_for_one_by_one() -> None:
+    overlap = Config.from_flat(**OVERLAP)
+    check_execution(overlap, LANGUAGE, EVERYTHING)
+    with pytest.raises(ConfigError, match="need CUDA GPUs"):
+        check_execution(overlap, LANGUAGE, replace(EVERYTHING, gpu=False))
+    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is not 1"):
+        check_execution(overlap, LANGUAGE, replace(EVERYTHING, ordered_kernels=False))
+    fusion = Config.from_flat(gradient_accumulation_fusion=True)
+    check_execution(fusion, LANGUAGE, EVERYTHING)
+    check_execution(Config.from_flat(), LANGUAGE, replace(EVERYTHING, ordered_kernels=False))
+    flash = Config.from_flat(**BF16, attention_backend="flash")
+    check_execution(flash, LANGUAGE, EVERYTHING)
+    with pytest.raises(ConfigError, match="pip install flash-attn"):
+        check_execution(flash, LANGUAGE, replace(EVERYTHING, flash_attention=False))
+
+
+def test_attention_is_chosen_by_the_flag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    check_execution(Config.from_flat(**BF16, attention_backend="flash"), LANGUAGE, EVERYTHING)
+    with pytest.raises(ConfigError, match="NVTE_FUSED_ATTN=0 is set in the environment"):
+        check_execution(Config.from_flat(**BF16), LANGUAGE, EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    ("flags", "multiple"),
+    [
+        ({}, 8),
+        ({"tensor_model_parallel_size": 4}, 8),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 32),
+        ({"fp8_format": "hybrid"}, 16),
+        ({"fp8_format": "hybrid", "fp8_recipe": "tensorwise", "tensor_model_parallel_size": 2}, 16),
+        ({"fp8_format": "hybrid", "fp8_recipe": "mxfp8"}, 32),
+        ({"fp8_format": "hybrid", "fp8_recipe": "blockwise"}, 128),
+        ({"fp8_format": "e4m3", "tensor_model_parallel_size": 2, "sequence_parallel": True}, 32),
+        (
+            {"fp8_format": "e4m3", "fp8_recipe": "mxfp8", "tensor_model_parallel_size": 4, "sequence_parallel": True},
+            128,
+        ),
+        (
+            {"tp_comm_overlap": True, "seq_length": 1000, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+            1008,
+        ),
+    ],
+)
+def test_rows_are_padded_to_what_their_products_need(flags: dict, multiple: int) -> None:
+    assert row_multiple(Config.from_flat(**flags)) == multiple

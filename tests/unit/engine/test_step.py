@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ross_mcore import platform
+
+platform.prepare()
+
+from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
+from ross_mcore.data.loader import Step  # noqa: E402
+from ross_mcore.data.shard_reader import ShardReadError  # noqa: E402
+from ross_mcore.engine.step import (  # noqa: E402
+    DataSetLosses,
+    MicroBatchLosses,
+    StepSize,
+    _loss,
+    _micro_batch_weights,
+    agree_on_step,
+    combine_losses,
+    loss_weights,
+)
+from ross_mcore.options import TrainingOptions  # noqa: E402
+
+
+def test_each_loss_has_its_own_weight() -> None:
+    """Gradients of the two sums: 1 / labels and 1 / images, whatever this micro-batch holds."""
+    sums = torch.tensor([[4.0, 3.0], [2.0, 5.0]], requires_grad=True)
+    part, divide_by, kept = _loss(sums, rows("i", "t"), loss_weights(labels=3, images=4))
+    part.backward()
+    assert part.item() == 6 / 3 + 8 / 4
+    assert sums.grad is not None and torch.equal(sums.grad, torch.tensor([[1 / 3, 1 / 4]] * 2))
+    assert divide_by.item() == 0 and kept.parts.tolist() == [2.0, 2.0] and not kept.parts.requires_grad
+
+
+@pytest.mark.parametrize("blanks", [0, 3])
+def test_nothing_to_learn_from_is_zero_and_keeps_its_graph(blanks: int) -> None:
+    sums = torch.tensor([[0.0, 5.0 * blanks]], requires_grad=True)
+    part, _, _ = _loss(sums, rows("t"), loss_weights(labels=0, images=0, blanks=blanks))
+    assert part.item() == 0 and part.requires_grad
+
+
+def rows(*kinds: str) -> list[Sample]:
+    """`i`: a picture and two labels; `t`: text with three labels; `s`: skipped; `n`: a picture, every label ignored."""
+
+    def sample(kind: str) -> Sample:
+        labels = torch.tensor([IGNORE_INDEX, *([1] * {"i": 2, "t": 3, "s": 0, "n": 0}[kind])])
+        return Sample(kind, 0, labels, labels, [0] * (kind in "in"), problem="bad" if kind == "s" else None)
+
+    return [sample(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("normalization", "vm_rows", "expected"),
+    [
+        ("global", "images", (1 / 20, 1 / 4)),
+        ("global", "all", (1 / 20, 1 / (4 + 3))),
+        ("microbatch", "images", (1 / (8 * (2 + 3)), 1 / (8 * 1))),
+        ("microbatch", "all", (1 / (8 * (2 + 3)), 1 / (8 * 2))),
+    ],
+)
+def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
+    """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
+    size = StepSize(8, 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0)
+    options = TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows)  # type: ignore[arg-type]
+    assert _micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
+    without_picture = _micro_batch_weights(rows("t", "s"), size, options, parts=8)
+    assert without_picture[1] == (expected[1] if normalization == "global" else 0)
+
+
+@pytest.fixture
+def only_rank() -> Iterator[None]:
+    if dist.is_initialized():  # by a test before this one
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("only_rank")
+@pytest.mark.parametrize(("with_blank_samples", "first_vm_loss"), [(False, 7.0), (True, (7 + 5) / 2)])
+def test_losses_are_the_sum_of_the_parts_and_split_by_data_set(with_blank_samples: bool, first_vm_loss: float) -> None:
+    """Two micro-batches: data set 0 has a picture and a text, 1 a picture without labels, 2 a skipped sample."""
+    groups = SimpleNamespace(tensor_rank=0)
+    samples = [replace(sample, source=source) for sample, source in zip(rows("i", "n", "t", "s"), (0, 1, 0, 2))]
+    sums = torch.tensor([[4.0, 7.0], [0.0, 3.0], [6.0, 5.0 * with_blank_samples], [0.0, 0.0]], dtype=torch.float64)
+    parts = [
+        MicroBatchLosses.of(samples[place], parts, sums[place], with_blank_samples)
+        for place, parts in ((slice(0, 1), torch.tensor([0.5, 0.25])), (slice(1, 4), torch.tensor([1.5, 1.25])))
+    ]
+    losses = combine_losses(parts, groups, torch.device("cpu"), num_datasets=3)  # type: ignore[arg-type]
+    assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)
+    assert losses.datasets == (
+        DataSetLosses(2, 2 + 3, 1, 10 / 5, first_vm_loss),
+        DataSetLosses(1, 0, 1, None, 3.0),
+        DataSetLosses(0, 0, 0, None, None),
+    )
+
+
+@pytest.mark.usefixtures("only_rank")
+def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
+    groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
+    micro_batches = [[rows("i", "n"), rows("s")], [rows("t", "n", "n")]]
+    step = Step([], None, micro_batches, [], {})
+    size = agree_on_step(step, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+    assert (size.skipped_samples, size.ignored_samples) == (1, 3)
+    assert (size.label_tokens, size.images, size.blank_samples) == (2 + 3, 4, 1)
+    assert 0 < size.peak_memory_bytes <= platform.peak_memory_bytes()
+
+
+@pytest.mark.usefixtures("only_rank")
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (ShardReadError("a.tar: Input/output error"), ShardReadError, r"a\.tar: Input/output error \(rank 0\)"),
+        (RuntimeError("a worker was killed"), RuntimeError, "a worker was killed"),
+    ],
+)
+def test_a_rank_that_cannot_read_says_so(failure: Exception, kind: type[Exception], message: str) -> None:
+    groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
+    with pytest.raises(kind, match=message):
+        agree_on_step(Step([], None, None, [], {}, failure), groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
+    size = StepSize(8, 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1)
+    for normalization in ("global", "microbatch"):
+        options = TrainingOptions(loss_normalization=normalization)  # type: ignore[arg-type]
+        weights = _micro_batch_weights(rows("n"), size, options, parts=1)
+        total, _, kept = _loss(torch.tensor([[0.0, 3.0]]), rows("n"), weights)
+        assert kept.parts.tolist() == [0, 3] and total == 3

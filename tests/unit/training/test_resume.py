@@ -1,0 +1,137 @@
+"""What a run that goes on may not change, what it may, and what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ross_mcore import platform
+
+platform.prepare()
+
+from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig  # noqa: E402
+from ross_mcore.checkpoint import folder  # noqa: E402
+from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError  # noqa: E402
+from ross_mcore.config import Config  # noqa: E402
+from ross_mcore.engine.state import TrainState  # noqa: E402
+from ross_mcore.options import ConfigError  # noqa: E402
+from ross_mcore.training.resume import (  # noqa: E402
+    RUN_IDENTITY,
+    changeable_options,
+    changes,
+    continued,
+    refuse_other_model,
+)
+
+STARTED = TrainState(seed=1, data_fingerprint="a", global_batch_size=8, seq_length=64, template="plain")
+LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 8, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+
+
+def saved(path: Path, state: dict[str, Any]) -> Checkpoint:
+    (path / folder.TRAIN_STATE).write_text(json.dumps(state))
+    return Checkpoint(path, state.get("iteration", 0))
+
+
+def go_on(path: Path, started: TrainState, **flags: Any) -> TrainState:
+    before = replace(STARTED, iteration=7, data={"consumed_samples": 56}, bad_samples=2)
+    return continued(saved(path, asdict(before)), started, Config.from_flat(**flags))
+
+
+@pytest.mark.parametrize("name", RUN_IDENTITY)
+def test_another_run_is_refused_with_both_values(name: str, tmp_path: Path) -> None:
+    before = getattr(STARTED, name)
+    now = not before if isinstance(before, bool) else 7 if before is None else before * 2 or "other"
+    with pytest.raises(ConfigError) as error:
+        go_on(tmp_path, replace(STARTED, **{name: now}))
+    for part in (str(tmp_path), f"{name} {before!r} and this run has {now!r}", RUN_IDENTITY[name], "--finetune"):
+        assert part in str(error.value)
+
+
+def test_all_that_is_not_counted_belongs_to_the_run() -> None:
+    counted = {"iteration", "data", "bad_steps_in_a_row", "bad_samples", "options", "training_stage"}
+    counted |= {"recent_lm_losses", "recent_vm_losses"}
+    assert asdict(STARTED).keys() == counted | RUN_IDENTITY.keys()
+
+
+def test_the_same_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    state = go_on(tmp_path, replace(STARTED, options={"lr": 2.0}))
+    assert (state.iteration, state.consumed_samples, state.bad_samples) == (7, 56, 2)
+    assert state.options == {"lr": 2.0}
+
+
+def test_another_batch_size_goes_on_when_that_is_asked_for(tmp_path: Path) -> None:
+    larger, allowed = replace(STARTED, global_batch_size=16), {"override_global_batch_size": True}
+    assert go_on(tmp_path, larger, train_iters=9, **allowed).global_batch_size == 16
+    with pytest.raises(ConfigError, match="8 and this run has 16 .*let it change with --override-global-batch-size"):
+        go_on(tmp_path, larger, train_iters=9)
+    with pytest.raises(ConfigError, match="--override-global-batch-size with --sampler modality_length"):
+        go_on(tmp_path, larger, sampler="modality_length", **allowed)
+    with pytest.raises(ConfigError, match="--override-global-batch-size with --train-epochs.*give --train-iters"):
+        go_on(tmp_path, larger, train_epochs=2, **allowed)
+    with pytest.raises(ConfigError, match="seed 1 and this run has 2"):
+        go_on(tmp_path, replace(larger, seed=2), train_iters=9, **allowed)
+
+
+def test_options_that_may_change_are_told(tmp_path: Path) -> None:
+    def options(iterations: int, **flags: Any) -> dict[str, Any]:
+        return changeable_options(Config.from_flat(**flags), iterations)
+
+    before = json.loads(json.dumps(asdict(replace(STARTED, options=options(10, lr=1e-3)))))
+    now = replace(STARTED, options=options(20, lr=5e-4, vision_lr=None), global_batch_size=16)
+    assert changes(before, now) == ["--lr 0.001 -> 0.0005", "--train-iters 10 -> 20", "--global-batch-size 8 -> 16"]
+    assert changes(before, replace(STARTED, options=options(10, lr=1e-3))) == []
+
+
+def test_a_state_of_another_version_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="train_state.json .* of another version .*'epoch'"):
+        continued(saved(tmp_path, {"epoch": 1}), STARTED, Config())
+
+
+def checkpoint(root: Path, tokenizer: str = "a b c", iteration: int = 1, **language: Any) -> Checkpoint:
+    config = LanguageConfig.from_huggingface({**LLAMA, "num_attention_heads": 1, **language})
+    model = ModelConfig(config, VisionConfig(CLIP, (0, 0, 0), (1, 1, 1)), ProjectorConfig(), None, None)
+    assets = root / "assets"
+    (assets / "tokenizer").mkdir(parents=True, exist_ok=True)
+    (assets / "tokenizer" / "vocab.txt").write_text(tokenizer)
+    (assets / "preprocessor_config.json").write_text("{}")
+    return folder.publish(root, iteration, folder.begin(root, iteration), model, {}, assets)
+
+
+def test_another_model_beside_a_run_is_refused(tmp_path: Path) -> None:
+    own = checkpoint(tmp_path / "run")
+    refuse_other_model(own, checkpoint(tmp_path / "same").path.parent)
+    refuse_other_model(own, own.path)
+    refuse_other_model(own, tmp_path / "gone")
+    with pytest.raises(ConfigError, match="language.num_hidden_layers 1 and 3. .*another --save folder"):
+        refuse_other_model(own, checkpoint(tmp_path / "deeper", num_hidden_layers=3).path)
+    with pytest.raises(ConfigError, match="tokenizer files [0-9a-f]{16} and [0-9a-f]{16}"):
+        refuse_other_model(own, checkpoint(tmp_path / "renamed", "a c b").path)
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "says"),
+    [("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'), ("tokenizer/vocab.txt", "a b c", "a b d")],
+)
+def test_a_damaged_load_is_no_other_model(tmp_path: Path, file: str, said: str, says: str) -> None:
+    own, load = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "load", num_hidden_layers=3)
+    content = (load.path / file).read_text()
+    (load.path / file).write_text(content.replace(said, says))
+    refuse_other_model(own, load.path.parent)
+    (load.path / file).write_text(content)
+    with pytest.raises(ConfigError, match="another model"):
+        refuse_other_model(own, load.path.parent)
+
+
+def test_a_run_that_went_back_to_an_older_checkpoint_is_no_other_model(tmp_path: Path) -> None:
+    own = checkpoint(tmp_path / "run")
+    newer = checkpoint(tmp_path / "run", "a c b", iteration=2)
+    (tmp_path / "link").symlink_to("run")
+    for load in (tmp_path / "run", tmp_path / "link", own.path):
+        refuse_other_model(own, load)
+    with pytest.raises(ConfigError, match="another model"):
+        refuse_other_model(own, newer.path)

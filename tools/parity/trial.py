@@ -1,0 +1,231 @@
+"""A recorded model, ready to train at any layout, and recorded batches as its input. Every rank runs everything."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from parity.golden import Golden, Tensors
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig, VisionConfig
+from ross_mcore.batch import Sample
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.checkpoint.safe_load import StoredTensors
+from ross_mcore.checkpoint.sharded import save_checkpoint, sharding_metadata
+from ross_mcore.config import Config
+from ross_mcore.conversion.assembly import import_ross
+from ross_mcore.conversion.mapping import ross_table
+from ross_mcore.conversion.table import convert_out
+from ross_mcore.data.conversation import cut_row, expand_images
+from ross_mcore.data.loader import Step
+from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.engine.step import Losses, StepSize, agree_on_step, combine_losses, run_schedule
+from ross_mcore.models.diffusion import Draws
+from ross_mcore.parallel import groups as process_groups
+from ross_mcore.parallel.groups import Groups
+from ross_mcore.parallel.layout import share_of
+from ross_mcore.training.start import build, place
+
+T = TypeVar("T")
+REFERENCE = {
+    "loss_normalization": "microbatch",
+    "vm_loss_rows": "all",
+    "lr_decay_style": "constant",
+    "lr_warmup_iters": 0,
+    "clip_grad": 0.0,
+    "weight_decay": 0.0,
+}
+"""The reference's arithmetic, in flags of this trainer."""
+STAGES = {1: "pretrain", 2: "finetune"}
+"""Training stages of the reference, by the names of this trainer."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the flags of the tool say."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass
+class Trial:
+    """One recorded model, ready to train in one stage at one layout."""
+
+    config: Config
+    model_config: ModelConfig
+    groups: Groups
+    model: ModelChunks
+    optimizer: MegatronOptimizer
+
+    @property
+    def device(self) -> torch.device:
+        return platform.device()
+
+    def size(self, rows: list[Sample]) -> StepSize:
+        multiple = self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1
+        return agree_on_step(_as_step(rows), self.groups, multiple, self.device)
+
+    def run(self, rows: list[Sample], **options: Any) -> list[Any]:
+        """One micro-batch through mcore's schedule."""
+        training = replace(self.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
+        image_size = self.model_config.vision.image_size
+        return run_schedule(
+            self.model,
+            _as_step(share_of_pixels(rows, self.groups)),
+            self.size(rows),
+            self.groups,
+            training,
+            image_size=image_size,
+            device=self.device,
+            **options,
+        )
+
+    def losses(self, rows: list[Sample], draws: Draws, scales: tuple[float, float] = (1.0, 1.0)) -> Losses:
+        """Forward and backward with replayed draws; reduced gradients are left in the model."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        parts = self.run(rows, draws=[draws], scales=scales)
+        return combine_losses(parts, self.groups, self.device)
+
+    def hidden(self, rows: list[Sample]) -> Tensor | None:
+        """States after the final norm [B, S, D] on the ranks of the last stage, None elsewhere."""
+        with torch.no_grad():
+            found = self.run(rows, output="hidden", forward_only=True)
+        return found[0].view(len(rows), -1, found[0].shape[-1]) if self.groups.stage.is_last else None
+
+    def logits(self, states: Tensor | None) -> Tensor | None:
+        """States [N, D] -> logits [N, vocabulary] where they are, None elsewhere."""
+        if states is None:
+            return None
+        with torch.no_grad():
+            columns = self.model.last.language_model.logits(states)
+            whole = tensor_parallel.gather_from_tensor_model_parallel_region(columns)
+        return whole[:, : self.model_config.language.vocab_size]
+
+    def everywhere(self, value: T | None) -> T:
+        """What the first rank that has a value (not None) has, on every rank. Collective."""
+        values: list[T | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return next(v for v in values if v is not None)
+
+    def by_their_names(self, tensors: dict[str, Tensor]) -> Tensors:
+        """Tensors of this rank, by parameter name -> whole ones of all ranks, under the reference's names. Collective.
+
+        They take the way of a checkpoint: saved in pieces, read whole, converted out.
+        """
+        state = self.model.first.sharded_state_dict(metadata=sharding_metadata())
+        for name in list(state):
+            if name in tensors:
+                state[name].data = tensors[name]
+            else:
+                del state[name]
+        with shared_folder() as folder:
+            checkpoint = save_checkpoint(folder, 0, {"model": state}, self.model_config)
+            found = dict(
+                convert_out(ross_table(self.model_config), StoredTensors(checkpoint.path), self.model_config.language)
+            )
+            dist.barrier()
+        return found
+
+    def gradients(self) -> Tensors:
+        """Reduced gradients of every trained parameter, whole. Collective."""
+        named = self.model.first.named_parameters()
+        return self.by_their_names({name: p.main_grad.clone() for name, p in named if p.requires_grad})
+
+    def parameters(self) -> Tensors:
+        return self.by_their_names({name: p.detach().clone() for name, p in self.model.first.named_parameters()})
+
+
+def _as_step(rows: list[Sample]) -> Step:
+    """One micro-batch whose rows are one sample each."""
+    return Step([], None, [[[sample] for sample in rows]], [], {})
+
+
+class shared_folder:
+    """A temporary folder that rank 0 makes and removes, and all ranks see. Collective."""
+
+    def __enter__(self) -> Path:
+        names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(names, src=0)
+        self._path = Path(str(names[0]))
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._path, ignore_errors=True)
+
+
+def share_of_pixels(rows: list[Sample], groups: Groups) -> list[Sample]:
+    """The rows with the pixels of this tensor-parallel rank's share of the pictures, as the loader gives them."""
+    pictures = [(row, place) for row, sample in enumerate(rows) for place in range(len(sample.pixels))]
+    mine = {pictures[index] for index in share_of(len(pictures), groups.tensor_rank, groups.tensor.size())}
+    return [
+        replace(sample, pixels=[p if (row, place) in mine else None for place, p in enumerate(sample.pixels)])
+        for row, sample in enumerate(rows)
+    ]
+
+
+def import_model(golden: Golden, name: str, root: Path) -> Checkpoint:
+    """The recorded checkpoint as ours. Its tokenizer is not recorded and not used: any of the folder's will do."""
+    source = golden.folder / name / "hf_checkpoint"
+    with tempfile.TemporaryDirectory() as none_recorded:
+        (Path(none_recorded) / "tokenizer.json").write_text("{}", encoding="utf-8")
+        tokenizers = [golden.folder / path for path in golden.names("data/tok_*")] + [Path(none_recorded)]
+        return import_ross(root, source, tokenizer=tokenizers[0], base=golden.folder)
+
+
+def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, **flags: Any) -> Trial:
+    """Builds the model at the layout for a training stage. Collective."""
+    config = Config.from_flat(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        training_stage=stage,
+        **(REFERENCE | flags),
+    )
+    model_config = checkpoint.model_config()
+    groups = process_groups.initialize(place(config, model_config), config.training.seed, timeout_minutes=10)
+    model, optimizer = build(config, model_config, groups, checkpoint)
+    return Trial(config, model_config, groups, model, optimizer)
+
+
+def recorded_rows(tensors: Tensors, prefix: str, vision: VisionConfig, max_length: int | None = None) -> list[Sample]:
+    """A recorded batch as samples, cut to `max_length`; pictures that are not recorded are zero.
+
+    Raises ConversationError when the cut goes through a picture.
+    """
+    samples = []
+    blank = torch.zeros(3, vision.image_size, vision.image_size)
+    batch = zip(*(tensors[prefix + name] for name in ("input_ids", "labels", "attention_mask")))
+    for row, (ids, labels, mask) in enumerate(batch):
+        kept = mask.bool()
+        tokens, targets, starts = expand_images(ids[kept].tolist(), labels[kept].tolist(), vision.image_tokens)
+        if max_length is not None:
+            tokens, targets, starts = cut_row(tokens, targets, starts, vision.image_tokens, max_length)
+        picture = tensors[f"{prefix}images"][row] if f"{prefix}images" in tensors else blank
+        pictures: list[Tensor | None] = [picture for _ in starts]
+        samples.append(Sample(str(row), row, torch.from_numpy(tokens), torch.from_numpy(targets), starts, pictures))
+    return samples
+
+
+def replayed(tensors: Tensors, prefix: str, rows: list[Sample]) -> Draws:
+    """The recorded tape of a batch, pictures first and then blank rows. The reference tiles it draw after draw."""
+    noise = tensors[f"{prefix}posterior_noise"]
+    order = sorted(range(len(rows)), key=lambda row: not rows[row].image_starts)
+
+    def by_row(tape: Tensor) -> Tensor:
+        return tape.unflatten(0, (len(tape) // len(noise), len(noise))).transpose(0, 1)[order]
+
+    return Draws(noise[order], by_row(tensors[f"{prefix}t"]), by_row(tensors[f"{prefix}noise"]))

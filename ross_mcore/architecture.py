@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ross_mcore import checked, library_configs
+from ross_mcore.errors import ArchitectureError
 from ross_mcore.library_configs import MOST_LAYERS
 
 FORMAT = "ross_mcore"
@@ -25,10 +26,6 @@ VOCAB_MULTIPLE = 128
 
 DENOISER_WIDTHS = {8: 1280, 12: 1536}
 """Width of `denoiser_vit{N}x` by depth N, 1024 otherwise (reference multimodal_projector/builder.py:47-66)."""
-
-
-class ArchitectureError(ValueError):
-    """A model description that is malformed or that this trainer does not implement; the message says what to do."""
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checked import shown
+from ross_mcore.errors import ConfigError
 from ross_mcore.options import (
     CheckpointOptions,
-    ConfigError,
     DataOptions,
     ExecutionOptions,
     LoggingOptions,

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from ross_mcore import checked
 from ross_mcore.config import SECTIONS, Config, require_complete
-from ross_mcore.options import ConfigError
+from ross_mcore.errors import ConfigError
 
 DESCRIPTION = """\
 Train a ROSS model: a vision tower, a projector and a Qwen2 or Llama language model on lm_loss, and a denoiser that

@@ -19,13 +19,14 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Batch, Sample, collate, segments
 from ross_mcore.checked import shown
 from ross_mcore.checkpoint.fit import architecture_of
-from ross_mcore.checkpoint.folder import TRAIN_STATE, CheckpointError
+from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
 from ross_mcore.data.conversation import expand_images, require_pictures
-from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
+from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.errors import CheckpointError, ImageError
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel
 from ross_mcore.parallel import groups

@@ -9,11 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ross_mcore.checked import shown
-
-
-class ConfigError(ValueError):
-    """Options that cannot work; the message names the flag and the remedy."""
-
+from ross_mcore.errors import ConfigError
 
 MOST_WORKERS = 128
 MOST_ROWS = 1 << 20

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from ross_mcore.errors import PlatformError
+
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
 
 
@@ -35,10 +37,6 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 BLACKWELL = (10, 0)
 """Its compute capability."""
-
-
-class PlatformError(RuntimeError):
-    """This machine cannot run what was asked; the message says what to change."""
 
 
 @functools.cache

@@ -35,15 +35,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check(checkpoint: Checkpoint, verify: bool, advance: Callable[[int], None]) -> dict[str, Any]:
     """What `describe` says, with every damage among its problems."""
-    from ross_mcore.architecture import ArchitectureError
     from ross_mcore.checkpoint.contents import describe
-    from ross_mcore.checkpoint.manifest import CheckpointError, damages
+    from ross_mcore.checkpoint.manifest import damages
+    from ross_mcore.errors import UserError
 
     manifest = checkpoint.manifest()
     problems = damages(checkpoint.path, manifest, manifest.files, advance) if verify else []
     try:
         found = describe(checkpoint)
-    except (ArchitectureError, CheckpointError) as error:
+    except UserError as error:
         found = {"path": str(checkpoint.path), "iteration": checkpoint.iteration, "problems": []}
         problems = problems or [str(error)]
     return found | {"verified": verify and manifest.has_checksums, "problems": problems + found["problems"]}
@@ -108,7 +108,7 @@ def main() -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     from ross_mcore.checkpoint.folder import nothing_at, scan
-    from ross_mcore.checkpoint.manifest import CheckpointError
+    from ross_mcore.errors import UserError
 
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     try:
@@ -119,7 +119,7 @@ def main() -> int:
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=options.no_verify) as progress:
             bar = progress.add_task("", total=sum(checkpoint.manifest().bytes for checkpoint in chosen))
             found = [check(c, not options.no_verify, lambda count: progress.advance(bar, count)) for c in chosen]
-    except CheckpointError as error:
+    except UserError as error:
         print(f"check_checkpoint: {error}", file=sys.stderr)
         return 2
     is_intact = not incomplete and not any(one["problems"] for one in found)

@@ -48,11 +48,11 @@ def main() -> int:
     platform.prepare()
     import logging
 
-    from parity.golden import KNOWN
     from parity.report import all_rows
     from parity.rows import HEADER, summary
     from parity.trial import Layout
 
+    from ross_mcore.errors import UserError
     from ross_mcore.parallel import groups
 
     logging.disable(logging.WARNING)
@@ -70,7 +70,7 @@ def main() -> int:
             if first and (row.status == "FAIL" or not options.failures_only):
                 print(row, flush=True)
         groups.destroy()
-    except KNOWN as error:
+    except UserError as error:
         if first:
             print(f"check_parity: {error}", file=sys.stderr)
         return 2

@@ -179,14 +179,12 @@ def main() -> int:
     options = parse_arguments()
     import torch
 
-    from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.folder import CheckpointError
-    from ross_mcore.conversion.table import ConversionError
+    from ross_mcore.errors import UserError
 
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
     try:
         checkpoint = (convert_ross if options.ross_model else convert_parts)(options, dtype)
-    except (ArchitectureError, ConversionError, CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2
     print(f"wrote {checkpoint.path}; train from it with --load {options.save}")

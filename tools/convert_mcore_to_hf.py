@@ -94,14 +94,11 @@ def export(options: argparse.Namespace) -> list[str]:
 
 def main() -> int:
     options = parse_arguments()
-    from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.folder import CheckpointError
-    from ross_mcore.conversion.table import ConversionError
-    from ross_mcore.data.tokenizer import TokenizerError
+    from ross_mcore.errors import UserError
 
     try:
         remarks = export(options)
-    except (ArchitectureError, ConversionError, CheckpointError, TokenizerError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2
     print("\n".join([f"wrote {options.save}", *remarks]))

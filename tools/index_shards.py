@@ -76,10 +76,8 @@ def main() -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.data.conversation import SampleBounds
-    from ross_mcore.data.remote import RemoteError
-    from ross_mcore.data.shard_reader import ShardError
     from ross_mcore.data.templates import TRAINING_TEMPLATES
-    from ross_mcore.data.tokenizer import TokenizerError
+    from ross_mcore.errors import TokenizerError, UserError
     from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 
     columns = TextColumn("shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
@@ -102,7 +100,7 @@ def main() -> int:
                 num_workers=options.num_workers,
                 progress=lambda passed, total: bar.update(task, completed=passed, total=total),
             )
-    except (ShardError, RemoteError, TokenizerError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"index_shards: {error}", file=sys.stderr)
         return 2
     seconds = time.monotonic() - start

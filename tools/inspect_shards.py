@@ -124,9 +124,10 @@ def main() -> int:
     options = parse_arguments()
     from rich.console import Console
 
-    from ross_mcore.data.shard_reader import ShardError, ShardReader, ShardReadError
+    from ross_mcore.data.shard_reader import ShardReader
     from ross_mcore.data.templates import TRAINING_TEMPLATES
-    from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
+    from ross_mcore.data.tokenizer import load_tokenizer
+    from ross_mcore.errors import ShardError, UserError
     from ross_mcore.shards.inspection import inspect, record_of, tokens_of, write_contact_sheet
 
     console = Console(markup=False, emoji=False)
@@ -152,7 +153,7 @@ def main() -> int:
             samples.append((record, tokens))
         if options.contact_sheet is not None:
             found["contact_sheet"] = write_contact_sheet(reader, options.contact_sheet, options.contact_samples)
-    except (ShardError, ShardReadError, TokenizerError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"inspect_shards: {error}", file=sys.stderr)
         return 2
     if options.json:

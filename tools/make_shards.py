@@ -59,10 +59,10 @@ def main() -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.data.conversation import SampleBounds
-    from ross_mcore.data.shard_reader import ShardError
     from ross_mcore.data.templates import TRAINING_TEMPLATES
-    from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
-    from ross_mcore.shards.llava import RecordsError, convert_records, read_records
+    from ross_mcore.data.tokenizer import load_tokenizer
+    from ross_mcore.errors import RecordsError, TokenizerError, UserError
+    from ross_mcore.shards.llava import convert_records, read_records
     from ross_mcore.shards.measure import length_source
     from ross_mcore.shards.writer import ShardWriter
 
@@ -101,7 +101,7 @@ def main() -> int:
         named = str(error).startswith(str(options.data))
         print(f"make_shards: {error if named else f'{options.data}: {error}'}", file=sys.stderr)
         return 2
-    except (ShardError, TokenizerError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {done.samples} samples, {done.images} pictures, of {count} records")

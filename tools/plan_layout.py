@@ -106,19 +106,16 @@ def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int) 
 def main() -> int:
     options, rest = parse_arguments()
     from ross_mcore import flags
-    from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.manifest import CheckpointError
     from ross_mcore.config import check
-    from ross_mcore.conversion.table import ConversionError
-    from ross_mcore.options import ConfigError
-    from ross_mcore.parallel.layout import LayoutError, make_layout
+    from ross_mcore.errors import UserError
+    from ross_mcore.parallel.layout import make_layout
 
     config = flags.parse(rest, complete=False)
     try:
         model = read_model(options, config.checkpoint.load)
         layout = make_layout(model, world_size=options.world_size, **config.placement)
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
-    except (ArchitectureError, CheckpointError, ConfigError, ConversionError, LayoutError) as error:
+    except UserError as error:
         print(f"plan_layout: {error}; see --help", file=sys.stderr)
         return 2
     print_plan(config, model, layout, options.tokens or config.data.seq_length)

@@ -56,11 +56,9 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.folder import CheckpointError
-    from ross_mcore.data.remote import RemoteError
-    from ross_mcore.data.shard_reader import ShardError, ShardReader
-    from ross_mcore.parallel.groups import RankError, destroy, together
+    from ross_mcore.data.shard_reader import ShardReader
+    from ross_mcore.errors import RankError, UserError
+    from ross_mcore.parallel.groups import destroy, together
     from ross_mcore.shards.precompute import Precomputation, load_picture_parts
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -79,15 +77,7 @@ def main() -> int:
                 rank, world_size, lambda passed, total: bar.update(task, completed=passed, total=total or 1)
             )
         destroy()
-    except (
-        ArchitectureError,
-        CheckpointError,
-        RankError,
-        RemoteError,
-        ShardError,
-        platform.PlatformError,
-        OSError,
-    ) as error:
+    except (UserError, OSError) as error:
         if rank == 0 or not isinstance(error, RankError):
             print(f"precompute_latents: {error}", file=sys.stderr)
         return 2

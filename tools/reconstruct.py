@@ -31,10 +31,7 @@ def main() -> int:
     from ross_mcore import platform
 
     platform.prepare()
-    from ross_mcore.architecture import ArchitectureError
-    from ross_mcore.checkpoint.sharded import CheckpointError
-    from ross_mcore.data.image import ImageError
-    from ross_mcore.data.tokenizer import TokenizerError
+    from ross_mcore.errors import ImageError, UserError
     from ross_mcore.inference import as_picture, load_model, read_picture, reconstruct
     from ross_mcore.reporting.metrics import picture_grid
 
@@ -53,7 +50,7 @@ def main() -> int:
     except ImageError as error:
         print(f"reconstruct: {path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels", file=sys.stderr)
         return 2
-    except (ArchitectureError, CheckpointError, TokenizerError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"reconstruct: {error}", file=sys.stderr)
         return 2
     print(f"{options.output}: {len(pictures)} pictures, each over its reconstruction")

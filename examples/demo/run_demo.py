@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ross_mcore.errors import UserError
+
 if TYPE_CHECKING:
     from ross_mcore.inference import TrainedModel
 
@@ -36,7 +38,7 @@ GUESSING_MARGIN = 0.10
 """How far above guessing the blanked picture may lie: its noise over a few hundred questions."""
 
 
-class DemoError(RuntimeError):
+class DemoError(UserError, RuntimeError):
     """A step of the demo that failed; the message says which."""
 
 
@@ -364,7 +366,7 @@ def main() -> int:
             run(command)
         with clock.measure("answers, reconstruction and resume check, 1 process"):
             summary = evaluate(out, interrupted_at, train_iters)
-    except DemoError as error:
+    except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     summary["seconds"] = {step: round(seconds, 1) for step, seconds in clock.seconds.items()}

@@ -25,12 +25,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ross_mcore.errors import UserError
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "demo")]
 
 from run_demo import (  # noqa: E402
     Clock,
-    DemoError,
     check_stream,
     first_and_last_losses,
     metrics_of,
@@ -38,7 +39,7 @@ from run_demo import (  # noqa: E402
     run,
     train_and_interrupt,
 )
-from stamps import QUESTION, StampsError, fetch_stamps, read_captions, write_dataset  # noqa: E402
+from stamps import QUESTION, fetch_stamps, read_captions, write_dataset  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +159,7 @@ def main() -> int:
             run(command)
         with clock.measure("captions and reconstruction, 1 process"):
             summary = evaluate(out)
-    except (DemoError, StampsError) as error:
+    except UserError as error:
         print(f"stamps: {error}", file=sys.stderr)
         return 1
     summary["losses"] = first_and_last_losses(out)

@@ -25,6 +25,8 @@ from typing import Any
 
 from PIL import Image
 
+from ross_mcore.errors import UserError
+
 PACKAGE = "tuxpaint-stamps-default"
 INSIDE_PACKAGE = Path("usr/share/tuxpaint/stamps")
 PICTURE_PIXELS = 64
@@ -34,7 +36,7 @@ LEFT_OUT_FOLDERS = ("symbols",)
 QUESTION = "What is in the picture?"
 
 
-class StampsError(RuntimeError):
+class StampsError(UserError, RuntimeError):
     """The pictures cannot be had or used; the message says what to do."""
 
 
@@ -184,7 +186,7 @@ def main() -> int:
     try:
         folder = options.stamps_dir or fetch_stamps(options.cache)
         chosen = write_dataset(folder, options.out, options.count)
-    except StampsError as error:
+    except UserError as error:
         parser.exit(1, f"stamps: {error}\n")
     print(f"{options.out}: {len(chosen)} pictures with captions of their own")
     return 0

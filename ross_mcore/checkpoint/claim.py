@@ -20,7 +20,7 @@ from types import TracebackType
 
 from ross_mcore import checked
 from ross_mcore.checkpoint.folder import is_iteration
-from ross_mcore.checkpoint.manifest import CheckpointError
+from ross_mcore.errors import CheckpointError
 
 LOCK = ".lock"
 WAIT_SECONDS = 10.0

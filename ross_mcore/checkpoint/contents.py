@@ -13,9 +13,10 @@ from ross_mcore import checked
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE, Checkpoint
 from ross_mcore.checkpoint.inventory import inventory
-from ross_mcore.checkpoint.manifest import MARKER, CheckpointError
+from ross_mcore.checkpoint.manifest import MARKER
 from ross_mcore.checkpoint.safe_load import read_metadata, tensor_shapes
 from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
+from ross_mcore.errors import CheckpointError
 
 PARTS = {
     "vision_model": "vision tower",

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError
+from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
+from ross_mcore.errors import CheckpointError
 
 
 def part_fingerprint(checkpoint: Checkpoint, part: str, config: dict[str, Any]) -> str:

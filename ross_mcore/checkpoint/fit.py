@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError
+from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
+from ross_mcore.errors import CheckpointError
 
 
 def architecture_of(checkpoint: Checkpoint) -> ModelConfig:

@@ -32,7 +32,6 @@ from typing import Any
 from ross_mcore.architecture import ModelConfig, read_model_config
 from ross_mcore.checkpoint.manifest import (
     MARKER,
-    CheckpointError,
     FileRecord,
     Manifest,
     damages,
@@ -42,6 +41,7 @@ from ross_mcore.checkpoint.manifest import (
     sync,
     wrong_size,
 )
+from ross_mcore.errors import CheckpointError
 
 POINTER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "train_state.json"

@@ -28,15 +28,12 @@ from typing import Any
 from isal.isal_zlib import crc32
 
 from ross_mcore import checked
+from ross_mcore.errors import CheckpointError
 
 MARKER = "complete.json"
 FORMAT = "ross_mcore_checkpoint"
 FORMAT_VERSION = 2
 _CHUNK_BYTES = 2**20
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the file or tensor and what to do."""
 
 
 @dataclass(frozen=True)

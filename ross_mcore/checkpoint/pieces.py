@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ross_mcore.checked import shown
-from ross_mcore.checkpoint.manifest import CheckpointError
+from ross_mcore.errors import CheckpointError
 
 
 class Slice(io.RawIOBase):

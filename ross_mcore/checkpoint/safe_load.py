@@ -35,9 +35,10 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from ross_mcore.checked import reason, shown
-from ross_mcore.checkpoint.folder import REMEDY, CheckpointError
+from ross_mcore.checkpoint.folder import REMEDY
 from ross_mcore.checkpoint.pieces import Room, Slice, read_block, require_stored
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, OPTIMIZER_PREFIX
+from ross_mcore.errors import CheckpointError
 
 ALLOWED = {
     # plain descriptions of tensors and of byte ranges: dataclasses and enums without side effects

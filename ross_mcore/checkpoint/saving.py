@@ -56,11 +56,12 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.checkpoint.manifest import CheckpointError, FileRecord, checksum
+from ross_mcore.checkpoint.manifest import FileRecord, checksum
 from ross_mcore.checkpoint.safe_load import read_common
 from ross_mcore.checkpoint.tensor_file import TensorFile, write_index
 from ross_mcore.checkpoint.together import exchange, to_first_rank, together
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, sharding_metadata
+from ross_mcore.errors import CheckpointError
 from ross_mcore.parallel.groups import sum_over_ranks
 
 POLL_SECONDS = 0.5

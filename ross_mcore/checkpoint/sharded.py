@@ -49,7 +49,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checked import reason, shown
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, CheckpointError, find_checkpoint, require_checkpoint
+from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, find_checkpoint, require_checkpoint
 from ross_mcore.checkpoint.manifest import read_json
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
 from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
@@ -65,6 +65,7 @@ from ross_mcore.checkpoint.torch_dist import (
     SHARDING,
     sharding_metadata,
 )
+from ross_mcore.errors import CheckpointError
 
 __all__ = [
     "Checkpoint",

@@ -22,8 +22,9 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.utils.serialization import config
 
-from ross_mcore.checkpoint.manifest import CheckpointError, FileRecord
+from ross_mcore.checkpoint.manifest import FileRecord
 from ross_mcore.checkpoint.torch_dist import BACKEND, BACKEND_FILE, INDEX_FILE
+from ross_mcore.errors import CheckpointError
 
 _STEP_BYTES = 2**24
 """The system is to begin with the disk after so many bytes, not when the last one is there."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ross_mcore.checkpoint.manifest import CheckpointError
+from ross_mcore.errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, is_iteration, nothing_at, scan
-from ross_mcore.checkpoint.manifest import CheckpointError, Manifest, damages
+from ross_mcore.checkpoint.manifest import Manifest, damages
 from ross_mcore.checkpoint.together import exchange, together
+from ross_mcore.errors import CheckpointError
 from ross_mcore.parallel.groups import same_on_all_ranks
 
 _logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from ross_mcore.conversion.huggingface import (
 )
 from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.stream import TensorWriter
-from ross_mcore.conversion.table import AnyRow, ConversionError, convert_in, plan
+from ross_mcore.conversion.table import AnyRow, convert_in, plan
+from ross_mcore.errors import ConversionError
 
 KEPT_IN_FLOAT32 = ("denoiser.", "pixel_decoder.")
 """What computes in float32 in every run, and is stored so."""

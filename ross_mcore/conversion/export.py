@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ross_mcore import checked
 from ross_mcore.checkpoint.fit import require_fit
-from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, CheckpointError, rename_into_place
+from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, rename_into_place
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.conversion import export_config, mapping
 from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
 from ross_mcore.conversion.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
-from ross_mcore.conversion.table import AnyRow, ConversionError, convert_steps, plan_out
+from ross_mcore.conversion.table import AnyRow, convert_steps, plan_out
+from ross_mcore.errors import CheckpointError, ConversionError
 
 PIXEL_DECODER = "pixel_decoder"
 LANGUAGE_MODEL = "language_model"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ross_mcore.architecture import DenoiserConfig, LanguageConfig, ModelConfig, VisionConfig
-from ross_mcore.conversion.table import ConversionError
+from ross_mcore.errors import ConversionError
 
 CLASS_NAMES = {"qwen2": "Qwen2", "llama": "Llama"}
 VISION_CLASSES = {"siglip_vision_model": "SiglipVisionModel", "clip_vision_model": "CLIPVisionModel"}

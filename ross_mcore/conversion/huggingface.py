@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ross_mcore import checked
 from ross_mcore.architecture import (
-    ArchitectureError,
     DenoiserConfig,
     LanguageConfig,
     ModelConfig,
@@ -28,7 +27,8 @@ from ross_mcore.architecture import (
 )
 from ross_mcore.checkpoint.safe_load import read_adapter
 from ross_mcore.conversion.export_config import ross_facts
-from ross_mcore.conversion.table import ConversionError, Tensors
+from ross_mcore.conversion.table import Tensors
+from ross_mcore.errors import ArchitectureError, ConversionError
 from ross_mcore.library_configs import MOST_LAYERS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -18,10 +18,7 @@ from torch import Tensor
 
 from ross_mcore.architecture import LanguageConfig
 from ross_mcore.checkpoint.inventory import Shapes
-
-
-class ConversionError(ValueError):
-    """A source that does not fit the architecture; the message names the tensor and says what was expected."""
+from ross_mcore.errors import ConversionError
 
 
 class Tensors(Protocol):

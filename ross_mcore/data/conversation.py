@@ -20,20 +20,13 @@ from numpy.typing import NDArray
 
 from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.tokenizer import encode
+from ross_mcore.errors import ConversationError, NothingLeft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN_INDEX = -200
 IMAGE_PLACEHOLDER = "<image>"
-
-
-class ConversationError(ValueError):
-    """A conversation that cannot become a row; the message is a short reason, meant to be counted."""
-
-
-class NothingLeft(ConversationError):
-    """A good sample of which the options (template, row length, bounds) leave nothing to train on."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ross_mcore.architecture import ArchitectureError, VisionConfig
+from ross_mcore.architecture import VisionConfig
 from ross_mcore.batch import normalised_pixels
 from ross_mcore.checked import reason
+from ross_mcore.errors import ArchitectureError, ImageError
 
 ImageAspectRatio = Literal["square", "pad"]
 
@@ -27,10 +28,6 @@ MAX_PIXELS = 64 << 20
 MAX_SIDE = 16384
 MAX_ASPECT_RATIO = 200
 """Padding squares the longer side and resizing stretches it, so a thin picture costs far more than its own pixels."""
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used; the message is a short reason, meant to be counted."""
 
 
 def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.Image, str]:

@@ -10,14 +10,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ross_mcore.batch import IGNORE_INDEX
-from ross_mcore.data.conversation import (
-    IMAGE_PLACEHOLDER,
-    IMAGE_TOKEN_INDEX,
-    ConversationError,
-    encode_text,
-    encode_with_images,
-)
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, encode_text, encode_with_images
 from ross_mcore.data.tokenizer import encode
+from ross_mcore.errors import ConversationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,8 +30,8 @@ from ross_mcore.data.order import Order, sample_digest
 from ross_mcore.data.replacement import ASKED_FOR, ATTEMPTS, EMPTY, TEXT, Bad, Quarantined, substitute
 from ross_mcore.data.rows import PlannedRow, RowStream, micro_batches
 from ross_mcore.data.sample import ShardDataset, skipped_sample
-from ross_mcore.data.shard_reader import ShardReadError
 from ross_mcore.data.sources import MixtureDataset
+from ross_mcore.errors import ShardReadError
 from ross_mcore.parallel.layout import share_of
 
 PlannedMicroBatch = list[PlannedRow]

@@ -23,7 +23,8 @@ from torch import Tensor
 from ross_mcore import checked
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.data.image import ImagePreprocessing
-from ross_mcore.data.shard_reader import ShardError, ShardReader
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.errors import ShardError
 
 TOOL = "python tools/precompute_latents.py"
 BLANK = "blank.safetensors"

@@ -21,16 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ross_mcore.errors import RemoteError
+
 DEFAULT_CACHE_BYTES = 64 << 30
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 """Before the second attempt to fetch a shard, twice as long before the third."""
 STALE_SECONDS = 24 * 3600
 """Age of an unfinished download that nobody will finish."""
-
-
-class RemoteError(OSError):
-    """A URL that cannot be read; the message names it and, where there is one, the remedy."""
 
 
 def is_remote(location: str) -> bool:

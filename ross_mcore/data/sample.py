@@ -20,21 +20,14 @@ from torch import Tensor
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample
-from ross_mcore.data.conversation import (
-    UNBOUNDED,
-    ConversationError,
-    NothingLeft,
-    SampleBounds,
-    cut_row,
-    expand_images,
-    require_pictures,
-)
-from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
+from ross_mcore.data.conversation import UNBOUNDED, SampleBounds, cut_row, expand_images, require_pictures
+from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
 from ross_mcore.data.precomputed import PrecomputedParts
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES
 from ross_mcore.data.replacement import Bad
-from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, LengthSource, ShardError, ShardReader
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, LengthSource, ShardReader
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_conversation
+from ross_mcore.errors import ConversationError, ImageError, NothingLeft, ShardError
 from ross_mcore.shards.measure import length_source, stale_lengths
 
 if TYPE_CHECKING:

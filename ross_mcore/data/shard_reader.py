@@ -37,7 +37,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ross_mcore import checked
-from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, RemoteError, ShardCache, is_remote, require_protocol
+from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, is_remote, require_protocol
+from ross_mcore.errors import RemoteError, ShardError, ShardReadError
 
 INDEX_TOOL = "python tools/index_shards.py"
 FORMAT = "ross_mcore shards"
@@ -82,14 +83,6 @@ PART_ROW = np.dtype(
     [("latents_offset", "<u8"), ("features_offset", "<u8"), ("latents_size", "<u4"), ("features_size", "<u4")]
 )
 """Sizes are 0 where a sample has no such part."""
-
-
-class ShardReadError(OSError):
-    """The file system failed. Unlike bad data, another rank may not see it, so it ends the run instead of a row."""
-
-
-class ShardError(ValueError):
-    """A data set folder, shard or member that cannot be used; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)

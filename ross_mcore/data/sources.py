@@ -32,8 +32,8 @@ from ross_mcore.data.image import ImageAspectRatio
 from ross_mcore.data.mixture import counts_by_epochs, counts_by_weight
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_reader import ShardError
 from ross_mcore.data.templates import TRAINING_TEMPLATES
+from ross_mcore.errors import ShardError
 
 SUFFIXES = (".yaml", ".yml")
 MAX_OPEN_SHARDS = 384

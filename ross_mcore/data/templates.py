@@ -14,13 +14,13 @@ from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_INDEX,
-    ConversationError,
     check_turns,
     encode_text,
     normalise_images,
     with_missing_images,
 )
 from ross_mcore.data.labels import Prompt, mask_byte_pairs, mask_caption, mask_headers, mask_sentencepiece
+from ross_mcore.errors import ConversationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

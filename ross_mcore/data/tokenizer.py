@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ross_mcore import checked
+from ross_mcore.errors import TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,10 +18,6 @@ READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Of what the library may read in a tokenizer's folder."""
 DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json")
 LLAMA3_END_OF_TEXT = "<|end_of_text|>"
-
-
-class TokenizerError(ValueError):
-    """A tokenizer folder that cannot be used; the message names it."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -11,8 +11,9 @@ import torch
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig
 from ross_mcore.config import Config
+from ross_mcore.errors import ConfigError
 from ross_mcore.models.language import Execution, Fp8
-from ross_mcore.options import ConfigError, ExecutionOptions
+from ross_mcore.options import ExecutionOptions
 from ross_mcore.platform import Libraries
 
 FP8_ONLY = (

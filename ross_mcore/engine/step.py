@@ -18,8 +18,8 @@ from ross_mcore import platform
 from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, is_blank, segments
 from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.replacement import Bad
-from ross_mcore.data.shard_reader import ShardReadError
 from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.errors import ShardReadError
 from ross_mcore.guards.progress import at
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.options import TrainingOptions

@@ -42,7 +42,7 @@ _VERDICT, _CLAIMS = "watchdog/verdict", "watchdog/claims"
 
 
 class StoreGone(RuntimeError):
-    """The store that ranks met in does not answer."""
+    """The store that the ranks share does not answer. A signal within the watchdog, which ends the process."""
 
 
 class Watchdog:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ross_mcore.architecture import ArchitectureError, PixelDecoderConfig
+from ross_mcore.architecture import PixelDecoderConfig
 from ross_mcore.checked import reason, shown
+from ross_mcore.errors import ArchitectureError
 from ross_mcore.library_configs import VAE_KEYS
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ross_mcore import platform
-from ross_mcore.architecture import ArchitectureError, VisionConfig
+from ross_mcore.architecture import VisionConfig
 from ross_mcore.checked import reason, shown
+from ross_mcore.errors import ArchitectureError
 from ross_mcore.library_configs import VISION_KEYS
 from ross_mcore.platform import Libraries
 

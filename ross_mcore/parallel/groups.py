@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
 from ross_mcore import platform
+from ross_mcore.errors import RankError
 from ross_mcore.parallel.layout import Layout, Stage
 
 E = TypeVar("E", bound=Exception)
@@ -87,10 +88,6 @@ def agree(value: int, group: ProcessGroup, device: torch.device) -> bool:
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     highest, lowest_inverted = extremes.tolist()
     return highest == ~lowest_inverted
-
-
-class RankError(RuntimeError):
-    """An action that failed on some rank; the message names the rank and what it said."""
 
 
 def on_all_ranks(error: E) -> E:

@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
+from ross_mcore.errors import LayoutError
 from ross_mcore.flops import forward_flops, stage_flops
 
 TYPICAL_TEXT_TOKENS = 300
 """Text tokens of a typical instruction sample: what stage balance is computed for when nothing better is known."""
-
-
-class LayoutError(ValueError):
-    """Degrees that do not fit the model or the number of processes; the message says what to change."""
 
 
 def share_of(count: int, rank: int, size: int) -> range:

@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ross_mcore import checked
-
-
-class LogError(RuntimeError):
-    """A file of figures that cannot be read or begun; the message names it."""
+from ross_mcore.errors import LogError
 
 
 def say(text: str) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.tensorboard import RecordWriter, summary
 
 from ross_mcore import checked
-from ross_mcore.reporting.logs import LogError, LogFile, append
+from ross_mcore.errors import LogError
+from ross_mcore.reporting.logs import LogFile, append
 
 
 class Board:

@@ -21,17 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ross_mcore import checked
-from ross_mcore.data.shard_reader import (
-    CAPTION,
-    FORMAT,
-    FORMAT_VERSION,
-    IMAGE_ROW,
-    PART_ROW,
-    SAMPLE_ROW,
-    LengthSource,
-    ShardError,
-    ShardReadError,
-)
+from ross_mcore.data.shard_reader import CAPTION, FORMAT, FORMAT_VERSION, IMAGE_ROW, PART_ROW, SAMPLE_ROW, LengthSource
+from ross_mcore.errors import ShardError, ShardReadError
 from ross_mcore.shards.tars import TarSample
 
 PARTS = "index.parts"

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from ross_mcore import checked
 from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
-from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, RemoteError, ShardCache, identify, is_remote, list_shards
-from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource, ShardError
+from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, identify, is_remote, list_shards
+from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource
 from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.errors import RemoteError, ShardError, TooManyBad
 from ross_mcore.shards.index_parts import (
     PARTS,
     IndexedShard,
@@ -93,10 +94,6 @@ class Indexing:
     @property
     def bad_fraction(self) -> float:
         return self.bad / max(1, self.samples + self.bad)
-
-
-class TooManyBad(ShardError):
-    """More samples were bad than allowed, so no index was written; quarantine.jsonl names them."""
 
 
 def find_shards(places: Sequence[str], out: Path) -> list[Shard]:

@@ -20,12 +20,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ross_mcore import checked
 from ross_mcore.batch import IGNORE_INDEX
-from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ConversationError
-from ross_mcore.data.image import ImageError, decode_image
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
+from ross_mcore.data.image import decode_image
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.packing import pack
-from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardError, ShardReader
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.templates import tokenize_conversation
+from ross_mcore.errors import ConversationError, ImageError, ShardError
 from ross_mcore.shards.index_parts import replacing
 from ross_mcore.shards.measure import NO_LIMIT
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ross_mcore import checked
-from ross_mcore.data.conversation import UNBOUNDED, ConversationError, SampleBounds
-from ross_mcore.data.image import FORMATS, ImageError, decode_image
+from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
+from ross_mcore.data.image import FORMATS, decode_image
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
-from ross_mcore.shards.measure import Measure, SampleError
+from ross_mcore.errors import ConversationError, ImageError, RecordsError, SampleError
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -29,10 +30,6 @@ SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
 """What may lie in an image folder; whatever is not in FORMATS is stored as PNG."""
 REMEDY = "copy it again, or write it again as a JSON list of records, or as .jsonl with one record a line"
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
-
-
-class RecordsError(ValueError):
-    """A JSON file without a list of usable records; the message says why."""
 
 
 @dataclass

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     UNBOUNDED,
-    ConversationError,
     SampleBounds,
     check_turns,
     count_words,
     require_pictures,
 )
-from ross_mcore.data.image import ImageError, decode_image
+from ross_mcore.data.image import decode_image
 from ross_mcore.data.shard_reader import (
     CAPTION,
     INDEX_TOOL,
@@ -37,6 +36,7 @@ from ross_mcore.data.shard_reader import (
 )
 from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.data.tokenizer import fingerprint_tokenizer
+from ross_mcore.errors import ConversationError, ImageError, SampleError
 from ross_mcore.shards.index_parts import ShardIndex, content_digest
 from ross_mcore.shards.tars import Damage, Member, TarSample, group_members, reportable, walk_tar
 
@@ -45,10 +45,6 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31 - 1
 MAX_PART_HEADER_BYTES = 16 << 20
-
-
-class SampleError(ValueError):
-    """A sample that cannot be trained on; the message is a short reason, meant to be counted."""
 
 
 @dataclass(frozen=True)

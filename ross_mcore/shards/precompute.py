@@ -25,9 +25,10 @@ from ross_mcore.checkpoint.fingerprint import part_fingerprint
 from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
-from ross_mcore.data.image import ImageAspectRatio, ImageError, ImagePreprocessing, decode_image
+from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
 from ross_mcore.data.precomputed import BLANK, PartSource, pack_blank, pack_part, part_source
-from ross_mcore.data.shard_reader import CAPTION, MAX_PART_BYTES, ShardError, ShardReader
+from ross_mcore.data.shard_reader import CAPTION, MAX_PART_BYTES, ShardReader
+from ross_mcore.errors import ImageError, ShardError
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel.groups import together

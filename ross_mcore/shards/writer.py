@@ -17,8 +17,8 @@ from ross_mcore.data.shard_reader import (
     RECORD,
     UNKNOWN_LENGTH,
     LengthSource,
-    ShardError,
 )
+from ross_mcore.errors import ShardError
 from ross_mcore.shards.index_parts import IndexedShard, ShardIndex, content_digest, share, write_index
 from ross_mcore.shards.tars import Member, group_members, walk_tar
 

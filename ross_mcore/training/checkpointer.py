@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.manifest import CheckpointError
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
 from ross_mcore.engine.state import TrainState, sharded_state
+from ross_mcore.errors import CheckpointError
 from ross_mcore.guards import progress
 from ross_mcore.guards.finite import all_finite
 from ross_mcore.guards.incidents import INCIDENTS_FILE

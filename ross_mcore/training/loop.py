@@ -10,12 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ross_mcore import platform
-from ross_mcore.architecture import ArchitectureError
-from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.config import Config
 from ross_mcore.data.loader import Step
-from ross_mcore.data.shard_reader import ShardError, ShardReadError
-from ross_mcore.data.tokenizer import TokenizerError
 from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
 from ross_mcore.engine.state import TrainState
 from ross_mcore.engine.step import (
@@ -27,6 +23,7 @@ from ross_mcore.engine.step import (
     replace_bad_samples,
     run_schedule,
 )
+from ross_mcore.errors import TrainingError, UserError
 from ross_mcore.guards.bad_samples import QUARANTINE_FILE, BadSample, bad_samples, is_over_budget
 from ross_mcore.guards.finite import all_finite, diagnose
 from ross_mcore.guards.incidents import INCIDENTS_FILE, Incident, samples_behind
@@ -34,11 +31,8 @@ from ross_mcore.guards.progress import at
 from ross_mcore.guards.replicas import ReplicaCheck
 from ross_mcore.guards.spikes import find_spike, remembered
 from ross_mcore.guards.watchdog import Watchdog
-from ross_mcore.options import ConfigError
 from ross_mcore.parallel import groups as process_groups
-from ross_mcore.parallel.groups import RankError
-from ross_mcore.parallel.layout import LayoutError
-from ross_mcore.reporting.logs import LogError, complain
+from ross_mcore.reporting.logs import complain
 from ross_mcore.reporting.metrics import StepMetrics
 from ross_mcore.reporting.report import Report
 from ross_mcore.training.checkpointer import Saver
@@ -46,26 +40,6 @@ from ross_mcore.training.reconstruction import reconstruction_grid
 from ross_mcore.training.run import Run, open_run
 from ross_mcore.training.stop import Asked, Requests
 from ross_mcore.training.validation import validate
-
-USER_ERRORS = (
-    ArchitectureError,
-    CheckpointError,
-    ConfigError,
-    LayoutError,
-    LogError,
-    platform.PlatformError,
-    RankError,
-    ShardError,
-    ShardReadError,
-    TokenizerError,
-)
-"""What bad input raises; a start that fails does so on every rank, and the first one speaks."""
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the last good checkpoint is intact. Every rank raises it."""
-
-    on_all_ranks = True
 
 
 def train(config: Config) -> int:
@@ -78,7 +52,7 @@ def train(config: Config) -> int:
             _train(config, requests, closing)
         process_groups.destroy()
         return 0
-    except (*USER_ERRORS, TrainingError) as error:
+    except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             complain(f"pretrain_ross.py: error: {error}")
         return 2

@@ -12,7 +12,7 @@ from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.precomputed import PrecomputedParts, part_source
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.options import ConfigError
+from ross_mcore.errors import ConfigError
 from ross_mcore.parallel.groups import from_first_rank, together
 from ross_mcore.parallel.layout import Stage
 

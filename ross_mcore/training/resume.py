@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ross_mcore import checked
-from ross_mcore.architecture import ArchitectureError
 from ross_mcore.checked import shown
 from ross_mcore.checkpoint.folder import TOKENIZER, Checkpoint, checkpoints
-from ross_mcore.checkpoint.manifest import CheckpointError, damages
+from ross_mcore.checkpoint.manifest import damages
 from ross_mcore.config import Config
 from ross_mcore.engine.state import TrainState, read_state
-from ross_mcore.options import ConfigError
+from ross_mcore.errors import ArchitectureError, CheckpointError, ConfigError
 
 RUN_IDENTITY = {
     "seed": "--seed",

@@ -16,7 +16,7 @@ from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE
-from ross_mcore.checkpoint.sharded import Checkpoint, CheckpointError
+from ross_mcore.checkpoint.sharded import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import Order
@@ -24,6 +24,7 @@ from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.precision import row_multiple
 from ross_mcore.engine.state import TrainState, restore
+from ross_mcore.errors import CheckpointError
 from ross_mcore.guards.finite import all_finite, diagnose
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.groups import Groups

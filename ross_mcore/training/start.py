@@ -31,8 +31,8 @@ from ross_mcore.engine.optimizer import build_optimizer, set_trainable
 from ross_mcore.engine.precision import check_execution, execution_of, row_multiple
 from ross_mcore.engine.state import load_weights
 from ross_mcore.engine.step import finalize_gradients
+from ross_mcore.errors import ConfigError
 from ross_mcore.models.ross import RossModel
-from ross_mcore.options import ConfigError
 from ross_mcore.parallel import groups as groups_of_ranks
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk, Layout, make_layout

@@ -17,6 +17,7 @@ import pytest
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.checkpoint import folder
+from ross_mcore.errors import CheckpointError
 from tests.distributed.cases import Case
 from tests.distributed.conftest import run_options
 from tests.distributed.harness import run_ranks
@@ -75,7 +76,7 @@ def fail_on_rank_one(root: str, where: str, message: str) -> None:
             if rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
             save(2, saving.HostCopies() if where == "write a copy" else None)
-    except folder.CheckpointError as error:
+    except CheckpointError as error:
         assert message in str(error), str(error)
     else:
         raise AssertionError("nothing was refused")
@@ -151,7 +152,7 @@ def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) 
     from ross_mcore.checkpoint import saving
     from ross_mcore.config import Config
     from ross_mcore.data.loader import StepLoader
-    from ross_mcore.data.shard_reader import ShardReadError
+    from ross_mcore.errors import ShardReadError
     from ross_mcore.reporting.metrics import MetricsLog
     from ross_mcore.training.loop import train
 

@@ -129,7 +129,7 @@ def test_samples_over_a_bound_are_counted_and_the_others_train(start: Callable[.
 
 def ask(run: Path) -> None:
     """Questions about none, one and two pictures, alone and side by side: the same answers, which depend on both."""
-    from ross_mcore.data.conversation import ConversationError
+    from ross_mcore.errors import ConversationError
     from ross_mcore.inference import Question, _prompt, _run, answer, load_model
 
     trained = load_model(run)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ross_mcore.data.conversation import ConversationError, expand_images
+from ross_mcore.data.conversation import expand_images
 from ross_mcore.data.templates import (
     TRAINING_TEMPLATES,
     Tokenized,
@@ -21,6 +21,7 @@ from ross_mcore.data.templates import (
     write_prompt,
 )
 from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.errors import ConversationError
 
 FOLDERS = {
     "qwen": "tok_qwen2",

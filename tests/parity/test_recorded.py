@@ -19,11 +19,12 @@ from ross_mcore import platform
 platform.prepare()
 
 from parity import components, data  # noqa: E402
-from parity.golden import KNOWN, Golden, GoldenError, usable, where_recorded  # noqa: E402
+from parity.golden import Golden, GoldenError, usable, where_recorded  # noqa: E402
 from parity.report import PARTS, all_rows  # noqa: E402
 from parity.rows import Row, compare, compare_exactly, compare_sets, summary  # noqa: E402
 from parity.trial import Layout  # noqa: E402
 
+from ross_mcore.errors import UserError  # noqa: E402
 from tests.recorded import GOLDEN  # noqa: E402
 
 COUNTS = {
@@ -114,7 +115,7 @@ def test_a_configuration_that_cannot_be_is_named_with_its_file(
 ) -> None:
     path, golden = copied / file, Golden(copied)
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(KNOWN, match=key) as error:
+    with pytest.raises(UserError, match=key) as error:
         list(usable(golden, "any", rows(golden)))
     assert str(path) in str(error.value)
 

@@ -60,7 +60,8 @@ def refuse_others(checkpoint: Path) -> None:
 
     from ross_mcore import platform
     from ross_mcore.checkpoint.folder import find_checkpoint
-    from ross_mcore.checkpoint.sharded import CheckpointError, load_training_state
+    from ross_mcore.checkpoint.sharded import load_training_state
+    from ross_mcore.errors import CheckpointError
 
     platform.initialize_process_group(1)
     found = find_checkpoint(checkpoint)

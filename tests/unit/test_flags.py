@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ross_mcore.config import SECTIONS, Config, check
+from ross_mcore.errors import ConfigError
 from ross_mcore.flags import build_parser, field_help, flag, parse
-from ross_mcore.options import ConfigError
 
 FLAGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --pipeline-layout --num-layers-per-virtual-pipeline-stage

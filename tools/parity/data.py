@@ -14,11 +14,12 @@ from parity.golden import Golden, NotRecorded, where_recorded
 from parity.rows import Row, compare, compare_exactly, failed, instead, not_recorded, unsupported
 from ross_mcore.architecture import VisionConfig
 from ross_mcore.batch import Sample, collate
-from ross_mcore.data.conversation import ConversationError, count_words, expand_images
+from ross_mcore.data.conversation import count_words, expand_images
 from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing
 from ross_mcore.data.order import modality_length_order
 from ross_mcore.data.templates import TEMPLATES, Tokenized, tokenize_conversation, tokenize_prompt, write_prompt
 from ross_mcore.data.tokenizer import encode, load_tokenizer
+from ross_mcore.errors import ConversationError
 
 CONVERSATIONS = "data/conversations.json"
 ASPECT_RATIOS = get_args(ImageAspectRatio)

@@ -23,38 +23,24 @@ from torch import Tensor
 
 from parity.rows import Row, not_recorded
 from ross_mcore import checked
-from ross_mcore.architecture import ArchitectureError
-from ross_mcore.checkpoint.folder import CheckpointError
-from ross_mcore.conversion.table import ConversionError
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
-from ross_mcore.data.tokenizer import TokenizerError
-from ross_mcore.options import ConfigError
-from ross_mcore.parallel.layout import LayoutError
+from ross_mcore.errors import ArchitectureError, ConversationError, ImageError, UserError
 
 Tensors = dict[str, Tensor]
 REMEDY = "record it again, or copy the folder again"
 
 
-class GoldenError(ValueError):
-    """A folder that does not hold recorded values; the message names the file."""
-
-
-KNOWN = (
-    ArchitectureError,
-    CheckpointError,
-    ConfigError,
-    ConversionError,
-    GoldenError,
-    LayoutError,
-    TokenizerError,
-)
-"""What is said in words already; what tools/check_parity.py ends with."""
 MOST_NAMED = 6
 
 
+class GoldenError(UserError, ValueError):
+    """A folder that does not hold recorded values; the message names the file."""
+
+
 class NotRecorded(Exception):
-    """A value that this folder has none of; the message names file and key. Its row is left out, and said to be."""
+    """A value that this folder does not hold; the message names file and key. It never reaches the user as an error:
+    `where_recorded` makes it a row."""
 
 
 def where_recorded(family: str, name: str, rows: Iterator[Row]) -> Iterator[Row]:
@@ -71,8 +57,9 @@ def usable(golden: Golden, family: str, rows: Iterator[Row]) -> Iterator[Row]:
     try:
         yield from rows
     except Exception as error:  # nothing here says what a folder of recorded values must be; the rows use it as it is
-        names_no_file = isinstance(error, ArchitectureError) and str(golden.folder) not in str(error)
-        if isinstance(error, KNOWN) and not names_no_file:
+        may_name_no_file = isinstance(error, (ArchitectureError, ConversationError, ImageError))
+        names_no_file = may_name_no_file and str(golden.folder) not in str(error)
+        if isinstance(error, UserError) and not names_no_file:
             raise
         files = ", ".join(str(golden.folder / name) for name in list(golden.read)[-MOST_NAMED:])
         why = checked.reason(error) if isinstance(error, (ValueError, RuntimeError)) else "it is damaged"

@@ -25,8 +25,9 @@ from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.table import Row as TableRow
 from ross_mcore.conversion.table import convert_out, match
-from ross_mcore.data.conversation import ConversationError, expand_images
+from ross_mcore.data.conversation import expand_images
 from ross_mcore.engine.step import Losses
+from ross_mcore.errors import ConversationError
 from ross_mcore.models.diffusion import Draws
 
 ROUNDING = 1e-7

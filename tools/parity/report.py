@@ -13,7 +13,7 @@ from parity.model import model_rows
 from parity.rows import Row
 from parity.training import schedule_rows
 from parity.trial import Layout
-from ross_mcore.parallel.layout import LayoutError
+from ross_mcore.errors import LayoutError
 
 PARTS = {
     "diffusion": components.diffusion_rows,

@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ross_mcore.checkpoint.manifest import MARKER, CheckpointError, read_manifest, record_of
+from ross_mcore.checkpoint.manifest import MARKER, read_manifest, record_of
+from ross_mcore.errors import CheckpointError
 from tests.soak.fuzz import child, stand_ins
 from tests.soak.fuzz.formats import damage
 from tests.soak.fuzz.judge import error_message, judge, listing

@@ -15,7 +15,7 @@ import pytest
 
 from ross_mcore.checkpoint import claim
 from ross_mcore.checkpoint.claim import LOCK, Claim
-from ross_mcore.checkpoint.manifest import CheckpointError
+from ross_mcore.errors import CheckpointError
 
 HOLD = """
 import os, sys, time

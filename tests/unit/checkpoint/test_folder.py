@@ -12,8 +12,9 @@ import pytest
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.folder import POINTER, CheckpointError
+from ross_mcore.checkpoint.folder import POINTER
 from ross_mcore.checkpoint.manifest import FORMAT, FileRecord
+from ross_mcore.errors import CheckpointError
 
 
 def write(root: Path, iteration: int, model: ModelConfig, content: str = "weights") -> folder.Checkpoint:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ross_mcore.architecture import LanguageConfig, ModelConfig
 from ross_mcore.checkpoint.inventory import inventory, language_model
 from ross_mcore.conversion import mapping
-from ross_mcore.conversion.table import ConversionError, convert_in, convert_out, match, plan
+from ross_mcore.conversion.table import convert_in, convert_out, match, plan
+from ross_mcore.errors import ConversionError
 
 from .conftest import Held, huggingface_language_tensors, language_config
 

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ross_mcore.checkpoint.folder import CheckpointError
 from ross_mcore.checkpoint.safe_load import (
     ALLOWED,
     read_adapter,
@@ -30,6 +29,7 @@ from ross_mcore.checkpoint.safe_load import (
 )
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, sharding_metadata
 from ross_mcore.conversion.stream import TensorWriter
+from ross_mcore.errors import CheckpointError
 
 
 class Payload:

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 
 from ross_mcore.checkpoint import folder, sharded  # noqa: E402
-from ross_mcore.checkpoint.folder import CheckpointError  # noqa: E402
+from ross_mcore.errors import CheckpointError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

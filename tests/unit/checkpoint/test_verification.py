@@ -28,9 +28,9 @@ platform.prepare()
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 from ross_mcore.checkpoint import folder, manifest, saving, sharded  # noqa: E402
-from ross_mcore.checkpoint.folder import CheckpointError  # noqa: E402
 from ross_mcore.checkpoint.manifest import FileRecord  # noqa: E402
 from ross_mcore.checkpoint.verification import find_intact, share_of_files  # noqa: E402
+from ross_mcore.errors import CheckpointError  # noqa: E402
 
 TENSORS = "__0_0.distcp"
 

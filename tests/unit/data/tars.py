@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ross_mcore.data.shard_reader import ShardError, ShardReader
-from ross_mcore.shards.indexer import Settings, TooManyBad, find_shards, index_shards
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.errors import ShardError, TooManyBad
+from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
 TEXT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ross_mcore.architecture import ArchitectureError, ModelConfig
-from ross_mcore.data.image import MAX_SIDE, ImageError, ImagePreprocessing, decode_image
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.data.image import MAX_SIDE, ImagePreprocessing, decode_image
+from ross_mcore.errors import ArchitectureError, ImageError
 
 
 def png_of_size(width: int, height: int) -> bytes:

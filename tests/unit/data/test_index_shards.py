@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.errors import SampleError, TooManyBad
 from ross_mcore.shards.index_parts import PARTS
-from ross_mcore.shards.indexer import Settings, TooManyBad, find_shards, index_shards
-from ross_mcore.shards.measure import Measure, SampleError, length_source, stale_lengths
+from ross_mcore.shards.indexer import Settings, find_shards, index_shards
+from ross_mcore.shards.measure import Measure, length_source, stale_lengths
 from tests.unit.data.tars import RECORD, TURNS, around, caption, header_at, indexed, sample, tar, turns
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ross_mcore.data.shard_reader import ShardError, ShardReader
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.errors import ShardError
 from ross_mcore.shards.inspection import HISTOGRAM_BINS, Histogram, inspect, packing_figures, tokens_of
 from ross_mcore.shards.writer import ShardWriter
 

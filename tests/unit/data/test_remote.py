@@ -19,8 +19,9 @@ import fsspec
 import pytest
 
 from ross_mcore.data import remote
-from ross_mcore.data.remote import RemoteError, ShardCache, identify, is_remote, list_shards
-from ross_mcore.data.shard_reader import ShardError, ShardReader, ShardReadError
+from ross_mcore.data.remote import ShardCache, identify, is_remote, list_shards
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.errors import RemoteError, ShardError, ShardReadError
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 
 

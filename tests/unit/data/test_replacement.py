@@ -21,7 +21,7 @@ from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.replacement import ASKED_FOR, ATTEMPTS, EMPTY, substitute
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_reader import ShardReadError
+from ross_mcore.errors import ShardReadError
 from ross_mcore.shards.writer import ShardWriter
 
 

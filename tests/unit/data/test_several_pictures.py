@@ -14,20 +14,14 @@ import pytest
 import torch
 
 from ross_mcore.batch import IGNORE_INDEX, Sample, collate
-from ross_mcore.data.conversation import (
-    IMAGE_TOKEN_INDEX,
-    ConversationError,
-    SampleBounds,
-    cut_row,
-    expand_images,
-    require_pictures,
-)
+from ross_mcore.data.conversation import IMAGE_TOKEN_INDEX, SampleBounds, cut_row, expand_images, require_pictures
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import LengthSource, ShardReader
 from ross_mcore.data.templates import tokenize_conversation, tokenize_prompt, write_prompt
 from ross_mcore.data.tokenizer import fingerprint_tokenizer, load_tokenizer
+from ross_mcore.errors import ConversationError
 from ross_mcore.shards.llava import convert_records
 from ross_mcore.shards.writer import ShardWriter
 

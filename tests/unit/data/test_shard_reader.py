@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ross_mcore.data.shard_reader import ShardError, ShardReader
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.errors import ShardError
 from ross_mcore.shards.index_parts import make_folder
 from ross_mcore.shards.writer import ShardWriter
 

@@ -12,8 +12,8 @@ from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_reader import ShardError
 from ross_mcore.data.sources import MixtureDataset, Source, epoch_counts, read_sources
+from ross_mcore.errors import ShardError
 
 Open = Callable[..., ShardDataset]
 

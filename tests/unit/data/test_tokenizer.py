@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ross_mcore.data.tokenizer import TokenizerError, load_tokenizer
+from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.errors import TokenizerError
 
 RED = "\x1b[31m"
 TOKEN = {"content": "<x>", "__type": "AddedToken"}

@@ -12,7 +12,7 @@ platform.prepare()
 
 from ross_mcore.config import Config  # noqa: E402
 from ross_mcore.engine.precision import check_execution, row_multiple  # noqa: E402
-from ross_mcore.options import ConfigError  # noqa: E402
+from ross_mcore.errors import ConfigError  # noqa: E402
 from ross_mcore.platform import Libraries  # noqa: E402
 from tests.recorded import recorded_config  # noqa: E402
 

@@ -14,7 +14,6 @@ platform.prepare()
 
 from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
 from ross_mcore.data.loader import Step  # noqa: E402
-from ross_mcore.data.shard_reader import ShardReadError  # noqa: E402
 from ross_mcore.engine.step import (  # noqa: E402
     DataSetLosses,
     MicroBatchLosses,
@@ -25,6 +24,7 @@ from ross_mcore.engine.step import (  # noqa: E402
     combine_losses,
     loss_weights,
 )
+from ross_mcore.errors import ShardReadError  # noqa: E402
 from ross_mcore.options import TrainingOptions  # noqa: E402
 
 

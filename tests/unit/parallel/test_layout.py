@@ -16,8 +16,9 @@ from ross_mcore.architecture import (
     ProjectorConfig,
     VisionConfig,
 )
+from ross_mcore.errors import LayoutError
 from ross_mcore.flops import forward_flops
-from ross_mcore.parallel.layout import LayoutError, balance, make_layout, share_of, stage_extra_costs
+from ross_mcore.parallel.layout import balance, make_layout, share_of, stage_extra_costs
 
 QWEN2_7B = LanguageConfig(
     "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 32768, 1e-6, 1e6, tie_word_embeddings=False, qkv_bias=True

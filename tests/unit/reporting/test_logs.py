@@ -19,7 +19,8 @@ platform.prepare()
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from ross_mcore.reporting.logs import JsonLines, LogError  # noqa: E402
+from ross_mcore.errors import LogError  # noqa: E402
+from ross_mcore.reporting.logs import JsonLines  # noqa: E402
 from ross_mcore.reporting.tensorboard import Board  # noqa: E402
 
 

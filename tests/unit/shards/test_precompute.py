@@ -16,7 +16,8 @@ platform.prepare()
 
 from ross_mcore.data.image import decode_image  # noqa: E402
 from ross_mcore.data.precomputed import PrecomputedParts, pack_part  # noqa: E402
-from ross_mcore.data.shard_reader import PART_SUFFIXES, ShardError, ShardReader  # noqa: E402
+from ross_mcore.data.shard_reader import PART_SUFFIXES, ShardReader  # noqa: E402
+from ross_mcore.errors import ShardError  # noqa: E402
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards  # noqa: E402
 from ross_mcore.shards.precompute import PictureParts, Precomputation, load_picture_parts  # noqa: E402
 from ross_mcore.shards.writer import ShardWriter  # noqa: E402

@@ -12,9 +12,9 @@ from ross_mcore import platform
 
 platform.prepare()
 
-from ross_mcore.checkpoint.folder import CheckpointError  # noqa: E402
 from ross_mcore.checkpoint.saving import RunningSave, Saved  # noqa: E402
 from ross_mcore.engine.state import TrainState  # noqa: E402
+from ross_mcore.errors import CheckpointError  # noqa: E402
 from ross_mcore.training.checkpointer import Saver  # noqa: E402
 
 

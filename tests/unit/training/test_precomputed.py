@@ -19,7 +19,7 @@ from ross_mcore.config import Config  # noqa: E402
 from ross_mcore.data.sample import ShardDataset  # noqa: E402
 from ross_mcore.data.shard_reader import ShardReader  # noqa: E402
 from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
-from ross_mcore.options import ConfigError  # noqa: E402
+from ross_mcore.errors import ConfigError  # noqa: E402
 from ross_mcore.parallel.layout import Chunk, Stage  # noqa: E402
 from ross_mcore.shards.precompute import Precomputation, load_picture_parts  # noqa: E402
 from ross_mcore.shards.writer import ShardWriter  # noqa: E402

@@ -15,10 +15,10 @@ platform.prepare()
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig  # noqa: E402
 from ross_mcore.checkpoint import folder  # noqa: E402
-from ross_mcore.checkpoint.folder import Checkpoint, CheckpointError  # noqa: E402
+from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
 from ross_mcore.config import Config  # noqa: E402
 from ross_mcore.engine.state import TrainState  # noqa: E402
-from ross_mcore.options import ConfigError  # noqa: E402
+from ross_mcore.errors import CheckpointError, ConfigError  # noqa: E402
 from ross_mcore.training.resume import (  # noqa: E402
     RUN_IDENTITY,
     changeable_options,

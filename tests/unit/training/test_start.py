@@ -14,7 +14,7 @@ platform.prepare()
 
 from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
 from ross_mcore.config import Config  # noqa: E402
-from ross_mcore.options import ConfigError  # noqa: E402
+from ross_mcore.errors import ConfigError  # noqa: E402
 from ross_mcore.training import start  # noqa: E402
 from ross_mcore.training.start import skipped_samples, starting_point  # noqa: E402
 

@@ -127,7 +127,7 @@ def main() -> int:
     from ross_mcore.data.shard_reader import ShardReader
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import load_tokenizer
-    from ross_mcore.errors import ShardError, UserError
+    from ross_mcore.errors import ShardError, TokenizerError, UserError
     from ross_mcore.shards.inspection import inspect, record_of, tokens_of, write_contact_sheet
 
     console = Console(markup=False, emoji=False)

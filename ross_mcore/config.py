@@ -120,7 +120,7 @@ def require_complete(config: Config) -> None:
         (config.training.train_iters or config.training.train_epochs, "--train-iters or --train-epochs"),
     ):
         if not value:
-            raise ConfigError(f"{flag} is missing; see pretrain_ross.py --help")
+            raise ConfigError(f"{flag} is missing; see --help")
 
 
 def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -> None:

@@ -28,7 +28,7 @@ reconstructs the image's latents from the model's own image states on vm_loss. T
 """
 EPILOG = """\
 example, four processes as two pipeline stages of two tensor-parallel ranks:
-  torchrun --nproc-per-node 4 pretrain_ross.py --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \\
+  torchrun --nproc-per-node 4 {started} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \\
       --load base --data-path shards --save runs/pretrain --train-iters 1000 --global-batch-size 64
 The same command again continues a run that was stopped.
 """
@@ -53,13 +53,17 @@ def field_help(section: type) -> dict[str, str]:
     return texts
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; every default is suppressed so that what was given can be told from what was not."""
+SCRIPT = "pretrain_ross.py"
+
+
+def build_parser(prog: str = SCRIPT) -> argparse.ArgumentParser:
+    """The parser of `prog`; every default is suppressed so that what was given can be told from what was not."""
+    started = prog if prog == SCRIPT else f"--no-python {prog}"
     parser = argparse.ArgumentParser(
-        prog="pretrain_ross.py",
-        usage="torchrun --nproc-per-node N pretrain_ross.py [--config YAML] [options]",
+        prog=prog,
+        usage=f"torchrun --nproc-per-node N {started} [--config YAML] [options]",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.format(started=started),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -91,12 +95,12 @@ EXCLUSIVE = (("train_iters", "train_epochs"), ("lr_warmup_iters", "lr_warmup_fra
 """Options of which a source gives one; on the command line one replaces the other of a YAML file."""
 
 
-def parse(argv: Sequence[str] | None = None, complete: bool = True) -> Config:
+def parse(argv: Sequence[str] | None = None, complete: bool = True, prog: str = SCRIPT) -> Config:
     """Command line and YAML -> Config; prints one paragraph and exits 2 when something is wrong or missing.
 
-    `complete=False` accepts options that do not make a whole run yet.
+    `complete=False` accepts options that do not make a whole run yet. `prog` is the program that errors name.
     """
-    parser = build_parser()
+    parser = build_parser(prog)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     files = given.pop("config")

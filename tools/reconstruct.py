@@ -1,61 +1,8 @@
-"""Show what a trained model's image states hold: pictures over what the denoiser reconstructs from them.
+"""The command `ross reconstruct` as a script: `python tools/reconstruct.py --help`."""
 
-python tools/reconstruct.py --load runs/finetune --image cat.jpg dog.png --output reconstruction.png
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="a run or one of its checkpoints")
-    parser.add_argument("--image", type=Path, required=True, nargs="+", metavar="FILE", help="PNG, JPEG or WebP")
-    parser.add_argument("--output", type=Path, default=Path("reconstruction.png"), help="the grid [%(default)s]")
-    parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), help="[as the run was trained]")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps of 1000 [%(default)s]")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="scale of their noise [%(default)s]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [%(default)s]")
-    options = parser.parse_args()
-    if not 1 <= options.steps <= 1000:
-        parser.error("--steps must be between 1 and 1000")
-    missing = [str(path) for path in options.image if not path.is_file()]
-    if missing:
-        parser.error(f"--image: no such file: {', '.join(missing)}; give PNG, JPEG or WebP files")
-
-    from ross_mcore import platform
-
-    platform.prepare()
-    from ross_mcore.errors import ImageError, UserError
-    from ross_mcore.inference import as_picture, load_model, read_picture, reconstruct
-    from ross_mcore.reporting.metrics import picture_grid
-
-    path = None
-    try:
-        trained = load_model(options.load, seed=options.seed)
-        preprocessing = trained.preprocessing(options.image_aspect_ratio)
-        pictures = []
-        for path in options.image:
-            pictures.append(read_picture(path, preprocessing))
-        grid = picture_grid(list(reconstruct(trained, pictures, steps=options.steps, temperature=options.temperature)))
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.unlink(missing_ok=True)  # what waits there may be a link
-        as_picture(grid).save(partial, format="PNG")
-        partial.replace(options.output)
-    except ImageError as error:
-        print(f"reconstruct: {path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"reconstruct: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: {len(pictures)} pictures, each over its reconstruction")
-    return 0
-
+from ross_mcore.commands.reconstruct import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,11 +13,11 @@ import torch
 from ross_mcore.conversion.assembly import import_ross
 from tests.sources import Source, write_source
 
-TOOLS = Path(__file__).parents[2] / "tools"
+ROOT = Path(__file__).parents[2]
 MEASURE = """
 import importlib, re, sys
 from pathlib import Path
-tool = importlib.import_module(sys.argv[1])
+tool = importlib.import_module(f"ross_mcore.commands.{sys.argv[1]}")
 import rich.progress, torch, transformers
 from ross_mcore.conversion import assembly, export
 from ross_mcore.data.tokenizer import load_tokenizer
@@ -46,15 +46,15 @@ def test_memory_stays_near_one_shard(tmp_path: Path) -> None:
 
     def growth(name: str, *arguments: object) -> int:
         command = [sys.executable, "-c", MEASURE, name, big.tokenizer, *arguments]
-        environment = {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}", "OMP_NUM_THREADS": "1"}
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[-1])
 
     out, back = tmp_path / "out", tmp_path / "back"
-    exported = growth("convert_mcore_to_hf", "--load", tmp_path / "base", "--save", out, "--max-shard-size", "64MB")
+    exported = growth("export", "--load", tmp_path / "base", "--save", out, "--max-shard-size", "64MB")
     assert len(list(out.glob("model-*.safetensors"))) == 5
-    imported = growth("convert_hf_to_mcore", "--ross-model", out, "--save", back, "--dtype", "keep")
+    imported = growth("convert", "--ross-model", out, "--save", back, "--dtype", "keep")
     print(f"{total / 1e6:.0f} MB: out {exported / 1e6:.0f} MB, in {imported / 1e6:.0f} MB")
     assert shard / 2 < exported < shard + family
     assert family < imported < 3 * family

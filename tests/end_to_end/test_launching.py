@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from ross_mcore import flags
+from ross_mcore.commands import plan
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import plan_layout  # noqa: E402
-
 BLOCKS = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE | re.DOTALL)
 PLANS = [block.partition("\n\n") for block in BLOCKS if block.startswith("python tools/plan_layout.py")]
 JOBS = [block for block in BLOCKS if block.startswith("sbatch ")]
@@ -30,7 +28,7 @@ def test_plans_are_what_the_tool_prints(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", words(command)[1:])
-    assert plan_layout.main() == 0
+    assert plan.main() == 0
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == printed.splitlines()
 
 
@@ -61,5 +59,5 @@ def test_what_would_be_refused_is(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["plan_layout.py", "--world-size", "8", *arguments])
     with pytest.raises(SystemExit) as ended:
-        raise SystemExit(plan_layout.main())
+        raise SystemExit(plan.main())
     assert ended.value.code == 2 and says in capsys.readouterr().err

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,15 +21,13 @@ import pytest
 from ross_mcore import config as options
 from ross_mcore import flags
 from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
+from ross_mcore.commands import convert, make_shards
 from ross_mcore.config import Config
 from ross_mcore.parallel.layout import Layout, make_layout
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "recipes"
 PUBLISHED = ROOT / "tests" / "published"
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_hf_to_mcore  # noqa: E402
-import make_shards  # noqa: E402
 
 WORLD = 8
 LANGUAGE = {"qwen2": "qwen2-7b-instruct", "vicuna": "vicuna-13b-v1.5"}
@@ -219,7 +216,7 @@ def test_the_commands_in_the_header_are_accepted(
     assert config == read_config(recipe, *train[-6:])
     assert config.checkpoint.save == f"runs/{recipe.folder.removeprefix('train_')}/{recipe.name}"
     if stage == "pretrain":
-        converted = convert_hf_to_mcore.parse_arguments(tools.pop(0)[2:])
+        converted = convert.parse_arguments(tools.pop(0)[2:])
         assert str(converted.save) == config.checkpoint.load
         assert (converted.pixel_decoder is not None) == (recipe.folder == "train_ross")
         assert (str(converted.language_model).lower(), str(converted.vision_model)) == (

@@ -15,12 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ross_mcore.commands import convert as convert_hf_to_mcore
+from ross_mcore.commands import export as convert_mcore_to_hf
 from tests.recorded import FAMILIES, GOLDEN, TOKENIZERS, read_json, tied_source
 from tests.sources import SOURCES, VOCABULARY, Source, write_source
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import convert_hf_to_mcore  # noqa: E402
-import convert_mcore_to_hf  # noqa: E402
 
 
 @pytest.fixture

@@ -48,6 +48,11 @@ ALLOWED = {
         *("architecture", "batch", "checked", "options", "config", "flops", "platform", "parallel", "models", "data"),
         *("checkpoint", "engine", "guards", "reporting", "training"),
     },
+    "commands": {
+        *("architecture", "checkpoint", "checked", "commands", "config", "conversion", "data", "flags", "inference"),
+        *("models", "options", "parallel", "platform", "reporting", "shards", "training"),
+    },
+    "__main__": {"__version__", "commands"},
     "inference": {"checked", "architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
 }
 """Room or file of the package -> what it may import of the package, beside errors. Downward only."""

@@ -21,7 +21,7 @@ except BaseException:  # as some libraries do around an import
 
 def test_ctrl_c_during_imports_ends_with_a_line(tmp_path: Path) -> None:
     script = shutil.copy(ROOT / "pretrain_ross.py", tmp_path)
-    (tmp_path / "ross_mcore").mkdir()
+    shutil.copytree(ROOT / "ross_mcore" / "commands", tmp_path / "ross_mcore" / "commands")
     (tmp_path / "ross_mcore" / "__init__.py").touch()
     (tmp_path / "ross_mcore" / "flags.py").write_text(SLOW_IMPORTS)
     for rank, said in (("0", b"pretrain_ross.py: interrupted\n"), ("1", b"")):

@@ -15,13 +15,11 @@ import torch
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
+from ross_mcore.commands import check as tool
 from ross_mcore.conversion.assembly import import_ross
 from ross_mcore.conversion.stream import TensorWriter
 from tests.resealed import change_state, reseal
 from tests.sources import SOURCES, write_source
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-import check_checkpoint as tool  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TRAINED = "vision_projection.0.weight"

@@ -15,13 +15,11 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
+from ross_mcore.commands import convert as tool
 from ross_mcore.conversion import mapping
 from ross_mcore.conversion.table import convert_out
 
 from .conftest import Held
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-import convert_hf_to_mcore as tool  # noqa: E402
 
 SMALL = ["--denoiser-type", "denoiser_vit2x", "--denoiser-width", "16"]
 
@@ -170,12 +168,14 @@ def test_bad_source_is_named_and_nothing_is_left(
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys, convert_hf_to_mcore as tool\ntry: tool.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+    code = (
+        "import sys\nfrom ross_mcore.commands import convert\n"
+        "try: convert.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code + "assert 'torch' not in sys.modules"],
         capture_output=True,
         text=True,
-        cwd=Path(tool.__file__).parent,
     )
     assert done.returncode == 0, done.stderr
     assert "--language-model" in done.stdout and "iter_0000000" in done.stdout

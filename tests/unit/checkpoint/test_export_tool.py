@@ -15,15 +15,12 @@ from torch import Tensor
 
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.safe_load import StoredTensors
+from ross_mcore.commands import convert
+from ross_mcore.commands import export as tool
 from ross_mcore.conversion.assembly import import_ross
 from ross_mcore.conversion.export_config import refuse_other_tower
 from ross_mcore.conversion.stream import TensorWriter
 from tests.sources import SOURCES, write_source
-
-TOOLS = Path(__file__).parents[3] / "tools"
-sys.path.insert(0, str(TOOLS))
-import convert_hf_to_mcore  # noqa: E402
-import convert_mcore_to_hf as tool  # noqa: E402
 
 SOURCE = SOURCES[0]
 
@@ -178,9 +175,12 @@ def test_shard_size_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys, convert_mcore_to_hf as tool\ntry: tool.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+    code = (
+        "import sys\nfrom ross_mcore.commands import export\n"
+        "try: export.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+    )
     command = [sys.executable, "-c", code + "assert 'torch' not in sys.modules"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TOOLS)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--format stage1" in done.stdout and "Peak memory" in done.stdout
 
@@ -221,7 +221,7 @@ def test_adapter_that_is_none(
     flags = ["--language-model", parts / "language_model", "--vision-model", parts / "siglip_vision_tower"]
     flags += ["--mm-projector", file, "--save", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["convert_hf_to_mcore.py", *map(str, flags)])
-    assert convert_hf_to_mcore.main() == 2
+    assert convert.main() == 2
     said = capsys.readouterr().err
     assert message in said and str(file) in said and "Traceback" not in said
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "out").glob("*"))
@@ -250,5 +250,5 @@ def test_import_flags_that_do_not_go_together(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        convert_hf_to_mcore.parse_arguments([*flags, "--save", "s"])
+        convert.parse_arguments([*flags, "--save", "s"])
     assert message in capsys.readouterr().err

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ross_mcore.commands import index_shards as command
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.errors import SampleError, TooManyBad
 from ross_mcore.shards.index_parts import PARTS
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 from ross_mcore.shards.measure import Measure, length_source, stale_lengths
 from tests.unit.data.tars import RECORD, TURNS, around, caption, header_at, indexed, sample, tar, turns
-
-TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
 
 
 def test_what_make_shards_wrote_is_indexed_to_the_same(
@@ -131,17 +128,12 @@ def test_measuring_with_a_template_refuses_what_does_not_fit(tokenizer: Any) -> 
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def tool() -> Callable[..., int]:
     """tool(*flags) -> the exit code of tools/index_shards.py, in this process."""
 
     def run(*flags: Any) -> int:
-        spec = importlib.util.spec_from_file_location("index_shards", TOOL)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", ["index_shards", *map(str, flags)])
         try:
-            return module.main()
+            return command.main([*map(str, flags)])
         except SystemExit as stop:
             return int(stop.code or 0)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,26 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ross_mcore.commands import inspect_shards
 from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.errors import ShardError
 from ross_mcore.shards.inspection import HISTOGRAM_BINS, Histogram, inspect, packing_figures, tokens_of
 from ross_mcore.shards.writer import ShardWriter
 
-TOOL = Path(__file__).parents[3] / "tools" / "inspect_shards.py"
-
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def tool() -> Callable[..., int]:
     """tool(*flags) -> the exit code of tools/inspect_shards.py, in this process."""
 
     def run(*flags: Any) -> int:
-        spec = importlib.util.spec_from_file_location("inspect_shards", TOOL)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", ["inspect_shards", *map(str, flags)])
         try:
-            return module.main()
+            return inspect_shards.main([*map(str, flags)])
         except SystemExit as stop:
             return int(stop.code or 0)
 

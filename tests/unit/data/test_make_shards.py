@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ross_mcore.commands import make_shards
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 
 TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
@@ -20,19 +20,14 @@ TEXT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+def make(tmp_path: Path) -> Callable[..., int]:
     """make(*flags) -> exit code of the tool on tmp_path/data.json, in this process."""
     (tmp_path / "images").mkdir()
 
     def run(*flags: str, data: str = "data.json") -> int:
-        spec = importlib.util.spec_from_file_location("make_shards", TOOL)
-        assert spec and spec.loader
-        tool = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tool)
         named = ["--data", tmp_path / data, "--image-folder", tmp_path / "images", "--out", tmp_path / "out", *flags]
-        monkeypatch.setattr(sys, "argv", ["make_shards", *map(str, named)])
         try:
-            return tool.main()
+            return make_shards.main([*map(str, named)])
         except SystemExit as stop:
             return int(stop.code or 0)
 

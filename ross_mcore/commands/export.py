@@ -1,0 +1,108 @@
+"""Writes a trained checkpoint as Hugging Face folders: for the reference implementation of ROSS, or part by part.
+
+  --format ross    what stage 2 of the reference saves, and its load_pretrained_model reads: every tensor under its
+                   names (denoiser and VAE too), config.json with every field, tokenizer, generation_config.json.
+                   Tower and VAE lie in folders of their own as well, because its config.json points to them
+  --format stage1  what stage 1 of the reference saves: mm_projector.bin, mm_inv_projector.bin, config.json; and
+                   tower and VAE in their folders, unless --mm-vision-tower and --mm-pixel-decoder say where they are
+  --format hf      language_model/ (Qwen2 or Llama, for AutoModelForCausalLM), the tower's folder, pixel_decoder/
+                   (AutoencoderKL) and the two adapters: what tools/convert_hf_to_mcore.py reads
+
+Vocabulary padding is undone, tied output matrices are left out, as Hugging Face does. Values do not change unless
+--dtype changes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ross_mcore.commands import build_parser
+
+SCRIPT = "convert_mcore_to_hf.py"
+
+EXAMPLES = """examples:
+  python tools/convert_mcore_to_hf.py --load runs/finetune --save ross-qwen2-7b-siglip --dtype bfloat16
+  python tools/convert_mcore_to_hf.py --load runs/pretrain --save stage1 --format stage1 \\
+      --mm-vision-tower google/siglip-so400m-patch14-384 --mm-pixel-decoder FLUX.1-dev/vae
+
+Reads the newest checkpoint of a run at whatever layout it was saved; needs no GPU and builds no model.
+Peak memory: one shard (--max-shard-size) and twice the largest family of tensors (a vocabulary matrix, or gate and up
+projection of a layer).
+SAVE appears when it is complete; a run that is stopped leaves nothing of that name."""
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def shard_bytes(text: str) -> int:
+    """`5GB` -> 5000000000. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
+    parser = build_parser(prog, __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="RUN", help="a run, or one of its iter_* folders")
+    add("--save", type=Path, required=True, metavar="DIR", help="folder to write, which must not exist")
+    add("--format", choices=("ross", "stage1", "hf"), default="ross", help="see above (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "float16"),
+        default="keep",
+        help="of every tensor (default: as each is stored)",
+    )
+    add("--max-shard-size", type=shard_bytes, default="5GB", metavar="SIZE", help="(default: %(default)s)")
+    add("--mm-vision-tower", metavar="PATH", help="state this path in config.json instead of writing the tower there")
+    add("--mm-pixel-decoder", metavar="PATH", help="the same for the VAE")
+    options = parser.parse_args(arguments)
+    if options.format == "hf" and (options.mm_vision_tower or options.mm_pixel_decoder):
+        parser.error("--format hf writes no config.json of the reference, which is where these paths are stated")
+    return options
+
+
+def export(options: argparse.Namespace) -> list[str]:
+    """Plans, then writes; returns what to mind. Raises the package's errors."""
+    import torch
+    from rich.progress import Progress
+
+    from ross_mcore.checkpoint.folder import require_intact
+    from ross_mcore.conversion.export import FORMATS, Export
+    from ross_mcore.conversion.export_config import SpecialTokens
+    from ross_mcore.data.tokenizer import load_tokenizer
+
+    checkpoint = require_intact(options.load)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("writing", total=None)
+        outgoing = Export(
+            checkpoint,
+            SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id),
+            dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
+            max_shard_bytes=options.max_shard_size,
+            mm_vision_tower=options.mm_vision_tower,
+            mm_pixel_decoder=options.mm_pixel_decoder,
+            advance=lambda parameters: progress.advance(bar, parameters),
+        )
+        progress.update(bar, total=outgoing.parameters_to_write(options.format))
+        FORMATS[options.format](outgoing, options.save)
+    return outgoing.what_its_loader_needs(options.save) if options.format == "ross" else []
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
+    options = parse_arguments(arguments, prog)
+    from ross_mcore.errors import UserError
+
+    try:
+        remarks = export(options)
+    except (UserError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([f"wrote {options.save}", *remarks]))
+    return 0

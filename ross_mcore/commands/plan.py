@@ -1,0 +1,126 @@
+"""Prints what a run would look like, without starting it: the stages, their balance, the bubble, a rank's memory.
+
+  python tools/plan_layout.py --world-size 64 --load base --config recipe.yaml --tensor-model-parallel-size 2
+  python tools/plan_layout.py --world-size 8 --language-model Qwen2-7B-Instruct --pixel-decoder FLUX.1-dev/vae \\
+      --vision-model siglip-so400m-patch14-384 --config train_ross/finetune_siglip_qwen2
+
+All other options are those of pretrain_ross.py. Weights, gradients and optimizer state are counted. Activations are
+estimated from shapes, and load and bubble from operations; only a run tells what they are. Exit status 2: layout or
+batch would be refused; what precision and kernels need is looked at when a run starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ross_mcore.commands import build_parser
+
+if TYPE_CHECKING:
+    from ross_mcore.architecture import ModelConfig
+    from ross_mcore.config import Config
+    from ross_mcore.parallel.layout import Layout
+
+SCRIPT = "plan_layout.py"
+
+GB = 1e9
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> tuple[argparse.Namespace, list[str]]:
+    """Its own options, and what is left for pretrain_ross.py."""
+    parser = build_parser(prog, __doc__)
+    parser.allow_abbrev = False  # the trainer's options pass through
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="GPUs in all")
+    parser.add_argument("--tokens", type=int, metavar="N", help="longest row of a step [--seq-length]")
+    parser.add_argument("--language-model", type=Path, metavar="DIR", help="with the next two, instead of --load: a")
+    parser.add_argument("--vision-model", type=Path, metavar="DIR", help="  model of parts, whose config.json are read")
+    parser.add_argument("--pixel-decoder", type=Path, metavar="DIR", help="  (without it: a plain LLaVA model)")
+    parser.add_argument("--denoiser-type", default="denoiser_vit3x", metavar="T", help="of such a model [%(default)s]")
+    options, rest = parser.parse_known_args(arguments)
+    if (options.language_model is None) != (options.vision_model is None):
+        parser.error("--language-model and --vision-model go together")
+    return options, rest
+
+
+def read_model(options: argparse.Namespace, load: str | None) -> ModelConfig:
+    from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
+    from ross_mcore.checkpoint.folder import require_checkpoint
+    from ross_mcore.conversion import huggingface
+
+    if options.language_model is None:
+        return require_checkpoint(Path(load or "")).model_config()
+    decoder = options.pixel_decoder
+    return ModelConfig(
+        language=huggingface.read_language_config(options.language_model),
+        vision=huggingface.read_vision_config(options.vision_model),
+        projector=ProjectorConfig("mlp2x_gelu"),
+        denoiser=DenoiserConfig.from_type(options.denoiser_type) if decoder else None,
+        pixel_decoder=huggingface.read_pixel_decoder_config(decoder) if decoder else None,
+    )
+
+
+def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ross_mcore.checkpoint.inventory import inventory
+    from ross_mcore.parallel.layout import stage_extra_costs
+    from ross_mcore.parallel.memory import Plan, bubble, stage_memory
+
+    llm_trains, vision_trains = config.llm_trains, config.vision_trains
+    rows = layout.data_parallel * config.training.micro_batch_size
+    batch = config.training.global_batch_size or rows
+    plan = Plan(
+        config.training.micro_batch_size,
+        tokens,
+        batch // rows,
+        llm_trains,
+        vision_trains,
+        config.execution.bf16,
+        config.use_distributed_optimizer,
+        config.parallel.sequence_parallel,
+        config.execution.recompute_granularity,
+    )
+    shapes, last = inventory(model), layout.pipeline_parallel - 1
+    extras = dict.fromkeys((0, last), 0.0)
+    for index, extra in zip((0, last), stage_extra_costs(model, llm_trains, vision_trains, tokens)):
+        extras[index] += extra
+    loads = [len(layout.stage(index).layers) + extras.get(index, 0.0) for index in range(layout.pipeline_parallel)]
+    table = Table("stage", "layers", "load", "weights", "gradients", "optimizer", "activations", "GB a rank", box=None)
+    for index, load in enumerate(loads):
+        memory = stage_memory(model, shapes, layout, layout.stage(index), plan)
+        parts = memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total
+        count = len(layout.stage(index).layers)
+        table.add_row(str(index), str(count), f"{load / max(loads):.2f}", *(f"{part / GB:.1f}" for part in parts))
+    console = Console(width=120)
+    console.print(
+        f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
+        f"{layout.virtual_stages} chunks a stage; {batch} rows a step in {plan.micro_batches} micro-batches of "
+        f"{plan.rows} a rank, rows of {tokens} tokens",
+        highlight=False,
+    )
+    console.print(table, highlight=False)
+    idle = 1 - sum(loads) / len(loads) / max(loads)
+    console.print(f"waiting: {bubble(layout, plan.micro_batches):.1%} bubble, {idle:.1%} imbalance", highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
+    options, rest = parse_arguments(arguments, prog)
+    from ross_mcore import flags
+    from ross_mcore.config import check
+    from ross_mcore.errors import UserError
+    from ross_mcore.parallel.layout import make_layout
+
+    config = flags.parse(rest, complete=False, prog=prog)
+    try:
+        model = read_model(options, config.checkpoint.load)
+        layout = make_layout(model, world_size=options.world_size, **config.placement)
+        check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
+    except UserError as error:
+        print(f"{prog}: {error}; see --help", file=sys.stderr)
+        return 2
+    print_plan(config, model, layout, options.tokens or config.data.seq_length)
+    return 0

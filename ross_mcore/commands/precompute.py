@@ -1,0 +1,96 @@
+"""Computes what the frozen VAE (and, for a frozen vision tower, the tower) makes of every picture, into new shards.
+
+  torchrun --nproc-per-node 8 tools/precompute_latents.py --load base --data-path shards --out shards-latents \\
+      --image-aspect-ratio pad --latents --features
+
+Training on the new shards then neither decodes pictures nor builds VAE and tower, and its losses are the same: of the
+VAE the posterior is stored, so that noise is still drawn at every step. Run the same command again after an
+interruption: finished shards are kept. One process will do as well, without torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ross_mcore.commands import build_parser
+
+SCRIPT = "precompute_latents.py"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
+    parser = build_parser(prog, __doc__)
+    parser.add_argument("--load", type=Path, required=True, help="the checkpoint whose VAE and tower are used")
+    parser.add_argument("--data-path", type=Path, required=True, help="folder of shards with an index")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new shards")
+    parser.add_argument("--latents", action="store_true", help="the VAE's posterior (the default, if not --features)")
+    parser.add_argument("--features", action="store_true", help="the vision tower's features")
+    parser.add_argument(
+        "--image-aspect-ratio",
+        choices=("square", "pad"),
+        required=True,
+        help="as training will have it: by default square for pretrain, pad for finetune",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="how they are stored; computed in fp32 [fp32]"
+    )
+    parser.add_argument(
+        "--drop-images",
+        action="store_true",
+        help="leave the pictures out: what is not precomputed now, cannot be later",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures computed at once [16]")
+    parser.add_argument("--num-workers", type=int, default=4, help="threads that decode, on every rank [4]")
+    parser.add_argument("--data-cache-dir", type=Path, help="where shards from URLs are kept")
+    options = parser.parse_args(arguments)
+    if min(options.batch_size, options.num_workers) < 1:
+        parser.error("--batch-size and --num-workers must be at least 1")
+    options.latents = options.latents or not options.features
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
+    options = parse_arguments(arguments, prog)
+
+    from ross_mcore import platform
+
+    platform.prepare()
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ross_mcore.data.shard_reader import ShardReader
+    from ross_mcore.errors import RankError, UserError
+    from ross_mcore.parallel.groups import destroy, together
+    from ross_mcore.shards.precompute import Precomputation, load_picture_parts
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kinds = [kind for kind in ("latents", "features") if getattr(options, kind)]
+    columns = TextColumn("pictures of this rank"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        platform.initialize_process_group(timeout_minutes=7 * 24 * 60)  # a rank waits for the others at the end only
+        reader = together(lambda: ShardReader(options.data_path, options.data_cache_dir))
+        parts = together(lambda: load_picture_parts(options.load, kinds, options.image_aspect_ratio, options.dtype))
+        with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bar:
+            task = bar.add_task("pictures", total=None)
+            work = Precomputation(
+                reader, options.out, parts, options.drop_images, options.batch_size, options.num_workers
+            )
+            done = work.run(
+                rank, world_size, lambda passed, total: bar.update(task, completed=passed, total=total or 1)
+            )
+        destroy()
+    except (UserError, OSError) as error:
+        if rank == 0 or not isinstance(error, RankError):
+            print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    where = f"rank {rank}: " if world_size > 1 else ""
+    print(f"{where}{done.pictures} pictures computed, {done.shards} shards, {done.kept} of them finished before")
+    for key, reason in done.bad:
+        print(f"{where}left out {key}: {reason}", file=sys.stderr)
+    if rank == 0:
+        about = ", ".join(f"{kind} {source.shape} as {source.dtype}" for kind, source in parts.sources.items())
+        print(f"{options.out}: {about} a picture")
+    return 0

@@ -1,0 +1,47 @@
+"""Trains a ROSS model: options -> Config -> train(config)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+SCRIPT = "pretrain_ross.py"
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
+    """Trains and returns the exit status: 0 when finished or stopped on request, 2 for bad input."""
+    from ross_mcore.flags import parse
+
+    config = parse(arguments, prog=prog)
+    # heavy imports come after the arguments are known to be good, and after the platform is prepared
+    from ross_mcore import platform
+
+    platform.prepare()
+    from ross_mcore.training.loop import train
+
+    return train(config)
+
+
+def run(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
+    """`main` as the whole work of a process: handles signals before training does, and ends at once on failure."""
+
+    def end_at_once(number: int, _: object) -> NoReturn:
+        """Ctrl-C before training takes it over (training/stop.py), as during imports, which take seconds."""
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save, and there is nothing yet
+    status = main(arguments, prog)
+    if status:  # at once: now and then, torch's threads abort a process whose interpreter ends under them
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    return status

@@ -30,22 +30,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from isal.isal_zlib import crc32
+from megatron.core.dist_checkpointing import ShardedTensor
+
 from ross_mcore import platform
-
-platform.prepare()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as processes  # noqa: E402
-from isal.isal_zlib import crc32  # noqa: E402
-from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
-
-from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig  # noqa: E402
-from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
-from ross_mcore.checkpoint.manifest import checksum  # noqa: E402
-from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, begin_save  # noqa: E402
-from ross_mcore.checkpoint.sharded import load_model_weights  # noqa: E402
-from ross_mcore.checkpoint.verification import shared_damage  # noqa: E402
+from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.checkpoint.manifest import checksum
+from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, begin_save
+from ross_mcore.checkpoint.sharded import load_model_weights
+from ross_mcore.checkpoint.verification import shared_damage
 
 WIDTH = 1024
 TOKENS = 48

@@ -70,7 +70,7 @@ def _first_of(checkpoint: Checkpoint, key: str, known: Collection[str], default:
 
 
 def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainedModel:
-    """Loads the newest checkpoint of `run`, whatever layout saved it. Call `platform.prepare()` first.
+    """Loads the newest checkpoint of `run`, whatever layout saved it.
 
     Raises CheckpointError, ArchitectureError or TokenizerError naming the file.
     """

@@ -45,7 +45,6 @@ def main() -> int:
     from ross_mcore import platform
 
     platform.compute_fp32_exactly()
-    platform.prepare()
     import logging
 
     from parity.report import all_rows

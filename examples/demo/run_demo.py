@@ -213,12 +213,8 @@ def first_and_last_losses(out: Path) -> dict[str, dict[str, float]]:
 
 def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]:
     """All figures of summary.json but the times."""
-    from scenes import guessing_rate
-
-    from ross_mcore import platform
-
-    platform.prepare()
     import torch
+    from scenes import guessing_rate
 
     from ross_mcore.inference import load_model
     from ross_mcore.parallel import groups

@@ -63,9 +63,6 @@ def psnr(pictures: Tensor, originals: Tensor) -> float:
 
 def evaluate(out: Path) -> dict[str, Any]:
     """How many captions are reproduced, and the grid of pictures over reconstructions."""
-    from ross_mcore import platform
-
-    platform.prepare()
     import torch
     from PIL import Image
 

@@ -55,12 +55,10 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options = parse_arguments(arguments, prog)
 
-    from ross_mcore import platform
-
-    platform.prepare()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ross_mcore import platform
     from ross_mcore.data.shard_reader import ShardReader
     from ross_mcore.errors import RankError, UserError
     from ross_mcore.parallel.groups import destroy, together

@@ -37,9 +37,6 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options = parse_arguments(arguments, prog)
-    from ross_mcore import platform
-
-    platform.prepare()
     from ross_mcore.errors import ImageError, UserError
     from ross_mcore.inference import as_picture, load_model, read_picture, reconstruct
     from ross_mcore.reporting.metrics import picture_grid

@@ -18,9 +18,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
     config = parse(arguments, prog=prog)
     # heavy imports come after the arguments are known to be good, and after the platform is prepared
-    from ross_mcore import platform
-
-    platform.prepare()
     from ross_mcore.training.loop import train
 
     return train(config)

@@ -13,20 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes  # noqa: E402
-from ross_mcore.checkpoint.torch_dist import MASTER_PREFIX  # noqa: E402
-from ross_mcore.config import Config  # noqa: E402
-from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
-from ross_mcore.shards.llava import convert_records  # noqa: E402
-from ross_mcore.shards.measure import length_source  # noqa: E402
-from ross_mcore.shards.writer import ShardWriter  # noqa: E402
-from tests.distributed.cases import Case  # noqa: E402
-from tests.distributed.harness import run_ranks  # noqa: E402
-from tests.recorded import CHANGED, GOLDEN, changed_checkpoint, recorded_checkpoint  # noqa: E402
+from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
+from ross_mcore.checkpoint.torch_dist import MASTER_PREFIX
+from ross_mcore.config import Config
+from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.writer import ShardWriter
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_ranks
+from tests.recorded import CHANGED, GOLDEN, changed_checkpoint, recorded_checkpoint
 
 ITERATIONS = 3
 

@@ -34,7 +34,6 @@ def model_config() -> ModelConfig:
 
 def fail_on_rank_one(root: str, where: str, message: str) -> None:
     """What each of the two ranks runs: a good save, then one that fails on rank 1, then the good one is loaded."""
-    platform.prepare()
     platform.initialize_process_group(1)
     import torch
     import torch.distributed as dist

@@ -13,12 +13,10 @@ from tests.recorded import GOLDEN
 
 def compare_on_one_rank(folder: str) -> None:
     """What each rank runs."""
-    from ross_mcore import platform
-
-    platform.prepare()
     from parity.report import all_rows
     from parity.trial import Layout
 
+    from ross_mcore import platform
     from ross_mcore.parallel import groups
 
     platform.initialize_process_group(timeout_minutes=1)

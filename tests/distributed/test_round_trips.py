@@ -14,17 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.checkpoint.folder import require_checkpoint  # noqa: E402
-from ross_mcore.checkpoint.safe_load import read_metadata  # noqa: E402
-from ross_mcore.conversion.assembly import import_ross  # noqa: E402
-from ross_mcore.conversion.export import Export  # noqa: E402
-from ross_mcore.conversion.export_config import SpecialTokens  # noqa: E402
-from tests.distributed.harness import run_ranks  # noqa: E402
-from tests.recorded import FAMILIES, GOLDEN, TOKENIZERS  # noqa: E402
-from tests.sources import SOURCES, Source, write_source  # noqa: E402
+from ross_mcore.checkpoint.folder import require_checkpoint
+from ross_mcore.checkpoint.safe_load import read_metadata
+from ross_mcore.conversion.assembly import import_ross
+from ross_mcore.conversion.export import Export
+from ross_mcore.conversion.export_config import SpecialTokens
+from tests.distributed.harness import run_ranks
+from tests.recorded import FAMILIES, GOLDEN, TOKENIZERS
+from tests.sources import SOURCES, Source, write_source
 
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2xpp2": (2, 2)}
 ROWS = [*SOURCES, Source("qwen2", "siglip", dtype=torch.bfloat16), *FAMILIES]
@@ -36,7 +33,6 @@ def name_of(row: Source | str) -> str:
 
 def pass_through_model(root: str, names: list[str], layout_name: str) -> None:
     """What each rank runs: every base checkpoint is loaded into a model of this layout and saved from it."""
-    platform.prepare()
     platform.initialize_process_group(1)
     from ross_mcore.checkpoint.sharded import load_model_weights, save_checkpoint, sharding_metadata
     from ross_mcore.models.language import Execution

@@ -18,11 +18,9 @@ PICTURES = [2, 0, 0, 1, 0, 1]
 
 def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
     """What each rank runs: six samples, the third skipped, in two rows of three and one after the other."""
-    from ross_mcore import platform
-
-    platform.prepare()
     from parity.trial import Layout, prepare, share_of_pixels
 
+    from ross_mcore import platform
     from ross_mcore.batch import Row, Sample
     from ross_mcore.checkpoint.folder import Checkpoint
     from ross_mcore.data.loader import Step

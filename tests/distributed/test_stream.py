@@ -17,15 +17,11 @@ from typing import Any
 
 import pytest
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.checkpoint.folder import find_checkpoint  # noqa: E402
-from ross_mcore.data.shard_reader import ShardReader  # noqa: E402
-from tests.distributed.cases import Case, layout  # noqa: E402
-from tests.distributed.conftest import Finished  # noqa: E402
-from tests.distributed.harness import run_ranks  # noqa: E402
+from ross_mcore.checkpoint.folder import find_checkpoint
+from ross_mcore.data.shard_reader import ShardReader
+from tests.distributed.cases import Case, layout
+from tests.distributed.conftest import Finished
+from tests.distributed.harness import run_ranks
 
 BAD_TEXT, BAD_PICTURE = (5, 11), (3, 13)
 PACKED = {"pack": True, "seq_length": 256, "global_batch_size": 2, "micro_batch_size": 1}

@@ -251,13 +251,9 @@ def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
     """
     import torch
     import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from ross_mcore import platform
-
-    platform.prepare()
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from ross_mcore.checkpoint.sharded import sharding_metadata
     from ross_mcore.engine.optimizer import set_trainable

@@ -12,20 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import components, data
+from parity.golden import Golden, GoldenError, usable, where_recorded
+from parity.report import PARTS, all_rows
+from parity.rows import Row, compare, compare_exactly, compare_sets, summary
+from parity.trial import Layout
 from safetensors.torch import load_file, save_file
 
 from ross_mcore import platform
-
-platform.prepare()
-
-from parity import components, data  # noqa: E402
-from parity.golden import Golden, GoldenError, usable, where_recorded  # noqa: E402
-from parity.report import PARTS, all_rows  # noqa: E402
-from parity.rows import Row, compare, compare_exactly, compare_sets, summary  # noqa: E402
-from parity.trial import Layout  # noqa: E402
-
-from ross_mcore.errors import UserError  # noqa: E402
-from tests.recorded import GOLDEN  # noqa: E402
+from ross_mcore.errors import UserError
+from tests.recorded import GOLDEN
 
 COUNTS = {
     # family: (rows that must be ok, rows where the reference raised or gave NaN)

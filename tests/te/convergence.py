@@ -193,9 +193,6 @@ def main() -> int:
         train_all(runs, options.train_iters, demo, out)
 
     standin.install()
-    from ross_mcore import platform
-
-    platform.prepare()
     outcomes = {(way.name, seed): outcome_of(folder_of(way, seed, out), demo) for way, seed in runs}
     for seed in seeds:
         assert_same_work([outcomes[way.name, seed] for way in WAYS])

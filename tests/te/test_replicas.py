@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.guards.replicas import fingerprint  # noqa: E402
+from ross_mcore.guards.replicas import fingerprint
 
 
 def test_fp8_weights_count_by_their_values() -> None:

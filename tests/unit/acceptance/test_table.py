@@ -12,10 +12,7 @@ from examples.acceptance.parts import COMMON, NEEDS, PARTS, REFERENCES, Machine,
 from ross_mcore import config as options
 from ross_mcore import flags, platform
 from ross_mcore.architecture import LanguageConfig
-
-platform.prepare()
-
-from ross_mcore.engine.precision import check_execution  # noqa: E402
+from ross_mcore.engine.precision import check_execution
 
 TRAININGS = {training.name: training for part in PARTS for training in with_references(part)}
 

@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
-from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
-
-platform.prepare()
-
-from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
-
-from ross_mcore.checkpoint import folder, sharded  # noqa: E402
-from ross_mcore.errors import CheckpointError  # noqa: E402
+from ross_mcore.checkpoint import folder, sharded
+from ross_mcore.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -19,18 +19,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
-from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
-
-platform.prepare()
-
-from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
-
-from ross_mcore.checkpoint import folder, manifest, saving, sharded  # noqa: E402
-from ross_mcore.checkpoint.manifest import FileRecord  # noqa: E402
-from ross_mcore.checkpoint.verification import find_intact, share_of_files  # noqa: E402
-from ross_mcore.errors import CheckpointError  # noqa: E402
+from ross_mcore.checkpoint import folder, manifest, saving, sharded
+from ross_mcore.checkpoint.manifest import FileRecord
+from ross_mcore.checkpoint.verification import find_intact, share_of_files
+from ross_mcore.errors import CheckpointError
 
 TENSORS = "__0_0.distcp"
 

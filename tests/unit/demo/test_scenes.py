@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scenes
+import templates
+import texts
 from PIL import Image
 
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
-sys.path.insert(0, str(DEMO))
-
-import scenes  # noqa: E402
-import templates  # noqa: E402
-import texts  # noqa: E402
 
 
 def make(out: Path, seed: int = 1, eval_seed: int = 2, count: int = 60) -> dict[str, Any]:

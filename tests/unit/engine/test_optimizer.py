@@ -8,12 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.engine.adam import PlainAdam  # noqa: E402
-from ross_mcore.engine.optimizer import (  # noqa: E402
+from ross_mcore.engine.adam import PlainAdam
+from ross_mcore.engine.optimizer import (
     PART_TAGS,
     learning_rate,
     peak_rates,
@@ -21,7 +17,7 @@ from ross_mcore.engine.optimizer import (  # noqa: E402
     updates_weights,
     warmup_iterations,
 )
-from ross_mcore.options import OptimizerOptions  # noqa: E402
+from ross_mcore.options import OptimizerOptions
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

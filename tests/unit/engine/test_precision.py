@@ -6,15 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.config import Config  # noqa: E402
-from ross_mcore.engine.precision import check_execution, row_multiple  # noqa: E402
-from ross_mcore.errors import ConfigError  # noqa: E402
-from ross_mcore.platform import Libraries  # noqa: E402
-from tests.recorded import recorded_config  # noqa: E402
+from ross_mcore.config import Config
+from ross_mcore.engine.precision import check_execution, row_multiple
+from ross_mcore.errors import ConfigError
+from ross_mcore.platform import Libraries
+from tests.recorded import recorded_config
 
 NOTHING = Libraries(
     gpu=False, transformer_engine=False, flash_attention=False, gradient_fusion=False, ordered_kernels=True

@@ -9,12 +9,9 @@ import torch
 import torch.distributed as dist
 
 from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.batch import IGNORE_INDEX, Sample  # noqa: E402
-from ross_mcore.data.loader import Step  # noqa: E402
-from ross_mcore.engine.step import (  # noqa: E402
+from ross_mcore.batch import IGNORE_INDEX, Sample
+from ross_mcore.data.loader import Step
+from ross_mcore.engine.step import (
     DataSetLosses,
     MicroBatchLosses,
     StepSize,
@@ -24,8 +21,8 @@ from ross_mcore.engine.step import (  # noqa: E402
     combine_losses,
     loss_weights,
 )
-from ross_mcore.errors import ShardReadError  # noqa: E402
-from ross_mcore.options import TrainingOptions  # noqa: E402
+from ross_mcore.errors import ShardReadError
+from ross_mcore.options import TrainingOptions
 
 
 def test_each_loss_has_its_own_weight() -> None:

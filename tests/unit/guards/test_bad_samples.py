@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.guards.bad_samples import BadSample, QuarantineLog, is_over_budget  # noqa: E402
+from ross_mcore.guards.bad_samples import BadSample, QuarantineLog, is_over_budget
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.guards.finite import Diagnosis, family_of, place_of  # noqa: E402
+from ross_mcore.guards.finite import Diagnosis, family_of, place_of
 
 ORDER = [
     "vision_model.encoder.layers.3.mlp.fc1.weight",

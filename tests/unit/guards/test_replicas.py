@@ -9,12 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.guards import replicas  # noqa: E402
-from ross_mcore.guards.replicas import deviating, fingerprint  # noqa: E402
+from ross_mcore.guards import replicas
+from ross_mcore.guards.replicas import deviating, fingerprint
 
 TYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int64, torch.bool]
 

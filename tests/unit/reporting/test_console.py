@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.data.sample import IgnoredLabels  # noqa: E402
-from ross_mcore.engine.step import DataSetLosses  # noqa: E402
-from ross_mcore.reporting.console import ignored_warning, means_by_data_set  # noqa: E402
+from ross_mcore.data.sample import IgnoredLabels
+from ross_mcore.engine.step import DataSetLosses
+from ross_mcore.reporting.console import ignored_warning, means_by_data_set
 
 
 def test_a_template_that_does_not_fit_is_named_once_with_share_keys_and_remedy() -> None:

@@ -12,16 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-
-from ross_mcore.errors import LogError  # noqa: E402
-from ross_mcore.reporting.logs import JsonLines  # noqa: E402
-from ross_mcore.reporting.tensorboard import Board  # noqa: E402
+from ross_mcore.errors import LogError
+from ross_mcore.reporting.logs import JsonLines
+from ross_mcore.reporting.tensorboard import Board
 
 
 @contextmanager

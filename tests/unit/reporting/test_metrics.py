@@ -8,13 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.engine.step import DataSetLosses  # noqa: E402
-from ross_mcore.reporting.logs import read_entries  # noqa: E402
-from ross_mcore.reporting.metrics import (  # noqa: E402
+from ross_mcore.engine.step import DataSetLosses
+from ross_mcore.reporting.logs import read_entries
+from ross_mcore.reporting.metrics import (
     MetricsLog,
     StepMetrics,
     Validation,

@@ -11,17 +11,14 @@ import pytest
 import torch
 
 from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.data.image import decode_image  # noqa: E402
-from ross_mcore.data.precomputed import PrecomputedParts, pack_part  # noqa: E402
-from ross_mcore.data.shard_reader import PART_SUFFIXES, ShardReader  # noqa: E402
-from ross_mcore.errors import ShardError  # noqa: E402
-from ross_mcore.shards.indexer import Settings, find_shards, index_shards  # noqa: E402
-from ross_mcore.shards.precompute import PictureParts, Precomputation, load_picture_parts  # noqa: E402
-from ross_mcore.shards.writer import ShardWriter  # noqa: E402
-from tests.recorded import GOLDEN, recorded_checkpoint  # noqa: E402
+from ross_mcore.data.image import decode_image
+from ross_mcore.data.precomputed import PrecomputedParts, pack_part
+from ross_mcore.data.shard_reader import PART_SUFFIXES, ShardReader
+from ross_mcore.errors import ShardError
+from ross_mcore.shards.indexer import Settings, find_shards, index_shards
+from ross_mcore.shards.precompute import PictureParts, Precomputation, load_picture_parts
+from ross_mcore.shards.writer import ShardWriter
+from tests.recorded import GOLDEN, recorded_checkpoint
 
 PICTURES = sorted((GOLDEN / "data" / "images").glob("*.png"))[:3]
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
+import make_parts
 import numpy as np
 import pytest
+import run_stamps
+import stamps
 from PIL import Image
+from stamps import PICTURE_PIXELS, Stamp, StampsError
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "stamps"))
-
-import make_parts  # noqa: E402
-import run_stamps  # noqa: E402
-import stamps  # noqa: E402
-from stamps import PICTURE_PIXELS, Stamp, StampsError  # noqa: E402
-
-from ross_mcore.flags import parse  # noqa: E402
+from ross_mcore.flags import parse
 
 
 def write_stamp(folder: Path, path: str, text: str | None, size: tuple[int, int] = (20, 10)) -> None:

@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.checkpoint.saving import RunningSave, Saved  # noqa: E402
-from ross_mcore.engine.state import TrainState  # noqa: E402
-from ross_mcore.errors import CheckpointError  # noqa: E402
-from ross_mcore.training.checkpointer import Saver  # noqa: E402
+from ross_mcore.checkpoint.saving import RunningSave, Saved
+from ross_mcore.engine.state import TrainState
+from ross_mcore.errors import CheckpointError
+from ross_mcore.training.checkpointer import Saver
 
 
 class Save(RunningSave):

@@ -10,21 +10,18 @@ from typing import Any
 import pytest
 
 from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.architecture import Precomputed  # noqa: E402
-from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
-from ross_mcore.config import Config  # noqa: E402
-from ross_mcore.data.sample import ShardDataset  # noqa: E402
-from ross_mcore.data.shard_reader import ShardReader  # noqa: E402
-from ross_mcore.data.tokenizer import load_tokenizer  # noqa: E402
-from ross_mcore.errors import ConfigError  # noqa: E402
-from ross_mcore.parallel.layout import Chunk, Stage  # noqa: E402
-from ross_mcore.shards.precompute import Precomputation, load_picture_parts  # noqa: E402
-from ross_mcore.shards.writer import ShardWriter  # noqa: E402
-from ross_mcore.training.precomputed import choose_precomputed, read_pictures_as, unused_parts  # noqa: E402
-from tests.recorded import GOLDEN, recorded_checkpoint  # noqa: E402
+from ross_mcore.architecture import Precomputed
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.config import Config
+from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.errors import ConfigError
+from ross_mcore.parallel.layout import Chunk, Stage
+from ross_mcore.shards.precompute import Precomputation, load_picture_parts
+from ross_mcore.shards.writer import ShardWriter
+from ross_mcore.training.precomputed import choose_precomputed, read_pictures_as, unused_parts
+from tests.recorded import GOLDEN, recorded_checkpoint
 
 BOTH = ("latents", "features")
 RECORD = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]}

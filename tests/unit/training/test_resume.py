@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig  # noqa: E402
-from ross_mcore.checkpoint import folder  # noqa: E402
-from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
-from ross_mcore.config import Config  # noqa: E402
-from ross_mcore.engine.state import TrainState  # noqa: E402
-from ross_mcore.errors import CheckpointError, ConfigError  # noqa: E402
-from ross_mcore.training.resume import (  # noqa: E402
+from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from ross_mcore.checkpoint import folder
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.config import Config
+from ross_mcore.engine.state import TrainState
+from ross_mcore.errors import CheckpointError, ConfigError
+from ross_mcore.training.resume import (
     RUN_IDENTITY,
     changeable_options,
     changes,

@@ -8,15 +8,11 @@ from typing import Any
 
 import pytest
 
-from ross_mcore import platform
-
-platform.prepare()
-
-from ross_mcore.checkpoint.folder import Checkpoint  # noqa: E402
-from ross_mcore.config import Config  # noqa: E402
-from ross_mcore.errors import ConfigError  # noqa: E402
-from ross_mcore.training import start  # noqa: E402
-from ross_mcore.training.start import skipped_samples, starting_point  # noqa: E402
+from ross_mcore.checkpoint.folder import Checkpoint
+from ross_mcore.config import Config
+from ross_mcore.errors import ConfigError
+from ross_mcore.training import start
+from ross_mcore.training.start import skipped_samples, starting_point
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

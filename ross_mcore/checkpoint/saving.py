@@ -59,10 +59,9 @@ from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.manifest import FileRecord, checksum
 from ross_mcore.checkpoint.safe_load import read_common
 from ross_mcore.checkpoint.tensor_file import TensorFile, write_index
-from ross_mcore.checkpoint.together import exchange, to_first_rank, together
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, sharding_metadata
 from ross_mcore.errors import CheckpointError
-from ross_mcore.parallel.groups import sum_over_ranks
+from ross_mcore.parallel.collectives import all_or_none, gather, gather_on_first_rank, sum_over_ranks
 
 POLL_SECONDS = 0.5
 """How often ranks that wait for a save hear of each other; far below any timeout of a collective call."""
@@ -159,13 +158,13 @@ def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopi
     Raises CheckpointError on every rank when any rank fails; what was complete before stays so.
     """
     first = dist.get_rank() == 0
-    together(lambda: destination.begin() if first else None)
+    all_or_none(lambda: destination.begin() if first else None, CheckpointError)
     try:
-        tensors, common = together(lambda: split_state(state))
+        tensors, common = all_or_none(lambda: split_state(state), CheckpointError)
         pieces, metadata = _plan(tensors)
-        common_file = together(lambda: _pickled(common, destination.partial))
-        if copies is not None and all(exchange(copies.have_room_for(pieces))):
-            pieces = together(lambda: copies.of(pieces))
+        common_file = all_or_none(lambda: _pickled(common, destination.partial), CheckpointError)
+        if copies is not None and all(gather(copies.have_room_for(pieces))):
+            pieces = all_or_none(lambda: copies.of(pieces), CheckpointError)
         else:
             copies = None
     except BaseException:
@@ -204,11 +203,11 @@ class RunningSave:
             return None
         try:
             if self._published is not None:
-                done = exchange(together(self._published.result))[0]
+                done = gather(all_or_none(self._published.result, CheckpointError))[0]
                 assert done is not None  # the first rank published
                 return done
-            written = together(self._written.result)
-            all_written, copied = to_first_rank(written), max(exchange(self._copy_bytes))
+            written = all_or_none(self._written.result, CheckpointError)
+            all_written, copied = gather_on_first_rank(written), max(gather(self._copy_bytes))
         except CheckpointError:
             _discard(self.destination)
             raise
@@ -279,7 +278,7 @@ def _plan(tensors: dict[str, Any]) -> tuple[dict[MetadataIndex, Tensor | io.Byte
         validate_sharding_integrity(determine_global_metadata(own)[1])
         return own
 
-    own = together(share_out)
+    own = all_or_none(share_out, CheckpointError)
     by_name, _, _ = _replace_state_dict_keys_with_sharded_keys(own, keep_only_main_replica=True)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     first = dist.get_rank() == 0
@@ -288,9 +287,9 @@ def _plan(tensors: dict[str, Any]) -> tuple[dict[MetadataIndex, Tensor | io.Byte
         planner.set_up_planner(mcore_to_pyt_state_dict(by_name, is_loading=False), is_coordinator=first)
         return planner.create_local_plan()
 
-    plan = together(local_plan)
-    plans = to_first_rank(plan)
-    metadata = together(lambda: planner.create_global_plan(plans)[1] if first else None)
+    plan = all_or_none(local_plan, CheckpointError)
+    plans = gather_on_first_rank(plan)
+    metadata = all_or_none(lambda: planner.create_global_plan(plans)[1] if first else None, CheckpointError)
     return {item.index: planner.resolve_data(item) for item in plan.items}, metadata
 
 

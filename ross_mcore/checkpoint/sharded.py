@@ -53,7 +53,6 @@ from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, find_checkpoint, re
 from ross_mcore.checkpoint.manifest import read_json
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
 from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
-from ross_mcore.checkpoint.together import exchange, together
 from ross_mcore.checkpoint.torch_dist import (
     BACKEND,
     BACKEND_FILE,
@@ -66,6 +65,7 @@ from ross_mcore.checkpoint.torch_dist import (
     sharding_metadata,
 )
 from ross_mcore.errors import CheckpointError
+from ross_mcore.parallel.collectives import all_or_none, gather
 
 __all__ = [
     "Checkpoint",
@@ -114,7 +114,7 @@ def load_training_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[s
             f"{checkpoint.path} holds a model without training state ({folder.TRAIN_STATE} is missing): "
             "start a new run from it instead of resuming"
         )
-    train_state = together(checkpoint.train_state)
+    train_state = all_or_none(checkpoint.train_state, CheckpointError)
     return {**_load(checkpoint, state), "train_state": train_state}
 
 
@@ -132,7 +132,7 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
         _require_plain_groups(checkpoint, common.get("optimizer"))
         return metadata, common
 
-    metadata, common = together(check)
+    metadata, common = all_or_none(check, CheckpointError)
     if "fp8" in wanted:
         stored_shapes = tensor_shapes(metadata)
         fits = {k: t for k, t in wanted["fp8"].items() if stored_shapes.get(t.key) == tuple(t.global_shape)}
@@ -158,7 +158,7 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(_first_failure(f"{checkpoint.path} cannot be read", error)) from None
 
     loaded = read(wanted, common)
-    if any(exchange(bool(elsewhere))):
+    if any(gather(bool(elsewhere))):
         # by themselves: some of the same tensors were asked for already, and a tensor is read once in one go
         merge(loaded, read(elsewhere, {}))
     dict_list_map_inplace(lambda _: None, extra_state)
@@ -242,7 +242,7 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
     tensors, _, _ = load_preprocess(wanted)
     mine = {t.key: tuple(t.global_shape) for t in nested_values(tensors) if isinstance(t, ShardedTensor)}
     asked: dict[str, tuple[int, ...]] = {}
-    for names in exchange(mine):
+    for names in gather(mine):
         asked.update(names)
     stored = tensor_shapes(metadata)
     with_optimizer = any(name.startswith(OPTIMIZER_PREFIX) for name in asked)

@@ -9,9 +9,8 @@ import torch.distributed as dist
 
 from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, is_iteration, nothing_at, scan
 from ross_mcore.checkpoint.manifest import Manifest, damages
-from ross_mcore.checkpoint.together import exchange, together
 from ross_mcore.errors import CheckpointError
-from ross_mcore.parallel.groups import same_on_all_ranks
+from ross_mcore.parallel.collectives import all_or_none, gather, same_on_all_ranks
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def find_intact(path: Path, verify: bool = True) -> Checkpoint | None:
     silence would lose them), when `path` names a damaged one, or when the ranks see different files.
     """
     path = Path(path)
-    found, problems = together(lambda: scan(path))
+    found, problems = all_or_none(lambda: scan(path), CheckpointError)
     if not same_on_all_ranks([str(checkpoint.path) for checkpoint in found]):
         raise CheckpointError(f"ranks see different checkpoints in {path}: it must lie on a file system that all share")
     first = dist.get_rank() == 0
@@ -54,7 +53,7 @@ def shared_damage(checkpoint: Checkpoint) -> list[str]:
             _logger.warning("%s has no checksums: only the sizes of its files were compared", checkpoint.path)
     except CheckpointError as error:  # the marker has gone since it was listed
         own = [str(error)]
-    return [problem for problems in exchange(own) for problem in problems]
+    return [problem for problems in gather(own) for problem in problems]
 
 
 def share_of_files(manifest: Manifest, rank: int, size: int) -> list[str]:

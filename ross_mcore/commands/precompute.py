@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from ross_mcore import platform
     from ross_mcore.data.shard_reader import ShardReader
     from ross_mcore.errors import RankError, UserError
-    from ross_mcore.parallel.groups import destroy, together
+    from ross_mcore.parallel.collectives import all_or_none
+    from ross_mcore.parallel.groups import destroy
     from ross_mcore.shards.precompute import Precomputation, load_picture_parts
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -69,8 +70,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     columns = TextColumn("pictures of this rank"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         platform.initialize_process_group(timeout_minutes=7 * 24 * 60)  # a rank waits for the others at the end only
-        reader = together(lambda: ShardReader(options.data_path, options.data_cache_dir))
-        parts = together(lambda: load_picture_parts(options.load, kinds, options.image_aspect_ratio, options.dtype))
+        reader = all_or_none(lambda: ShardReader(options.data_path, options.data_cache_dir))
+        parts = all_or_none(lambda: load_picture_parts(options.load, kinds, options.image_aspect_ratio, options.dtype))
         with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bar:
             task = bar.add_task("pictures", total=None)
             work = Precomputation(

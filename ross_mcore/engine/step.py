@@ -9,7 +9,6 @@ from itertools import chain
 from typing import Any, Literal, NoReturn
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -17,13 +16,13 @@ from torch import Tensor
 from ross_mcore import platform
 from ross_mcore.batch import Batch, Row, Sample, Slots, blank_samples, collate, is_blank, segments
 from ross_mcore.data.loader import Step, StepLoader
-from ross_mcore.data.replacement import Bad
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.errors import ShardReadError
 from ross_mcore.guards.progress import at
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.options import TrainingOptions
-from ross_mcore.parallel.groups import Groups, on_all_ranks, sum_over_ranks
+from ross_mcore.parallel.collectives import gather, gather_integers, on_all_ranks, sum_over_ranks
+from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.stop import Asked
 
 
@@ -134,8 +133,7 @@ def agree_on_step(
         sum(sample.problem is not None for sample in counted),
         sum(sample.problem is None and not sample.label_tokens for sample in counted),
     ]
-    everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(everyone, torch.tensor([mine], dtype=torch.int64, device=device))
+    everyone = gather_integers(mine, device)
     longest, most_asked, failed, peak_memory = everyone[:, :4].amax(0).tolist()
     if failed:
         _refuse(step.failure)
@@ -146,8 +144,7 @@ def agree_on_step(
 
 def _refuse(failure: Exception | None) -> NoReturn:
     """Ends the run on all ranks when some could not read a step. Collective."""
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if failure is None else str(failure).strip() or type(failure).__name__)
+    messages = gather(None if failure is None else str(failure).strip() or type(failure).__name__)
     if failure is not None and not isinstance(failure, ShardReadError):
         raise on_all_ranks(failure)
     rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
@@ -163,9 +160,7 @@ def replace_bad_samples(
     rank that found something. Only a step with bad samples costs more than `agree_on_step`.
     """
     while size.found_bad:
-        found: list[list[Bad]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(found, step.bad)
-        loader.replace(step, chain.from_iterable(found))
+        loader.replace(step, chain.from_iterable(gather(step.bad)))
         size = agree_on_step(step, groups, row_multiple, device, size.asked)
     return size
 

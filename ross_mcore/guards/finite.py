@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ross_mcore.engine.chunks import ModelChunks
-from ross_mcore.parallel.groups import sum_over_ranks
+from ross_mcore.parallel.collectives import gather, sum_over_ranks
 
 FAMILIES = {
     "vision_model.": "vision tower",
@@ -86,9 +85,7 @@ def diagnose(model: ModelChunks) -> Diagnosis:
         gradient = getattr(weight, "main_grad", None)
         if gradient is not None and not gradient.isfinite().all():
             gradients.append(name)
-    found: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
-    mine = min(weights, key=place_of, default=None), max(gradients, key=place_of, default=None)
-    dist.all_gather_object(found, mine)
+    found = gather((min(weights, key=place_of, default=None), max(gradients, key=place_of, default=None)))
     return Diagnosis(
         min((weight for weight, _ in found if weight is not None), key=place_of, default=None),
         max((gradient for _, gradient in found if gradient is not None), key=place_of, default=None),

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.distributed as dist
-
 from ross_mcore.data.loader import Step
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.step import MicroBatchLosses
+from ross_mcore.parallel.collectives import gather
 from ross_mcore.parallel.groups import Groups
 
 INCIDENTS_FILE = "incidents.jsonl"
@@ -81,8 +80,7 @@ def samples_behind(
     rows = [row for part in parts for row in _rows(part)] if groups.tensor_rank == 0 else []
     broken = [row for row in rows if not math.isfinite(row[1] + row[3])]
     whole = sorted((row for row in rows if math.isfinite(row[1] + row[3])), key=size, reverse=True)
-    everyone: list[tuple[list[_Row], list[_Row]]] = [([], [])] * dist.get_world_size()
-    dist.all_gather_object(everyone, (broken[:MOST_SAMPLES], whole[:MOST_SAMPLES]))
+    everyone = gather((broken[:MOST_SAMPLES], whole[:MOST_SAMPLES]))
     found = sorted(row for broken, _ in everyone for row in broken)
     if loss is not None or not found:
         found += sorted((row for _, whole in everyone for row in whole), key=size, reverse=True)

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ross_mcore.architecture import trains
-from ross_mcore.checkpoint.together import exchange
 from ross_mcore.engine.optimizer import updates_weights
 from ross_mcore.guards.finite import family_of
 from ross_mcore.guards.progress import at
-from ross_mcore.parallel.groups import Groups, agree, sum_over_ranks
+from ross_mcore.parallel.collectives import agree, gather, sum_over_ranks
+from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.run import Run
 
 WORDS_AT_ONCE = 1 << 18
@@ -123,7 +123,7 @@ def different(copies: Mapping[str, int], group: ProcessGroup, device: torch.devi
     digest = hashlib.sha256(repr(list(copies.items())).encode()).digest()
     if agree(int.from_bytes(digest[:8], "big", signed=True), group, device):
         return []
-    everyone = exchange(copies, group)
+    everyone = gather(copies, group)
     names = dict.fromkeys(name for theirs in everyone for name in theirs)
     return [name for name in names if len({theirs.get(name) for theirs in everyone}) > 1]
 
@@ -213,13 +213,13 @@ class ReplicaCheck:
 
     def _problem(self, iteration: int, changed: list[str], differing: dict[str, str], found: dict[str, int]) -> str:
         """What the ranks found together, told of the first tensor. Collective."""
-        everyone = exchange((changed, differing))
+        everyone = gather((changed, differing))
         changed = [name for theirs, _ in everyone for name in theirs]
         kinds: dict[str, str] = {}
         for _, theirs in everyone:
             kinds = {**theirs, **kinds}
         name = changed[0] if changed else next(iter(kinds))
-        values = {rank: value for rank, value in enumerate(exchange(found.get(name))) if value is not None}
+        values = {rank: value for rank, value in enumerate(gather(found.get(name))) if value is not None}
         if changed:
             ranks = [rank for rank, (theirs, _) in enumerate(everyone) if name in theirs]
             what = f"is frozen and was changed since the start, on {_named(ranks)} of the {len(values)} that hold it"

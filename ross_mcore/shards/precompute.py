@@ -31,7 +31,7 @@ from ross_mcore.data.shard_reader import CAPTION, MAX_PART_BYTES, ShardReader
 from ross_mcore.errors import ImageError, ShardError
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
-from ross_mcore.parallel.groups import together
+from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.shards.index_parts import (
     PARTS,
     IndexedShard,
@@ -146,9 +146,9 @@ class Precomputation:
         Collective. Raises ShardError or OSError on every rank when any fails.
         """
         done = Precomputed()
-        together(lambda: self._begin() if rank == 0 else None)
-        together(lambda: self._make_shards(range(rank, self.num_shards, world_size), done, progress))
-        together(lambda: self._finish() if rank == 0 else None)
+        all_or_none(lambda: self._begin() if rank == 0 else None)
+        all_or_none(lambda: self._make_shards(range(rank, self.num_shards, world_size), done, progress))
+        all_or_none(lambda: self._finish() if rank == 0 else None)
         return done
 
     @property

@@ -32,6 +32,7 @@ from ross_mcore.guards.replicas import ReplicaCheck
 from ross_mcore.guards.spikes import find_spike, remembered
 from ross_mcore.guards.watchdog import Watchdog
 from ross_mcore.parallel import groups as process_groups
+from ross_mcore.parallel.collectives import all_or_none, is_on_all_ranks
 from ross_mcore.reporting.logs import complain
 from ross_mcore.reporting.metrics import StepMetrics
 from ross_mcore.reporting.report import Report
@@ -62,7 +63,7 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
     platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
     closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
     run, state = open_run(config, closing)
-    report = process_groups.together(lambda: _open_report(run, state))
+    report = all_or_none(lambda: _open_report(run, state))
     saver = Saver(run, report.console.say)
     replicas = ReplicaCheck(run, report.console.say)
     stopped_by: str | None = None
@@ -84,7 +85,7 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
                 at("saving a checkpoint", is_long=True)
                 saver.save(state)
     except Exception as error:
-        if process_groups.is_on_all_ranks(error):
+        if is_on_all_ranks(error):
             at("waiting for a save", is_long=True)
             saver.wait(state.iteration, "the run ends")
         raise
@@ -98,7 +99,7 @@ def _train(config: Config, requests: Requests, closing: ExitStack) -> None:
 
 
 def _open_report(run: Run, state: TrainState) -> Report:
-    report = process_groups.together(lambda: Report(run, state))
+    report = all_or_none(lambda: Report(run, state))
     report.console.start(run.start, run.resume, state, run.dataset)
     return report
 

@@ -13,7 +13,7 @@ from ross_mcore.config import Config
 from ross_mcore.data.precomputed import PrecomputedParts, part_source
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.errors import ConfigError
-from ross_mcore.parallel.groups import from_first_rank, together
+from ross_mcore.parallel.collectives import all_or_none, from_first_rank
 from ross_mcore.parallel.layout import Stage
 
 
@@ -27,7 +27,7 @@ def choose_precomputed(
     sets have them and others do not; ShardError for parts that are incomplete.
     """
     pictured = [part for part in datasets if part.reader.num_images]
-    kinds = together(lambda: _kinds_held(config, model_config, pictured))
+    kinds = all_or_none(lambda: _kinds_held(config, model_config, pictured))
     weights = {kind: from_first_rank(lambda kind=kind: fingerprint_of(kind, start)) for kind in kinds}  # type: ignore[misc]
     chosen = Precomputed(features="features" in kinds, latents="latents" in kinds)
 
@@ -41,7 +41,7 @@ def choose_precomputed(
                     f"it reads precomputed is {', '.join(kinds) or 'nothing'}"
                 )
 
-    together(check)
+    all_or_none(check)
     return chosen
 
 

@@ -27,6 +27,7 @@ from ross_mcore.engine.state import TrainState, restore
 from ross_mcore.errors import CheckpointError
 from ross_mcore.guards.finite import all_finite, diagnose
 from ross_mcore.parallel import groups as process_groups
+from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model
@@ -80,27 +81,27 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
 
     `closing` ends the data workers and lets go of the folder of --save, which the first rank holds.
     """
-    claim = process_groups.together(lambda: _claim(config, closing))
+    claim = all_or_none(lambda: _claim(config, closing))
     start, resume = starting_point(config)
     if resume and config.checkpoint.load is not None:
-        process_groups.together(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
-    model_config = process_groups.together(lambda: architecture_of(start))
+        all_or_none(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
+    model_config = all_or_none(lambda: architecture_of(start))
     dataset, held_out = _open_data(config, model_config, start)
     parts_of_data = [*dataset.parts, *(held_out.parts if held_out is not None else [])]
     precomputed = choose_precomputed(config, model_config, start, parts_of_data)
-    layout = process_groups.together(lambda: place(config, model_config, precomputed))
+    layout = all_or_none(lambda: place(config, model_config, precomputed))
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
-    process_groups.together(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
+    all_or_none(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
     order = sample_order(config, dataset, rows_per_step)
-    skipped = process_groups.together(lambda: skipped_samples(config, dataset))
+    skipped = all_or_none(lambda: skipped_samples(config, dataset))
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
 
     state = _first_state(config, dataset, rows_per_step, train_iters)
     if resume:
-        state = process_groups.together(lambda: continued(start, state, config))
+        state = all_or_none(lambda: continued(start, state, config))
     unused = unused_parts(config, precomputed)
-    carried = process_groups.together(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
+    carried = all_or_none(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
     weights, blank = None if resume else start, blank_posterior(parts_of_data)
     model, optimizer = build(config, model_config, groups, weights, precomputed, blank, carried)
     if resume:
@@ -142,7 +143,7 @@ def _open_data(
     """What trains, and what is held out where there is such."""
 
     def opened(path: str) -> MixtureDataset:
-        return process_groups.together(lambda: open_dataset(config, model_config, start, path))
+        return all_or_none(lambda: open_dataset(config, model_config, start, path))
 
     dataset = opened(config.data.data_path or "")
     return dataset, None if config.data.valid_data_path is None else opened(config.data.valid_data_path)

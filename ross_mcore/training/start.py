@@ -33,7 +33,7 @@ from ross_mcore.engine.state import load_weights
 from ross_mcore.engine.step import finalize_gradients
 from ross_mcore.errors import ConfigError
 from ross_mcore.models.ross import RossModel
-from ross_mcore.parallel import groups as groups_of_ranks
+from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk, Layout, make_layout
 
@@ -52,7 +52,7 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
     checkpoint, stage = config.checkpoint, config.training.training_stage
     own = find_intact(Path(checkpoint.save or ""), checkpoint.verify)
     if own is not None:
-        saved_stage = groups_of_ranks.together(lambda: own.train_state().get("training_stage"))
+        saved_stage = all_or_none(lambda: own.train_state().get("training_stage"))
         if saved_stage != stage:
             raise ConfigError(
                 f"--save {checkpoint.save} holds a run of training stage {saved_stage!r}; give another folder"
@@ -64,7 +64,7 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
     found = find_intact(load, checkpoint.verify)
     if found is None:
         raise nothing_at(load, [])
-    same_stage = groups_of_ranks.together(lambda: found.train_state().get("training_stage")) == stage
+    same_stage = all_or_none(lambda: found.train_state().get("training_stage")) == stage
     return found, same_stage and not checkpoint.finetune
 
 

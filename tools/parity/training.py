@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from parity.golden import Golden
 from parity.rows import Row, compare, compare_exactly, compare_sets
@@ -21,6 +20,7 @@ from ross_mcore.engine.optimizer import (
     warmup_iterations,
 )
 from ross_mcore.options import OptimizerOptions
+from ross_mcore.parallel.collectives import gather
 
 CURVE_TOLERANCE = 1e-4
 """Twenty steps of Adam: its update is the gradient's sign where gradients are as small as their rounding."""
@@ -92,9 +92,7 @@ def _optimizer_settings(trial: Trial) -> set[tuple[Any, ...]]:
             settings.append((group["lr"], group["weight_decay"], *group["betas"], group["eps"]))
             marked[key] = torch.full_like(parameter, float(len(settings) - 1))
     # the settings travel as numbers: the tensors that carry them are split and renamed as the parameters are
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, settings)
-    table = sorted({setting for own in everyone for setting in own})
+    table = sorted({setting for own in gather(settings) for setting in own})
     coded = {key: value.fill_(float(table.index(settings[int(value.flatten()[0])]))) for key, value in marked.items()}
     found = trial.by_their_names(coded)
     return {(key, *table[int(value.flatten()[0])]) for key, value in found.items()}

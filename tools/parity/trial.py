@@ -31,6 +31,7 @@ from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.step import Losses, StepSize, agree_on_step, combine_losses, run_schedule
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel import groups as process_groups
+from ross_mcore.parallel.collectives import from_first_rank, gather
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import share_of
 from ross_mcore.training.start import build, place
@@ -115,9 +116,7 @@ class Trial:
 
     def everywhere(self, value: T | None) -> T:
         """What the first rank that has a value (not None) has, on every rank. Collective."""
-        values: list[T | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return next(v for v in values if v is not None)
+        return next(found for found in gather(value) if found is not None)
 
     def by_their_names(self, tensors: dict[str, Tensor]) -> Tensors:
         """Tensors of this rank, by parameter name -> whole ones of all ranks, under the reference's names. Collective.
@@ -156,9 +155,7 @@ class shared_folder:
     """A temporary folder that rank 0 makes and removes, and all ranks see. Collective."""
 
     def __enter__(self) -> Path:
-        names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(names, src=0)
-        self._path = Path(str(names[0]))
+        self._path = Path(from_first_rank(tempfile.mkdtemp))
         return self._path
 
     def __exit__(self, *_: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -316,21 +317,13 @@ class ModelConfig:
             raise ArchitectureError(
                 f"{source} has format version {checked.shown(data.get('version'))}; this code reads 1"
             )
-        parts = {
-            "language": LanguageConfig,
-            "vision": VisionConfig,
-            "projector": ProjectorConfig,
-            "denoiser": DenoiserConfig,
-            "pixel_decoder": PixelDecoderConfig,
-        }
+        built: dict[str, Any] = {}
         try:
-            built = {
-                name: None
-                if data.get(name) is None and name in ("denoiser", "pixel_decoder")
-                else checked.build(part, data.get(name), f"section {name!r}")
-                for name, part in parts.items()
-            }
-            return cls(**built)  # type: ignore[arg-type]
+            for name, hint in typing.get_type_hints(cls).items():
+                part, *optional = typing.get_args(hint) or (hint,)
+                missing = optional and data.get(name) is None
+                built[name] = None if missing else checked.build(part, data.get(name), f"section {name!r}")
+            return cls(**built)
         except ValueError as error:
             raise ArchitectureError(f"{source}: {error}; copy the file again, or convert the model again") from None
 
@@ -345,14 +338,3 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     except ValueError as error:
         raise ArchitectureError(f"{path} cannot be read: {error}; copy the file again") from None
     return ModelConfig.from_dict(data, str(path))
-
-
-def trains(name: str, llm_trains: bool, vision_trains: bool) -> bool:
-    """PURE: whether a weight of this name trains, as in the reference (ROSS train.py:1170-1206).
-
-    In its pretraining, projector and denoiser do, the position table included; in its fine-tuning (`llm_trains`)
-    projector, language model and denoiser without that table. The VAE never does, the vision tower when it has a rate.
-    """
-    part = name.partition(".")[0]
-    trained = {"language_model": llm_trains, "vision_model": vision_trains, "pixel_decoder": False}
-    return trained.get(part, True) and (name != "denoiser.pos_embed" or not llm_trains)

@@ -17,7 +17,7 @@ class CarriedWeights:
     """Frozen parts of a checkpoint that no rank builds, as they are stored: one rank has them in host memory.
 
     They are loaded and saved with the model, under their own names, so a checkpoint lacks nothing, and nothing depends
-    on an older one that may be gone by then. `parts` are `vision_model` and `pixel_decoder`, or neither.
+    on an older one that may be gone by then. `parts` are prefixes of weights (parts.py).
     """
 
     def __init__(self, checkpoint: Checkpoint | None = None, parts: Sequence[str] = (), holds: bool = False) -> None:

@@ -17,15 +17,7 @@ from ross_mcore.checkpoint.manifest import MARKER
 from ross_mcore.checkpoint.safe_load import read_metadata, tensor_shapes
 from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
 from ross_mcore.errors import CheckpointError
-
-PARTS = {
-    "vision_model": "vision tower",
-    "vision_projection": "projector",
-    "language_model": "language model",
-    "denoiser": "denoiser",
-    "pixel_decoder": "VAE",
-}
-"""First component of a tensor's name -> what people call the part."""
+from ross_mcore.parts import PARTS
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -38,10 +30,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     tensors = {n: item for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
     trained = {name.split("exp_avg.", 1)[1] for name in tensors if name.startswith(f"{OPTIMIZER_PREFIX}state.exp_avg.")}
     parts = {}
-    for prefix, part in PARTS.items():
-        own = {name: item for name, item in tensors.items() if name.split(".")[0] == prefix}
-        if own:
-            parts[part] = _sizes(own) | {"trained_parameters": _parameters(own.keys() & trained, tensors)}
+    for part in PARTS:
+        if own := {name: tensors[name] for name in part.own(tensors)}:
+            parts[part.label] = _sizes(own) | {"trained_parameters": _parameters(own.keys() & trained, tensors)}
     optimizer = {name: item for name, item in tensors.items() if name.startswith(OPTIMIZER_PREFIX)}
     return {
         "path": str(checkpoint.path),

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.errors import CheckpointError
+from ross_mcore.parts import Part
 
 
-def part_fingerprint(checkpoint: Checkpoint, part: str, config: dict[str, Any]) -> str:
-    """16 hex digits for the weights of `part` (`vision_model`, `pixel_decoder`) and its library's configuration.
+def part_fingerprint(checkpoint: Checkpoint, part: Part) -> str:
+    """16 hex digits for the weights of `part` (vision tower or VAE) and its library's configuration.
 
     Of the weights rounded to bfloat16, so that a checkpoint that a run in bfloat16 saved counts as the one it came
-    from. Reads one tensor at a time. Raises CheckpointError when the checkpoint has no such part.
+    from. Reads one tensor at a time. Raises CheckpointError when the checkpoint has no such part, ArchitectureError
+    when its configuration has none.
     """
-    stored = StoredTensors(checkpoint.path)
-    names = sorted(name for name in stored.names() if name.startswith(f"{part}."))
+    assert part.library_config is not None, part.label
+    config, stored = part.library_config(checkpoint.model_config()), StoredTensors(checkpoint.path)
+    names = sorted(part.own(stored.names()))
     if not names:
-        raise CheckpointError(f"{checkpoint.path} has no {part}")
+        raise CheckpointError(f"{checkpoint.path} has no {part.label}")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in names:
         tensor = stored.read(name)

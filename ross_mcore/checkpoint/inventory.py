@@ -15,6 +15,7 @@ from ross_mcore.architecture import (
     ProjectorConfig,
     VisionConfig,
 )
+from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PROJECTOR, VAE, VISION_TOWER
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -25,13 +26,13 @@ TIMESTEP_CHANNELS = 256
 def inventory(model: ModelConfig) -> Shapes:
     """All tensors of a checkpoint's model part."""
     hidden = model.language.hidden_size
-    shapes = _within("language_model.", language_model(model.language))
-    shapes |= _within("vision_model.tower.", vision_tower(model.vision))
-    shapes |= _within("vision_projection.", vision_projection(model.projector, model.vision.hidden_size, hidden))
+    shapes = _within(LANGUAGE_MODEL.weight(""), language_model(model.language))
+    shapes |= _within(VISION_TOWER.weight("tower."), vision_tower(model.vision))
+    shapes |= _within(PROJECTOR.weight(""), vision_projection(model.projector, model.vision.hidden_size, hidden))
     if model.denoiser and model.pixel_decoder:
         channels = model.pixel_decoder.token_channels
-        shapes |= _within("denoiser.", denoiser(model.denoiser, channels, hidden, model.vision.image_tokens))
-        shapes |= _within("pixel_decoder.autoencoder.", autoencoder(model.pixel_decoder))
+        shapes |= _within(DENOISER.weight(""), denoiser(model.denoiser, channels, hidden, model.vision.image_tokens))
+        shapes |= _within(VAE.weight("autoencoder."), autoencoder(model.pixel_decoder))
     return shapes
 
 

@@ -103,25 +103,27 @@ def fresh_weights(model: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]
 
     from ross_mcore.models.denoiser import Denoiser
     from ross_mcore.models.projector import VisionProjection
+    from ross_mcore.parts import DENOISER, PROJECTOR
 
     generator = torch.Generator().manual_seed(seed)
     hidden = model.language.hidden_size
     projection = VisionProjection(model.projector, model.vision.hidden_size, hidden)
     projection.reset_parameters(generator)
     for name, tensor in projection.state_dict().items():
-        yield f"vision_projection.{name}", tensor
+        yield PROJECTOR.weight(name), tensor
     if model.denoiser and model.pixel_decoder:
         denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, hidden, model.vision.grid)
         denoiser.reset_parameters(generator)
         for name, tensor in denoiser.state_dict().items():
-            yield f"denoiser.{name}", tensor
+            yield DENOISER.weight(name), tensor
 
 
 def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Checkpoint:
     """Language model, tower and VAE from folders, projector and denoiser from stage 1 or fresh."""
     from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
     from ross_mcore.conversion import huggingface, mapping
-    from ross_mcore.conversion.assembly import Part, assemble
+    from ross_mcore.conversion.assembly import Source, assemble
+    from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PROJECTOR, VAE, VISION_TOWER, part_of
 
     language, vision, vae = options.language_model, options.vision_model, options.pixel_decoder
     model = ModelConfig(
@@ -131,21 +133,20 @@ def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Che
         denoiser=DenoiserConfig.from_type(options.denoiser_type, options.denoiser_width) if vae else None,
         pixel_decoder=huggingface.read_pixel_decoder_config(vae) if vae else None,
     )
-    sources = (
-        (language, "language_model.", mapping.language_table(model.language)),
-        (vision, "vision_model.", mapping.VISION),
-        (vae, "pixel_decoder.", mapping.PIXEL_DECODER),
-        (options.mm_projector, "vision_projection.", mapping.projector_table(model)),
-        (options.mm_inv_projector, "denoiser.", mapping.DENOISER),
-    )
-    parts = [Part(path, (prefix,), table) for path, prefix, table in sources if path]
-    given = tuple(prefix for part in parts for prefix in part.prefixes)
-    fresh = (item for item in fresh_weights(model, options.seed) if not item[0].startswith(given))
+    given = {
+        LANGUAGE_MODEL: language,
+        VISION_TOWER: vision,
+        VAE: vae,
+        PROJECTOR: options.mm_projector,
+        DENOISER: options.mm_inv_projector,
+    }
+    sources = [Source(path, (part,), mapping.part_table(part, model)) for part, path in given.items() if path]
+    fresh = (item for item in fresh_weights(model, options.seed) if not given[part_of(item[0])])
     with progress_bar(model) as advance:
         return assemble(
             options.save,
             model,
-            parts,
+            sources,
             fresh,
             tokenizer=options.tokenizer or language,
             preprocessor_config=vision / "preprocessor_config.json",

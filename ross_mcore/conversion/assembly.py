@@ -27,17 +27,15 @@ from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.stream import TensorWriter
 from ross_mcore.conversion.table import AnyRow, convert_in, plan
 from ross_mcore.errors import ConversionError
-
-KEPT_IN_FLOAT32 = ("denoiser.", "pixel_decoder.")
-"""What computes in float32 in every run, and is stored so."""
+from ross_mcore.parts import DENOISER, PARTS, VAE, Part, part_of
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tensors whose names (ours) begin with `prefixes`, from one folder or adapter file, by one table."""
+class Source:
+    """The tensors of `parts`, from one folder or adapter file, by one table."""
 
     path: Path
-    prefixes: tuple[str, ...]
+    parts: tuple[Part, ...]
     table: Sequence[AnyRow]
     configs: tuple[Path, ...] = ()
     """The files that say which tensors there should be, where they are several."""
@@ -46,7 +44,7 @@ class Part:
 def assemble(
     root: Path,
     model: ModelConfig,
-    parts: Sequence[Part],
+    sources: Sequence[Source],
     fresh: Iterable[tuple[str, Tensor]],
     tokenizer: Path,
     preprocessor_config: Path,
@@ -54,24 +52,25 @@ def assemble(
     dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
 ) -> Checkpoint:
-    """Writes iteration 0 of `root`: the parts, the tensors of `fresh`, tokenizer and image processor.
+    """Writes iteration 0 of `root`: the sources, the tensors of `fresh`, tokenizer and image processor.
 
     generation_config: a file that is kept beside the tokenizer where it exists, for the way back to Hugging Face.
-    dtype: of all but KEPT_IN_FLOAT32; None keeps each tensor's own, those included. `advance` is called with the number
-    of parameters after each tensor. Nothing is built and nothing is held but the tensor at hand.
+    dtype: of all parts but those that are always converted in float32; None keeps each tensor's own, those included.
+    `advance` is called with the number of parameters after each tensor. Nothing is built and nothing is held but the
+    tensor at hand.
     Raises ConversionError naming folder and tensor, or CheckpointError; leaves nothing half-written.
     """
     shapes = inventory(model)
     plans = []
-    for part in parts:
-        source = open_tensors(part.path)
-        wanted = {name: shape for name, shape in shapes.items() if name.startswith(part.prefixes)}
+    for source in sources:
+        tensors = open_tensors(source.path)
+        wanted = {name: shape for name, shape in shapes.items() if part_of(name) in source.parts}
         try:
-            plans.append((plan(part.table, source, wanted, model.language), source))
+            plans.append((plan(source.table, tensors, wanted, model.language), tensors))
         except ConversionError as error:
-            configs = f" ({', '.join(map(str, part.configs))})" if part.configs else ""
+            configs = f" ({', '.join(map(str, source.configs))})" if source.configs else ""
             raise ConversionError(
-                f"{part.path}: {error}; give weights and a configuration{configs} that belong together"
+                f"{source.path}: {error}; give weights and a configuration{configs} that belong together"
             ) from None
     missing, existed = set(shapes), root.exists()
     partial = folder.begin(root, 0)
@@ -82,13 +81,13 @@ def assemble(
             shutil.copyfile(generation_config, partial / folder.TOKENIZER / GENERATION_CONFIG)
         shutil.copyfile(preprocessor_config, partial / folder.PREPROCESSOR)
         with TensorWriter(partial) as writer:
-            streams = [convert_in(steps, source, model.language) for steps, source in plans]
+            streams = [convert_in(steps, tensors, model.language) for steps, tensors in plans]
             for stream in (*streams, fresh):
                 for name, tensor in stream:
                     if shapes.get(name) != tuple(tensor.shape):
                         raise ConversionError(f"{name} has shape {list(tensor.shape)}, expected {shapes.get(name)}")
                     if dtype is not None:
-                        tensor = tensor.to(torch.float32 if name.startswith(KEPT_IN_FLOAT32) else dtype)
+                        tensor = tensor.to(torch.float32 if part_of(name).converted_in_float32 else dtype)
                     writer.add(name, tensor)
                     missing.discard(name)
                     advance(tensor.numel())
@@ -122,19 +121,19 @@ def import_ross(
     model = ross.model_config()
     if model.denoiser:
         names = list(open_tensors(ross.path).names())
-        for part in ("model.mm_inv_projector.", "model.pixel_decoder."):
-            if not any(name.startswith(part) for name in names):
+        for part in (DENOISER, VAE):
+            if not any(name.startswith(part.reference) for name in names):
                 raise ConversionError(
-                    f"{ross.path / 'config.json'} says ross_enable, but there are no tensors {part}*: the reference's "
-                    "from_pretrained drops them, so what it saves again has lost them. Take the checkpoint that its "
-                    "training wrote, or set ross_enable to false to go on without denoiser and VAE"
+                    f"{ross.path / 'config.json'} says ross_enable, but there are no tensors {part.reference}*: the "
+                    "reference's from_pretrained drops them, so what it saves again has lost them. Take the checkpoint "
+                    "that its training wrote, or set ross_enable to false to go on without denoiser and VAE"
                 )
     described = (ross.path, ross.vision_model, *([ross.pixel_decoder] if ross.pixel_decoder else []))
     configs = tuple(path / "config.json" for path in described)
     return assemble(
         root,
         model,
-        [Part(ross.path, ("",), ross_table(model), configs)],
+        [Source(ross.path, PARTS, ross_table(model), configs)],
         fresh=(),
         tokenizer=tokenizer or ross.path,
         preprocessor_config=ross.vision_model / "preprocessor_config.json",

@@ -30,10 +30,9 @@ from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
 from ross_mcore.conversion.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
 from ross_mcore.conversion.table import AnyRow, convert_steps, plan_out
 from ross_mcore.errors import CheckpointError, ConversionError
+from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PARTS, PROJECTOR, VAE, VISION_TOWER, Part, part_of
 
-PIXEL_DECODER = "pixel_decoder"
-LANGUAGE_MODEL = "language_model"
-ADAPTERS = {"vision_projection.": "mm_projector.bin", "denoiser.": "mm_inv_projector.bin"}
+ADAPTERS = {PROJECTOR: "mm_projector.bin", DENOISER: "mm_inv_projector.bin"}
 """What stage 1 of the reference trains, and the files it saves them in."""
 
 
@@ -118,46 +117,46 @@ class Export:
     def write_parts(self, save: Path) -> None:
         """`save`: language model, tower and VAE in the folders of their libraries, the adapters as stage 1 has them."""
         with _atomic(save) as partial:
-            language = partial / LANGUAGE_MODEL
+            language = partial / LANGUAGE_MODEL.prefix
             language.mkdir()
-            config = export_config.language_config(self.model.language, self.tokens, self._dtype("language_model."))
+            config = export_config.language_config(self.model.language, self.tokens, self._dtype(LANGUAGE_MODEL))
             _write_json(language / "config.json", config)
-            self._write_tensors(language, "model", mapping.language_table(self.model.language), "language_model.")
+            self._write_part(language, "model", LANGUAGE_MODEL)
             self._write_tokenizer(language)
             self._write_tower(partial)
             self._write_pixel_decoder(partial)
             self._write_adapters(partial)
 
-    def parameters(self, *prefixes: str) -> int:
-        """How many there are in the tensors (ours) that begin with one of `prefixes`."""
-        return sum(math.prod(shape) for name, shape in self.source.shapes.items() if name.startswith(prefixes))
+    def parameters(self, *parts: Part) -> int:
+        """How many there are in `parts`."""
+        return sum(math.prod(shape) for name, shape in self.source.shapes.items() if part_of(name) in parts)
 
     def parameters_to_write(self, format: str) -> int:
         """What `advance` adds up to; format: one of FORMATS."""
-        beside = () if self.mm_vision_tower else ("vision_model.",)
-        beside += () if self.mm_pixel_decoder else ("pixel_decoder.",)
+        beside = () if self.mm_vision_tower else (VISION_TOWER,)
+        beside += () if self.mm_pixel_decoder else (VAE,)
         return {
-            "ross": self.parameters("") + self.parameters(*beside),
+            "ross": self.parameters(*PARTS) + self.parameters(*beside),
             "stage1": self.parameters(*ADAPTERS, *beside),
-            "hf": self.parameters(""),
+            "hf": self.parameters(*PARTS),
         }[format]
 
     def _write_config(self, save: Path, partial: Path, saved_by_pretrain: bool = False) -> None:
         """config.json of the reference, and the folders that it points to unless their paths were given."""
         has_vae = self.model.pixel_decoder is not None
         tower = self.mm_vision_tower or str(checked.real_path(save) / self.tower_folder)
-        vae = (self.mm_pixel_decoder or str(checked.real_path(save) / PIXEL_DECODER)) if has_vae else None
+        vae = (self.mm_pixel_decoder or str(checked.real_path(save) / VAE.prefix)) if has_vae else None
         state = self.checkpoint.train_state()
         known = {key: state[key] for key in ("training_stage", "image_aspect_ratio", "seq_length") if state.get(key)}
         if saved_by_pretrain:
             known["training_stage"] = "pretrain"
-        known["tower_trained"] = any(name.startswith("vision_model.") for name in self.source.trained)
+        known["tower_trained"] = bool(VISION_TOWER.own(self.source.trained))
         try:
             run = checked.build(RunFacts, known, "it")
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.path / TRAIN_STATE}: {error}; copy the checkpoint again") from None
         config = export_config.ross_config(
-            self.model, self.tokens, self._dtype("language_model."), run, vision_tower=tower, pixel_decoder=vae
+            self.model, self.tokens, self._dtype(LANGUAGE_MODEL), run, vision_tower=tower, pixel_decoder=vae
         )
         if saved_by_pretrain:  # the reference saves its configuration there, not the model
             del config["architectures"], config["torch_dtype"]
@@ -174,32 +173,32 @@ class Export:
     def _write_tower(self, partial: Path) -> None:
         target = partial / self.tower_folder
         target.mkdir()
-        _write_json(
-            target / "config.json", export_config.vision_config(self.model.vision, self._dtype("vision_model."))
-        )
+        _write_json(target / "config.json", export_config.vision_config(self.model.vision, self._dtype(VISION_TOWER)))
         self.checkpoint.image_processor()  # what cannot be read is refused here, not by who gets the copy
         shutil.copyfile(self.checkpoint.preprocessor_config, target / "preprocessor_config.json")
-        self._write_tensors(target, "model", mapping.VISION, "vision_model.")
+        self._write_part(target, "model", VISION_TOWER)
 
     def _write_pixel_decoder(self, partial: Path) -> None:
         if self.model.pixel_decoder is not None:
-            target = partial / PIXEL_DECODER
+            target = partial / VAE.prefix
             target.mkdir()
             _write_json(target / "config.json", export_config.pixel_decoder_config(self.model.pixel_decoder.diffusers))
-            self._write_tensors(target, "diffusion_pytorch_model", mapping.PIXEL_DECODER, "pixel_decoder.")
+            self._write_part(target, "diffusion_pytorch_model", VAE)
 
     def _write_adapters(self, partial: Path) -> None:
-        for prefix, file in ADAPTERS.items():
-            names = [name for name in self.source.names() if name.startswith(prefix)]
-            steps = plan_out((*mapping.projector_table(self.model), *mapping.DENOISER), names)
+        for part, file in ADAPTERS.items():
+            steps = plan_out(mapping.part_table(part, self.model), part.own(self.source.names()))
             tensors = convert_steps(steps, self.source, self.model.language, self.dtype)
             torch.save({name: _own(tensor) for name, tensor in tensors}, partial / file)
-            self.advance(self.parameters(prefix))
+            self.advance(self.parameters(part))
 
-    def _write_tensors(self, target: Path, stem: str, table: Sequence[AnyRow], prefix: str = "") -> None:
-        """The tensors (ours) that begin with `prefix`, by `table`, in one file or several with an index."""
+    def _write_part(self, target: Path, stem: str, part: Part) -> None:
+        self._write_tensors(target, stem, mapping.part_table(part, self.model), [part])
+
+    def _write_tensors(self, target: Path, stem: str, table: Sequence[AnyRow], parts: Sequence[Part] = PARTS) -> None:
+        """The tensors of `parts`, by `table`, in one file or several with an index."""
         language = self.model.language
-        steps = plan_out(table, [name for name in inventory(self.model) if name.startswith(prefix)])
+        steps = plan_out(table, [name for name in inventory(self.model) if part_of(name) in parts])
         sizes = {}
         for step in steps:
             item_bytes = (self.dtype or self.source.dtype(step.ours)).itemsize
@@ -231,11 +230,11 @@ class Export:
             raise CheckpointError(f"{path} was not written: {error}") from None
         shutil.copymode(path.with_name("config.json"), path)  # safetensors lets nobody else read its files
 
-    def _dtype(self, prefix: str) -> str:
-        """`torch_dtype` of the part whose tensors (ours) begin with `prefix`, which is that of its first one."""
+    def _dtype(self, part: Part) -> str:
+        """`torch_dtype` of a part, which is that of its first tensor."""
         if self.dtype is not None:
             return str(self.dtype).removeprefix("torch.")
-        name = next(name for name in inventory(self.model) if name.startswith(prefix))
+        name = next(name for name in inventory(self.model) if part_of(name) is part)
         return str(self.source.dtype(name)).removeprefix("torch.")
 
 

@@ -7,14 +7,19 @@ before attention and MLP under the names of the Transformer Engine layers they a
 
 from __future__ import annotations
 
-from ross_mcore.architecture import LanguageConfig, ModelConfig
+from ross_mcore import parts
+from ross_mcore.architecture import ModelConfig
 from ross_mcore.conversion.table import QKV, AnyRow, Equal, GatedMLP, Ignored, Same, Vocabulary
+from ross_mcore.parts import Part
 
-_OURS = "language_model.decoder.layers.{layer}."
+_OURS = parts.LANGUAGE_MODEL.weight("decoder.layers.{layer}.")
 _HF = "model.layers.{layer}."
+_TOWER = parts.VISION_TOWER.weight("tower.{name}")
+_CONSTANT = "a constant that old checkpoints store"
+_AUTOENCODER = parts.VAE.weight("autoencoder.{name}")
 
 LANGUAGE: tuple[AnyRow, ...] = (
-    Vocabulary("language_model.embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+    Vocabulary(parts.LANGUAGE_MODEL.weight("embedding.word_embeddings.weight"), "model.embed_tokens.weight"),
     Same(_OURS + "self_attention.linear_qkv.layer_norm_weight", _HF + "input_layernorm.weight"),
     QKV(
         _OURS + "self_attention.linear_qkv.weight",
@@ -32,64 +37,67 @@ LANGUAGE: tuple[AnyRow, ...] = (
     Same(_OURS + "mlp.linear_fc1.layer_norm_weight", _HF + "post_attention_layernorm.weight"),
     GatedMLP(_OURS + "mlp.linear_fc1.weight", _HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
     Same(_OURS + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight"),
-    Same("language_model.decoder.final_layernorm.weight", "model.norm.weight"),
+    Same(parts.LANGUAGE_MODEL.weight("decoder.final_layernorm.weight"), "model.norm.weight"),
     Ignored(_HF + "self_attn.rotary_emb.inv_freq", "a constant that old Llama checkpoints store"),
 )
 """Qwen2 and Llama decoders, all but the output matrix."""
 
 OUTPUT_MATRIX: dict[bool, tuple[AnyRow, ...]] = {
-    False: (Vocabulary("language_model.output_layer.weight", "lm_head.weight"),),
+    False: (Vocabulary(parts.LANGUAGE_MODEL.weight("output_layer.weight"), "lm_head.weight"),),
     True: (Equal("lm_head.weight", "model.embed_tokens.weight"),),
 }
 """By `tie_word_embeddings`. A tied model's output matrix is its embedding; where it is stored twice, both are equal."""
 
 VISION: tuple[AnyRow, ...] = (
-    Ignored("vision_model.embeddings.position_ids", "a constant that old checkpoints store"),
-    Ignored("embeddings.position_ids", "a constant that old checkpoints store"),
+    Ignored(parts.TRANSFORMERS_4_TOWER + "embeddings.position_ids", _CONSTANT),
+    Ignored("embeddings.position_ids", _CONSTANT),
     Ignored("text_model.{name}", "the text tower of a two-tower checkpoint"),
     Ignored("visual_projection.weight", "CLIP's projection into the space it shares with text"),
     Ignored("text_projection.weight", "CLIP's projection into the space it shares with images"),
     Ignored("logit_scale", "the temperature of contrastive training"),
     Ignored("logit_bias", "the bias of contrastive training"),
-    Same("vision_model.tower.{name}", "vision_model.{name}"),  # transformers 4, and what lies on the hub
-    Same("vision_model.tower.{name}", "{name}"),  # transformers 5
+    Same(_TOWER, parts.TRANSFORMERS_4_TOWER + "{name}"),
+    Same(_TOWER, "{name}"),
 )
 """SigLIP and CLIP vision towers, alone or beside their text tower."""
 
-PIXEL_DECODER: tuple[AnyRow, ...] = (Same("pixel_decoder.autoencoder.{name}", "{name}"),)
+PIXEL_DECODER: tuple[AnyRow, ...] = (Same(_AUTOENCODER, "{name}"),)
 """A diffusers AutoencoderKL folder."""
 
-DENOISER: tuple[AnyRow, ...] = (Same("denoiser.{name}", "model.mm_inv_projector.net.{name}"),)
+DENOISER: tuple[AnyRow, ...] = (Same(parts.DENOISER.weight("{name}"), parts.DENOISER.reference + "{name}"),)
 
 PROJECTOR: dict[bool, tuple[AnyRow, ...]] = {
-    False: (Same("vision_projection.{name}", "model.mm_projector.{name}"),),
-    True: (Same("vision_projection.0.{name}", "model.mm_projector.{name}"),),
+    False: (Same(parts.PROJECTOR.weight("{name}"), parts.PROJECTOR.reference + "{name}"),),
+    True: (Same(parts.PROJECTOR.weight("0.{name}"), parts.PROJECTOR.reference + "{name}"),),
 }
 """By whether `projector_type` is `linear`, which the reference makes a bare Linear and we a sequence of one."""
 
-_TOWER = "model.vision_tower.vision_tower."
 ROSS: tuple[AnyRow, ...] = (
     *LANGUAGE,
-    Ignored(_TOWER + "vision_model.embeddings.position_ids", "a constant that old checkpoints store"),
-    Ignored(_TOWER + "embeddings.position_ids", "a constant that old checkpoints store"),
-    Same("vision_model.tower.{name}", _TOWER + "vision_model.{name}"),
-    Same("vision_model.tower.{name}", _TOWER + "{name}"),
+    Ignored(
+        parts.VISION_TOWER.reference + parts.TRANSFORMERS_4_TOWER + "embeddings.position_ids",
+        "a constant that old checkpoints store",
+    ),
+    Ignored(parts.VISION_TOWER.reference + "embeddings.position_ids", _CONSTANT),
+    Same(_TOWER, parts.VISION_TOWER.reference + parts.TRANSFORMERS_4_TOWER + "{name}"),
+    Same(_TOWER, parts.VISION_TOWER.reference + "{name}"),
     *DENOISER,
-    Same("pixel_decoder.autoencoder.{name}", "model.pixel_decoder.pixel_decoder.{name}"),
+    Same(_AUTOENCODER, parts.VAE.reference + "{name}"),
 )
 """A full checkpoint of the reference implementation, but for projector and output matrix."""
 
 
-def language_table(language: LanguageConfig) -> tuple[AnyRow, ...]:
-    """The rows of a decoder."""
-    return (*LANGUAGE, *OUTPUT_MATRIX[language.tie_word_embeddings])
-
-
-def projector_table(model: ModelConfig) -> tuple[AnyRow, ...]:
-    """The rows of a projector, in a full checkpoint and in a stage-1 adapter."""
-    return PROJECTOR[model.projector.projector_type == "linear"]
+def part_table(part: Part, model: ModelConfig) -> tuple[AnyRow, ...]:
+    """The rows of one part: in a folder of its library, or in an adapter of the reference."""
+    return {
+        parts.VISION_TOWER: VISION,
+        parts.PROJECTOR: PROJECTOR[model.projector.projector_type == "linear"],
+        parts.LANGUAGE_MODEL: (*LANGUAGE, *OUTPUT_MATRIX[model.language.tie_word_embeddings]),
+        parts.DENOISER: DENOISER,
+        parts.VAE: PIXEL_DECODER,
+    }[part]
 
 
 def ross_table(model: ModelConfig) -> tuple[AnyRow, ...]:
     """The rows of a full checkpoint of the reference implementation."""
-    return (*ROSS, *projector_table(model), *OUTPUT_MATRIX[model.language.tie_word_embeddings])
+    return (*ROSS, *part_table(parts.PROJECTOR, model), *OUTPUT_MATRIX[model.language.tie_word_embeddings])

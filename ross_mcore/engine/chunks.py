@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ross_mcore.checkpoint.torch_dist import sharding_metadata
 from ross_mcore.models.ross import RossModel
+from ross_mcore.parts import LANGUAGE_MODEL
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
@@ -84,7 +85,7 @@ class ModelChunks(nn.ModuleList):
         """Takes what was loaded for `sharded_weights`."""
         for number, part in enumerate(self.parts):
             part.load_state_dict(loaded[str(number)])
-            prefix = "language_model."
+            prefix = LANGUAGE_MODEL.weight("")
             own = {name.removeprefix(prefix): value for name, value in loaded[str(number)].items()}
             part.language_model.took_weights(own)
 

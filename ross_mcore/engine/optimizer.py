@@ -10,26 +10,26 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
 from torch import Tensor
 
-from ross_mcore.architecture import trains
 from ross_mcore.config import Config
 from ross_mcore.engine import adam
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.models.ross import RossModel
 from ross_mcore.options import OptimizerOptions
+from ross_mcore.parts import LANGUAGE_MODEL, PARTS, VISION_TOWER, part_of, trains
 
 DEFAULT_WARMUP_FRACTION = 0.03
 
 
 def set_trainable(model: RossModel, training_stage: str, train_vision: bool) -> None:
-    """Freezes what does not train (architecture.trains); of a tower that does, what it never runs stays frozen."""
+    """Freezes what does not train (parts.trains); of a tower that does, what it never runs stays frozen."""
     for name, parameter in model.named_parameters():
         if not trains(name, training_stage == "finetune", train_vision):
             parameter.requires_grad_(False)
-        elif not name.startswith("vision_model."):
+        elif part_of(name) is not VISION_TOWER:
             parameter.requires_grad_(True)
 
 
-PART_TAGS = {"vision_model": 2.0, "vision_projection": 3.0, "denoiser": 4.0}
+PART_TAGS = {part.prefix: part.optimizer_tag for part in PARTS if part.rate_option}
 """Part of the model -> the `lr_mult` of its parameter groups, 1 for the language model.
 
 Nothing multiplies by it. mcore matches the groups of a checkpoint with those of a run by `lr_mult` and `wd_mult`
@@ -39,20 +39,15 @@ Nothing multiplies by it. mcore matches the groups of a checkpoint with those of
 
 def peak_rates(options: OptimizerOptions) -> dict[float, float]:
     """Tag of a part -> its peak learning rate."""
-    own = {
-        "vision_model": options.vision_lr,
-        "vision_projection": options.projector_lr,
-        "denoiser": options.denoiser_lr,
-    }
-    rates = {tag: options.lr if own[part] is None else own[part] for part, tag in PART_TAGS.items()}
-    return {1.0: options.lr, **rates}
+    own = {part.optimizer_tag: getattr(options, part.rate_option) for part in PARTS if part.rate_option}
+    return {1.0: options.lr, **{tag: options.lr if rate is None else rate for tag, rate in own.items()}}
 
 
 def _no_decay(decay_norm_weights: bool) -> ParamKey:
     """What weight decay leaves alone: biases and other vectors; on request not the language model's norms."""
 
     def matches(parameter: Tensor, name: str) -> bool:
-        norm = name.endswith(("norm.weight", "layer_norm_weight")) and "language_model." in name
+        norm = name.endswith(("norm.weight", "layer_norm_weight")) and part_of(name) is LANGUAGE_MODEL
         return parameter.dim() == 1 and not (norm and decay_norm_weights)
 
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name="no weight decay", fn=matches))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,32 +11,7 @@ from torch import Tensor
 
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.parallel.collectives import gather, sum_over_ranks
-
-FAMILIES = {
-    "vision_model.": "vision tower",
-    "vision_projection.": "projector",
-    "language_model.embedding": "embedding",
-    "language_model.decoder.layers.": "decoder layer",
-    "language_model.decoder.final_": "final norm",
-    "language_model.output_layer.": "output layer",
-    "denoiser.": "denoiser",
-    "pixel_decoder.": "VAE",
-}
-"""What names of weights, or of their moments, contain, and what they belong to, in the order in which data runs through
-the model."""
-
-
-def family_of(name: str) -> str:
-    """PURE: what a weight of the whole model belongs to; for decoder layers with their number, from 0."""
-    place, layer = place_of(name)
-    return [*FAMILIES.values(), "model"][place] + (f" {layer}" if layer >= 0 else "")
-
-
-def place_of(name: str) -> tuple[int, int]:
-    """PURE: sorts weights of the whole model in the order in which data runs through it."""
-    place = next((place for place, part in enumerate(FAMILIES) if part in name), len(FAMILIES))
-    layer = re.search(r"language_model\.decoder\.layers\.(\d+)\.", name)
-    return place, int(layer[1]) if layer else -1
+from ross_mcore.parts import label_of, order_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +26,7 @@ class Diagnosis:
     gradient: str | None
 
     def __str__(self) -> str:
-        weight, gradient = ("" if name is None else f"{family_of(name)} ({name})" for name in vars(self).values())
+        weight, gradient = ("" if name is None else f"{label_of(name)} ({name})" for name in vars(self).values())
         found = [f"weights are not finite from the {weight} on" if weight else "all weights are finite"]
         found += [f"gradients are not from the {gradient} back"] if gradient else []
         return ", ".join(found)
@@ -85,8 +59,8 @@ def diagnose(model: ModelChunks) -> Diagnosis:
         gradient = getattr(weight, "main_grad", None)
         if gradient is not None and not gradient.isfinite().all():
             gradients.append(name)
-    found = gather((min(weights, key=place_of, default=None), max(gradients, key=place_of, default=None)))
+    found = gather((min(weights, key=order_of, default=None), max(gradients, key=order_of, default=None)))
     return Diagnosis(
-        min((weight for weight, _ in found if weight is not None), key=place_of, default=None),
-        max((gradient for _, gradient in found if gradient is not None), key=place_of, default=None),
+        min((weight for weight, _ in found if weight is not None), key=order_of, default=None),
+        max((gradient for _, gradient in found if gradient is not None), key=order_of, default=None),
     )

@@ -23,12 +23,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ross_mcore.architecture import trains
 from ross_mcore.engine.optimizer import updates_weights
-from ross_mcore.guards.finite import family_of
 from ross_mcore.guards.progress import at
 from ross_mcore.parallel.collectives import agree, gather, sum_over_ranks
 from ross_mcore.parallel.groups import Groups
+from ross_mcore.parts import LANGUAGE_MODEL, label_of, trains
 from ross_mcore.training.run import Run
 
 WORDS_AT_ONCE = 1 << 18
@@ -209,7 +208,7 @@ class ReplicaCheck:
             return {}
         weight = (model.first if groups.stage.is_first else model.last).shared_embedding_or_output_weight()
         (name,) = (one.name for one in held if one.tensor is weight)
-        return {f"language_model.embedding, tied to the output layer{_part_of(groups)}": own[name]}
+        return {f"{LANGUAGE_MODEL.weight('embedding')}, tied to the output layer{_part_of(groups)}": own[name]}
 
     def _problem(self, iteration: int, changed: list[str], differing: dict[str, str], found: dict[str, int]) -> str:
         """What the ranks found together, told of the first tensor. Collective."""
@@ -227,7 +226,7 @@ class ReplicaCheck:
             what = f"is not the same on all ranks of its {kinds[name]} group: {_who_deviates(values)}"
         others = len({*changed, *kinds}) - 1
         alike = f" ({others} other tensors alike)" if others else ""
-        return f"iteration {iteration}: {name}, in the {family_of(name)}, {what}{alike}. {self._remedy()}"
+        return f"iteration {iteration}: {name}, in the {label_of(name)}, {what}{alike}. {self._remedy()}"
 
     def _remedy(self) -> str:
         cause = "a fault of memory or communication (look for ECC and link errors on the machines of these ranks)"

@@ -29,6 +29,7 @@ from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel import split
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk, share_of
+from ross_mcore.parts import PARTS
 
 LATENT_BOUND = 4.0
 """Standard deviations within which sampled latents are kept; the VAE's scaling makes them of unit variance."""
@@ -87,9 +88,9 @@ class RossModel(MegatronModule):
                 )
             self.register_buffer("blank_posterior", blank_posterior, persistent=False)
         self.to(platform.device())
-        for part in ("vision_model", "vision_projection", "denoiser"):
-            if hasattr(self, part):
-                split.average_over_tensor_group(getattr(self, part))
+        for part in PARTS:
+            if part.splits_images and hasattr(self, part.prefix):
+                split.average_over_tensor_group(getattr(self, part.prefix))
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Takes the previous stage's hidden states (called by mcore's schedules)."""
@@ -195,7 +196,7 @@ class RossModel(MegatronModule):
         A blank sample is a picture of the mean colour (zero in normalised space) under a zero condition, as in the
         reference (ross_arch.py:466-512).
         """
-        if not hasattr(self, "denoiser"):
+        if self.model.denoiser is None:
             return hidden.new_zeros(batch.num_samples, dtype=torch.float64)
         rank, size = self.groups.tensor_rank, self.groups.tensor.size()
         share = share_of(batch.num_images, rank, size)

@@ -15,6 +15,7 @@ from ross_mcore.architecture import VisionConfig
 from ross_mcore.checked import reason, shown
 from ross_mcore.errors import ArchitectureError
 from ross_mcore.library_configs import VISION_KEYS
+from ross_mcore.parts import TRANSFORMERS_4_TOWER
 from ross_mcore.platform import Libraries
 
 
@@ -25,7 +26,7 @@ def normalize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     whole two-tower checkpoint also holds a text tower, which is left out. Position indices, which old checkpoints
     stored as a buffer, are constants and left out too.
     """
-    prefix = "vision_model."
+    prefix = TRANSFORMERS_4_TOWER
     if any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return {name: value for name, value in state.items() if name != "embeddings.position_ids"}

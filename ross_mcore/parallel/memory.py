@@ -7,18 +7,13 @@ checkpoint/inventory.py lists them). tests/end_to_end/test_recipes.py compares w
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ross_mcore.architecture import ModelConfig, trains
+from ross_mcore.architecture import ModelConfig
 from ross_mcore.parallel.layout import Layout, Stage, share_of
+from ross_mcore.parts import is_sharded, part_of, place_of, trains
 
-SHARDED = re.compile(
-    r"language_model\.(embedding\.word_embeddings\.weight|output_layer\.weight|decoder\.layers\.\d+\."
-    r"(self_attention\.linear_qkv\.(weight|bias)|self_attention\.linear_proj\.weight|mlp\.linear_fc[12]\.weight))"
-)
-"""Tensors of which a tensor-parallel rank has a share; all others are whole on each."""
 LABELLED = 4
 """One token in so many has a label, as stage balance assumes."""
 DENOISER_VALUES = 20
@@ -70,8 +65,8 @@ def stage_memory(
     for name, shape in shapes.items():
         if not hosted(name, stage, model.language.tie_word_embeddings):
             continue
-        count = math.prod(shape) / (layout.tensor_parallel if SHARDED.fullmatch(name) else 1)
-        weights += count * (4 if name.startswith("pixel_decoder.") else size)
+        count = math.prod(shape) / (layout.tensor_parallel if is_sharded(name) else 1)
+        weights += count * (4 if part_of(name).runs_in_float32 else size)
         trained += count * trains(name, plan.llm_trains, plan.vision_trains)
     share = layout.data_parallel if plan.distributed_optimizer else 1
     return Memory(
@@ -80,17 +75,14 @@ def stage_memory(
 
 
 def hosted(name: str, stage: Stage, tied: bool) -> bool:
-    """Whether a stage has a tensor of the checkpoint."""
-    part, _, rest = name.partition(".")
-    if part in ("vision_model", "vision_projection"):
-        return stage.is_first
-    if part in ("denoiser", "pixel_decoder"):
-        return stage.is_last
-    if rest.startswith("embedding."):
-        return stage.is_first or (tied and stage.is_last)
-    if layer := re.match(r"decoder\.layers\.(\d+)\.", rest):
-        return int(layer[1]) in stage.layers
-    return stage.is_last
+    """Whether a stage has a tensor of the checkpoint. Raises ValueError for what is no part of the model."""
+    place = place_of(name)
+    if place is None:
+        raise ValueError(f"{name} is no weight of any part of the model")
+    if place.section.stage == "of its layer":
+        return place.layer in stage.layers
+    is_there = stage.is_first if place.section.stage == "first" else stage.is_last
+    return is_there or (tied and place.section.last_when_tied and stage.is_last)
 
 
 def micro_batches_in_flight(layout: Layout, stage: Stage, micro_batches: int) -> float:

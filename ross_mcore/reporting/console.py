@@ -20,6 +20,7 @@ from ross_mcore.engine.step import DataSetLosses
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.guards.bad_samples import BadSample
 from ross_mcore.parallel.layout import Layout
+from ross_mcore.parts import DENOISER, PROJECTOR, VAE
 from ross_mcore.reporting.logs import say
 from ross_mcore.reporting.metrics import MetricsLog, StepMetrics, Validation, duration
 from ross_mcore.training.resume import changes
@@ -79,9 +80,10 @@ class Console:
         layout, stages = self.layout, []
         for index in range(layout.pipeline_parallel):
             stage = layout.stage(index)
-            tower, vae = "" if self.precomputed.features else "vision, ", "" if self.precomputed.latents else "VAE, "
-            parts = ([f"{tower}projector"] if stage.is_first else []) + [f"{len(stage.layers)} layers"]
-            parts += [f"{vae}denoiser"] if stage.is_last and self.model_config.denoiser else []
+            tower = "" if self.precomputed.features else "vision, "
+            vae = "" if self.precomputed.latents else f"{VAE.label}, "
+            parts = ([f"{tower}{PROJECTOR.label}"] if stage.is_first else []) + [f"{len(stage.layers)} layers"]
+            parts += [f"{vae}{DENOISER.label}"] if stage.is_last and self.model_config.denoiser else []
             stages.append(" + ".join(parts))
         where = f"continues from iteration {state.iteration}" if resume else "starts from the weights"
         changed = changes(start.train_state(), state) if resume and self.log is not None else []

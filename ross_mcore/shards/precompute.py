@@ -32,6 +32,7 @@ from ross_mcore.errors import ImageError, ShardError
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel.collectives import all_or_none
+from ross_mcore.parts import precomputed_part
 from ross_mcore.shards.index_parts import (
     PARTS,
     IndexedShard,
@@ -88,16 +89,14 @@ def load_picture_parts(run: Path, kinds: Sequence[str], aspect_ratio: ImageAspec
         if kind == "latents":
             size, vision = model.decode_image_size, model.vision  # raises where there is no VAE
             assert model.pixel_decoder is not None
-            name, config = "pixel_decoder", model.pixel_decoder.diffusers
             modules[kind] = PixelDecoder(model.pixel_decoder, vision.image_mean, vision.image_std, size)
         else:
-            name, config = "vision_model", model.vision.huggingface
             modules[kind] = VisionModel(model.vision)
-        names = [own for own in stored.names() if own.startswith(f"{name}.")]
-        modules[kind].load_state_dict({own.removeprefix(f"{name}."): stored.read(own) for own in names})
+        part = precomputed_part(kind)
+        weights = {name.removeprefix(part.weight("")): stored.read(name) for name in part.own(stored.names())}
+        modules[kind].load_state_dict(weights)
         modules[kind].to(platform.device())
-        weights = part_fingerprint(checkpoint, name, config)
-        sources[kind] = part_source(kind, weights, model, preprocessing, dtype)
+        sources[kind] = part_source(kind, part_fingerprint(checkpoint, part), model, preprocessing, dtype)
     return PictureParts(preprocessing, modules, sources)
 
 

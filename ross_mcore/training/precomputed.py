@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from ross_mcore.data.sample import ShardDataset
 from ross_mcore.errors import ConfigError
 from ross_mcore.parallel.collectives import all_or_none, from_first_rank
 from ross_mcore.parallel.layout import Stage
+from ross_mcore.parts import precomputed_part
 
 
 def choose_precomputed(
@@ -28,7 +30,7 @@ def choose_precomputed(
     """
     pictured = [part for part in datasets if part.reader.num_images]
     kinds = all_or_none(lambda: _kinds_held(config, model_config, pictured))
-    weights = {kind: from_first_rank(lambda kind=kind: fingerprint_of(kind, start)) for kind in kinds}  # type: ignore[misc]
+    weights = {kind: from_first_rank(partial(part_fingerprint, start, precomputed_part(kind))) for kind in kinds}
     chosen = Precomputed(features="features" in kinds, latents="latents" in kinds)
 
     def check() -> None:
@@ -76,15 +78,6 @@ def _require_same(part: ShardDataset, weights: dict[str, str], model_config: Mod
             )
 
 
-def fingerprint_of(kind: str, checkpoint: Checkpoint) -> str:
-    """Of the VAE (for "latents") or the tower (for "features") of a checkpoint."""
-    model_config = checkpoint.model_config()
-    if kind == "features":
-        return part_fingerprint(checkpoint, "vision_model", model_config.vision.huggingface)
-    assert model_config.pixel_decoder is not None
-    return part_fingerprint(checkpoint, "pixel_decoder", model_config.pixel_decoder.diffusers)
-
-
 def read_pictures_as(
     datasets: Sequence[ShardDataset], precomputed: Precomputed, stage: Stage, model_config: ModelConfig
 ) -> None:
@@ -107,4 +100,5 @@ def blank_posterior(datasets: Sequence[ShardDataset]) -> torch.Tensor | None:
 def unused_parts(config: Config, precomputed: Precomputed) -> list[str]:
     """The parts of the model that no rank builds; --eval-interval decodes with the VAE."""
     decodes = config.logging.eval_interval is not None
-    return ["vision_model"] * precomputed.features + ["pixel_decoder"] * (precomputed.latents and not decodes)
+    unused = {"features": precomputed.features, "latents": precomputed.latents and not decodes}
+    return [precomputed_part(kind).prefix for kind, is_unused in unused.items() if is_unused]

@@ -2,7 +2,8 @@
 
 A field's name is its flag, its type the flag's type, its default the flag's default, and the text under it in the
 source is the flag's help. YAML files given with `--config` hold the same names; flags on the command line win, later
-files win over earlier ones.
+files win over earlier ones. A recipe is such a file that is installed with the package; its name is its path without
+the suffix.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any, NoReturn
 from ross_mcore import checked
 from ross_mcore.config import SECTIONS, Config, require_complete
 from ross_mcore.errors import ConfigError
+
+SCRIPT = "pretrain_ross.py"
+RECIPES = Path(__file__).parent / "recipes"
 
 DESCRIPTION = """\
 Train a ROSS model: a vision tower, a projector and a Qwen2 or Llama language model on lm_loss, and a denoiser that
@@ -53,9 +57,6 @@ def field_help(section: type) -> dict[str, str]:
     return texts
 
 
-SCRIPT = "pretrain_ross.py"
-
-
 def build_parser(prog: str = SCRIPT) -> argparse.ArgumentParser:
     """The parser of `prog`; every default is suppressed so that what was given can be told from what was not."""
     started = prog if prog == SCRIPT else f"--no-python {prog}"
@@ -68,7 +69,7 @@ def build_parser(prog: str = SCRIPT) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", default=[], metavar="YAML", help="options from a YAML file; repeatable"
+        "--config", action="append", default=[], metavar="YAML", help="options from a YAML file or a recipe; repeatable"
     )
     for section in SECTIONS.values():
         group = parser.add_argument_group((section.__doc__ or section.__name__).strip())
@@ -129,6 +130,18 @@ def _hint(name: str) -> str:
     return f"; did you mean {flag(close[0])}?" if close else "; --help lists all of them"
 
 
+def recipes() -> dict[str, Path]:
+    """Every recipe that is installed with the package: its name, as `train_ross/pretrain_siglip_qwen2`, and file."""
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.yaml"))}
+
+
+def _read_file_or_recipe(path: str) -> Any:
+    try:
+        return checked.read_yaml(Path(path))
+    except FileNotFoundError:
+        return checked.read_yaml(recipes().get(path, Path(path)))
+
+
 class _Refusing(argparse.ArgumentParser):
     """Turns argparse's exit into a ConfigError that names the YAML file."""
 
@@ -137,11 +150,16 @@ class _Refusing(argparse.ArgumentParser):
 
 
 def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Options from a YAML mapping of flag names (dashes or underscores), checked as the command line is."""
+    """Options from a YAML mapping of flag names (dashes or underscores), checked as the command line is.
+
+    `path` is a file or the name of a recipe. Raises ConfigError.
+    """
     try:
-        data = checked.read_yaml(Path(path)) or {}
+        data = _read_file_or_recipe(path) or {}
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file; give a YAML file of options") from None
+        raise ConfigError(
+            f"--config {path}: no such file; give a YAML file of options, or a recipe: {', '.join(recipes())}"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(data, dict):

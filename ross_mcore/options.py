@@ -147,7 +147,7 @@ class DataOptions:
     """Data"""
 
     data_path: str | None = None
-    """Folder of tar shards with an index, as tools/make_shards.py and tools/index_shards.py write, or a YAML file that
+    """Folder of tar shards with an index, as `ross make-shards` and `ross index-shards` write, or a YAML file that
     lists several data sets: path, weight or epochs, and as needed template, image_aspect_ratio, name."""
     valid_data_path: str | None = None
     """Held-out data, a folder or a YAML file as above (weights and epochs do not matter): lm_loss and vm_loss of every
@@ -187,7 +187,7 @@ class DataOptions:
     """Leave samples out: their ids, as SAVE/incidents.jsonl names them, with commas between, or a file of one a line.
     Others that fit take their places; SAVE/quarantine.jsonl tells which."""
     precomputed: bool = True
-    """Read what tools/precompute_latents.py computed of the pictures, where the shards have it, and build neither the
+    """Read what `ross precompute` computed of the pictures, where the shards have it, and build neither the
     VAE nor the frozen vision tower. --no-precomputed computes it from the pictures."""
     num_workers: int = 2
     """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process.

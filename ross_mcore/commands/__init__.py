@@ -7,6 +7,7 @@ anything heavy, so that help and wrong arguments are answered at once.
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import NamedTuple
 
 
@@ -43,6 +44,12 @@ def build_parser(prog: str, description: str | None, epilog: str | None = None) 
         epilog=as_started(epilog or "", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def refuse(prog: str, message: object) -> int:
+    """Prints why `prog` cannot work and returns its exit status."""
+    print(f"{prog}: {as_started(str(message), prog)}", file=sys.stderr)
+    return 2
 
 
 def as_started(text: str, prog: str) -> str:

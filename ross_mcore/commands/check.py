@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,8 +123,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
             bar = progress.add_task("", total=sum(checkpoint.manifest().bytes for checkpoint in chosen))
             found = [check(c, not options.no_verify, lambda count: progress.advance(bar, count)) for c in chosen]
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error)
     is_intact = not incomplete and not any(one["problems"] for one in found)
     if options.json:
         print(json.dumps({"intact": is_intact, "incomplete": incomplete, "checkpoints": found}, indent=1))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +187,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     try:
         checkpoint = (convert_ross if options.ross_model else convert_parts)(options, dtype)
     except (UserError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error)
     print(f"wrote {checkpoint.path}; train from it with --load {options.save}")
     return 0

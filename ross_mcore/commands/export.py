@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 SCRIPT = "convert_mcore_to_hf.py"
 
@@ -102,7 +101,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     try:
         remarks = export(options)
     except (UserError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error)
     print("\n".join([f"wrote {options.save}", *remarks]))
     return 0

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 SCRIPT = "index_shards.py"
 
@@ -106,8 +105,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
                 progress=lambda passed, total: bar.update(task, completed=passed, total=total),
             )
     except (UserError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error)
     seconds = time.monotonic() - start
     print(f"{options.out}: {done.samples} samples, {done.images} pictures in {done.shards} shards")
     print(f"{done.reread} shards read, {done.shards - done.reread} unchanged, in {seconds:.1f} s")

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,8 +158,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         if options.contact_sheet is not None:
             found["contact_sheet"] = write_contact_sheet(reader, options.contact_sheet, options.contact_samples)
     except (UserError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error)
     if options.json:
         found["sample"] = [{"record": r, "tokens": t and [asdict(token) for token in t]} for r, t in samples]
         print(json.dumps(found, indent=1, ensure_ascii=False))

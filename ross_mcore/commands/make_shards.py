@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 SCRIPT = "make_shards.py"
 
@@ -104,11 +103,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
             )
     except RecordsError as error:
         named = str(error).startswith(str(options.data))
-        print(f"{prog}: {error if named else f'{options.data}: {error}'}", file=sys.stderr)
-        return 2
+        return refuse(prog, error if named else f"{options.data}: {error}")
     except (UserError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error)
     print(f"{options.out}: {done.samples} samples, {done.images} pictures, of {count} records")
     if done.ignored:
         print(f"{done.ignored} samples without any label: their answers could not be located among their tokens")

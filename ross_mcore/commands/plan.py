@@ -12,12 +12,11 @@ batch would be refused; what precision and kernels need is looked at when a run 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 if TYPE_CHECKING:
     from ross_mcore.architecture import ModelConfig
@@ -120,7 +119,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         layout = make_layout(model, world_size=options.world_size, **config.placement)
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
     except UserError as error:
-        print(f"{prog}: {error}; see --help", file=sys.stderr)
-        return 2
+        return refuse(prog, f"{error}; see --help")
     print_plan(config, model, layout, options.tokens or config.data.seq_length)
     return 0

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 SCRIPT = "precompute_latents.py"
 
@@ -82,9 +82,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
             )
         destroy()
     except (UserError, OSError) as error:
-        if rank == 0 or not isinstance(error, RankError):
-            print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error) if rank == 0 or not isinstance(error, RankError) else 2
     where = f"rank {rank}: " if world_size > 1 else ""
     print(f"{where}{done.pictures} pictures computed, {done.shards} shards, {done.kept} of them finished before")
     for key, reason in done.bad:

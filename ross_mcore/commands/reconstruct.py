@@ -6,11 +6,10 @@ python tools/reconstruct.py --load runs/finetune --image cat.jpg dog.png --outpu
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import build_parser
+from ross_mcore.commands import build_parser, refuse
 
 SCRIPT = "reconstruct.py"
 
@@ -54,10 +53,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         as_picture(grid).save(partial, format="PNG")
         partial.replace(options.output)
     except ImageError as error:
-        print(f"{prog}: {path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels", file=sys.stderr)
-        return 2
+        return refuse(prog, f"{path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels")
     except (UserError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(prog, error)
     print(f"{options.output}: {len(pictures)} pictures, each over its reconstruction")
     return 0

@@ -1,4 +1,4 @@
-"""examples/recipes against the reference's scripts, and the published models built at full size on the meta device.
+"""ross_mcore/recipes against the reference's scripts, and the published models built at full size on the meta device.
 
 Every recipe is placed on a simulated world of eight ranks: torch's fake process groups give each rank its place without
 the other seven, and the meta device gives it its tensors without their memory.
@@ -26,7 +26,6 @@ from ross_mcore.config import Config
 from ross_mcore.parallel.layout import Layout, make_layout
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ROOT / "examples" / "recipes"
 PUBLISHED = ROOT / "tests" / "published"
 
 WORLD = 8
@@ -93,7 +92,7 @@ class Recipe:
 
     @property
     def path(self) -> Path:
-        return RECIPES / self.folder / f"{self.name}.yaml"
+        return flags.RECIPES / self.folder / f"{self.name}.yaml"
 
     @property
     def parts(self) -> list[str]:
@@ -164,7 +163,7 @@ def place(recipe: Recipe, config: Config, model: ModelConfig) -> Layout:
 
 
 def test_there_is_one_recipe_for_every_script() -> None:
-    assert {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*/*.yaml")} == {
+    assert {path.relative_to(flags.RECIPES).with_suffix("").as_posix() for path in flags.RECIPES.glob("*/*.yaml")} == {
         str(recipe) for recipe in TABLE
     }
 
@@ -181,7 +180,7 @@ def test_options(recipe: Recipe) -> None:
 def test_reference_mode() -> None:
     for recipe in TABLE:
         sampler = ["--sampler", "modality_length"] if recipe.parts[0] == "finetune" else []
-        config = read_config(recipe, "--config", str(RECIPES / "reference_mode.yaml"), *sampler)
+        config = read_config(recipe, "--config", "reference_mode", *sampler)
         assert config.training.loss_normalization == "microbatch"
         assert config.training.vm_loss_rows == "all"
         assert config.data.supervise_final_eos is False
@@ -206,7 +205,6 @@ def test_the_commands_in_the_header_are_accepted(
     stage, vision, language = recipe.parts
     assert f"scripts/{recipe}.sh" in header(recipe)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     for pictures in ("LLaVA-Pretrain/images", "Cambrian-10M"):
         (tmp_path / pictures).mkdir(parents=True)
     train, *tools = commands(recipe)

@@ -9,7 +9,7 @@ import pytest
 
 from ross_mcore.config import SECTIONS, Config, check
 from ross_mcore.errors import ConfigError
-from ross_mcore.flags import build_parser, field_help, flag, parse
+from ross_mcore.flags import build_parser, field_help, flag, parse, recipes
 
 FLAGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --pipeline-layout --num-layers-per-virtual-pipeline-stage
@@ -63,6 +63,21 @@ def test_config_round_trips_through_its_flat_form() -> None:
     config = parse([*COMPLETE, "--bf16", "--lr", "3e-4"])
     assert Config.from_flat(**config.flat()) == config
     assert config.execution.bf16 and config.optimizer.lr == 3e-4
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "train_ross/finetune_siglip_qwen2"
+    assert parse(["--config", name], complete=False) == parse(["--config", str(recipes()[name])], complete=False)
+    (tmp_path / "reference_mode").write_text("seed: 7")  # a file wins over a recipe of the same name
+    assert parse(["--config", "reference_mode"], complete=False).training.seed == 7
+
+
+def test_an_unknown_recipe_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--config", "finetune_siglip_qwen2"])
+    said = capsys.readouterr().err
+    assert "no such file" in said and all(name in said for name in recipes()) and len(recipes()) == 13
 
 
 def test_flags_win_over_yaml_and_later_files_over_earlier(tmp_path: Path) -> None:

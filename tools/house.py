@@ -41,9 +41,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prints counts of the code of a checkout of this repository.")
-    parser.add_argument(
-        "--root", type=Path, default=Path(__file__).parents[1], metavar="DIR", help="(default: this checkout)"
-    )
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], metavar="DIR", help="the checkout")
     root: Path = parser.parse_args().root
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     names = [name for name in names if not re.search(r"(^|/)\.", name) and name != "tools/house.py"]

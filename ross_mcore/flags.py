@@ -12,6 +12,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import types
 import typing
@@ -42,6 +43,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@functools.cache
 def field_help(section: type) -> dict[str, str]:
     """Field name -> the string literal under it in the class body."""
     body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]

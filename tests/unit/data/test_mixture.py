@@ -23,7 +23,7 @@ def mixtures(draw: Any) -> MixtureOrder:
     return MixtureOrder(orders, tuple(counts), draw(st.integers(0, 2**64)), draw(st.integers(1, 400)))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(mixture=mixtures(), epoch=st.integers(0, 10**4))
 def test_an_epoch_takes_the_next_samples_of_every_data_set(mixture: MixtureOrder, epoch: int) -> None:
     positions = np.arange(mixture.num_samples) + epoch * mixture.num_samples
@@ -38,7 +38,7 @@ def test_an_epoch_takes_the_next_samples_of_every_data_set(mixture: MixtureOrder
     assert mixture.offsets[-1] == sum(order.num_samples for order in mixture.orders)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(mixture=mixtures(), blocks=st.integers(0, 20))
 def test_shares_are_close_after_any_number_of_blocks(mixture: MixtureOrder, blocks: int) -> None:
     """To within less than the number of data sets, whatever the blocks; and whatever the place with blocks of one."""
@@ -48,7 +48,7 @@ def test_shares_are_close_after_any_number_of_blocks(mixture: MixtureOrder, bloc
         assert abs((datasets == which).sum() - end * count / mixture.num_samples) < len(mixture.counts)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(mixture=mixtures(), places=st.lists(st.integers(0, 10**9), min_size=1, max_size=12))
 def test_a_position_is_found_without_its_neighbours(mixture: MixtureOrder, places: list[int]) -> None:
     together = mixture.sample_at(places)
@@ -104,7 +104,7 @@ def test_counts() -> None:
     assert sum(counts_by_weight([7, 11, 13, 17], [0.3, 1.7, 2.9, 1e-1])) == 48
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(100, 10**6), st.floats(0.5, 2.0)), min_size=1, max_size=6))
 def test_counts_by_weight_are_whole_shares(data: list[tuple[int, float]]) -> None:
     sizes, weights = zip(*data)

@@ -49,7 +49,7 @@ def test_the_order_is_fixed_for_ever() -> None:
 
 def test_places_are_spread_evenly() -> None:
     """Over many seeds each sample is as likely as any other at each place, within 4.5 binomial deviations."""
-    size, seeds = 7, 1500
+    size, seeds = 7, 500
     counts = np.zeros((size, size))
     for seed in range(seeds):
         counts[np.arange(size), SampleOrder(size, seed).sample_at(np.arange(size))] += 1
@@ -73,7 +73,7 @@ def test_without_shuffling_the_order_is_that_of_the_shards() -> None:
     assert SampleOrder(3, 0, shuffle=False).sample_at(range(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     size=st.integers(1, 3000),
     seed=st.integers(-(2**63), 2**64),
@@ -138,7 +138,7 @@ def test_blocks_and_the_samples_in_them_are_shuffled_anew_every_epoch() -> None:
 
 def test_places_in_blocks_are_spread_evenly() -> None:
     """Each sample as likely at each place, though a block is short and one window is longer than the other."""
-    size, seeds = 7, 1500
+    size, seeds = 7, 500
     counts = np.zeros((size, size))
     for seed in range(seeds):
         counts[np.arange(size), BlockOrder(size, seed, 2, 1).sample_at(np.arange(size))] += 1
@@ -213,7 +213,7 @@ def test_steps_of_the_first_epoch_have_the_reference_s_rows(case: dict[str, Any]
 LENGTHS = st.lists(st.integers(-60, 60).filter(bool), min_size=1, max_size=150)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, rows=st.integers(1, 12), seed=st.integers(-(2**63), 2**63), epoch=st.integers(0, 10**6))
 def test_epochs_by_modality_are_permutations_of_pure_steps(
     lengths: list[int], rows: int, seed: int, epoch: int

@@ -29,7 +29,7 @@ def anything(drawn: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.ones(drawn.size, bool)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     count=st.integers(1, 30),
     seed=st.integers(0, 2**63),
@@ -53,11 +53,11 @@ def test_every_sample_that_fits_is_tried_once(
 
 
 def test_replacements_are_spread_evenly_and_change_with_seed_and_place() -> None:
-    drawn = [substitute(0, range(11), anything, 5, position, 0) for position in range(2000)]
+    drawn = [substitute(0, range(11), anything, 5, position, 0) for position in range(1000)]
     counts = np.bincount(drawn, minlength=11)
-    assert counts[0] == 0 and counts[1:].min() > 146 and counts[1:].max() < 254  # 200 each, four deviations
-    other_seed = [substitute(0, range(11), anything, 6, position, 0) for position in range(2000)]
-    assert np.mean(np.array(drawn) == other_seed) < 0.13
+    assert counts[0] == 0 and counts[1:].min() > 62 and counts[1:].max() < 138  # 100 each, four deviations
+    other_seed = [substitute(0, range(11), anything, 6, position, 0) for position in range(500)]
+    assert np.mean(np.array(drawn[:500]) == other_seed) < 0.16
 
 
 BAD_TEXT, BAD_PICTURE, BAD_BOTH, ANOTHER_LENGTH = (2, 7), (4, 13, 19), (16,), (11,)
@@ -181,9 +181,7 @@ def test_bad_samples_are_replaced_and_no_others(
         assert not packed or len(tokens) <= dataset.row_lengths(np.array([own]))[0]
 
 
-@pytest.mark.parametrize(
-    "split", [{"tp_size": 2}, {"tp_size": 3, "dp_size": 2}, {"dp_size": 4, "num_workers": 1}], ids=str
-)
+@pytest.mark.parametrize("split", [{"tp_size": 3, "dp_size": 2}, {"dp_size": 4, "num_workers": 1}], ids=str)
 def test_the_same_samples_are_trained_in_every_split(
     alone: tuple[bool, list[Any]], damaged: Callable[[], ShardDataset], split: dict[str, int]
 ) -> None:

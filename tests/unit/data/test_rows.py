@@ -45,7 +45,7 @@ def rows_of(stream: RowStream, epochs: int) -> list[PlannedRow]:
     return rows
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(streams())
 def test_the_rows_of_every_epoch_hold_each_sample_once(made: tuple[Any, int]) -> None:
     open_stream, size = made
@@ -65,7 +65,7 @@ def test_the_rows_of_every_epoch_hold_each_sample_once(made: tuple[Any, int]) ->
         assert positions.tolist() == list(range(2 * size, 3 * size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(made=streams(), stop=st.integers(0, 50), count=st.integers(0, 20))
 def test_resuming_anywhere_gives_the_tail(made: tuple[Any, int], stop: int, count: int) -> None:
     open_stream, _ = made
@@ -82,7 +82,7 @@ def test_resuming_anywhere_gives_the_tail(made: tuple[Any, int], stop: int, coun
         assert plain(stream.take(count)) == plain(whole[stop:])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     made=streams(),
     stop=st.integers(0, 3),

@@ -43,12 +43,14 @@ def shards(bases: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactor
             picture = GOLDEN / "data" / "images" / f"img{number}.png"
             writer.write(f"key{number}", json.dumps(RECORD).encode(), [("png", picture.read_bytes())])
 
+    load = functools.cache(load_picture_parts)
+
     @functools.cache
     def get(*kinds: str, aspect_ratio: Any = "pad", drop_images: bool = False) -> Path:
         if not kinds:
             return root / "plain"
         out = root / f"{'_'.join(kinds)}_{aspect_ratio}_{drop_images}"
-        parts = load_picture_parts(bases["qwen2_siglip"].path, kinds, aspect_ratio, "fp32")
+        parts = load(bases["qwen2_siglip"].path, kinds, aspect_ratio, "fp32")
         Precomputation(ShardReader(root / "plain"), out, parts, drop_images).run()
         return out
 

@@ -16,10 +16,8 @@ from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.commands import check as tool
-from ross_mcore.conversion.assembly import import_ross
 from ross_mcore.conversion.stream import TensorWriter
 from tests.resealed import change_state, reseal
-from tests.sources import SOURCES, write_source
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TRAINED = "vision_projection.0.weight"
@@ -27,11 +25,10 @@ LAYOUT = {"world_size": 4, "tensor_model_parallel_size": 2, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model, and the checkpoint of a run that trains one matrix of it."""
-    source, path = SOURCES[0], tmp_path_factory.mktemp("finished")
-    root = path / "run"
-    base = import_ross(root, write_source(path / "source", source), source.tokenizer)
+    root = shutil.copytree(converted, tmp_path_factory.mktemp("finished") / "run")
+    base = folder.require_checkpoint(root)
     stored = StoredTensors(base.path)
     partial = folder.begin(root, 7)
     with TensorWriter(partial) as writer:

@@ -20,17 +20,14 @@ from ross_mcore.commands import export as tool
 from ross_mcore.conversion.assembly import import_ross
 from ross_mcore.conversion.export_config import refuse_other_tower
 from ross_mcore.conversion.stream import TensorWriter
-from tests.sources import SOURCES, write_source
+from tests.sources import SOURCES
 
 SOURCE = SOURCES[0]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of a converted checkpoint."""
-    path = Path(tmp_path_factory.mktemp("export"))
-    import_ross(path / "base", write_source(path / "source", SOURCE), SOURCE.tokenizer)
-    return path / "base"
+def base(converted: Path) -> Path:
+    return converted
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ross_mcore import platform
+from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.precomputed import PrecomputedParts, pack_part
 from ross_mcore.data.shard_reader import PART_SUFFIXES, ShardReader
@@ -18,15 +19,15 @@ from ross_mcore.errors import ShardError
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 from ross_mcore.shards.precompute import PictureParts, Precomputation, load_picture_parts
 from ross_mcore.shards.writer import ShardWriter
-from tests.recorded import GOLDEN, recorded_checkpoint
+from tests.recorded import GOLDEN
 
 PICTURES = sorted((GOLDEN / "data" / "images").glob("*.png"))[:3]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(recorded_qwen: Checkpoint) -> Path:
     platform.initialize_process_group(timeout_minutes=1)
-    return recorded_checkpoint("qwen2_siglip", tmp_path_factory.mktemp("base")).path
+    return recorded_qwen.path
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,10 @@ RECORD = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+def bases(recorded_qwen: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     platform.initialize_process_group(timeout_minutes=1)
-    root = tmp_path_factory.mktemp("bases")
-    return {family: recorded_checkpoint(family, root / family) for family in ("qwen2_siglip", "llama_clip")}
+    llama = recorded_checkpoint("llama_clip", tmp_path_factory.mktemp("llama_clip"))
+    return {"qwen2_siglip": recorded_qwen, "llama_clip": llama}
 
 
 @pytest.fixture(scope="module")

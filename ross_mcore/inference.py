@@ -28,7 +28,7 @@ from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import CheckpointError, ImageError
 from ross_mcore.models.language import Execution
-from ross_mcore.models.ross import RossModel
+from ross_mcore.models.ross import RossModel, RossOptions
 from ross_mcore.parallel import groups
 from ross_mcore.parallel.layout import make_layout
 
@@ -80,7 +80,7 @@ def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     platform.initialize_process_group(timeout_minutes=10)
     layout = make_layout(config, world_size=1, tensor_parallel=1, pipeline_parallel=1)
     here = groups.initialize(layout, seed, timeout_minutes=10)
-    model = RossModel(config, here, Execution(dtype=dtype), here.stage.chunks[0], seed=seed)
+    model = RossModel(config, here, Execution(dtype=dtype), here.stage.chunks[0], RossOptions(seed=seed))
     model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))
     model.requires_grad_(False).eval()
     return TrainedModel(checkpoint, config, model, tokenizer, checkpoint.image_processor())

@@ -82,8 +82,7 @@ def training_command(stage: str, load: Path, out: Path, ranks: int, iterations: 
 
 
 def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
-    from ross_mcore.reporting.logs import read_entries
-    from ross_mcore.reporting.metrics import METRICS_FILE
+    from ross_mcore.reporting.logs import METRICS_FILE, read_entries
 
     path = run_folder / METRICS_FILE
     return list(read_entries(path)) if path.exists() else []
@@ -177,7 +176,7 @@ def reconstruct_scenes(
     from templates import share_named_rightly
 
     from ross_mcore.inference import as_picture, read_picture, reconstruct
-    from ross_mcore.reporting.metrics import picture_grid
+    from ross_mcore.reporting.pictures import picture_grid
 
     by_picture = {record["image"]: record["scene"] for record in records}
     scenes = [Scene(**{name: _as_tuples(value) for name, value in scene.items()}) for scene in by_picture.values()]

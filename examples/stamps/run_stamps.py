@@ -67,7 +67,7 @@ def evaluate(out: Path) -> dict[str, Any]:
     from PIL import Image
 
     from ross_mcore.inference import Question, answer, as_picture, load_model, read_picture, reconstruct
-    from ross_mcore.reporting.metrics import picture_grid
+    from ross_mcore.reporting.pictures import picture_grid
 
     torch.set_num_threads(2)
     trained = load_model(out / "finetune")

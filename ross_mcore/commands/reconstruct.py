@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options = parse_arguments(arguments, prog)
     from ross_mcore.errors import ImageError, UserError
     from ross_mcore.inference import as_picture, load_model, read_picture, reconstruct
-    from ross_mcore.reporting.metrics import picture_grid
+    from ross_mcore.reporting.pictures import picture_grid
 
     path = None
     try:

@@ -6,8 +6,9 @@ samples drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,53 @@ class Quarantined:
     reason: str
     attempts: int = 0
     replacement: int = EMPTY
+
+
+class Named(Protocol):
+    """A data set that knows the names of its samples."""
+
+    def keys(self, sample_numbers: Sequence[int]) -> list[str]: ...
+
+    def shard(self, sample_number: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One line of quarantine.jsonl: a place of the stream whose own sample was not trained.
+
+    position: its place in the stream; replaced_by: the key of the sample trained there, None when none could be. With
+    the reason ASKED_FOR it is not bad, but named by --skip-samples.
+    """
+
+    iteration: int
+    position: int
+    shard: str
+    key: str
+    reason: str
+    replaced_by: str | None
+
+    @property
+    def is_bad(self) -> bool:
+        return self.reason != ASKED_FOR
+
+
+def bad_samples(iteration: int, quarantined: Mapping[int, Quarantined], dataset: Named) -> list[BadSample]:
+    """What was replaced in a step, in the order of the stream; the same on all ranks."""
+
+    def key(number: int) -> str:
+        return dataset.keys([number])[0]
+
+    return [
+        BadSample(
+            iteration,
+            position,
+            dataset.shard(entry.sample),
+            key(entry.sample),
+            entry.reason,
+            None if entry.replacement == EMPTY else key(entry.replacement),
+        )
+        for position, entry in sorted(quarantined.items())
+    ]
 
 
 def substitute(

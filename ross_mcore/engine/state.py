@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, load_training_state, sharding_metadata
 from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, MASTER_PREFIX, PLAIN_MASTER_PREFIX, PLAIN_MASTERS
 from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.engine.engine import Engine
 from ross_mcore.errors import CheckpointError
 
 CARRIED = "carried"
@@ -81,16 +83,27 @@ def read_state(checkpoint: Checkpoint) -> TrainState:
     return state
 
 
-def sharded_state(
-    model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights, is_loading: bool
-) -> dict[str, Any]:
-    """Model, optimizer and FP8 scales as a checkpoint holds them."""
-    weights, groups = model.sharded_weights(), model.first.groups
-    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+def changed_options(saved: Mapping[str, Any], started: TrainState) -> list[str]:
+    """`--lr 0.001 -> 0.0005` for every option that differs from a train_state.json that is resumed."""
+    name = "global_batch_size"
+    before = {**saved.get("options", {}), name: saved.get(name)}
+    now = {**started.options, name: started.global_batch_size}
+    return [
+        f"--{name.replace('_', '-')} {value} -> {now[name]}"
+        for name, value in before.items()
+        if name in now and value != now[name]
+    ]
+
+
+def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
+    """Model, optimizer and FP8 scales as a checkpoint holds them. Collective."""
+    model, groups = engine.model, engine.groups
+    weights = model.sharded_weights()
+    moments = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
     if PLAIN_MASTERS in moments:
         moments[PLAIN_MASTERS] = _named_as_by_the_other_optimizer(moments[PLAIN_MASTERS])
     force_all_tensors_to_non_fp8(weights)  # what --fp8-param-gather keeps, in bf16
-    state = {"model": {**weights, CARRIED: carried.pieces()}, "optimizer": moments}
+    state = {"model": {**weights, CARRIED: engine.carried.pieces()}, "optimizer": moments}
     scales = {
         name: ShardedTensor.from_rank_offsets(
             FP8_PREFIX + name, tensor, replica_id=(0, groups.tensor_rank, groups.data_rank)
@@ -130,14 +143,15 @@ def load_weights(start: Checkpoint, model: ModelChunks, carried: CarriedWeights)
     _take_weights(load_model_weights(start, {**model.sharded_weights(), CARRIED: carried.pieces()}), model, carried)
 
 
-def restore(start: Checkpoint, model: ModelChunks, optimizer: MegatronOptimizer, carried: CarriedWeights) -> None:
+def restore(start: Checkpoint, engine: Engine) -> None:
     """Loads weights and moments. Collective; raises CheckpointError as `load_training_state` does."""
-    loaded = load_training_state(start, sharded_state(model, optimizer, carried, is_loading=True))
-    _take_weights(loaded["model"], model, carried)
-    _load_optimizer(optimizer, loaded["optimizer"])
+    model = engine.model
+    loaded = load_training_state(start, sharded_state(engine, is_loading=True))
+    _take_weights(loaded["model"], model, engine.carried)
+    _load_optimizer(engine.optimizer, loaded["optimizer"])
     _restore_fp8(model, loaded.get("fp8", {}), start)
-    if model.first.config.bf16:  # what was saved of weights kept in FP8 is not what FP8 makes of the masters
-        model.take_masters(optimizer)
+    if model.first.config.bf16:  # weights kept in FP8 are saved as bf16, which differs from the masters rounded to FP8
+        model.take_masters(engine.optimizer)
 
 
 def _restore_fp8(model: ModelChunks, stored: dict[str, Tensor], start: Checkpoint) -> None:

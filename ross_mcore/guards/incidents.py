@@ -1,4 +1,4 @@
-"""Steps that somebody should look at: not applied, skipped on request, or of a loss that stands out; and their samples.
+"""Incidents: steps that were not applied, were skipped on request or have a loss spike, and the samples behind them.
 
 incidents.jsonl has a line for each.
 """
@@ -6,15 +6,15 @@ incidents.jsonl has a line for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ross_mcore.data.loader import Step
-from ross_mcore.data.sources import MixtureDataset
-from ross_mcore.engine.step import MicroBatchLosses
+from ross_mcore.engine.losses import MicroBatchLosses
+from ross_mcore.engine.run import Run, StepResult
 from ross_mcore.parallel.collectives import gather
-from ross_mcore.parallel.groups import Groups
+
+LossName = Literal["lm_loss", "vm_loss"]
 
 INCIDENTS_FILE = "incidents.jsonl"
 MOST_SAMPLES = 32
@@ -61,35 +61,30 @@ _Row = tuple[int, float, float, float, float]
 """position, lm_sum, labels, vm_sum, images of a sample."""
 
 
-def samples_behind(
-    loss: Literal["lm_loss", "vm_loss"] | None,
-    parts: Sequence[MicroBatchLosses],
-    step: Step,
-    groups: Groups,
-    dataset: MixtureDataset,
-) -> list[SampleLosses]:
-    """The samples of a step that make most of `loss`, on every rank alike; with None, those that are not finite.
+def samples_behind(loss: LossName | None, run: Run, result: StepResult) -> list[SampleLosses]:
+    """The samples of a step with the largest terms of `loss`, on every rank alike; with None, those not finite.
 
-    Collective. `parts` are what the last stage kept. Where no sample is by itself not finite, those with most of both
-    losses stand in.
+    Collective. Where no sample is by itself not finite, those with the largest terms of both losses are named.
     """
 
     def size(row: _Row) -> float:
         return {"lm_loss": row[1], "vm_loss": row[3], None: row[1] + row[3]}[loss]
 
-    rows = [row for part in parts for row in _rows(part)] if groups.tensor_rank == 0 else []
+    kept = [] if result.trained is None or run.groups.tensor_rank else result.trained.kept
+    rows = [row for part in kept for row in _rows(part)]
     broken = [row for row in rows if not math.isfinite(row[1] + row[3])]
     whole = sorted((row for row in rows if math.isfinite(row[1] + row[3])), key=size, reverse=True)
     everyone = gather((broken[:MOST_SAMPLES], whole[:MOST_SAMPLES]))
     found = sorted(row for broken, _ in everyone for row in broken)
     if loss is not None or not found:
         found += sorted((row for _, whole in everyone for row in whole), key=size, reverse=True)
-    numbers = {int(p): int(n) for row in step.rows for p, n in zip(row.positions, row.samples)}
+    planned = result.read.step.step.rows
+    numbers = {int(p): int(n) for row in planned for p, n in zip(row.positions, row.samples)}
     return [
         SampleLosses(
             position,
-            dataset.keys([numbers[position]])[0],
-            dataset.shard(numbers[position]),
+            run.dataset.keys([numbers[position]])[0],
+            run.dataset.shard(numbers[position]),
             lm_sum / labels if labels else None,
             vm_sum / images if images else None,
         )

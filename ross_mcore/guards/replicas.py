@@ -23,12 +23,17 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ross_mcore.engine.engine import Engine
 from ross_mcore.engine.optimizer import updates_weights
-from ross_mcore.guards.progress import at
+from ross_mcore.engine.progress import at
+from ross_mcore.engine.run import Run, StepResult
+from ross_mcore.engine.state import TrainState
+from ross_mcore.errors import TrainingError
+from ross_mcore.guards.guard import Guard
+from ross_mcore.guards.incidents import Incident
 from ross_mcore.parallel.collectives import agree, gather, sum_over_ranks
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parts import LANGUAGE_MODEL, label_of, trains
-from ross_mcore.training.run import Run
 
 WORDS_AT_ONCE = 1 << 18
 _BETWEEN_PIECES = 0x1E3779B97F4A7C15
@@ -73,22 +78,22 @@ class Held:
     frozen: bool = False
 
 
-def held_by(run: Run) -> list[Held]:
+def held_by(engine: Engine) -> list[Held]:
     """This rank's weights and buffers in the order of the model, then moments where every data-parallel rank has them.
 
     The distributed optimizer's moments and masters have no copies. Weights must be gathered.
     """
-    found, config = [], run.config
-    for name, parameter in run.model.named_weights():
+    found, config = [], engine.config
+    for name, parameter in engine.model.named_weights():
         # by the options, lest what trains by mistake is not looked at; and what a trained tower never runs
         frozen = not trains(name, config.llm_trains, config.vision_trains) or not parameter.requires_grad
         sharded = getattr(parameter, "tensor_model_parallel", False)
-        found.append(Held(f"{name}{_part_of(run.groups)}" if sharded else name, parameter, sharded, frozen))
+        found.append(Held(f"{name}{_part_of(engine.groups)}" if sharded else name, parameter, sharded, frozen))
     # mcore's plain optimizer for bf16 works on masters, which it leaves at the weights
     weights = {getattr(held.tensor, "main_param", held.tensor): held for held in found}
-    for part in run.model.parts:
+    for part in engine.model.parts:
         found += [Held(name, buffer, sharded=False, frozen=True) for name, buffer in part.named_buffers()]
-    for optimizer in run.optimizer.chained_optimizers:
+    for optimizer in engine.optimizer.chained_optimizers:
         if getattr(optimizer, "is_stub_optimizer", False) or isinstance(optimizer, DistributedOptimizer):
             continue
         for parameter, state in optimizer.optimizer.state.items():
@@ -133,54 +138,52 @@ def deviating(values: Mapping[int, int]) -> list[int]:
     return [rank for rank, value in values.items() if value != most] if 2 * count > len(values) else []
 
 
-class ReplicaCheck:
+class ReplicaCheck(Guard):
     """Compares copies at start (--self-check) and every --check-replicas-interval iterations.
 
-    Every method is collective and returns what is wrong, the same text on every rank, or None. Whether what trains did
-    change is not asked: with a rate of 0, or behind gates that begin at zero, it stays in a first step by right.
+    It does not check that trained weights change: with a rate of 0, or behind gates that begin at zero, they may stay
+    the same in a first step.
     """
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
-        """say: takes the lines a person reads."""
-        self._run, self._say = run, say
+        super().__init__(run, say)
         self._self_check = run.config.training.self_check
         self._interval = run.config.training.check_replicas_interval
         self._frozen: dict[str, int] = {}
         self._good_after: int | None = None
 
-    def at_start(self, iteration: int) -> str | None:
-        """Compares copies before the step that follows `iteration`, and notes what is frozen."""
-        if not (self._self_check or self._interval):
-            return None
-        return self._check(iteration, f"self-check before iteration {iteration + 1}" if self._self_check else "")
+    def at_start(self, state: TrainState) -> None:
+        """Compares copies, and takes fingerprints of what is frozen."""
+        if self._self_check or self._interval:
+            before = f"self-check before iteration {state.iteration + 1}"
+            self._check(state.iteration, before if self._self_check else "")
 
-    def after_step(self, iteration: int, applied: bool) -> str | None:
-        """Checks where it is time. To be called before anything is saved; `applied`: whether the step was.
+    def after_step(self, result: StepResult, incidents: Sequence[Incident]) -> None:
+        """Compares copies where a check is due.
 
-        After the first one that was applied at a rate other than 0, the check of the start is made once more.
+        After the first step that was applied at a rate other than 0, the check of the start is repeated.
         """
-        run = self._run
-        is_first = self._self_check and applied
-        is_first = is_first and updates_weights(iteration - 1, run.train_iters, run.config.optimizer)
+        iteration = result.state.iteration
+        is_first = self._self_check and result.applied
+        is_first = is_first and updates_weights(iteration - 1, self.run.train_iters, self.run.config.optimizer)
         self._self_check = self._self_check and not is_first
-        is_last = iteration == run.train_iters
-        is_due = self._interval is not None and (is_last or iteration % self._interval == 0)
-        if not (is_first or is_due):
-            return None
-        return self._check(iteration, f"self-check after iteration {iteration}" if is_first else "")
+        is_due = self._interval is not None and self.run.is_due(iteration, self._interval)
+        if is_first or is_due:
+            self._check(iteration, f"self-check after iteration {iteration}" if is_first else "")
 
-    def _check(self, iteration: int, line: str) -> str | None:
-        """`line`: how the line begins that tells of a check that was passed; none is told without it."""
+    def _check(self, iteration: int, line: str) -> None:
+        """`line`: begins the line printed when the check passes; "" prints none. Raises TrainingError."""
         at("comparing replicas")
-        began, groups, device = time.perf_counter(), self._run.groups, self._run.device
-        self._run.model.gather_weights()
-        held = held_by(self._run)
+        engine = self.run.engine
+        began, groups, device = time.perf_counter(), engine.groups, engine.device
+        engine.model.gather_weights()
+        held = held_by(engine)
         own = fingerprints(held)
         frozen = {one.name: own[one.name] for one in held if one.frozen}
         self._frozen = self._frozen or frozen
         changed = [name for name, before in self._frozen.items() if frozen.get(name) != before]
 
-        own |= steps_taken(self._run.optimizer)
+        own |= steps_taken(engine.optimizer)
         sharded = {one.name for one in held if one.sharded}
         whole, tied = {name: value for name, value in own.items() if name not in sharded}, self._tied(held, own)
         differing: dict[str, str] = {}
@@ -193,17 +196,16 @@ class ReplicaCheck:
                 differing |= dict.fromkeys(different(copies, group, device), kind)
         problems, tensors = sum_over_ranks([len(changed) + len(differing), len(held)], device)
         if problems:
-            return self._problem(iteration, changed, differing, own | tied)
+            raise TrainingError(self._problem(iteration, changed, differing, own | tied))
         self._good_after = iteration
         if line:
             ranks, seconds = dist.get_world_size(), time.perf_counter() - began
             where = f"{tensors:.0f} tensors on {ranks} {'rank' if ranks == 1 else 'ranks'}"
-            self._say(f"{line}: {where}, copies equal and frozen ones unchanged, {seconds:.2f} s")
-        return None
+            self.say(f"{line}: {where}, copies equal and frozen ones unchanged, {seconds:.2f} s")
 
     def _tied(self, held: Sequence[Held], own: Mapping[str, int]) -> dict[str, int]:
         """The embedding that is the output layer's weight too, on the two stages that hold it."""
-        groups, model = self._run.groups, self._run.model
+        groups, model = self.run.groups, self.run.engine.model
         if groups.embedding is None or not model.first.share_embeddings_and_output_weights:
             return {}
         weight = (model.first if groups.stage.is_first else model.last).shared_embedding_or_output_weight()
@@ -211,7 +213,7 @@ class ReplicaCheck:
         return {f"{LANGUAGE_MODEL.weight('embedding')}, tied to the output layer{_part_of(groups)}": own[name]}
 
     def _problem(self, iteration: int, changed: list[str], differing: dict[str, str], found: dict[str, int]) -> str:
-        """What the ranks found together, told of the first tensor. Collective."""
+        """The message about what all ranks found, which names the first tensor. Collective."""
         everyone = gather((changed, differing))
         changed = [name for theirs, _ in everyone for name in theirs]
         kinds: dict[str, str] = {}
@@ -232,12 +234,12 @@ class ReplicaCheck:
         cause = "a fault of memory or communication (look for ECC and link errors on the machines of these ranks)"
         if self._good_after is None:  # the check of the start
             return (
-                f"All ranks loaded the same of {self._run.start.path}, so this is {cause} or of the file system. Start "
+                f"All ranks loaded the same of {self.run.start.path}, so this is {cause} or of the file system. Start "
                 "again; if it stays, run tools/check_checkpoint.py on that checkpoint"
             )
         return (
             f"This is {cause}, or a bug. Nothing is saved from here on. Checkpoints up to iteration {self._good_after} "
-            f"are from before it: remove later ones under {self._run.save_folder} and start again"
+            f"are from before it: remove later ones under {self.run.save_folder} and start again"
         )
 
 

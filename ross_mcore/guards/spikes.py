@@ -1,10 +1,14 @@
-"""PURE: losses that stand out of those before."""
+"""Loss spikes: losses far above those of the steps before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+
+from ross_mcore.engine.run import StepResult
+from ross_mcore.guards.guard import Guard
+from ross_mcore.guards.incidents import Incident, LossName, samples_behind
 
 WINDOW = 100
 """Steps that a loss is compared with."""
@@ -16,7 +20,7 @@ LEAST = 20
 class Spike:
     """A loss (`lm_loss` or `vm_loss`) above `factor` times the median of the last `steps` steps."""
 
-    loss: str
+    loss: LossName
     value: float
     median: float
     steps: int
@@ -26,7 +30,7 @@ class Spike:
         return f"{self.loss} {self.value:.4g} is {times} the median {self.median:.4g} of {self.steps} steps"
 
 
-def find_spike(loss: str, value: float, recent: Sequence[float], factor: float) -> Spike | None:
+def find_spike(loss: LossName, value: float, recent: Sequence[float], factor: float) -> Spike | None:
     """The spike that `value` is among `recent` values of the same loss, the newest last; with a factor of 0, none."""
     if not factor or len(recent) < LEAST:
         return None
@@ -37,3 +41,23 @@ def find_spike(loss: str, value: float, recent: Sequence[float], factor: float) 
 def remembered(recent: Sequence[float], value: float) -> tuple[float, ...]:
     """`recent` with `value`, at most WINDOW of them."""
     return (*recent, value)[-WINDOW:]
+
+
+class LossSpikes(Guard):
+    """Reports steps whose lm_loss or vm_loss is above --loss-spike-factor times the median of the last steps."""
+
+    def incidents(self, result: StepResult) -> Sequence[Incident]:
+        before, trained = result.read.before, result.trained
+        if trained is None or not trained.applied:
+            return ()
+        size, factor = result.read.step.size, self.run.config.training.loss_spike_factor
+        losses = trained.losses
+        spikes = [
+            find_spike("lm_loss", losses.lm_loss, before.recent_lm_losses, factor) if size.label_tokens else None,
+            find_spike("vm_loss", losses.vm_loss, before.recent_vm_losses, factor) if size.images else None,
+        ]
+        return [
+            Incident(result.state.iteration, "spike", str(spike), samples_behind(spike.loss, self.run, result))
+            for spike in spikes
+            if spike is not None
+        ]

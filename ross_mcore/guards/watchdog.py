@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from ross_mcore import platform
-from ross_mcore.guards import progress
+from ross_mcore.engine import progress
 from ross_mcore.guards.verdict import ENDED, RUNNING, Beat, verdict
 from ross_mcore.parallel.groups import last_collective
 from ross_mcore.reporting.logs import complain

@@ -8,6 +8,7 @@ part of the T tokens under sequence parallelism.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -35,13 +36,30 @@ LATENT_BOUND = 4.0
 """Standard deviations within which sampled latents are kept; the VAE's scaling makes them of unit variance."""
 
 
+@dataclass(frozen=True)
+class RossOptions:
+    """How a model is built and computed beside its architecture.
+
+    seed: keys the denoiser's random draws (see diffusion.keyed_draws); train_vision: whether the tower trains;
+    precomputed: parts whose output comes in `Batch.parts`, so that their modules are not built; blank_posterior
+    [2, C, h, w]: of the blank picture, for blank samples with precomputed latents; decodes: the VAE is built in any
+    case, for `RossModel.reconstruct`.
+    """
+
+    seed: int = 0
+    train_vision: bool = False
+    precomputed: Precomputed = NOTHING_PRECOMPUTED
+    blank_posterior: Tensor | None = None
+    decodes: bool = True
+
+
 class RossModel(MegatronModule):
     """Vision tower and projector on the first stage, decoder layers on all, denoiser and VAE on the last.
 
     `forward` returns what the pipeline passes on, and on the last stage what was asked for: with `output="losses"` sums
     [N, 2] of every sample, (cross-entropy over its labels, reconstruction loss over its images), in float64, so that
     adding them up in another order changes nothing; with `output="hidden"` the hidden states [T, 1, D] after the final
-    norm, whole on every tensor-parallel rank. `seed` keys the random draws of the denoiser (see diffusion.keyed_draws).
+    norm, whole on every tensor-parallel rank.
     """
 
     def __init__(
@@ -50,29 +68,20 @@ class RossModel(MegatronModule):
         groups: Groups,
         execution: Execution,
         chunk: Chunk,
-        *,
-        seed: int = 0,
-        train_vision: bool = False,
-        precomputed: Precomputed = NOTHING_PRECOMPUTED,
-        blank_posterior: Tensor | None = None,
-        decodes: bool = True,
+        options: RossOptions = RossOptions(),  # noqa: B008  frozen
     ) -> None:
-        """Builds the parts of `chunk`.
-
-        What is `precomputed` comes in `Batch.parts`, and its module is not built; `blank_posterior` [2, C, h, w] is
-        then the blank picture's, for blank samples. With `decodes` the VAE is there in any case, for `reconstruct`.
-        """
+        """Builds the parts of `chunk`, on this process's device."""
         super().__init__(config=transformer_config(model.language, groups, execution))
-        self.model, self.groups, self.seed = model, groups, seed
+        self.model, self.groups, self.options = model, groups, options
         self.model_type = ModelType.encoder_or_decoder  # what mcore's schedules ask for
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         width = model.language.hidden_size
-        self.precomputed = precomputed
+        precomputed = options.precomputed
         # parts in the order of the forward pass, in which their weights are gathered and their gradients reduced
         if chunk.is_first:
             if not precomputed.features:
-                self.vision_model = VisionModel(model.vision, train_vision, execution.dtype)
+                self.vision_model = VisionModel(model.vision, options.train_vision, execution.dtype)
             self.vision_projection = VisionProjection(model.projector, model.vision.hidden_size, width).to(
                 execution.dtype
             )
@@ -82,11 +91,11 @@ class RossModel(MegatronModule):
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
             self.denoiser.to(execution.dtype)
             self.schedule = diffusion.Schedule.cosine()
-            if decodes or not precomputed.latents:
+            if options.decodes or not precomputed.latents:
                 self.pixel_decoder = PixelDecoder(
                     model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
                 )
-            self.register_buffer("blank_posterior", blank_posterior, persistent=False)
+            self.register_buffer("blank_posterior", options.blank_posterior, persistent=False)
         self.to(platform.device())
         for part in PARTS:
             if part.splits_images and hasattr(self, part.prefix):
@@ -154,7 +163,7 @@ class RossModel(MegatronModule):
 
     def _features(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """The tower's features [J, N, Dv] of this rank's share of the images."""
-        if not self.precomputed.features:
+        if not self.options.precomputed.features:
             return self.vision_model(self._pixels(batch).to(dtype))
         if "features" not in batch.parts:
             return torch.zeros(0, *self.model.feature_shape, dtype=dtype, device=batch.pixels.device)
@@ -162,7 +171,7 @@ class RossModel(MegatronModule):
 
     def _latents(self, batch: Batch, blanks: int, noise: Tensor | None) -> Tensor:
         """Latent tokens of this rank's share of the images and then of `blanks` pictures of the mean colour."""
-        if not self.precomputed.latents:
+        if not self.options.precomputed.latents:
             pixels = self._pixels(batch)
             pixels = torch.cat([pixels, pixels.new_zeros(blanks, *pixels.shape[1:])])
             return self.pixel_decoder.encode(pixels, noise)
@@ -204,7 +213,7 @@ class RossModel(MegatronModule):
         mine, blanks = slice(share.start, share.stop), slice(blank.start, blank.stop)
         if draws is None:
             draws = diffusion.keyed_draws(
-                self.seed if draw_seed is None else draw_seed,
+                self.options.seed if draw_seed is None else draw_seed,
                 torch.cat([batch.image_positions[mine], batch.blank_positions[blanks]]),
                 torch.cat([batch.image_ordinals[mine], torch.zeros(len(blank), dtype=torch.int64)]),
                 self.denoiser.config.draws,
@@ -239,7 +248,7 @@ class RossModel(MegatronModule):
         condition = image_tokens.gather(hidden, batch.image_starts[mine], tokens)
         shape = (self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
         generators = [
-            torch.Generator().manual_seed(diffusion.draw_seed(self.seed, position, ordinal))
+            torch.Generator().manual_seed(diffusion.draw_seed(self.options.seed, position, ordinal))
             for position, ordinal in zip(batch.image_positions[mine].tolist(), batch.image_ordinals[mine].tolist())
         ]
 
@@ -258,7 +267,7 @@ class RossModel(MegatronModule):
             clip=LATENT_BOUND,
             device=hidden.device,
         )
-        if self.precomputed.latents:  # the picture itself may not be there: what the VAE keeps of it is
+        if self.options.precomputed.latents:  # the picture itself may not be there: what the VAE keeps of it is
             means = sample_latents(self._posteriors(batch), None, self.model.pixel_decoder)  # type: ignore[arg-type]
             return self.pixel_decoder.decode(means), self.pixel_decoder.decode(latents)
         originals = self.pixel_decoder.images_for_encoder(self._pixels(batch)) / 2 + 0.5

@@ -33,7 +33,7 @@ class Groups:
         return self.layout.stage(self.pipeline_rank)
 
     @property
-    def speaks(self) -> bool:
+    def is_logging_rank(self) -> bool:
         """Whether this rank writes the log: the first of the ranks that compute the losses."""
         return self.stage.is_last and self.tensor_rank == 0 and self.data_rank == 0
 

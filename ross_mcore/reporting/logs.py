@@ -16,6 +16,9 @@ from typing import Any, TextIO
 from ross_mcore import checked
 from ross_mcore.errors import LogError
 
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+
 
 def say(text: str) -> None:
     """Prints a line at once. Why standard output does not take it is told once, on standard error."""

@@ -1,21 +1,13 @@
-"""Where figures go: `metrics.jsonl` and TensorBoard, and how pictures are laid out beside their reconstructions."""
+"""Figures of a run: of a step and of a validation."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from ross_mcore.reporting.logs import JsonLines
-
-if TYPE_CHECKING:
-    from ross_mcore.engine.step import DataSetLosses
-
-METRICS_FILE = "metrics.jsonl"
-VALIDATION_FILE = "validation.jsonl"
+from ross_mcore.engine.losses import DataSetLosses, Losses
+from ross_mcore.engine.optimizer import learning_rate
+from ross_mcore.engine.run import Run, StepResult
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,33 @@ class StepMetrics:
     applied: bool
     datasets: dict[str, DataSetLosses] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, run: Run, result: StepResult) -> StepMetrics:
+        """The figures of a step; of a skipped one nothing was computed, so its losses are not numbers."""
+        read, trained = result.read, result.trained
+        size, names = read.step.size, run.dataset.names
+        losses = Losses(math.nan, math.nan) if trained is None else trained.losses
+        return cls(
+            iteration=result.state.iteration,
+            consumed_samples=result.state.consumed_samples,
+            lm_loss=losses.lm_loss,
+            vm_loss=losses.vm_loss,
+            loss=losses.loss,
+            grad_norm=math.nan if trained is None else trained.grad_norm,
+            learning_rate=learning_rate(read.before.iteration, run.train_iters, run.config.optimizer),
+            num_tokens=0 if trained is None else size.label_tokens,
+            num_images=0 if trained is None else size.images,
+            sample_digest=run.loader.digest(read.step.step),
+            step_seconds=result.step_seconds,
+            data_seconds=read.step.read_seconds,
+            bad_samples=len(read.bad),
+            skipped_samples=size.skipped_samples,
+            ignored_samples=size.ignored_samples,
+            peak_memory_bytes=size.peak_memory_bytes,
+            applied=result.applied,
+            datasets=dict(zip(names, losses.datasets)) if len(names) > 1 else {},
+        )
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -65,53 +84,3 @@ def duration(seconds: float) -> str:
     whole = max(0, round(seconds))
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-class MetricsLog:
-    """Writes a run's figures from `iteration` on; one rank holds it. Raises LogError where it cannot be begun."""
-
-    def __init__(self, save: Path, tensorboard: Path, iteration: int) -> None:
-        from ross_mcore.reporting.tensorboard import Board  # one rank needs TensorBoard
-
-        self._metrics = JsonLines(save / METRICS_FILE, iteration)
-        self._metrics.append(b"")  # the file is there from the start, for who follows it
-        self._validation = JsonLines(save / VALIDATION_FILE, iteration)
-        self._board = Board(tensorboard, iteration)
-
-    def write(self, metrics: StepMetrics) -> None:
-        entry = asdict(metrics)
-        if not entry["datasets"]:
-            del entry["datasets"]
-        self._metrics.add(entry)
-
-    def write_validation(self, found: Validation) -> None:
-        self._validation.add(asdict(found))
-        losses = {
-            f"validation_{loss}/{name}": getattr(own, loss)
-            for name, own in found.datasets.items()
-            for loss in ("lm_loss", "vm_loss")
-        }
-        self.scalars(found.iteration, {name: loss for name, loss in losses.items() if loss is not None})
-
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        self._board.scalars(iteration, values)
-
-    def picture(self, iteration: int, name: str, image: Tensor) -> None:
-        """image [3, H, W] in [0, 1]."""
-        self._board.picture(iteration, name, image)
-
-    def text(self, name: str, value: str) -> None:
-        self._board.text(name, value)
-
-
-def picture_grid(rows: list[Tensor], gap: int = 2) -> Tensor:
-    """Rows of [K, 3, H, W] pictures in [0, 1] -> one picture [3, R (H + gap) + gap, K (W + gap) + gap], white gaps."""
-    if len({tuple(row.shape) for row in rows}) != 1:
-        raise ValueError(f"rows of a grid differ in shape: {[list(row.shape) for row in rows]}")
-    count, channels, height, width = rows[0].shape
-    grid = torch.ones(channels, len(rows) * (height + gap) + gap, count * (width + gap) + gap)
-    for r, row in enumerate(rows):
-        for k, picture in enumerate(row.cpu().float()):
-            top, left = gap + r * (height + gap), gap + k * (width + gap)
-            grid[:, top : top + height, left : left + width] = picture
-    return grid

@@ -1,78 +1,73 @@
-"""What a run tells, from the rank that speaks: files of figures and of bad samples, TensorBoard, the console."""
+"""All reporters of a run, and the one place that calls them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 from torch import Tensor
 
+from ross_mcore.data.replacement import BadSample
+from ross_mcore.engine.progress import at
+from ross_mcore.engine.run import Run, StepResult
 from ross_mcore.engine.state import TrainState
-from ross_mcore.guards.bad_samples import BadSample, QuarantineLog
-from ross_mcore.guards.incidents import INCIDENTS_FILE, Incident
+from ross_mcore.guards.incidents import Incident
+from ross_mcore.reporting.averages import Window
 from ross_mcore.reporting.console import Console
-from ross_mcore.reporting.logs import JsonLines
-from ross_mcore.reporting.metrics import MetricsLog, StepMetrics, Validation
-from ross_mcore.training.run import Run
+from ross_mcore.reporting.files import IncidentsFile, MetricsFile, ValidationFile
+from ross_mcore.reporting.metrics import StepMetrics, Validation
+from ross_mcore.reporting.quarantine import QuarantineFile
+from ross_mcore.reporting.reporter import Reporter
+
+
+def reporters() -> Sequence[type[Reporter]]:
+    """All of them, in the order in which they are called."""
+    from ross_mcore.reporting.tensorboard import TensorBoard  # loaded where it writes: on one rank
+
+    return (MetricsFile, ValidationFile, TensorBoard, QuarantineFile, IncidentsFile, Console)
 
 
 class Report:
-    """Every rank has one and calls it alike; those that do not speak (`Groups.speaks`) write and print nothing."""
+    """Every rank has one and calls it alike; on ranks other than the logging rank it has no reporters."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
-        folder = run.save_folder
-        self._log: MetricsLog | None = None
-        self._quarantine: QuarantineLog | None = None
-        self._incidents: JsonLines | None = None
-        if run.groups.speaks:
-            board = Path(run.config.logging.tensorboard_dir or folder / "tensorboard")
-            self._log = MetricsLog(folder, board, state.iteration)
-            self._quarantine = QuarantineLog(folder, state.iteration)
-            self._incidents = JsonLines(folder / INCIDENTS_FILE, state.iteration)
-        self.console = Console(
-            self._log,
-            run.config,
-            run.model_config,
-            run.groups.layout,
-            run.rows_per_step,
-            run.train_iters,
-            run.precomputed,
-        )
+        """Raises LogError where a file cannot be begun."""
+        self._run, self._window = run, Window(run)
+        self._reporters = [kind(run, state) for kind in reporters()] if run.groups.is_logging_rank else []
+        for reporter in self._reporters:
+            reporter.start(run, state)
 
-    @property
-    def speaks(self) -> bool:
-        return self._log is not None
+    def say(self, text: str) -> None:
+        for reporter in self._reporters:
+            reporter.say(text)
 
-    def step(self, metrics: StepMetrics, row_tokens: int) -> None:
-        """One iteration, of `row_tokens` that are not padding."""
-        if self._log is not None:
-            self._log.write(metrics)
-        self.console.step(metrics, row_tokens)
+    def step(self, result: StepResult) -> None:
+        if not self._reporters:
+            return
+        at("writing the log")
+        metrics = StepMetrics.of(self._run, result)
+        averages = self._window.add(metrics, result)
+        for reporter in self._reporters:
+            reporter.step(metrics)
+            if averages is not None:
+                reporter.averages(averages)
 
     def incidents(self, found: Sequence[Incident]) -> None:
-        """What of an iteration somebody should look at, which is listed for good."""
-        if self._incidents is not None:
-            self._incidents.add(*map(asdict, found))
-        for incident in found:
-            self.console.say(str(incident))
+        for reporter in self._reporters:
+            reporter.incidents(found)
 
     def bad_samples(self, bad: Sequence[BadSample]) -> None:
-        """Bad samples of a training step, which are listed for good."""
-        if self._quarantine is not None:
-            self._quarantine.write(bad)
-        self.console.bad_samples(bad)
+        for reporter in self._reporters:
+            reporter.bad_samples(bad)
 
     def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
-        self.console.bad_samples(bad)
-        self.console.validated(found)
+        for reporter in self._reporters:
+            reporter.validated(found, bad)
 
     def picture(self, iteration: int, grid: Tensor | None) -> None:
-        """Originals over reconstructions [3, H, W] in [0, 1], where this rank has them."""
-        if self._log is not None and grid is not None:
-            self._log.picture(iteration, "reconstruction", grid)
+        """`grid` is None on ranks that do not have it, and where there is no picture."""
+        for reporter in self._reporters if grid is not None else ():
+            reporter.picture(iteration, grid)
 
-    def close(self) -> None:
-        """The summary of bad samples."""
-        if self._quarantine is not None and (summary := self._quarantine.summary()):
-            self.console.say(summary)
+    def finish(self, state: TrainState, stopped_by: str | None) -> None:
+        for reporter in self._reporters:
+            reporter.finish(state, stopped_by)

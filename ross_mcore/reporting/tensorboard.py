@@ -1,4 +1,4 @@
-"""A file of TensorBoard's.
+"""TensorBoard's file of events.
 
 Its records are those of torch's SummaryWriter, whose thread ends with a traceback at the first it cannot write.
 """
@@ -9,6 +9,7 @@ import io
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -17,33 +18,51 @@ from torch import Tensor
 from torch.utils.tensorboard import RecordWriter, summary
 
 from ross_mcore import checked
+from ross_mcore.data.replacement import BadSample
+from ross_mcore.engine.run import Run
+from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import LogError
+from ross_mcore.reporting.averages import Averages
 from ross_mcore.reporting.logs import LogFile, append
+from ross_mcore.reporting.metrics import Validation
+from ross_mcore.reporting.reporter import Reporter
 
 
-class Board:
-    """Goes on after `iteration`: TensorBoard no longer shows what others of the folder say of later ones.
+class TensorBoard(Reporter):
+    """Continues after a state: TensorBoard no longer shows what other files of the folder say of later iterations."""
 
-    Raises LogError where the file cannot be begun.
-    """
-
-    def __init__(self, folder: Path, iteration: int) -> None:
+    def __init__(self, run: Run, state: TrainState) -> None:
+        folder = Path(run.config.logging.tensorboard_dir or run.save_folder / "tensorboard")
         path = folder / f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
         version, purge = Event(file_version="brain.Event:2"), SessionLog(status=SessionLog.START)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            append(path, _records(version, Event(step=iteration + 1, session_log=purge)))
+            append(path, _records(version, Event(step=state.iteration + 1, session_log=purge)))
         except OSError as error:
             reason = "it is not a folder" if isinstance(error, FileExistsError) else checked.reason(error)
             raise LogError(f"{folder} cannot be written: {reason}; give another --tensorboard-dir") from None
         self._file = LogFile(path)
 
+    def start(self, run: Run, state: TrainState) -> None:
+        options = "\n".join(f"    {name}: {value}" for name, value in run.config.flat().items())
+        self.text("options", options)
+
+    def averages(self, found: Averages) -> None:
+        self.scalars(found.iteration, found.scalars())
+
+    def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
+        losses = {
+            f"validation_{loss}/{name}": getattr(own, loss)
+            for name, own in found.datasets.items()
+            for loss in ("lm_loss", "vm_loss")
+        }
+        self.scalars(found.iteration, {name: loss for name, loss in losses.items() if loss is not None})
+
+    def picture(self, iteration: int, grid: Tensor) -> None:
+        self._add(iteration, summary.image("reconstruction", grid, dataformats="CHW"))
+
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         self._add(iteration, *(summary.scalar(name, value) for name, value in values.items()))
-
-    def picture(self, iteration: int, name: str, image: Tensor) -> None:
-        """image [3, H, W] in [0, 1]."""
-        self._add(iteration, summary.image(name, image, dataformats="CHW"))
 
     def text(self, name: str, value: str) -> None:
         self._add(0, summary.text(name, value))

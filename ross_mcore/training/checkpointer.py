@@ -1,58 +1,79 @@
-"""When a run's checkpoints are written: beside training, one at a time, and again when it failed."""
+"""When a run's checkpoints are written: in the background, one at a time, retried after failures."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from types import TracebackType
 from typing import Any
 
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
+from ross_mcore.engine import progress
+from ross_mcore.engine.finite import all_finite
+from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, sharded_state
+from ross_mcore.engine.step import Asked
 from ross_mcore.errors import CheckpointError
-from ross_mcore.guards import progress
-from ross_mcore.guards.finite import all_finite
 from ross_mcore.guards.incidents import INCIDENTS_FILE
-from ross_mcore.training.run import Run
+from ross_mcore.parallel.collectives import is_on_all_ranks
 
 MOST_STEPS_TO_RETRY = 256
-"""A save that keeps failing is tried again after 1, 2, 4, ... steps, but not more seldom than this."""
+"""A save that keeps failing is retried after 1, 2, 4, ... steps, but at least this often."""
 
 
-class Saver:
+class Checkpointer:
     """Writes the checkpoints of a run. All methods are collective: every rank calls them at the same points.
 
-    With --async-save, training stands still only while the state is copied to host memory; the copy is kept for the
+    With --async-save, training waits only while the state is copied to host memory; the copy is kept for the
     next save, so its size is bounded by what one rank writes. Without it, or where host memory has no room for a copy,
-    training stands still until the checkpoint is complete.
+    training waits until the checkpoint is complete. Used in `with`, an error that all ranks raise waits for the save in
+    flight.
     """
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
-        """say: takes the lines a person reads."""
+        """say: prints a line on the logging rank."""
         self._run, self._say = run, say
         self._copies = HostCopies() if run.config.checkpoint.async_save else None
         self._running: RunningSave | None = None
-        self._stood_still_seconds = 0.0
+        self._blocked_seconds = 0.0
         self._failures = 0
         self._retry_at: int | None = None
-        # a run that goes on in another folder is not saved there yet
+        self._iteration = 0
+        # a run that continues in another folder is not saved there yet
         continued = run.resume and run.start.path.parent == run.save_folder
         self._saved_iteration = run.start.iteration if continued else None
         if run.groups.rank == 0:
             folder.tidy(run.save_folder, run.start if continued else None)
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and is_on_all_ranks(error):
+            progress.at("waiting for a save", is_long=True)
+            self.wait(self._iteration, "the run ends")
+
     def after_step(self, state: TrainState) -> None:
-        """Reports a save that has finished or failed meanwhile; tries again what failed. Call after every step."""
+        """Reports a save that has finished or failed meanwhile, and retries a failed one. Call after every step."""
+        progress.at("looking after a save")
+        self._iteration = state.iteration
         if self._running is not None:
             self._hear(self._running.poll, state.iteration)
         if self._retry_at is not None and state.iteration >= self._retry_at:
             self.save(state)
 
+    def save_if_due(self, state: TrainState, asked: Asked) -> None:
+        """Saves where --save-interval or a request says so, and after the last iteration."""
+        if asked or self._run.is_due(state.iteration, self._run.config.checkpoint.save_interval):
+            progress.at("saving a checkpoint", is_long=True)
+            self.save(state)
+
     def save(self, state: TrainState) -> None:
         """Starts to save `state`, when the save before is finished, unless it is saved or begun already.
 
-        A failure is reported, and tried again later unless a newer save begins before.
+        A failure is reported, and retried later unless a newer save begins before.
         """
         if self._saved_iteration == state.iteration or self._saves(state.iteration):
             return
@@ -67,10 +88,10 @@ class Saver:
             if self._copies is not None:
                 self._say("host memory has no room for a copy of the state: training waits for this save")
             self.wait(state.iteration)
-        self._stood_still_seconds = time.monotonic() - began
+        self._blocked_seconds = time.monotonic() - began
 
     def wait(self, iteration: int, then: str | None = None) -> None:
-        """Waits for the save in flight, if there is one, and reports what became of it.
+        """Waits for the save in flight, if there is one, and reports its outcome.
 
         `then`: what follows when it failed, if not another attempt.
         """
@@ -80,9 +101,10 @@ class Saver:
 
     def finish(self, state: TrainState) -> None:
         """Returns when `state` is saved. Raises CheckpointError, on every rank, when it cannot be."""
+        progress.at("saving the last checkpoint", is_long=True)
         self.wait(state.iteration, "it is tried once more")
         if self._saved_iteration != state.iteration:
-            self._stood_still_seconds = 0.0
+            self._blocked_seconds = 0.0
             self._running = self._begin(state)
             self._done(self._running.finish(progress.moving))
 
@@ -92,8 +114,8 @@ class Saver:
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
-        whole = sharded_state(run.model, run.optimizer, run.carried, is_loading=False)
-        if not all_finite(run.model, run.device):
+        whole = sharded_state(run.engine, is_loading=False)
+        if not all_finite(run.engine.model, run.engine.device):
             raise CheckpointError(
                 f"the weights after iteration {state.iteration} are not finite. Checkpoints before it are intact: go "
                 f"on from one of them with a lower --lr, or leave out what {run.save_folder / INCIDENTS_FILE} names "
@@ -137,7 +159,7 @@ class Saver:
         self._say(
             f"saved iteration {saved.checkpoint.iteration} under {saved.checkpoint.path.parent}: "
             f"{saved.bytes / 2**20:.0f} MiB in {saved.seconds:.1f} s, training stood still for "
-            f"{self._stood_still_seconds:.2f} s{copied}"
+            f"{self._blocked_seconds:.2f} s{copied}"
         )
 
 

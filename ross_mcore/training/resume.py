@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,18 +87,6 @@ def _may_change_batch(config: Config) -> bool:
             "an epoch is not defined; give --train-iters, counted from the run's first step"
         )
     return True
-
-
-def changes(saved: Mapping[str, Any], started: TrainState) -> list[str]:
-    """`--lr 0.001 -> 0.0005` for every option that is not as in a train_state.json that is continued."""
-    name = "global_batch_size"
-    before = {**saved.get("options", {}), name: saved.get(name)}
-    now = {**started.options, name: started.global_batch_size}
-    return [
-        f"--{name.replace('_', '-')} {value} -> {now[name]}"
-        for name, value in before.items()
-        if name in now and value != now[name]
-    ]
 
 
 def refuse_other_model(own: Checkpoint, load: Path) -> None:

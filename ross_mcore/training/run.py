@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
 
 from ross_mcore import platform
-from ross_mcore.architecture import ModelConfig, Precomputed
+from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.fit import architecture_of
@@ -21,18 +18,18 @@ from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import Order
 from ross_mcore.data.sources import MixtureDataset
-from ross_mcore.engine.chunks import ModelChunks
-from ross_mcore.engine.precision import row_multiple
-from ross_mcore.engine.state import TrainState, restore
+from ross_mcore.engine.finite import all_finite, diagnose
+from ross_mcore.engine.run import Run
+from ross_mcore.engine.setup import NotBuilt, Span, build_engine
+from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import CheckpointError
-from ross_mcore.guards.finite import all_finite, diagnose
+from ross_mcore.guards.watchdog import Watchdog
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model
 from ross_mcore.training.start import (
-    build,
     iterations_of,
     open_dataset,
     place,
@@ -42,45 +39,13 @@ from ross_mcore.training.start import (
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """What training works with.
-
-    `claim`: the first rank's hold on the folder of --save; `start`: the checkpoint begun from; `resume`: whether its
-    run is continued; `held_out`: the data of validation; `row_multiple`: rows are padded to a multiple of it.
-    """
-
-    config: Config
-    claim: Claim | None
-    model_config: ModelConfig
-    start: Checkpoint
-    resume: bool
-    groups: Groups
-    device: torch.device
-    dataset: MixtureDataset
-    held_out: MixtureDataset | None
-    precomputed: Precomputed
-    carried: CarriedWeights
-    model: ModelChunks
-    optimizer: MegatronOptimizer
-    loader: StepLoader
-    rows_per_step: int
-    train_iters: int
-
-    @property
-    def save_folder(self) -> Path:
-        return Path(self.config.checkpoint.save or "")
-
-    @property
-    def row_multiple(self) -> int:
-        return row_multiple(self.config)
-
-
 def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     """The run that `config` describes and the state it begins in. Collective.
 
     `closing` ends the data workers and lets go of the folder of --save, which the first rank holds.
     """
+    platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
+    closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
     claim = all_or_none(lambda: _claim(config, closing))
     start, resume = starting_point(config)
     if resume and config.checkpoint.load is not None:
@@ -102,35 +67,17 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
         state = all_or_none(lambda: continued(start, state, config))
     unused = unused_parts(config, precomputed)
     carried = all_or_none(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
-    weights, blank = None if resume else start, blank_posterior(parts_of_data)
-    model, optimizer = build(config, model_config, groups, weights, precomputed, blank, carried)
-    if resume:
-        restore(start, model, optimizer, carried)
-    if not all_finite(model, platform.device()):
-        raise CheckpointError(f"{start.path} cannot be trained from: its {diagnose(model)}; take another checkpoint")
+    not_built = NotBuilt(precomputed, blank_posterior(parts_of_data), carried)
+    span = Span(train_iters, len(dataset.parts))
+    engine = build_engine(config, model_config, groups, start, resume=resume, not_built=not_built, span=span)
+    if not all_finite(engine.model, engine.device):
+        diagnosis = diagnose(engine.model)
+        raise CheckpointError(f"{start.path} cannot be trained from: its {diagnosis}; take another checkpoint")
     try:
         loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state, skipped))
     except ValueError as error:  # of the place in the data, which every rank reads from the same file
         raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
-    run = Run(
-        config,
-        claim,
-        model_config,
-        start,
-        resume,
-        groups,
-        platform.device(),
-        dataset,
-        held_out,
-        precomputed,
-        carried,
-        model,
-        optimizer,
-        loader,
-        rows_per_step,
-        train_iters,
-    )
-    return run, state
+    return Run(engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step), state
 
 
 def _claim(config: Config, closing: ExitStack) -> Claim | None:

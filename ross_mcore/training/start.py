@@ -1,4 +1,4 @@
-"""From options to a model that is ready to train: where to start, where things are, what is read, what is built."""
+"""From options to inputs: where to start, where things are placed, what is read and in which order."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import os
 from pathlib import Path
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer
 
 from ross_mcore import checked, platform
 from ross_mcore import config as options
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
-from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import Checkpoint, nothing_at
 from ross_mcore.checkpoint.verification import find_intact
 from ross_mcore.config import Config
@@ -26,16 +23,10 @@ from ross_mcore.data.rows import RowStream
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.tokenizer import load_tokenizer
-from ross_mcore.engine.chunks import ModelChunks
-from ross_mcore.engine.optimizer import build_optimizer, set_trainable
-from ross_mcore.engine.precision import check_execution, execution_of, row_multiple
-from ross_mcore.engine.state import load_weights
-from ross_mcore.engine.step import finalize_gradients
+from ross_mcore.engine.precision import check_execution
 from ross_mcore.errors import ConfigError
-from ross_mcore.models.ross import RossModel
 from ross_mcore.parallel.collectives import all_or_none
-from ross_mcore.parallel.groups import Groups
-from ross_mcore.parallel.layout import Chunk, Layout, make_layout
+from ross_mcore.parallel.layout import Layout, make_layout
 
 ROWS_COUNTED_IN = 1_000_000
 """Samples whose rows are planned at start to know how many steps an epoch takes: about two seconds."""
@@ -167,78 +158,3 @@ def iterations_of(config: Config, dataset: MixtureDataset, order: Order, global_
             samples = stream.cursor.consumed_samples
         rows_per_sample = rows / samples
     return math.ceil((config.training.train_epochs or 0) * order.num_samples * rows_per_sample / global_batch_size)
-
-
-def build(
-    config: Config,
-    model_config: ModelConfig,
-    groups: Groups,
-    weights: Checkpoint | None,
-    precomputed: Precomputed = NOTHING_PRECOMPUTED,
-    blank_posterior: torch.Tensor | None = None,
-    carried: CarriedWeights | None = None,
-) -> tuple[ModelChunks, MegatronOptimizer]:
-    """This rank's part of the model, wrapped for data parallelism, and its optimizer; `weights` are loaded first.
-
-    `carried` takes the weights of what is not built because it is `precomputed`.
-    """
-    execution = execution_of(config)
-    train_vision = config.vision_trains
-    if execution.tp_comm_overlap:
-        from ross_mcore.models import transformer_engine
-
-        tokens = row_multiple(config) * config.training.micro_batch_size  # of every row, see row_multiple
-        transformer_engine.start_overlap(tokens, model_config.language.hidden_size, groups, execution)
-
-    def build_chunk(chunk: Chunk) -> DistributedDataParallel:
-        ross = RossModel(
-            model_config,
-            groups,
-            execution,
-            chunk,
-            seed=config.training.seed,
-            train_vision=train_vision,
-            precomputed=precomputed,
-            blank_posterior=blank_posterior,
-            decodes=config.logging.eval_interval is not None,
-        )
-        set_trainable(ross, config.training.training_stage, train_vision)
-        return DistributedDataParallel(
-            config=ross.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=config.use_distributed_optimizer,
-                overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-                overlap_param_gather=config.parallel.overlap_param_gather,
-                align_param_gather=config.parallel.overlap_param_gather and len(groups.stage.chunks) > 1,
-                fp8_param_gather=config.execution.fp8_param_gather,
-            ),
-            module=ross,
-        )
-
-    model = ModelChunks(build_chunk(chunk) for chunk in groups.stage.chunks)
-    _count_padding(model)
-    if weights is not None:
-        load_weights(weights, model, carried or CarriedWeights())
-    optimizer = build_optimizer(model, config)
-    schedule = model.first.config  # the schedules read the first chunk's
-    schedule.finalize_model_grads_func = finalize_gradients
-    if config.parallel.overlap_grad_reduce:
-        schedule.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
-    if config.parallel.overlap_param_gather and len(model) > 1:
-        # the interleaved schedule begins the gathers of all stages together; else each begins with its first module
-        schedule.param_sync_func = model.start_gathering()
-    return model, optimizer
-
-
-def _count_padding(model: ModelChunks) -> None:
-    """Lets mcore count the padding at the end of each bucket when it lists the optimizer's state for a checkpoint.
-
-    It lines the buckets up without (distrib_optimizer.py:1051) and cuts parameters out of them by places that count
-    with it (:1487), so that all after the first padded bucket would be saved as other numbers than they are.
-    """
-    for chunk in model:
-        for buffer in chunk.buffers:  # type: ignore[union-attr]
-            buffer.numel_unpadded = buffer.numel
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()

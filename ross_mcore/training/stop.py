@@ -1,4 +1,4 @@
-"""What is asked of a running job: signals and the time limit."""
+"""Requests to a running job: signals, the time limit, --exit-interval."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import signal
 import threading
 import time
-from enum import IntEnum
 from types import FrameType
 from typing import Any
 
+from ross_mcore.engine.step import Asked
+from ross_mcore.options import TrainingOptions
 from ross_mcore.reporting.logs import complain
 
 REPEAT_SECONDS = 2.0
@@ -18,29 +19,26 @@ ABORTED = 128 + signal.SIGINT
 """Exit status after a second Ctrl-C, as shells have it."""
 
 
-class Asked(IntEnum):
-    """What a rank is asked to do after a step; of all ranks, the largest counts, and STOP saves as well."""
-
-    NOTHING = 0
-    SAVE = 1
-    STOP = 2
-
-
 class Requests:
-    """SIGTERM, SIGINT and the time limit end the run after its step; SIGUSR1 saves after the step and goes on.
+    """SIGTERM, SIGINT and the time limit end the run after its step; SIGUSR1 saves after the step and continues.
 
     A second SIGINT ends the process at once, wherever it is: a rank that waits for another inside a collective runs no
     Python, so a thread listens for it. What was being saved is then incomplete and is not read; what was saved before
     is intact. `reason`: why the run is to end.
     """
 
-    def __init__(self, exit_duration_in_mins: float | None) -> None:
+    def __init__(self, exit_duration_in_mins: float | None, exit_interval: int | None = None) -> None:
         self.reason: str | None = None
+        self._exit_interval = exit_interval
         self._save = False
         self._deadline = None if exit_duration_in_mins is None else time.monotonic() + 60 * exit_duration_in_mins
         self._former: dict[int, Any] = {}
         self._pipe = (-1, -1)
         self._former_wakeup = -1
+
+    @classmethod
+    def of(cls, options: TrainingOptions) -> Requests:
+        return cls(options.exit_duration_in_mins, options.exit_interval)
 
     def __enter__(self) -> Requests:
         self._pipe = os.pipe()
@@ -67,6 +65,13 @@ class Requests:
             self._save = False
             return Asked.SAVE
         return Asked.NOTHING
+
+    def why_to_stop(self, iteration: int, asked: Asked) -> str | None:
+        """What ends the run after `iteration`, on all ranks alike; None for nothing. asked: the most of all ranks."""
+        if asked is Asked.STOP:
+            return self.reason or "another rank"
+        interval = self._exit_interval
+        return f"--exit-interval {interval}" if interval and iteration % interval == 0 else None
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1:

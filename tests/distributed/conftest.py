@@ -29,21 +29,22 @@ ITERATIONS = 3
 
 def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None:
     """What each rank runs; with `stop_after`, one gets SIGTERM in time to end the run after that iteration."""
-    from ross_mcore.reporting.metrics import MetricsLog, StepMetrics
+    from ross_mcore.reporting.files import MetricsFile
+    from ross_mcore.reporting.metrics import StepMetrics
     from ross_mcore.training.loop import train
 
-    write = MetricsLog.write
+    write = MetricsFile.step
 
-    def write_and_stop(log: MetricsLog, metrics: StepMetrics) -> None:
+    def write_and_stop(log: MetricsFile, metrics: StepMetrics) -> None:
         write(log, metrics)
         if metrics.iteration + 1 == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    MetricsLog.write = write_and_stop
+    MetricsFile.step = write_and_stop
     try:
         status = train(Config.from_flat(**flags))
     finally:
-        MetricsLog.write = write
+        MetricsFile.step = write
     if status:
         raise SystemExit(status)
 

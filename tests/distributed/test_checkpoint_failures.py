@@ -152,10 +152,10 @@ def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) 
     from ross_mcore.config import Config
     from ross_mcore.data.loader import StepLoader
     from ross_mcore.errors import ShardReadError
-    from ross_mcore.reporting.metrics import MetricsLog
+    from ross_mcore.reporting.files import MetricsFile
     from ross_mcore.training.loop import train
 
-    rank, write, read, log = int(os.environ["RANK"]), saving._write, StepLoader._read, MetricsLog.write
+    rank, write, read, log = int(os.environ["RANK"]), saving._write, StepLoader._read, MetricsFile.step
 
     def write_slowly(*arguments: Any) -> Any:
         time.sleep(2)
@@ -171,7 +171,7 @@ def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) 
             raise OSError("No space left on device")
         log(self, metrics)
 
-    saving._write, StepLoader._read, MetricsLog.write = write_slowly, fail_to_read, fail_to_log
+    saving._write, StepLoader._read, MetricsFile.step = write_slowly, fail_to_read, fail_to_log
     end: int | str
     try:
         end = train(Config.from_flat(**flags))

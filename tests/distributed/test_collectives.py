@@ -13,7 +13,6 @@ from tests.distributed.harness import run_ranks
 
 
 def values() -> None:
-    platform.prepare()
     platform.initialize_process_group(1)
     import torch.distributed as dist
 
@@ -33,7 +32,6 @@ def values() -> None:
 
 
 def failures() -> None:
-    platform.prepare()
     platform.initialize_process_group(1)
     import torch.distributed as dist
 

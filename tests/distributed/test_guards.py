@@ -33,25 +33,27 @@ def train_with_broken_weights(flags: dict[str, Any], stop_after: int | None) -> 
     """A rank that has such a weight breaks it before its iteration and mends it before the next."""
     from ross_mcore.training import loop
 
-    take_step, broken = loop._take_step, []
+    read_step, broken = loop.read_step, []
 
     def take(run: Any, state: Any, *others: Any) -> Any:
         while broken:
             place, value = broken.pop()
             place.copy_(value)
         begin = SPOILT.get(state.iteration + 1, ("nothing",))[0]
-        own = [w for name, w in run.model.named_weights() if name.startswith(begin) and run.groups.tensor_rank == 0]
+        own = [
+            w for name, w in run.engine.model.named_weights() if name.startswith(begin) and run.groups.tensor_rank == 0
+        ]
         for weight in own[:1]:
             place = weight.data.view(-1)[weight.numel() // 2 : weight.numel() // 2 + 1]
             broken.append((place, place.clone()))
             place.fill_(torch.inf)
-        return take_step(run, state, *others)
+        return read_step(run, state, *others)
 
-    loop._take_step = take
+    loop.read_step = take
     try:
         train_one_rank(flags, stop_after)
     finally:
-        loop._take_step = take_step
+        loop.read_step = read_step
 
 
 def incidents(folder: Path) -> list[dict[str, Any]]:
@@ -108,21 +110,21 @@ def train_with_odd_samples(flags: dict[str, Any], stop_after: int | None) -> Non
     from ross_mcore.models import ross
     from ross_mcore.training import loop
 
-    take_step, plain, factor = loop._take_step, ross.RossModel._lm_sums, [1.0]
+    read_step, plain, factor = loop.read_step, ross.RossModel._lm_sums, [1.0]
 
     def take(run: Any, state: Any, *others: Any) -> Any:
         factor[0] = {22: torch.inf, 24: 10.0}.get(state.iteration + 1, 1.0)
-        return take_step(run, state, *others)
+        return read_step(run, state, *others)
 
     def odd(model: Any, hidden: Any, batch: Any) -> Any:
         sums = plain(model, hidden, batch)
         return sums * sums.new_tensor([1.0] * (sums.numel() - 1) + factor)
 
-    loop._take_step, ross.RossModel._lm_sums = take, odd
+    loop.read_step, ross.RossModel._lm_sums = take, odd
     try:
         train_one_rank(flags, stop_after)
     finally:
-        loop._take_step, ross.RossModel._lm_sums = take_step, plain
+        loop.read_step, ross.RossModel._lm_sums = read_step, plain
 
 
 @pytest.mark.parametrize(

@@ -183,14 +183,14 @@ def test_fp32_masters_go_from_optimizer_to_optimizer(start: Callable[..., Finish
 
 def train_in_small_buckets(flags: dict, stop_after: int | None = None) -> None:
     """Trains with every weight gathered by itself, so that no module finds its own by waiting for another's."""
-    from ross_mcore.training import start
+    from ross_mcore.engine import setup
 
-    plain = start.DistributedDataParallelConfig
-    start.DistributedDataParallelConfig = partial(plain, bucket_size=1)
+    plain = setup.DistributedDataParallelConfig
+    setup.DistributedDataParallelConfig = partial(plain, bucket_size=1)
     try:
         train_one_rank(flags, stop_after)
     finally:
-        start.DistributedDataParallelConfig = plain
+        setup.DistributedDataParallelConfig = plain
 
 
 @pytest.mark.parametrize(

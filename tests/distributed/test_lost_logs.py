@@ -20,13 +20,14 @@ from tests.distributed.conftest import Finished
 def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
     """The disk is full for metrics.jsonl and validation.jsonl of iteration 2, and TensorBoard's folder is gone."""
     from ross_mcore.config import Config
-    from ross_mcore.reporting.metrics import MetricsLog, StepMetrics
+    from ross_mcore.reporting.files import MetricsFile
+    from ross_mcore.reporting.metrics import StepMetrics
     from ross_mcore.training.loop import train
 
-    folder, write = Path(flags["save"]), MetricsLog.write
+    folder, write = Path(flags["save"]), MetricsFile.step
     logs = [folder / "metrics.jsonl", folder / "validation.jsonl"]
 
-    def write_into_the_void(log: MetricsLog, metrics: StepMetrics) -> None:
+    def write_into_the_void(log: MetricsFile, metrics: StepMetrics) -> None:
         if metrics.iteration == 2:
             shutil.rmtree(folder / "tensorboard")
             for path in logs:
@@ -37,13 +38,13 @@ def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
                 path.with_suffix(".kept").rename(path)
         write(log, metrics)
 
-    MetricsLog.write = write_into_the_void
+    MetricsFile.step = write_into_the_void
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
             status = train(Config.from_flat(**flags))
     finally:
-        MetricsLog.write = write
+        MetricsFile.step = write
     if status:
         raise SystemExit(status)
     warnings = [line for line in said.getvalue().splitlines() if line.startswith("warning: ")]

@@ -119,47 +119,46 @@ def turn_a_bit(tensor: torch.Tensor) -> None:
 def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, int]:
     """Exit status, what standard error says, and how many checks were passed."""
     from ross_mcore.config import Config
+    from ross_mcore.engine import setup
     from ross_mcore.guards.replicas import ReplicaCheck
-    from ross_mcore.training import start
     from ross_mcore.training.loop import train
 
-    set_trainable = start.set_trainable
+    set_trainable = setup.set_trainable
 
     def freeze_too_little(model: Any, *options: Any) -> None:
         set_trainable(model, *options)
         if fault is not None and not fault.ranks:
             getattr(model, fault.weight).requires_grad_(True)
 
-    start.set_trainable = freeze_too_little
+    setup.set_trainable = freeze_too_little
     before, after, check = ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check
     passed = []
 
     def strike(self: ReplicaCheck, iteration: int) -> None:
         if fault is None or iteration != fault.iteration or int(os.environ["RANK"]) not in fault.ranks:
             return
-        weight = dict(self._run.model.last.named_parameters())[fault.weight]
-        (state,) = (part.optimizer.state for part in self._run.optimizer.chained_optimizers)
+        weight = dict(self.run.engine.model.last.named_parameters())[fault.weight]
+        (state,) = (part.optimizer.state for part in self.run.engine.optimizer.chained_optimizers)
         turn_a_bit(state[weight][fault.moment] if fault.moment else weight)
 
-    def at_start(self: ReplicaCheck, iteration: int) -> str | None:
-        strike(self, iteration)
-        return before(self, iteration)
+    def at_start(self: ReplicaCheck, state: Any) -> None:
+        strike(self, state.iteration)
+        before(self, state)
 
-    def after_step(self: ReplicaCheck, iteration: int, applied: bool) -> str | None:
-        strike(self, iteration)
-        return after(self, iteration, applied)
+    def after_step(self: ReplicaCheck, result: Any, incidents: Any) -> None:
+        strike(self, result.state.iteration)
+        after(self, result, incidents)
 
-    def counted(self: ReplicaCheck, *arguments: Any) -> str | None:
-        problem = check(self, *arguments)
-        passed.extend([1] * (problem is None))
-        return problem
+    def counted(self: ReplicaCheck, *arguments: Any) -> None:
+        check(self, *arguments)
+        passed.append(1)
 
     ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = at_start, after_step, counted
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         status = train(Config.from_flat(**flags))
     ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = before, after, check
-    start.set_trainable = set_trainable
+    setup.set_trainable = set_trainable
     return status, said.getvalue(), len(passed)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
     from ross_mcore.batch import Row, Sample
     from ross_mcore.checkpoint.folder import Checkpoint
     from ross_mcore.data.loader import Step
-    from ross_mcore.engine.step import agree_on_step, run_schedule
     from ross_mcore.parallel import groups
 
     platform.initialize_process_group(timeout_minutes=1)
@@ -50,19 +48,7 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
         mine = [[next(shares) for _ in range(count)] for count in counts]
         slots = [[sample.tokens.numel() for sample in row] for row in rows]
         step = Step([], [slots], [mine], [], {})
-        size = agree_on_step(step, trial.groups, 8, trial.device)
-        options = replace(trial.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
-        with torch.no_grad():
-            (found,) = run_schedule(
-                trial.model,
-                step,
-                size,
-                trial.groups,
-                options,
-                image_size=vision.image_size,
-                device=trial.device,
-                forward_only=True,
-            )
+        (found,) = trial.engine.losses([trial.engine.agree(step)]).kept
         return found.sums
 
     together = sums([samples[:3], samples[3:]])

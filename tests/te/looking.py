@@ -28,17 +28,17 @@ def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None
 
     seen: dict[str, Any] = {}
     model: list[nn.Module] = []
-    build = opening.build
+    build = opening.build_engine
 
     def build_and_look(*args: Any, **kwargs: Any) -> Any:
-        built, optimizer = build(*args, **kwargs)
-        _watch(built.first, seen)
-        model.append(built.first)
-        inner = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+        engine = build(*args, **kwargs)
+        _watch(engine.model.first, seen)
+        model.append(engine.model.first)
+        inner = [part.optimizer for part in engine.optimizer.chained_optimizers if part.optimizer is not None]
         seen["optimizer"] = sorted({f"{type(part).__module__}.{type(part).__name__}" for part in inner})
-        return built, optimizer
+        return engine
 
-    opening.build = build_and_look
+    opening.build_engine = build_and_look
     train_one_rank(flags, stop_after)
     seen["calls"] = dict(CALLS)
     seen["histories"] = _keeps_maxima(model[0])

@@ -157,10 +157,10 @@ def _read(config: Config, base: str) -> dict[str, Any]:
     from transformer_engine.pytorch.module import base as engine
 
     from ross_mcore.checkpoint.folder import require_checkpoint
+    from ross_mcore.engine.setup import build_engine
     from ross_mcore.models.language import transformer_config
     from ross_mcore.parallel import groups
     from ross_mcore.parallel.layout import make_layout
-    from ross_mcore.training.start import build
 
     checkpoint = require_checkpoint(Path(base))
     model_config = checkpoint.model_config()
@@ -175,9 +175,10 @@ def _read(config: Config, base: str) -> dict[str, Any]:
     plain = engine.initialize_ub
     engine.initialize_ub = lambda **given: buffers.append(given)  # the extension's own buffers need GPUs
     try:
-        model, optimizer = build(config, model_config, here, checkpoint)
+        built = build_engine(config, model_config, here, checkpoint)
     finally:
         engine.initialize_ub = plain
+    model, optimizer = built.model, built.optimizer
     mcore, layers = model.first.config, model.first.decoder.layers
     linears = [m for layer in layers for name, m in layer.named_modules() if name.split(".")[-1].startswith("linear_")]
     weights = [linear.weight for linear in linears]

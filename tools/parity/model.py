@@ -26,7 +26,7 @@ from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.table import Row as TableRow
 from ross_mcore.conversion.table import convert_out, match
 from ross_mcore.data.conversation import expand_images
-from ross_mcore.engine.step import Losses
+from ross_mcore.engine.losses import Losses
 from ross_mcore.errors import ConversationError
 from ross_mcore.models.diffusion import Draws
 
@@ -150,7 +150,7 @@ def _state_rows(name: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any
     if trial.groups.stage.is_first:
         module = trial.model.first
         with torch.no_grad():
-            features = module.vision_model(tensors["in.images"].to(trial.device))
+            features = module.vision_model(tensors["in.images"].to(trial.engine.device))
             projected = module.vision_projection(features).cpu()
             features = features.cpu()
     yield compare("model", f"{name}: image features", trial.everywhere(features), tensors["image_features"])

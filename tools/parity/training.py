@@ -13,8 +13,6 @@ from parity.rows import Row, compare, compare_exactly, compare_sets
 from parity.trial import STAGES, Layout, Trial, prepare, recorded_rows, replayed
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.engine.optimizer import (
-    apply_gradients,
-    gradient_norm,
     learning_rate,
     set_hyperparameters,
     warmup_iterations,
@@ -78,13 +76,13 @@ def optimizer_rows(golden: Golden, name: str, checkpoint: Checkpoint, layout: La
             weight_decay=max(group["wd"] for group in groups),
             decay_norm_weights=family == "qwen2",
         )
-        set_hyperparameters(trial.optimizer, 0, 1, trial.config.optimizer)
+        set_hyperparameters(trial.engine.optimizer, 0, 1, trial.engine.config.optimizer)
         yield compare_sets("optimizer groups", f"{name} {case}", _optimizer_settings(trial), theirs, "parameters")
 
 
 def _optimizer_settings(trial: Trial) -> set[tuple[Any, ...]]:
     """(their name, rate, decay, betas, eps) of every trained parameter of all stages. Collective."""
-    group_of = {id(p): group for group in trial.optimizer.param_groups for p in group["params"]}
+    group_of = {id(p): group for group in trial.engine.optimizer.param_groups for p in group["params"]}
     marked, settings = {}, []
     for key, parameter in trial.model.first.named_parameters():
         if parameter.requires_grad:
@@ -102,18 +100,17 @@ def curve_rows(golden: Golden, name: str, checkpoint: Checkpoint, stage: int, la
     """Twenty training steps of this trainer's own step on the recorded batches and draws."""
     curve = golden.json(f"{name}/train20_stage{stage}.json")
     tensors, _ = golden.tensors(f"{name}/train20.safetensors")
-    trial = prepare(checkpoint, STAGES[stage], layout, lr=curve["lr"])
+    train_iters = len(curve["batch_index"])
+    trial = prepare(checkpoint, STAGES[stage], layout, train_iters=train_iters, lr=curve["lr"])
     for step, number in enumerate(curve["batch_index"]):
         rows = recorded_rows(tensors, f"batch{number}.", trial.model_config.vision)
-        set_hyperparameters(trial.optimizer, step, len(curve["batch_index"]), trial.config.optimizer)
-        losses = trial.losses(rows, replayed(tensors, f"step{step:02d}.", rows))
-        norm = gradient_norm(trial.optimizer)
-        apply_gradients(trial.optimizer, norm, trial.config.optimizer.clip_grad)
-        ours = {"lm": losses.lm_loss, "vm": losses.vm_loss, "total": losses.loss, "grad_norm": norm}
+        done = trial.train(rows, replayed(tensors, f"step{step:02d}.", rows), step)
+        losses = done.losses
+        ours = {"lm": losses.lm_loss, "vm": losses.vm_loss, "total": losses.loss, "grad_norm": done.grad_norm}
         for key, value in ours.items():
             title = f"{name} stage {stage} step {step + 1}: {key}"
             yield compare("curves", title, value, curve[key][step], CURVE_TOLERANCE)
-    final, floor = trial.parameters(), ADAM_SHARE * curve["lr"] * len(curve["batch_index"])
+    final, floor = trial.parameters(), ADAM_SHARE * curve["lr"] * train_iters
     for key, norm in curve.get("final_param_norms", {}).items():
         allowed = floor * (10 if key.endswith(KEY_BIASES) else 1)
         title = f"{name} stage {stage} after the last step: norm of {key}"

@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from parity.golden import Golden, Tensors
-from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig, VisionConfig
 from ross_mcore.batch import Sample
 from ross_mcore.checkpoint.folder import Checkpoint
@@ -28,13 +26,16 @@ from ross_mcore.conversion.table import convert_out
 from ross_mcore.data.conversation import cut_row, expand_images
 from ross_mcore.data.loader import Step
 from ross_mcore.engine.chunks import ModelChunks
-from ross_mcore.engine.step import Losses, StepSize, agree_on_step, combine_losses, run_schedule
+from ross_mcore.engine.engine import Engine, Randomness, Trained
+from ross_mcore.engine.losses import Losses
+from ross_mcore.engine.setup import Span, build_engine
+from ross_mcore.engine.step import AgreedStep
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.collectives import from_first_rank, gather
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import share_of
-from ross_mcore.training.start import build, place
+from ross_mcore.training.start import place
 
 T = TypeVar("T")
 REFERENCE = {
@@ -59,50 +60,41 @@ class Layout:
     sequence_parallel: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
-    """One recorded model, ready to train in one stage at one layout."""
+    """One recorded model in one training stage at one layout."""
 
-    config: Config
-    model_config: ModelConfig
-    groups: Groups
-    model: ModelChunks
-    optimizer: MegatronOptimizer
+    engine: Engine
 
     @property
-    def device(self) -> torch.device:
-        return platform.device()
+    def model_config(self) -> ModelConfig:
+        return self.engine.model_config
 
-    def size(self, rows: list[Sample]) -> StepSize:
-        multiple = self.groups.layout.tensor_parallel if self.config.parallel.sequence_parallel else 1
-        return agree_on_step(_as_step(rows), self.groups, multiple, self.device)
+    @property
+    def groups(self) -> Groups:
+        return self.engine.groups
 
-    def run(self, rows: list[Sample], **options: Any) -> list[Any]:
-        """One micro-batch through mcore's schedule."""
-        training = replace(self.config.training, micro_batch_size=len(rows), global_batch_size=len(rows))
-        image_size = self.model_config.vision.image_size
-        return run_schedule(
-            self.model,
-            _as_step(share_of_pixels(rows, self.groups)),
-            self.size(rows),
-            self.groups,
-            training,
-            image_size=image_size,
-            device=self.device,
-            **options,
-        )
+    @property
+    def model(self) -> ModelChunks:
+        return self.engine.model
+
+    def step(self, rows: list[Sample]) -> AgreedStep:
+        """One micro-batch whose rows are one sample each."""
+        shares = share_of_pixels(rows, self.groups)
+        return self.engine.agree(Step([], None, [[[sample] for sample in shares]], [], {}))
 
     def losses(self, rows: list[Sample], draws: Draws, scales: tuple[float, float] = (1.0, 1.0)) -> Losses:
         """Forward and backward with replayed draws; reduced gradients are left in the model."""
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        parts = self.run(rows, draws=[draws], scales=scales)
-        return combine_losses(parts, self.groups, self.device)
+        objective = replace(self.engine.objective, lm_scale=scales[0], vm_scale=scales[1])
+        return self.engine.gradients(self.step(rows), objective, Randomness([draws])).losses
+
+    def train(self, rows: list[Sample], draws: Draws, iteration: int) -> Trained:
+        """One optimizer step with replayed draws."""
+        return self.engine.train(self.step(rows), iteration, Randomness([draws]))
 
     def hidden(self, rows: list[Sample]) -> Tensor | None:
         """States after the final norm [B, S, D] on the ranks of the last stage, None elsewhere."""
-        with torch.no_grad():
-            found = self.run(rows, output="hidden", forward_only=True)
+        found = self.engine.hidden(self.step(rows))
         return found[0].view(len(rows), -1, found[0].shape[-1]) if self.groups.stage.is_last else None
 
     def logits(self, states: Tensor | None) -> Tensor | None:
@@ -146,11 +138,6 @@ class Trial:
         return self.by_their_names({name: p.detach().clone() for name, p in self.model.first.named_parameters()})
 
 
-def _as_step(rows: list[Sample]) -> Step:
-    """One micro-batch whose rows are one sample each."""
-    return Step([], None, [[[sample] for sample in rows]], [], {})
-
-
 class shared_folder:
     """A temporary folder that rank 0 makes and removes, and all ranks see. Collective."""
 
@@ -183,7 +170,7 @@ def import_model(golden: Golden, name: str, root: Path) -> Checkpoint:
         return import_ross(root, source, tokenizer=tokenizers[0], base=golden.folder)
 
 
-def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, **flags: Any) -> Trial:
+def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, *, train_iters: int = 1, **flags: Any) -> Trial:
     """Builds the model at the layout for a training stage. Collective."""
     config = Config.from_flat(
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -194,8 +181,10 @@ def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, **flags: Any) ->
     )
     model_config = checkpoint.model_config()
     groups = process_groups.initialize(place(config, model_config), config.training.seed, timeout_minutes=10)
-    model, optimizer = build(config, model_config, groups, checkpoint)
-    return Trial(config, model_config, groups, model, optimizer)
+    engine = build_engine(config, model_config, groups, checkpoint, span=Span(train_iters))
+    # recorded states have no padding beyond the longest row
+    multiple = layout.tensor_parallel if layout.sequence_parallel else 1
+    return Trial(replace(engine, row_multiple=multiple))
 
 
 def recorded_rows(tensors: Tensors, prefix: str, vision: VisionConfig, max_length: int | None = None) -> list[Sample]:

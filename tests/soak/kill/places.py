@@ -27,13 +27,13 @@ from typing import Any
 PLACE_BYTES = 64
 
 CALLS = {
-    "building the model": ("ross_mcore.training.run", "build"),
-    "loading a checkpoint": ("ross_mcore.training.run", "restore"),
+    "building the model": ("ross_mcore.training.run", "build_engine"),
+    "loading a checkpoint": ("ross_mcore.engine.setup", "restore"),
     "reading samples": ("ross_mcore.data.loader", "StepLoader.__next__"),
-    "forward and backward": ("ross_mcore.training.loop", "run_schedule"),
-    "optimizer step": ("ross_mcore.training.loop", "apply_gradients"),
-    "writing metrics": ("ross_mcore.reporting.metrics", "MetricsLog.write"),
-    "validation": ("ross_mcore.training.loop", "validate"),
+    "forward and backward": ("ross_mcore.engine.engine", "Engine.gradients"),
+    "optimizer step": ("ross_mcore.engine.engine", "apply_gradients"),
+    "writing metrics": ("ross_mcore.reporting.files", "MetricsFile.step"),
+    "validation": ("ross_mcore.training.evaluation", "validate"),
     "beginning to write": ("ross_mcore.checkpoint.saving", "RunningSave.__init__"),
     "asking for a save": ("ross_mcore.checkpoint.saving", "RunningSave.poll"),
     "writing a tensor": ("ross_mcore.checkpoint.tensor_file", "TensorFile.append"),

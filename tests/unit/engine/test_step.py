@@ -11,16 +11,16 @@ import torch.distributed as dist
 from ross_mcore import platform
 from ross_mcore.batch import IGNORE_INDEX, Sample
 from ross_mcore.data.loader import Step
-from ross_mcore.engine.step import (
+from ross_mcore.engine.losses import (
     DataSetLosses,
     MicroBatchLosses,
-    StepSize,
-    _loss,
-    _micro_batch_weights,
-    agree_on_step,
+    Objective,
     combine_losses,
     loss_weights,
+    micro_batch_weights,
+    weighted_loss,
 )
+from ross_mcore.engine.step import StepSize, agree_on_step
 from ross_mcore.errors import ShardReadError
 from ross_mcore.options import TrainingOptions
 
@@ -28,7 +28,7 @@ from ross_mcore.options import TrainingOptions
 def test_each_loss_has_its_own_weight() -> None:
     """Gradients of the two sums: 1 / labels and 1 / images, whatever this micro-batch holds."""
     sums = torch.tensor([[4.0, 3.0], [2.0, 5.0]], requires_grad=True)
-    part, divide_by, kept = _loss(sums, rows("i", "t"), loss_weights(labels=3, images=4))
+    part, divide_by, kept = weighted_loss(sums, rows("i", "t"), loss_weights(labels=3, images=4))
     part.backward()
     assert part.item() == 6 / 3 + 8 / 4
     assert sums.grad is not None and torch.equal(sums.grad, torch.tensor([[1 / 3, 1 / 4]] * 2))
@@ -38,7 +38,7 @@ def test_each_loss_has_its_own_weight() -> None:
 @pytest.mark.parametrize("blanks", [0, 3])
 def test_nothing_to_learn_from_is_zero_and_keeps_its_graph(blanks: int) -> None:
     sums = torch.tensor([[0.0, 5.0 * blanks]], requires_grad=True)
-    part, _, _ = _loss(sums, rows("t"), loss_weights(labels=0, images=0, blanks=blanks))
+    part, _, _ = weighted_loss(sums, rows("t"), loss_weights(labels=0, images=0, blanks=blanks))
     assert part.item() == 0 and part.requires_grad
 
 
@@ -64,9 +64,9 @@ def rows(*kinds: str) -> list[Sample]:
 def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
     """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
     size = StepSize(8, 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0)
-    options = TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows)  # type: ignore[arg-type]
-    assert _micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
-    without_picture = _micro_batch_weights(rows("t", "s"), size, options, parts=8)
+    options = Objective.of(TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows))  # type: ignore[arg-type]
+    assert micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
+    without_picture = micro_batch_weights(rows("t", "s"), size, options, parts=8)
     assert without_picture[1] == (expected[1] if normalization == "global" else 0)
 
 
@@ -127,7 +127,7 @@ def test_a_rank_that_cannot_read_says_so(failure: Exception, kind: type[Exceptio
 def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
     size = StepSize(8, 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1)
     for normalization in ("global", "microbatch"):
-        options = TrainingOptions(loss_normalization=normalization)  # type: ignore[arg-type]
-        weights = _micro_batch_weights(rows("n"), size, options, parts=1)
-        total, _, kept = _loss(torch.tensor([[0.0, 3.0]]), rows("n"), weights)
+        options = Objective.of(TrainingOptions(loss_normalization=normalization))  # type: ignore[arg-type]
+        weights = micro_batch_weights(rows("n"), size, options, parts=1)
+        total, _, kept = weighted_loss(torch.tensor([[0.0, 3.0]]), rows("n"), weights)
         assert kept.parts.tolist() == [0, 3] and total == 3

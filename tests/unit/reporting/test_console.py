@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ross_mcore.data.sample import IgnoredLabels
-from ross_mcore.engine.step import DataSetLosses
-from ross_mcore.reporting.console import ignored_warning, means_by_data_set
+from ross_mcore.engine.losses import DataSetLosses
+from ross_mcore.reporting.averages import means_by_data_set
+from ross_mcore.reporting.console import ignored_warning
 
 
 def test_a_template_that_does_not_fit_is_named_once_with_share_keys_and_remedy() -> None:

@@ -10,13 +10,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import LogError
 from ross_mcore.reporting.logs import JsonLines
-from ross_mcore.reporting.tensorboard import Board
+from ross_mcore.reporting.tensorboard import TensorBoard
+
+
+def board_in(folder: Path, iteration: int) -> TensorBoard:
+    run: Any = SimpleNamespace(config=SimpleNamespace(logging=SimpleNamespace(tensorboard_dir=str(folder))))
+    return TensorBoard(run, TrainState(iteration))
 
 
 @contextmanager
@@ -92,7 +100,7 @@ def test_a_file_is_gone_without_while_it_cannot_be_written(
 def test_tensorboard_is_gone_without_while_it_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture, fault: Callable, reason: str
 ) -> None:
-    board = Board(tmp_path / "board", 0)
+    board = board_in(tmp_path / "board", 0)
     (path,) = (tmp_path / "board").iterdir()
     for step in range(1, 6):
         if step in (2, 3):
@@ -120,7 +128,7 @@ def test_nothing_is_written_beneath_a_mount_that_vanished(tmp_path: Path, capsys
 
 def test_a_board_goes_on_after_an_iteration(tmp_path: Path) -> None:
     for number, last in ((0, 3), (2, 4)):
-        board = Board(tmp_path, number)
+        board = board_in(tmp_path, number)
         board.text("options", "of the run")
         for step in range(number + 1, last + 1):
             board.scalars(step, {"loss": float(number)})
@@ -139,9 +147,9 @@ def test_what_cannot_be_begun_is_named(tmp_path: Path) -> None:
         JsonLines(tmp_path / "nowhere" / "metrics.jsonl", 0)
     (tmp_path / "board").write_text("")
     with pytest.raises(LogError, match=r"board cannot be written: it is not a folder; give another --tensorboard-dir"):
-        Board(tmp_path / "board", 0)
+        board_in(tmp_path / "board", 0)
     with pytest.raises(LogError, match="Not a directory; give another --tensorboard-dir"):
-        Board(tmp_path / "board" / "within", 0)
+        board_in(tmp_path / "board" / "within", 0)
 
 
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}

@@ -4,19 +4,23 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from ross_mcore.engine.step import DataSetLosses
+from ross_mcore.engine.losses import DataSetLosses
+from ross_mcore.engine.state import TrainState
+from ross_mcore.reporting.files import MetricsFile, ValidationFile
 from ross_mcore.reporting.logs import read_entries
-from ross_mcore.reporting.metrics import (
-    MetricsLog,
-    StepMetrics,
-    Validation,
-    duration,
-    picture_grid,
-)
+from ross_mcore.reporting.metrics import StepMetrics, Validation, duration
+from ross_mcore.reporting.pictures import picture_grid
+
+
+def opened(kind: type, folder: Path, iteration: int) -> Any:
+    """A file of a run that continues after `iteration`."""
+    return kind(SimpleNamespace(save_folder=folder), TrainState(iteration))
 
 
 def entry(iteration: int) -> StepMetrics:
@@ -26,19 +30,19 @@ def entry(iteration: int) -> StepMetrics:
 
 
 def test_a_restart_drops_the_lines_of_the_lost_iterations(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tmp_path / "board", 0)
+    log = opened(MetricsFile, tmp_path, 0)
     for iteration in (1, 2, 3, 4):
-        log.write(entry(iteration))
+        log.step(entry(iteration))
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"iteration": 5, "lm_lo')  # cut by a crash
-    log = MetricsLog(tmp_path, tmp_path / "board", 2)
-    log.write(entry(3))
+    log = opened(MetricsFile, tmp_path, 2)
+    log.step(entry(3))
     assert [line["iteration"] for line in read_entries(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_every_promised_key_is_written(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tmp_path / "board", 0)
-    log.write(entry(1))
+    log = opened(MetricsFile, tmp_path, 0)
+    log.step(entry(1))
     keys = """iteration consumed_samples lm_loss vm_loss loss grad_norm learning_rate num_tokens num_images
               sample_digest step_seconds data_seconds bad_samples skipped_samples
               ignored_samples peak_memory_bytes""".split()
@@ -46,10 +50,10 @@ def test_every_promised_key_is_written(tmp_path: Path) -> None:
 
 
 def test_data_sets_are_written_where_there_are_several(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tmp_path / "board", 0)
+    log = opened(MetricsFile, tmp_path, 0)
     own = {"a": DataSetLosses(3, 10, 0, 1.5, None), "b": DataSetLosses(1, 0, 2, math.nan, 0.5)}
-    log.write(entry(1))
-    log.write(replace(entry(2), datasets=own))
+    log.step(entry(1))
+    log.step(replace(entry(2), datasets=own))
     first, second = read_entries(tmp_path / "metrics.jsonl")
     assert "datasets" not in first
     assert second["datasets"] == {
@@ -59,11 +63,11 @@ def test_data_sets_are_written_where_there_are_several(tmp_path: Path) -> None:
 
 
 def test_a_restart_drops_what_was_measured_on_lost_iterations(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tmp_path / "board", 0)
+    log = opened(ValidationFile, tmp_path, 0)
     assert not (tmp_path / "validation.jsonl").exists()
     for iteration in (2, 4):
-        log.write_validation(Validation(iteration, {"a": DataSetLosses(3, 10, 0, 1.5, None)}, 0.1))
-    MetricsLog(tmp_path, tmp_path / "board", 3)
+        log.validated(Validation(iteration, {"a": DataSetLosses(3, 10, 0, 1.5, None)}, 0.1), [])
+    opened(ValidationFile, tmp_path, 3)
     (line,) = read_entries(tmp_path / "validation.jsonl")
     assert line["iteration"] == 2 and line["datasets"]["a"]["lm_loss"] == 1.5
 
@@ -72,7 +76,7 @@ def test_a_link_where_the_log_writes_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     (tmp_path / "other").write_text("kept")
     (tmp_path / "metrics.partial").symlink_to("other")
-    MetricsLog(tmp_path, tmp_path / "board", 3)
+    opened(MetricsFile, tmp_path, 3)
     assert (tmp_path / "other").read_text() == "kept"
     assert [line["iteration"] for line in read_entries(tmp_path / "metrics.jsonl")] == [1]
 

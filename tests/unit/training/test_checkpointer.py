@@ -11,7 +11,7 @@ import pytest
 from ross_mcore.checkpoint.saving import RunningSave, Saved
 from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import CheckpointError
-from ross_mcore.training.checkpointer import Saver
+from ross_mcore.training.checkpointer import Checkpointer
 
 
 class Save(RunningSave):
@@ -35,7 +35,7 @@ class Save(RunningSave):
         return saved
 
 
-class Watched(Saver):
+class Watched(Checkpointer):
     """A saver of a run of 20 iterations: what it began and said."""
 
     def __init__(self, folder: Path) -> None:

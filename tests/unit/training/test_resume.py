@@ -13,12 +13,11 @@ from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
-from ross_mcore.engine.state import TrainState
+from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.errors import CheckpointError, ConfigError
 from ross_mcore.training.resume import (
     RUN_IDENTITY,
     changeable_options,
-    changes,
     continued,
     refuse_other_model,
 )
@@ -79,8 +78,12 @@ def test_options_that_may_change_are_told(tmp_path: Path) -> None:
 
     before = json.loads(json.dumps(asdict(replace(STARTED, options=options(10, lr=1e-3)))))
     now = replace(STARTED, options=options(20, lr=5e-4, vision_lr=None), global_batch_size=16)
-    assert changes(before, now) == ["--lr 0.001 -> 0.0005", "--train-iters 10 -> 20", "--global-batch-size 8 -> 16"]
-    assert changes(before, replace(STARTED, options=options(10, lr=1e-3))) == []
+    assert changed_options(before, now) == [
+        "--lr 0.001 -> 0.0005",
+        "--train-iters 10 -> 20",
+        "--global-batch-size 8 -> 16",
+    ]
+    assert changed_options(before, replace(STARTED, options=options(10, lr=1e-3))) == []
 
 
 def test_a_state_of_another_version_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ross_mcore.guards.finite import Diagnosis
+from ross_mcore.engine.finite import Diagnosis
 
 LAYER, OUTPUT = "language_model.decoder.layers.2.mlp.linear_fc1.weight", "language_model.output_layer.weight"
 

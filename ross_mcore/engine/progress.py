@@ -1,6 +1,7 @@
-"""Where this process is in its run: said by the code that runs, read by the watchdog's thread.
+"""Where this process is in its run: written by the code that runs, read by the watchdog's thread.
 
-A process is in one place, so this is the module's own state and no argument: mcore calls some of the code that says it.
+A process is in one place at a time, so this is module state, not an argument; mcore calls some of the code
+that writes it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ START = "starting"
 
 @dataclass(frozen=True)
 class Place:
-    """marks: how many places came before, the same sequence on all ranks of a stage; is_long: may take long by right,
-    such as a read from a cold cache, a checkpoint, an evaluation, or a first iteration, which compiles kernels."""
+    """marks: number of places before this one, the same sequence on all ranks of a stage; is_long: a phase that may be
+    slow without being blocked, such as a read from a cold cache, a checkpoint, an evaluation or a first iteration,
+    which compiles kernels."""
 
     marks: int = 0
     iteration: int = 0
@@ -30,12 +32,12 @@ def here() -> Place:
 
 
 def moving() -> None:
-    """The phase of now goes on, and something comes of it."""
+    """Records progress within the current phase."""
     at(_here.phase, is_long=_here.is_long)
 
 
 def at(phase: str, *, iteration: int | None = None, is_long: bool = False) -> None:
-    """This process begins `phase`; of the same iteration as before, unless another is given."""
+    """Records that this process begins `phase`; the iteration stays the same unless one is given."""
     global _here, _first_iteration
     if _first_iteration is None:
         _first_iteration = iteration

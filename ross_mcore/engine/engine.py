@@ -1,0 +1,211 @@
+"""The engine: one rank's model, optimizer and process groups, and the only place where steps are computed.
+
+Training, validation, reconstructions and the comparison with recorded values all read a step (`read` or `agree`), then
+`train` on it, take its `losses`, or its `hidden` states. Every method is collective: all ranks call it.
+
+Legend: T tokens of a micro-batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from ross_mcore import platform
+from ross_mcore.architecture import ModelConfig
+from ross_mcore.batch import Batch, collate, segments
+from ross_mcore.checkpoint.carried import CarriedWeights
+from ross_mcore.config import Config
+from ross_mcore.data.loader import Step, StepLoader
+from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.engine.finite import all_finite
+from ross_mcore.engine.losses import (
+    Losses,
+    MicroBatchLosses,
+    Objective,
+    combine_losses,
+    micro_batch_weights,
+    weighted_loss,
+)
+from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
+from ross_mcore.engine.progress import at
+from ross_mcore.engine.step import AgreedStep, Asked, agree_on_step, samples_of
+from ross_mcore.models.diffusion import Draws
+from ross_mcore.parallel.collectives import gather
+from ross_mcore.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """The denoiser's random draws: `recorded`, one entry a micro-batch, or keyed by `seed` (default: the model's)."""
+
+    recorded: Sequence[Draws] | None = None
+    seed: int | None = None
+
+
+KEYED = Randomness()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The losses of a step, and what the last stage kept of every micro-batch; [] on other stages."""
+
+    losses: Losses
+    kept: list[MicroBatchLosses]
+
+
+@dataclass(frozen=True)
+class Trained(Computed):
+    """A step that was trained on. grad_norm: before clipping; learning_rate: of --lr in this step; applied: False when
+    a loss, the norm or a weight was not finite on any rank: then no weight has changed."""
+
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a rank computes with; built by engine/setup.py.
+
+    carried: weights of parts that are not built, for checkpoints; train_iters: length of the learning-rate schedule;
+    row_multiple: rows are padded to a multiple of so many tokens; num_datasets: of training, for their own losses.
+    """
+
+    config: Config
+    model_config: ModelConfig
+    groups: Groups
+    model: ModelChunks
+    optimizer: MegatronOptimizer
+    carried: CarriedWeights
+    train_iters: int
+    row_multiple: int
+    num_datasets: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        return platform.device()
+
+    @property
+    def objective(self) -> Objective:
+        """The losses that the options of training ask for."""
+        return Objective.of(self.config.training)
+
+    def read(self, loader: StepLoader, asked: Asked = Asked.NOTHING, replace_bad: bool = True) -> AgreedStep:
+        """The loader's next step, with its bad samples replaced the same on all ranks.
+
+        All ranks exchange what they found and make the same replacements, so no rank waits for the one that found
+        something; only a step with bad samples costs more than `agree`. Raises ShardReadError, on all ranks, when one
+        cannot read.
+        """
+        began = time.perf_counter()
+        found = next(loader)
+        read_seconds = time.perf_counter() - began
+        at("agreeing on the step")
+        agreed = self.agree(found, asked)
+        while replace_bad and agreed.size.found_bad:
+            loader.replace(found, chain.from_iterable(gather(found.bad)))
+            agreed = self.agree(found, agreed.size.asked)
+        return replace(agreed, read_seconds=read_seconds)
+
+    def agree(self, step: Step, asked: Asked = Asked.NOTHING) -> AgreedStep:
+        """A step that this rank has read, with the size that all ranks agree on."""
+        return AgreedStep(step, agree_on_step(step, self.groups, self.row_multiple, self.device, asked))
+
+    def train(self, step: AgreedStep, iteration: int, randomness: Randomness = KEYED) -> Trained:
+        """The optimizer step that follows `iteration` finished ones; returns when the device has finished it."""
+        options = self.config.optimizer
+        set_hyperparameters(self.optimizer, iteration, self.train_iters, options)
+        computed = self.gradients(step, randomness=randomness)
+        at("gradient norm")
+        norm = gradient_norm(self.optimizer)
+        applied = all_finite(self.model, self.device, (computed.losses.loss, norm))
+        if applied:
+            at("optimizer step")
+            apply_gradients(self.optimizer, norm, options.clip_grad)
+            self.model.weights_changed()
+        at("waiting for the device")
+        platform.synchronize()
+        rate = learning_rate(iteration, self.train_iters, options)
+        return Trained(computed.losses, computed.kept, norm, rate, applied)
+
+    def gradients(
+        self, step: AgreedStep, objective: Objective | None = None, randomness: Randomness = KEYED
+    ) -> Computed:
+        """Forward and backward: the step's losses; the reduced gradients are left in the model."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        kept = self._schedule(step, "losses", objective or self.objective, randomness, forward_only=False)
+        at("losses")
+        return Computed(combine_losses(kept, self.groups, self.device, self.num_datasets), kept)
+
+    @torch.no_grad()
+    def losses(
+        self, steps: Iterable[AgreedStep], objective: Objective | None = None, randomness: Randomness = KEYED
+    ) -> Computed:
+        """Forward alone over several steps as if they were one data set, by default with the objective of training.
+
+        Under the `global` normalization, lm_loss and vm_loss are then sums of the steps' own means; what the samples'
+        own losses amount to is in `datasets`.
+        """
+        self.model.gather_weights()
+        chosen = objective or self.objective
+        kept = [part for step in steps for part in self._schedule(step, "losses", chosen, randomness, True)]
+        at("losses")
+        return Computed(combine_losses(kept, self.groups, self.device), kept)
+
+    @torch.no_grad()
+    def hidden(self, step: AgreedStep) -> list[Tensor]:
+        """States [T, 1, D] after the final norm of every micro-batch on the last stage; [] on other stages."""
+        self.model.gather_weights()
+        return self._schedule(step, "hidden", self.objective, KEYED, forward_only=True)
+
+    def _schedule(
+        self,
+        step: AgreedStep,
+        output: Literal["losses", "hidden"],
+        objective: Objective,
+        randomness: Randomness,
+        forward_only: bool,
+    ) -> list[Any]:
+        """All micro-batches through mcore's schedule; what the last stage computed of each, [] on other stages."""
+        size, image_size = step.size, self.model_config.vision.image_size
+        count, with_blanks = size.micro_batches, objective.with_blank_samples
+
+        def forward_step(numbers: Iterator[int], stage: nn.Module) -> tuple[Tensor, Any]:
+            number = next(numbers)
+            at(f"forward and backward, micro-batch {number + 1} of {count}")
+            chunk = stage.module
+            rows = step.rows_of(number) if chunk.pre_process or chunk.post_process else None
+            slots = step.slots_of(number)
+            batch: Batch | None = None
+            if rows is not None:
+                batch = collate(rows, size.seq_length, image_size, slots, with_blanks).to(self.device)
+            draws = None if randomness.recorded is None else randomness.recorded[number]
+            lengths = segments(slots, size.seq_length)
+            result = stage(batch, lengths, output=output, draws=draws, draw_seed=randomness.seed)
+            if output == "hidden":
+                return result, lambda hidden, non_loss_data=True: hidden
+            samples = samples_of([rows or []])
+            weights = micro_batch_weights(samples, size, objective, count * self.groups.layout.data_parallel)
+            return result, partial(weighted_loss, samples=samples, weights=weights, with_blank_samples=with_blanks)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(range(count)) for _ in self.model],
+            model=list(self.model),
+            num_microbatches=count,
+            seq_length=size.seq_length * size.rows,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=output == "hidden",
+        )

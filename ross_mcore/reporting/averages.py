@@ -1,0 +1,110 @@
+"""Means of a run's figures over --log-interval iterations, for the console and TensorBoard."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from ross_mcore.engine.losses import DataSetLosses
+from ross_mcore.engine.run import Run, StepResult
+from ross_mcore.flops import forward_flops, step_flops
+from ross_mcore.reporting.metrics import StepMetrics
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Means over the last iterations, up to `iteration`; losses and the norm over applied steps alone.
+
+    data_share: the part of the time that waits for data; remaining_seconds: of the run, at this speed; datasets: see
+    means_by_data_set.
+    """
+
+    iteration: int
+    consumed_samples: int
+    lm_loss: float
+    vm_loss: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    samples_per_second: float
+    teraflops_per_device: float
+    peak_gib: float
+    data_share: float
+    remaining_seconds: float
+    datasets: dict[str, float]
+
+    def scalars(self) -> dict[str, float]:
+        """By the names that TensorBoard shows."""
+        losses = {name: getattr(self, name) for name in ("lm_loss", "vm_loss", "loss", "grad_norm", "learning_rate")}
+        speed = ("tokens_per_second", "samples_per_second", "teraflops_per_device", "data_share")
+        throughput = {f"throughput/{name}": getattr(self, name) for name in speed}
+        return {**losses, **throughput, "memory/peak_gib": self.peak_gib, **self.datasets}
+
+
+def means_by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]:
+    """TensorBoard scalars of every data set over some steps: samples, and losses weighted by what they are over."""
+    scalars: dict[str, float] = {}
+    for name in steps[0] if steps else ():
+        own = [step[name] for step in steps]
+        scalars[f"samples/{name}"] = sum(losses.samples for losses in own)
+        for loss, weight in (("lm_loss", "labels"), ("vm_loss", "images")):
+            parts = [(getattr(x, loss), getattr(x, weight)) for x in own if getattr(x, loss) is not None]
+            if over := sum(count for _, count in parts):
+                scalars[f"{loss}/{name}"] = sum(value * count for value, count in parts) / over
+    return scalars
+
+
+class Window:
+    """The steps since the last averages."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._steps: list[tuple[StepMetrics, int]] = []
+
+    def add(self, metrics: StepMetrics, result: StepResult) -> Averages | None:
+        """Takes a step, unless it was skipped or empty; returns averages where they are due."""
+        row_tokens = result.read.step.size.row_tokens
+        if result.trained is not None and row_tokens:
+            self._steps.append((metrics, row_tokens))
+        is_due = self._run.is_due(metrics.iteration, self._run.config.logging.log_interval)
+        if not self._steps or not is_due:
+            return None
+        found = self._averages(metrics)
+        self._steps.clear()
+        return found
+
+    def _averages(self, last: StepMetrics) -> Averages:
+        run, steps = self._run, [metrics for metrics, _ in self._steps]
+        applied = [metrics for metrics in steps if metrics.applied]
+        seconds, tokens = sum(m.step_seconds for m in steps), sum(tokens for _, tokens in self._steps)
+
+        def mean(name: str) -> float:
+            return sum(getattr(m, name) for m in applied) / len(applied) if applied else math.nan
+
+        rows = len(steps) * run.rows_per_step
+        labels, images = sum(m.num_tokens for m in steps), sum(m.num_images for m in steps)
+        flops = rows * step_flops(
+            forward_flops(run.model_config, tokens / rows, labels / rows, images / rows, run.precomputed),
+            run.model_config.language.num_hidden_layers,
+            llm_trains=run.config.llm_trains,
+            vision_trains=run.config.vision_trains,
+        )
+        return Averages(
+            iteration=last.iteration,
+            consumed_samples=last.consumed_samples,
+            lm_loss=mean("lm_loss"),
+            vm_loss=mean("vm_loss"),
+            loss=mean("loss"),
+            grad_norm=mean("grad_norm"),
+            learning_rate=last.learning_rate,
+            tokens_per_second=tokens / seconds,
+            samples_per_second=rows / seconds,
+            teraflops_per_device=flops / seconds / dist.get_world_size() / 1e12,
+            peak_gib=last.peak_memory_bytes / 2**30,
+            data_share=sum(m.data_seconds for m in steps) / seconds,
+            remaining_seconds=(run.train_iters - last.iteration) * seconds / len(steps),
+            datasets=means_by_data_set([m.datasets for m in applied]),
+        )

@@ -1,0 +1,48 @@
+"""What reports a run: the interface of a reporter. reporting/report.py lists all; only the logging rank has any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ross_mcore.data.replacement import BadSample
+from ross_mcore.engine.run import Run
+from ross_mcore.engine.state import TrainState
+from ross_mcore.guards.incidents import Incident
+from ross_mcore.reporting.averages import Averages
+from ross_mcore.reporting.metrics import StepMetrics, Validation
+
+
+class Reporter:
+    """Reports nothing; a reporter overrides the events that it takes."""
+
+    def __init__(self, run: Run, state: TrainState) -> None:
+        """Continues after `state`. Raises LogError where its file cannot be begun."""
+
+    def start(self, run: Run, state: TrainState) -> None:
+        """Training begins after `state`."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """One iteration."""
+
+    def averages(self, found: Averages) -> None:
+        """Means over --log-interval iterations."""
+
+    def incidents(self, found: Sequence[Incident]) -> None:
+        """Incidents of one iteration."""
+
+    def bad_samples(self, bad: Sequence[BadSample]) -> None:
+        """Samples of a training step that were replaced."""
+
+    def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
+        """Losses on held-out data, and its samples that were replaced."""
+
+    def picture(self, iteration: int, grid: Tensor) -> None:
+        """grid [3, H, W] in [0, 1]: originals over reconstructions."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+    def finish(self, state: TrainState, stopped_by: str | None) -> None:
+        """The run has finished after `state`, or was stopped by what is named."""

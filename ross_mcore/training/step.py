@@ -1,0 +1,46 @@
+"""A step of the loop: read it, train on it, and the state that follows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from ross_mcore.data.replacement import bad_samples
+from ross_mcore.engine.engine import Trained
+from ross_mcore.engine.progress import at
+from ross_mcore.engine.run import ReadStep, Run, StepResult
+from ross_mcore.engine.state import TrainState
+from ross_mcore.engine.step import Asked
+from ross_mcore.guards.spikes import remembered
+
+
+def read_step(run: Run, state: TrainState, asked: Asked) -> ReadStep:
+    """The step after `state`, with its bad samples replaced. Collective; raises ShardReadError."""
+    began, iteration = time.perf_counter(), state.iteration + 1
+    at("reading data", iteration=iteration, is_long=True)
+    skipped = run.config.training.skips(iteration)
+    step = run.engine.read(run.loader, asked, replace_bad=not skipped)
+    replaced = [] if skipped else bad_samples(iteration, step.step.quarantined, run.dataset)
+    return ReadStep(state, step, replaced, skipped, began)
+
+
+def train_step(run: Run, read: ReadStep) -> StepResult:
+    """Trains on a step that was read, unless it is to be skipped. Collective."""
+    trained = None if read.skipped else run.engine.train(read.step, read.before.iteration)
+    return StepResult(read, _state_after(read, trained), trained, time.perf_counter() - read.began)
+
+
+def _state_after(read: ReadStep, trained: Trained | None) -> TrainState:
+    before, size = read.before, read.step.size
+    state = replace(before, iteration=read.iteration, data=read.step.step.cursor, bad_samples=read.bad_samples_so_far)
+    if trained is None:
+        return state
+    if not trained.applied:
+        return replace(state, bad_steps_in_a_row=before.bad_steps_in_a_row + 1)
+    lm_losses, vm_losses = before.recent_lm_losses, before.recent_vm_losses
+    return replace(
+        state,
+        bad_steps_in_a_row=0,
+        recent_lm_losses=remembered(lm_losses, trained.losses.lm_loss) if size.label_tokens else lm_losses,
+        recent_vm_losses=remembered(vm_losses, trained.losses.vm_loss) if size.images else vm_losses,
+    )

@@ -107,7 +107,7 @@ class Runner:
         return self._trained[training.name]
 
     def _train(self, training: Training, part: Part) -> Result:
-        from ross_mcore.reporting.logs import METRICS_FILE, read_entries
+        from ross_mcore.logs import METRICS_FILE, read_entries
 
         folder = self._out / "runs" / _file_name(training.name)
         shutil.rmtree(folder, ignore_errors=True)

@@ -82,7 +82,7 @@ def training_command(stage: str, load: Path, out: Path, ranks: int, iterations: 
 
 
 def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
-    from ross_mcore.reporting.logs import METRICS_FILE, read_entries
+    from ross_mcore.logs import METRICS_FILE, read_entries
 
     path = run_folder / METRICS_FILE
     return list(read_entries(path)) if path.exists() else []

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from ross_mcore import platform
 from ross_mcore.engine import progress
 from ross_mcore.guards.verdict import ENDED, RUNNING, Beat, verdict
+from ross_mcore.logs import complain
 from ross_mcore.parallel.groups import last_collective
-from ross_mcore.reporting.logs import complain
 
 T = TypeVar("T")
 

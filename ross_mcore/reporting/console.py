@@ -12,9 +12,9 @@ from ross_mcore.data.sample import IgnoredLabels
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.guards.incidents import Incident
+from ross_mcore.logs import say
 from ross_mcore.parts import DENOISER, PROJECTOR, VAE
 from ross_mcore.reporting.averages import Averages
-from ross_mcore.reporting.logs import say
 from ross_mcore.reporting.metrics import StepMetrics, Validation, duration
 from ross_mcore.reporting.reporter import Reporter
 

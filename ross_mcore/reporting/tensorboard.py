@@ -22,8 +22,8 @@ from ross_mcore.data.replacement import BadSample
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import LogError
+from ross_mcore.logs import LogFile, append
 from ross_mcore.reporting.averages import Averages
-from ross_mcore.reporting.logs import LogFile, append
 from ross_mcore.reporting.metrics import Validation
 from ross_mcore.reporting.reporter import Reporter
 

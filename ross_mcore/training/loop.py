@@ -10,9 +10,9 @@ from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import UserError
 from ross_mcore.guards.table import Guards
+from ross_mcore.logs import complain
 from ross_mcore.parallel import groups
 from ross_mcore.parallel.collectives import all_or_none
-from ross_mcore.reporting.logs import complain
 from ross_mcore.reporting.report import Report
 from ross_mcore.training.checkpointer import Checkpointer
 from ross_mcore.training.evaluation import evaluate

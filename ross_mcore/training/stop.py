@@ -10,8 +10,8 @@ from types import FrameType
 from typing import Any
 
 from ross_mcore.engine.step import Asked
+from ross_mcore.logs import complain
 from ross_mcore.options import TrainingOptions
-from ross_mcore.reporting.logs import complain
 
 REPEAT_SECONDS = 2.0
 """A second Ctrl-C later than this aborts at once; before, it is the launcher passing on the first one."""

@@ -38,25 +38,26 @@ ALLOWED = {
     },
     "checkpoint": {"parts", "checked", "library_configs", "architecture", "platform", "parallel", "checkpoint"},
     "conversion": {"parts", "checked", "library_configs", "architecture", "checkpoint", "conversion"},
+    "logs": {"checked"},
     "engine": {
         *("architecture", "parts", "batch", "checked", "options", "config", "platform"),
-        *("parallel", "models", "data", "checkpoint", "engine", "guards", "training"),
+        *("parallel", "models", "data", "checkpoint", "engine"),
     },
     "guards": {
-        *("architecture", "parts", "batch", "checked", "options", "config", "platform"),
-        *("parallel", "models", "data", "checkpoint", "engine", "guards", "reporting", "training"),
+        *("checked", "config", "logs", "options", "parts", "platform"),
+        *("parallel", "data", "checkpoint", "engine", "guards"),
     },
     "reporting": {
-        *("architecture", "parts", "batch", "checked", "options", "config", "flops", "platform"),
-        *("parallel", "data", "checkpoint", "engine", "guards", "reporting", "training"),
+        *("checked", "config", "flops", "logs", "options", "parts", "platform"),
+        *("parallel", "data", "checkpoint", "engine", "guards", "reporting"),
     },
     "training": {
-        *("architecture", "parts", "batch", "checked", "options", "config", "flops", "platform"),
-        *("parallel", "models", "data", "checkpoint", "engine", "guards", "reporting", "training"),
+        *("architecture", "parts", "batch", "checked", "options", "config", "logs", "platform"),
+        *("parallel", "data", "checkpoint", "engine", "guards", "reporting", "training"),
     },
     "commands": {
         *("architecture", "checkpoint", "checked", "commands", "config", "conversion", "data", "flags", "inference"),
-        *("models", "options", "parallel", "parts", "platform", "reporting", "shards", "training"),
+        *("logs", "models", "options", "parallel", "parts", "platform", "reporting", "shards", "training"),
     },
     "__main__": {"__version__", "commands"},
     "inference": {"checked", "architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
@@ -82,7 +83,6 @@ PURE = {
     "data/mixture.py": {"numpy"},
     "data/packing.py": {"numpy"},
     "data/rows.py": {"numpy"},
-    "guards/spikes.py": set(),
 }
 """Files whose only imports are the standard library, the package, and these."""
 

@@ -12,8 +12,8 @@ import torch
 
 from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.state import TrainState
+from ross_mcore.logs import read_entries
 from ross_mcore.reporting.files import MetricsFile, ValidationFile
-from ross_mcore.reporting.logs import read_entries
 from ross_mcore.reporting.metrics import StepMetrics, Validation, duration
 from ross_mcore.reporting.pictures import picture_grid
 

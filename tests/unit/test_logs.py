@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import LogError
-from ross_mcore.reporting.logs import JsonLines
+from ross_mcore.logs import JsonLines
 from ross_mcore.reporting.tensorboard import TensorBoard
 
 
@@ -156,7 +156,7 @@ BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
 
 
 def talk(**streams: int) -> subprocess.CompletedProcess:
-    code = "from ross_mcore.reporting.logs import complain, say\nsay('one')\nsay('two')\ncomplain('three')"
+    code = "from ross_mcore.logs import complain, say\nsay('one')\nsay('two')\ncomplain('three')"
     return subprocess.run([sys.executable, "-c", code], timeout=60, env=BUFFERED, **streams)
 
 
@@ -176,7 +176,7 @@ def test_standard_output_that_cannot_be_written_is_told_of_once() -> None:
 def test_lines_go_on_where_standard_output_has_room_again(tmp_path: Path) -> None:
     code = """
 import resource
-from ross_mcore.reporting.logs import say
+from ross_mcore.logs import say
 say("one")
 resource.setrlimit(resource.RLIMIT_FSIZE, (4, -1))
 say("two")

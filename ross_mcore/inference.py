@@ -151,10 +151,13 @@ def reconstruct(
 
 
 def read_picture(path: Path, preprocessing: ImagePreprocessing) -> Tensor:
-    """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError, OSError."""
-    if Path(path).stat().st_size > MAX_IMAGE_BYTES:
-        raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
-    picture, _ = decode_image(Path(path).read_bytes())
+    """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError naming the file, OSError."""
+    try:
+        if Path(path).stat().st_size > MAX_IMAGE_BYTES:
+            raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
+        picture, _ = decode_image(Path(path).read_bytes())
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels") from None
     return torch.from_numpy(preprocessing(picture))
 
 

@@ -36,24 +36,19 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options = parse_arguments(arguments, prog)
-    from ross_mcore.errors import ImageError, UserError
+    from ross_mcore.errors import UserError
     from ross_mcore.inference import as_picture, load_model, read_picture, reconstruct
     from ross_mcore.reporting.pictures import picture_grid
 
-    path = None
     try:
         trained = load_model(options.load, seed=options.seed)
         preprocessing = trained.preprocessing(options.image_aspect_ratio)
-        pictures = []
-        for path in options.image:
-            pictures.append(read_picture(path, preprocessing))
+        pictures = [read_picture(path, preprocessing) for path in options.image]
         grid = picture_grid(list(reconstruct(trained, pictures, steps=options.steps, temperature=options.temperature)))
         partial = options.output.with_name(options.output.name + ".partial")
         partial.unlink(missing_ok=True)  # what waits there may be a link
         as_picture(grid).save(partial, format="PNG")
         partial.replace(options.output)
-    except ImageError as error:
-        return refuse(prog, f"{path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels")
     except (UserError, OSError) as error:
         return refuse(prog, error)
     print(f"{options.output}: {len(pictures)} pictures, each over its reconstruction")

@@ -29,7 +29,6 @@ setup(
         "isal",
         "numpy",
         "pillow",
-        "einops",
         "pyyaml",
         "rich",
         "tensorboard",

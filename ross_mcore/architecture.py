@@ -286,7 +286,10 @@ class ModelConfig:
 
     @property
     def decode_image_size(self) -> int:
-        """Side in pixels at which an image is encoded so that it has one latent token per image token (ARCH:95)."""
+        """Side in pixels at which an image is encoded so that it has one latent token per image token.
+
+        Source: reference ross_arch.py:95.
+        """
         if self.pixel_decoder is None:
             raise ArchitectureError("this model has no pixel decoder, so it cannot encode or reconstruct pictures")
         return self.vision.grid * self.pixel_decoder.downsampling * 2

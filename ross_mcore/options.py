@@ -113,7 +113,7 @@ class ExecutionOptions:
     --transformer-impl transformer_engine."""
     fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
     """Where FP8 scales come from: a history of maxima (delayed), the tensor itself (tensorwise), or its blocks of 32
-    (mxfp8, from Blackwell on) or 128 (blockwise, from Hopper on)."""
+    (mxfp8, Blackwell or newer) or 128 (blockwise, Hopper or newer); mxfp8 and blockwise are untried on hardware."""
     fp8_margin: int = 0
     """Of --fp8-recipe delayed: scales leave 2^N of room above the largest number seen."""
     fp8_amax_history_len: int = 1
@@ -130,10 +130,11 @@ class ExecutionOptions:
     num_layers_at_end_in_bf16: int = 1
     """How many last layers that is."""
     gradient_accumulation_fusion: bool = False
-    """Add weight gradients to the gradient buffer inside the matrix product. Needs Apex's extension."""
+    """Add weight gradients to the gradient buffer inside the matrix product. Needs Apex's extension. Untried on
+    hardware."""
     tp_comm_overlap: bool = False
     """Overlap the communication of --sequence-parallel with the matrix products it feeds, in Transformer Engine's
-    buffers. Rows are then all of --seq-length."""
+    buffers. Rows are then all of --seq-length. Untried on hardware."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in backward: full layers, or selective (core attention only)."""
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.conversion.assembly import import_ross
-from ross_mcore.conversion.huggingface import read_ross_config
+from ross_mcore.conversion.huggingface import open_ross
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("qwen2_siglip", "llama_clip")
@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def recorded_config(family: str) -> ModelConfig:
     """The architecture of `model_<family>`, from the reference's own config.json."""
-    return read_ross_config(GOLDEN / f"model_{family}" / "hf_checkpoint", base=GOLDEN)
+    return open_ross(GOLDEN / f"model_{family}" / "hf_checkpoint", base=GOLDEN).model_config()
 
 
 def recorded_checkpoint(family: str, root: Path) -> Checkpoint:

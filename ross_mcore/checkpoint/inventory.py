@@ -101,7 +101,7 @@ def vision_projection(config: ProjectorConfig, tower_hidden: int, language_hidde
 
 
 def denoiser(config: DenoiserConfig, channels: int, condition: int, tokens: int) -> Shapes:
-    """The DiT of spec 1.5: latent tokens of `channels`, conditioned on hidden states of size `condition`."""
+    """The DiT (models/denoiser.py): latent tokens of `channels`, conditioned on hidden states of size `condition`."""
     width = config.width
     shapes: Shapes = {"pos_embed": (1, tokens, width)}
     shapes |= {"x_embedder.proj.weight": (width, channels, 1, 1), "x_embedder.proj.bias": (width,)}

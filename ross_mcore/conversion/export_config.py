@@ -76,7 +76,7 @@ def language_config(language: LanguageConfig, tokens: SpecialTokens, dtype: str)
 def ross_config(
     model: ModelConfig, tokens: SpecialTokens, dtype: str, run: RunFacts, vision_tower: str, pixel_decoder: str | None
 ) -> dict[str, Any]:
-    """config.json of a full checkpoint of the reference (spec: ARCH:75-136, TRAIN:1170-1206).
+    """config.json of a full checkpoint of the reference (its ross_arch.py:75-136, train.py:1170-1206).
 
     vision_tower, pixel_decoder: the paths to state. Raises ConversionError for what the reference cannot express.
     """
@@ -127,7 +127,7 @@ def _denoiser_fields(denoiser: DenoiserConfig | None) -> dict[str, Any]:
 
 
 def ross_facts(model: ModelConfig) -> dict[str, Any]:
-    """What a config.json of the reference repeats of its tower and VAE (ARCH:75-136)."""
+    """What a config.json of the reference repeats of its tower and VAE (ross_arch.py:75-136)."""
     facts: dict[str, Any] = {
         "image_embed_len": model.vision.image_tokens,
         "image_mean": list(model.vision.image_mean),

@@ -204,13 +204,6 @@ def open_ross(
     )
 
 
-def read_ross_config(
-    folder: Path, base: Path | None = None, vision_model: Path | None = None, pixel_decoder: Path | None = None
-) -> ModelConfig:
-    """The architecture of a full checkpoint of the reference implementation; see `open_ross` for the arguments."""
-    return open_ross(folder, base, vision_model, pixel_decoder).model_config()
-
-
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer's files. Raises ConversionError when `source` has none."""
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]

@@ -85,10 +85,6 @@ class MixtureOrder:
             undealt -= count
         return dataset, local
 
-    def dataset_of(self, numbers: ArrayLike) -> NDArray[np.int64]:
-        """Sample numbers [P] -> data sets [P]."""
-        return np.searchsorted(self.offsets, np.asarray(numbers), side="right") - 1
-
 
 def counts_by_epochs(sizes: Sequence[int], epochs: Sequence[float], names: Sequence[str] = ()) -> tuple[int, ...]:
     """Samples [D] of an epoch of the mixture that passes `epochs` [D] times over data sets of `sizes` [D] samples.

@@ -15,21 +15,7 @@ from ross_mcore.architecture import VisionConfig
 from ross_mcore.checked import reason, shown
 from ross_mcore.errors import ArchitectureError
 from ross_mcore.library_configs import VISION_KEYS
-from ross_mcore.parts import TRANSFORMERS_4_TOWER
 from ross_mcore.platform import Libraries
-
-
-def normalize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a SigLIP or CLIP checkpoint under the names that `VisionModel.tower` uses.
-
-    transformers 5 saves a vision tower without the prefix `vision_model.`; transformers 4 and the hub have it, and a
-    whole two-tower checkpoint also holds a text tower, which is left out. Position indices, which old checkpoints
-    stored as a buffer, are constants and left out too.
-    """
-    prefix = TRANSFORMERS_4_TOWER
-    if any(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return {name: value for name, value in state.items() if name != "embeddings.position_ids"}
 
 
 class VisionModel(nn.Module):
@@ -37,8 +23,8 @@ class VisionModel(nn.Module):
 
     Layers after the selected one, the post-norm and SigLIP's pooling head hold weights, so that an exported tower is
     whole, but are never run and never train. A frozen tower (`trainable=False`) stays in evaluation mode and runs
-    without autograd. Weights are random until a state dict is loaded: `tower.*` has the names of transformers 5, see
-    `normalize_state_dict`. Source: reference multimodal_encoder/clip_encoder.py:42-74 and siglip_encoder.py.
+    without autograd. Weights are random until a state dict is loaded; `tower.*` has the names of transformers 5.
+    Source: reference multimodal_encoder/clip_encoder.py:42-74 and siglip_encoder.py.
     """
 
     def __init__(self, config: VisionConfig, trainable: bool = False, dtype: torch.dtype = torch.float32) -> None:

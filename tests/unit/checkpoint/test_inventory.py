@@ -59,7 +59,7 @@ def test_denoiser_and_projector() -> None:
 
 
 def test_published_parameter_counts(model_config: ModelConfig) -> None:
-    """Qwen2-7B, SigLIP-SO400M, the denoiser and the FLUX VAE, in millions as published (spec 1.1 to 1.7)."""
+    """Qwen2-7B, SigLIP-SO400M, the denoiser and the FLUX VAE, in millions as published."""
 
     def millions(shapes: dict[str, tuple[int, ...]]) -> float:
         return round(sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6, 2)

@@ -1,78 +1,64 @@
-"""What megatron-core 0.16.1 needs on a machine without a GPU.
+"""What megatron-core 0.16.1 needs on a machine without a GPU: PATCHES, which megatron_hook.py applies.
 
-It names CUDA in places that no argument reaches (`device="cuda"` literals, `torch.cuda` calls, tensor type names).
-megatron_hook.py runs these patches while megatron.core is imported.
+mcore names CUDA in places that no argument reaches: `device="cuda"`, `torch.cuda.current_device()`, `tensor.cuda()`,
+`tensor.type() == "torch.cuda.FloatTensor"`. A patch changes the code of the mcore functions that run here, and nothing
+outside megatron.core: `torch` stays as it is. tests/unit/test_cpu_megatron.py shows for every patch what fails without.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import operator
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
+Patch = Callable[[Any], None]
+"""Changes an mcore module that has just been loaded."""
 
 
-def _on_cpu(where: Any) -> Any:
-    """`cuda`, `cuda:0` and device('cuda') become the CPU; anything else stays."""
-    if isinstance(where, str) and where.startswith("cuda"):
-        return torch.device("cpu")
-    if isinstance(where, torch.device) and where.type == "cuda":
-        return torch.device("cpu")
-    return where
+def function_of(module: Any, name: str) -> Any:
+    """The plain function behind `name`, such as `Class.method`: without decorators and binding."""
+    function = inspect.unwrap(operator.attrgetter(name)(module))
+    return getattr(function, "__func__", function)
 
 
-def _stand_in_for_cuda(_: Any) -> None:
-    """The adaptation itself; each line names the mcore source that needs it."""
-    cuda, cpu = torch.cuda, torch.device("cpu")
+def without_cuda(code: CodeType, name: str) -> CodeType:
+    """The same code with the attribute `cuda` read as `name`, "cuda" as `name`, and CUDA tensor types as the CPU's."""
 
-    # device=torch.cuda.current_device() is how most of mcore asks for "my device"
-    cuda.current_device = lambda: cpu
-    cuda.synchronize = lambda device=None: None
-    # tensor_parallel/random.py: the generator of "the device" is the CPU's own
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None
+    def constant(value: Any) -> Any:
+        if isinstance(value, CodeType):
+            return without_cuda(value, name)
+        if isinstance(value, tuple):
+            return tuple(constant(one) for one in value)
+        if isinstance(value, str):
+            return name if value == "cuda" else value.replace("torch.cuda.", "torch.")
+        return value
 
-    # literal device="cuda": pipeline_parallel/schedules.py, optimizer/optimizer.py, optimizer/clip_grads.py
-    def remapped(factory: Any) -> Any:
-        @functools.wraps(factory)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if "device" in kwargs:
-                kwargs["device"] = _on_cpu(kwargs["device"])
-            kwargs.pop("pin_memory", None)
-            return factory(*args, **kwargs)
-
-        return call
-
-    # `with torch.device("meta")` knows factories by identity, which it lists at its first use: before they are wrapped
-    with cpu:
-        torch.empty(0)
-    for name in _FACTORIES:
-        setattr(torch, name, remapped(getattr(torch, name)))
-    # x.cuda(): models/common/language_module
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-
-    # optimizer/ compares Tensor.type() with 'torch.cuda.FloatTensor'; only callers inside it see the alias
-    plain_type = torch.Tensor.type
-
-    def type_as_mcore_expects(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = plain_type(self, *args, **kwargs)
-        asked_by = sys._getframe(1).f_globals.get("__name__", "")
-        if not args and not kwargs and asked_by.startswith("megatron.core.optimizer"):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
-
-    torch.Tensor.type = type_as_mcore_expects  # type: ignore[method-assign]
+    names = tuple(name if one == "cuda" else one for one in code.co_names)
+    return code.replace(co_names=names, co_consts=tuple(constant(one) for one in code.co_consts))
 
 
-def _never_compile(jit: Any) -> None:
-    """jit.py: the fuser is torch.compile, which costs seconds per fused function and a C++ compiler.
+class OnCpu:
+    """A patch: in these functions `cuda` reads `cpu` (or `name`); torch.cpu has what they ask of torch.cuda."""
+
+    def __init__(self, *functions: str, name: str = "cpu") -> None:
+        self.functions = functions
+        self.name = name
+
+    def __call__(self, module: Any) -> None:
+        for name in self.functions:
+            function = function_of(module, name)
+            function.__code__ = without_cuda(function.__code__, self.name)
+
+
+def never_compile(jit: Any) -> None:
+    """The fuser is torch.compile, which costs seconds per fused function and needs a C++ compiler.
 
     Where megatron.core is loaded before this package, its compiled functions are replaced by their originals.
     """
@@ -84,14 +70,15 @@ def _never_compile(jit: Any) -> None:
                 setattr(owner, name, value._torchdynamo_orig_callable)
 
 
-def _use_the_only_generator(random: Any) -> None:
-    """tensor_parallel/random.py defers the setting of generators through a CUDA hook that never runs on a CPU."""
+def use_the_only_generator(random: Any) -> None:
+    """mcore reads and sets the GPU's generator through C++ names and hooks of CUDA. A CPU has one generator, so that
+    mcore's warning that it changed within a region of the tracker is always given, and hidden here."""
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
-def _keep_what_gloo_sends(p2p: Any) -> None:
+def keep_what_gloo_sends(p2p: Any) -> None:
     """Makes mcore's unbatched pipeline sends (the interleaved schedule's) safe on gloo.
 
     gloo reads a tensor's memory until its request completes, and drops a send whose request nobody holds. The schedule
@@ -111,7 +98,7 @@ def _keep_what_gloo_sends(p2p: Any) -> None:
     p2p._p2p_ops = send_aliases
 
 
-def _send_element_types_apart(parallel: Any) -> None:
+def send_element_types_apart(parallel: Any) -> None:
     """Makes mcore gather and reduce weights of one element type at a time.
 
     With --fp8-param-gather it does those of bytes and those of bf16 in one go (param_and_grad_buffer.py:
@@ -126,11 +113,71 @@ def _send_element_types_apart(parallel: Any) -> None:
     parallel.partition_buckets = partition
 
 
-PATCHES: dict[str, tuple[Callable[[Any], None], ...]] = {
-    "megatron.core": (_stand_in_for_cuda,),
-    "megatron.core.jit": (_never_compile,),
-    "megatron.core.tensor_parallel.random": (_use_the_only_generator,),
-    "megatron.core.pipeline_parallel.p2p_communication": (_keep_what_gloo_sends,),
-    "megatron.core.distributed.distributed_data_parallel": (_send_element_types_apart,),
+PATCHES: dict[str, tuple[Patch, ...]] = {
+    "megatron.core.jit": (never_compile,),
+    "megatron.core.utils": (
+        # buffers that sequence parallelism gathers into; the norm of gradients
+        OnCpu("GlobalMemoryBuffer.get_tensor", "local_multi_tensor_l2_norm"),
+    ),
+    "megatron.core.tensor_parallel.random": (
+        use_the_only_generator,
+        # torch.cuda.manual_seed does nothing here and says nothing; torch.random has the same functions for the CPU
+        OnCpu("CudaRNGStatesTracker.add", "model_parallel_cuda_manual_seed", name="random"),
+    ),
+    "megatron.core.tensor_parallel.mappings": (
+        # results of collectives
+        OnCpu("_gather_along_last_dim", "_gather_along_first_dim", "_reduce_scatter_along_first_dim"),
+    ),
+    "megatron.core.tensor_parallel.layers": (
+        # the input's gradient under sequence parallelism
+        OnCpu("LinearWithGradAccumulationAndAsyncCommunication.backward"),
+    ),
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": (
+        # moves the frequencies, which are made on the CPU, to the GPU
+        OnCpu("RotaryEmbedding.get_emb"),
+    ),
+    "megatron.core.models.common.language_module.language_module": (
+        # moves a tied output layer to the GPU before it is summed over the first and the last stage
+        OnCpu("LanguageModule.setup_embeddings_and_output_layer"),
+    ),
+    "megatron.core.pipeline_parallel.schedules": (
+        # the count of tokens
+        OnCpu(
+            "forward_backward_no_pipelining",
+            "forward_backward_pipelining_without_interleaving",
+            "forward_backward_pipelining_with_interleaving",
+        ),
+    ),
+    "megatron.core.pipeline_parallel.p2p_communication": (
+        # what is received, and a wait for the device
+        OnCpu("P2PCommunicator._communicate"),
+        keep_what_gloo_sends,
+    ),
+    "megatron.core.distributed.param_and_grad_buffer": (
+        # the buffers of weights and gradients
+        OnCpu("_ParamAndGradBuffer.__init__"),
+    ),
+    "megatron.core.distributed.distributed_data_parallel": (send_element_types_apart,),
+    "megatron.core.optimizer.optimizer": (
+        # scales and flags; element types are compared by their CUDA names
+        OnCpu(
+            "FP32Optimizer.__init__",
+            "MixedPrecisionOptimizer.__init__",
+            "Float16OptimizerWithFloat16Params.__init__",
+        ),
+    ),
+    "megatron.core.optimizer.distrib_optimizer": (
+        # element types; buffers for the states that are loaded or gathered
+        OnCpu(
+            "DistributedOptimizer.__init__",
+            "DistributedOptimizer._build_model_and_main_param_groups",
+            "DistributedOptimizer.load_state_dict",
+            "DistributedOptimizer.get_parameter_state_dp_zero",
+        ),
+    ),
+    "megatron.core.optimizer.clip_grads": (
+        # flags of overflow, norms, an element type
+        OnCpu("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"),
+    ),
 }
-"""Module of mcore -> what is changed in it once it is loaded."""
+"""Module of mcore -> the patches that are applied to it once it is loaded."""

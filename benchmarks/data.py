@@ -40,12 +40,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.data.image import ImagePreprocessing, decode_image
-from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.lengths import length_source
+from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.shards.llava import convert_records
-from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 ROOT = Path(__file__).parents[1]
@@ -76,9 +79,9 @@ def make_shards(folder: Path, count: int) -> tuple[Path, Path]:
         turns[0]["value"] = "<image>\n" + turns[0]["value"]
         records.append({"image": f"{number}.jpg", "conversations": turns})
     tokenizer = load_tokenizer(DEMO / "weights" / "tokenizer")
-    source = length_source(tokenizer, "qwen_2")
-    with ShardWriter(folder / "shards", max_samples=count // 4, length_source=source) as writer:
-        convert_records(records, pictures, writer, tokenizer, "qwen_2")
+    spec = SampleSpec("qwen_2")
+    with ShardWriter(folder / "shards", max_samples=count // 4, length_source=length_source(tokenizer, spec)) as writer:
+        convert_records(records, pictures, writer, Measure(tokenizer, spec))
     return folder / "shards", pictures
 
 
@@ -131,9 +134,8 @@ def seconds_of(batches: Iterator[Any], count: int) -> float:
 
 def compare(shards: Path, pictures: Path, count: int, repeats: int) -> dict[str, float]:
     """Median samples a second of every way."""
-    dataset = ShardDataset(
-        shards, load_tokenizer(DEMO / "weights" / "tokenizer"), full_size_model(), "qwen_2", "pad", seq_length=4096
-    )
+    tokenizer, spec = load_tokenizer(DEMO / "weights" / "tokenizer"), SampleSpec("qwen_2", "pad", seq_length=4096)
+    dataset = ShardDataset(ShardReader(shards), tokenizer, full_size_model(), spec)
     one_worker: dict[str, Any] = {
         "batch_size": ROWS,
         "num_workers": 1,
@@ -143,7 +145,7 @@ def compare(shards: Path, pictures: Path, count: int, repeats: int) -> dict[str,
 
     def ours() -> float:
         order = BlockOrder(len(dataset), seed=0)
-        with StepLoader(dataset, order, global_batch_size=ROWS, micro_batch_size=ROWS, num_workers=1) as loader:
+        with StepLoader(dataset, order, StepPlan(ROWS, ROWS), num_workers=1) as loader:
             return seconds_of(loader, count // ROWS)
 
     def through(data: Dataset[Any]) -> Callable[[], float]:

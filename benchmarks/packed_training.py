@@ -23,9 +23,11 @@ from data import DEMO, ROOT, WORDS, convert_demo
 from packing import instruction_lengths
 from PIL import Image
 
+from ross_mcore.data.lengths import length_source
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import encode, load_tokenizer
 from ross_mcore.shards.llava import convert_records
-from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 SCALE = 8
@@ -48,9 +50,9 @@ def make_shards(folder: Path, count: int) -> Path:
         turns[0]["value"] += " What is this?"
         turns[1]["value"] = " ".join(rng.choice(WORDS, words))
         records.append({"conversations": turns} | ({"image": "0.png"} if with_picture else {}))
-    source = length_source(tokenizer, "qwen_2")
-    with ShardWriter(folder / "shards", length_source=source) as writer:
-        convert_records(records, pictures, writer, tokenizer, "qwen_2")
+    spec = SampleSpec("qwen_2")
+    with ShardWriter(folder / "shards", length_source=length_source(tokenizer, spec)) as writer:
+        convert_records(records, pictures, writer, Measure(tokenizer, spec))
     return folder / "shards"
 
 

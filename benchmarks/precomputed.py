@@ -32,6 +32,7 @@ from ross_mcore.architecture import (
 )
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 WAYS = {"pictures": [], "latents": ["--latents"], "latents and features": ["--latents", "--features"]}
@@ -78,7 +79,7 @@ def make_shards(folder: Path, count: int) -> Path:
         turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": " ".join(WORDS[:8])}]
         records.append({"image": f"{number}.jpg", "conversations": turns})
     with ShardWriter(folder / "shards") as writer:
-        convert_records(records, pictures, writer)
+        convert_records(records, pictures, writer, Measure())
     return folder / "shards"
 
 

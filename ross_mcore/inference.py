@@ -24,6 +24,7 @@ from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, requir
 from ross_mcore.data.conversation import expand_images, require_pictures
 from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import CheckpointError, ImageError
@@ -51,10 +52,10 @@ class TrainedModel:
         """The conversation template that the checkpoint was trained with (`plain` for a converted model)."""
         return _first_of(self.checkpoint, "template", TRAINING_TEMPLATES, "plain")
 
-    def preprocessing(self, aspect_ratio: ImageAspectRatio | None = None) -> ImagePreprocessing:
+    def preprocessing(self, aspect_ratio: str | None = None) -> ImagePreprocessing:
         """Of pictures, by default as the checkpoint was trained."""
         chosen = aspect_ratio or _first_of(self.checkpoint, "image_aspect_ratio", get_args(ImageAspectRatio), "square")
-        return ImagePreprocessing.for_tower(self.config.vision, chosen, self.image_processor)  # type: ignore[arg-type]
+        return ImagePreprocessing.for_tower(self.config.vision, chosen, self.image_processor)
 
 
 def _first_of(checkpoint: Checkpoint, key: str, known: Collection[str], default: str) -> str:
@@ -178,7 +179,7 @@ def _row(
     template: str,
     position: int,
 ) -> Sample:
-    ids = tokenize_prompt(conversations, len(pictures), trained.tokenizer, template)
+    ids = tokenize_prompt(conversations, len(pictures), trained.tokenizer, SampleSpec(template))
     tokens, labels, starts = expand_images(ids, [-100] * len(ids), trained.config.vision.image_tokens)
     require_pictures(len(starts), len(pictures))
     pixels: list[Tensor | None] = list(pictures[: len(starts)])

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.conversation import SampleBounds
+    from ross_mcore.data.spec import SampleSpec
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.errors import TokenizerError, UserError
     from ross_mcore.shards.indexer import Settings, find_shards, index_shards
@@ -89,10 +89,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     try:
         if options.template is not None and options.template not in TRAINING_TEMPLATES:
             raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
-        names = "tokenizer", "template", "mm_use_im_start_end", "verify_images"
-        cache = {"cache_folder": options.data_cache_dir, "cache_bytes": options.data_cache_bytes}
-        bounds = SampleBounds(options.max_images_per_sample, options.max_tokens_per_sample)
-        settings = Settings(**{name: getattr(options, name) for name in names}, bounds=bounds, **cache)
+        spec = SampleSpec(
+            options.template or "",
+            mm_use_im_start_end=options.mm_use_im_start_end,
+            max_images_per_sample=options.max_images_per_sample,
+            max_tokens_per_sample=options.max_tokens_per_sample,
+        )
+        cache = options.data_cache_dir, options.data_cache_bytes
+        settings = Settings(options.tokenizer, spec, options.verify_images, *cache)
         shards = find_shards(options.data_path, options.out)
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("shards", total=None)

@@ -129,6 +129,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.console import Console
 
     from ross_mcore.data.shard_reader import ShardReader
+    from ross_mcore.data.spec import SampleSpec
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import load_tokenizer
     from ross_mcore.errors import ShardError, TokenizerError, UserError
@@ -152,8 +153,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         for number in numbers:
             record, tokens = record_of(reader, number), None
             if tokenizer is not None:
-                images, wrapped = int(reader.samples[number]["num_images"]), options.mm_use_im_start_end
-                tokens = tokens_of(record, images, tokenizer, options.template, wrapped)
+                spec = SampleSpec(options.template, mm_use_im_start_end=options.mm_use_im_start_end)
+                tokens = tokens_of(record, int(reader.samples[number]["num_images"]), tokenizer, spec)
             samples.append((record, tokens))
         if options.contact_sheet is not None:
             found["contact_sheet"] = write_contact_sheet(reader, options.contact_sheet, options.contact_samples)

@@ -62,22 +62,29 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.conversation import SampleBounds
+    from ross_mcore.data.lengths import length_source
+    from ross_mcore.data.spec import SampleSpec
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import load_tokenizer
     from ross_mcore.errors import RecordsError, TokenizerError, UserError
     from ross_mcore.shards.llava import convert_records, read_records
-    from ross_mcore.shards.measure import length_source
+    from ross_mcore.shards.measure import Measure
     from ross_mcore.shards.writer import ShardWriter
 
     console = Console(stderr=True)
+    spec = SampleSpec(
+        options.template or "",
+        mm_use_im_start_end=options.mm_use_im_start_end,
+        max_images_per_sample=options.max_images_per_sample,
+        max_tokens_per_sample=options.max_tokens_per_sample,
+    )
     try:
         tokenizer = source = None
         if options.template is not None:
             if options.template not in TRAINING_TEMPLATES:
                 raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
             tokenizer = load_tokenizer(options.tokenizer)
-            source = length_source(tokenizer, options.template, options.mm_use_im_start_end)
+            source = length_source(tokenizer, spec)
         count, records = read_records(options.data)
         columns = TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         writer = ShardWriter(
@@ -93,10 +100,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
                 records,
                 options.image_folder,
                 writer,
-                tokenizer,
-                options.template,
-                mm_use_im_start_end=options.mm_use_im_start_end,
-                bounds=SampleBounds(options.max_images_per_sample, options.max_tokens_per_sample),
+                Measure(tokenizer, spec),
                 follow_links=options.follow_links,
                 num_workers=options.num_workers,
                 progress=lambda: bar.advance(task),

@@ -72,7 +72,7 @@ class ImagePreprocessing:
     crop: bool
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
-    aspect_ratio: ImageAspectRatio = "square"
+    aspect_ratio: str = "square"
 
     def __post_init__(self) -> None:
         if self.aspect_ratio not in ("square", "pad"):
@@ -82,7 +82,7 @@ class ImagePreprocessing:
     def for_tower(
         cls,
         vision: VisionConfig,
-        aspect_ratio: ImageAspectRatio = "square",
+        aspect_ratio: str = "square",
         processor: dict[str, Any] | None = None,
     ) -> ImagePreprocessing:
         """The preprocessing that belongs to a tower; `processor`, its preprocessor_config.json, is checked against it.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, encode_text, encode_with_images
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import encode
 from ross_mcore.errors import ConversationError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One written-out conversation, its ids (cut to `max_length` only without images) and what masking it needs."""
+    """One written-out conversation, its ids (cut to `spec.seq_length` only without images) and what masking needs."""
 
     text: str
     ids: list[int]
@@ -28,8 +29,7 @@ class Prompt:
     tokenizer: PreTrainedTokenizerBase
     answer_start: str
     round_end: str
-    max_length: int
-    supervise_final_eos: bool
+    spec: SampleSpec
 
     def rounds(self) -> list[tuple[list[int], list[int]]]:
         """(ids of the round, ids of the round up to the answer), as far as rounds are well-formed."""
@@ -50,7 +50,7 @@ class Prompt:
         It does not where no token opens a text and a special token, which splits text before anything else does, ends
         every round.
         """
-        is_whole = self.num_images > 0 or len(self.ids) < self.max_length
+        is_whole = self.num_images > 0 or len(self.ids) < self.spec.seq_length
         end = _special_end(self.round_end, self.tokenizer) if is_whole else None
         if end is None:
             return []
@@ -94,9 +94,9 @@ def mask_byte_pairs(prompt: Prompt) -> tuple[list[int], bool]:
         start += len(whole) + 1
     end = max(0, start - 1)
     complete = end == prompt.present() - 1
-    if end < prompt.max_length and not complete:
+    if end < prompt.spec.seq_length and not complete:
         return [IGNORE_INDEX] * len(ids), True
-    keep = end + (complete and prompt.supervise_final_eos)
+    keep = end + (complete and prompt.spec.supervise_final_eos)
     labels[keep:] = [IGNORE_INDEX] * len(labels[keep:])
     return labels, False
 
@@ -137,7 +137,7 @@ def _mask_by_count(
         labels[start:answer] = [IGNORE_INDEX] * len(labels[start:answer])
         start += len(whole) - shorter
     labels[start:] = [IGNORE_INDEX] * len(labels[start:])
-    if start < prompt.max_length and start != prompt.present():
+    if start < prompt.spec.seq_length and start != prompt.present():
         return [IGNORE_INDEX] * len(labels), True
     return labels, False
 

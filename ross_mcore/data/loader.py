@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import signal
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,25 +25,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ross_mcore.batch import Row, Sample, Slots
-from ross_mcore.data.mixture import MixtureOrder
+from ross_mcore.data.dataset import SampleDataset
 from ross_mcore.data.order import Order, sample_digest
-from ross_mcore.data.replacement import ASKED_FOR, ATTEMPTS, EMPTY, TEXT, Bad, Quarantined, substitute
-from ross_mcore.data.rows import PlannedRow, RowStream, micro_batches
-from ross_mcore.data.sample import ShardDataset, skipped_sample
-from ross_mcore.data.sources import MixtureDataset
+from ross_mcore.data.replacement import (
+    ASKED_FOR,
+    EMPTY,
+    NOTHING_SKIPPED,
+    TEXT,
+    Bad,
+    Quarantined,
+    Replacement,
+    substitute,
+)
+from ross_mcore.data.rows import PlannedRow, RowStream, T, micro_batches
+from ross_mcore.data.sample import skipped_sample
 from ross_mcore.errors import ShardReadError
-from ross_mcore.parallel.layout import share_of
+from ross_mcore.parallel.layout import EVERYTHING, DataShare, share_of
 
 PlannedMicroBatch = list[PlannedRow]
-Readable = ShardDataset | MixtureDataset
+
+PREFETCHED_MICRO_BATCHES = 2
+"""Of every worker."""
 
 
-WINDOW_SAMPLES = 16_384
+@dataclass(frozen=True)
+class StepPlan:
+    """How the stream of samples becomes steps: rows of a step over all ranks, rows of a micro-batch.
 
+    `packed`: a row holds as many samples as fit into the dataset's `seq_length`, otherwise one; `end`: the stream's
+    positions from here on are empty.
+    """
 
-def window_samples(order: Order) -> int:
-    """How many samples are packed together: the order's window, where it has one, so that rows read from few places."""
-    return getattr(order, "window_samples", WINDOW_SAMPLES)
+    global_batch_size: int
+    micro_batch_size: int
+    packed: bool = False
+    end: int | None = None
 
 
 @dataclass
@@ -116,11 +132,8 @@ PAST_THE_END = "past the end, to fill the step"
 class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
     """What a worker holds: a planned micro-batch -> the micro-batch read, or what the file system said."""
 
-    def __init__(
-        self, dataset: Readable, packed: bool, tp_rank: int, tp_size: int, needs_pixels: bool, end: int | None
-    ) -> None:
-        self.dataset, self.packed, self.end = dataset, packed, end
-        self.tp_rank, self.tp_size, self.needs_pixels = tp_rank, tp_size, needs_pixels
+    def __init__(self, dataset: SampleDataset, plan: StepPlan, share: DataShare) -> None:
+        self.dataset, self.plan, self.share = dataset, plan, share
 
     def __getitem__(self, planned: PlannedMicroBatch) -> _MicroBatch | ShardReadError:
         numbers = [number for row in planned for number in row.samples.tolist()]
@@ -159,14 +172,14 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
 
         Only one that is cut takes less than its room: it ends before a picture, where the index does not know of one.
         """
-        if self.end and position >= self.end:
+        if self.plan.end and position >= self.plan.end:
             return skipped_sample("", position, PAST_THE_END)
         if number == EMPTY:
             return skipped_sample("", position, f"{ASKED_FOR}, and nothing could stand in for it")
         sample = self.dataset.get(number, position)
         tokens, room = sample.tokens.numel(), int(self.dataset.row_lengths(np.array([number]))[0])
         is_cut = tokens < room == self.dataset.seq_length
-        if self.packed and sample.problem is None and tokens != room and not is_cut:
+        if self.plan.packed and sample.problem is None and tokens != room and not is_cut:
             reason = f"the index says another length: {room} tokens, and it has {tokens}"
             return skipped_sample(sample.key, position, reason, is_bad=True)
         return sample
@@ -176,10 +189,8 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
 
         Returns what is wrong with pictures, and the pixels [n, 3, H, W] of those that were not held before.
         """
-        if not self.needs_pixels:
-            return [], None
         pictures = [(place, ordinal) for place, sample in enumerate(samples) for ordinal in range(len(sample.pixels))]
-        share = share_of(len(pictures), self.tp_rank, self.tp_size)
+        share = share_of(len(pictures), self.share.tp_rank, self.share.tp_size)
         for place, ordinal in (picture for number, picture in enumerate(pictures) if number not in share):
             samples[place].pixels[ordinal] = None
         mine = [pictures[number] for number in share]
@@ -202,71 +213,47 @@ class StepLoader:
     """Endless iterator over training steps; `for step in loader` yields a `Step`.
 
     Every rank that reads holds the complete text of its micro-batches; `Sample.pixels` is filled in for this
-    tensor-parallel rank's share of each micro-batch's pictures, and only with `needs_pixels`. With `packed`, a row
-    holds as many samples as fit into the dataset's `seq_length`; otherwise one. The stream of rows does not depend on
-    dp_size, micro_batch_size or num_workers. `reads=False` plans and reads nothing; `skip_rows` passes over the first
-    rows; with `end`, the order is over the first `end` samples, and what comes after them is empty; `prefetch` counts
-    micro-batches per worker; num_workers=0 reads in the calling process; `seed` decides what stands in for bad samples,
-    of which `attempts` are tried before a place stays empty; samples numbered in `skipped` are passed over as if they
-    were bad. Call `close` (or use it in `with`) when done.
+    tensor-parallel rank's share of each micro-batch's pictures. The stream of rows does not depend on `share`,
+    micro_batch_size or num_workers. num_workers=0 reads in the calling process. `load_state_dict` and `skip_rows` set
+    where it starts. Call `close` (or use it in `with`) when done.
     Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is over
-    other samples than the data set's.
+    other samples than the data set's, or than the first `plan.end` of them.
     """
 
     def __init__(
         self,
-        dataset: Readable,
+        dataset: SampleDataset,
         order: Order,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        packed: bool = False,
-        skip_rows: int = 0,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        reads: bool = True,
-        needs_pixels: bool = True,
+        plan: StepPlan,
+        share: DataShare = EVERYTHING,
+        replacement: Replacement = NOTHING_SKIPPED,
         num_workers: int = 0,
-        seed: int = 0,
-        attempts: int = ATTEMPTS,
-        state: dict[str, int] | None = None,
-        prefetch: int = 2,
-        end: int | None = None,
-        skipped: Collection[int] = (),
     ) -> None:
-        if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
+        if plan.global_batch_size < 1 or plan.global_batch_size % (plan.micro_batch_size * share.dp_size):
             raise ValueError(
-                f"global_batch_size={global_batch_size} is not a multiple of "
-                f"micro_batch_size={micro_batch_size} x data-parallel size {dp_size}"
+                f"global_batch_size={plan.global_batch_size} is not a multiple of "
+                f"micro_batch_size={plan.micro_batch_size} x data-parallel size {share.dp_size}"
             )
-        ordered = int(order.offsets[-1]) if isinstance(order, MixtureOrder) else order.num_samples
-        if ordered != min(len(dataset), end or len(dataset)):
-            raise ValueError(f"the order is over {ordered} samples, the data set has {len(dataset)}")
-        self.dataset, self.packed, self.attempts = dataset, packed, attempts
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.reads, self.num_workers, self.prefetch, self.seed = reads, num_workers, prefetch, seed
-        self._rows = RowStream(order, dataset.row_lengths, dataset.seq_length, packed, window_samples(order))
-        self._rows.skip(skip_rows)
-        self._skipped = np.array(sorted(skipped), np.int64)
+        if order.dataset_samples != min(len(dataset), plan.end or len(dataset)):
+            raise ValueError(f"the order is over {order.dataset_samples} samples, the data set has {len(dataset)}")
+        self.dataset, self.plan, self.share = dataset, plan, share
+        self.replacement, self.num_workers = replacement, num_workers
+        self._rows = RowStream(order, dataset.row_lengths, dataset.seq_length, plan.packed, order.window_samples)
+        self._skipped = np.array(sorted(replacement.skipped), np.int64)
         self._planned: deque[Step] = deque()
         self._stream: Iterator[_MicroBatch | ShardReadError] | None = None
         self._cursor = self._rows.state_dict()
-        if state is not None:
-            self.load_state_dict(state)
-        self._source = _MicroBatches(dataset, packed, tp_rank, tp_size, needs_pixels, end)
+        self._source = _MicroBatches(dataset, plan, share)
 
     @property
     def num_microbatches(self) -> int:
-        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+        return self.plan.global_batch_size // (self.plan.micro_batch_size * self.share.dp_size)
 
     def __iter__(self) -> StepLoader:
         return self
 
     def __next__(self) -> Step:
-        if not self.reads:
+        if not self.share.reads:
             self._plan()
             step = self._planned.popleft()
         else:
@@ -300,7 +287,7 @@ class StepLoader:
         step.bad, changed = [], self._replan(step, reasons)
         if step.micro_batches is None:
             return
-        mine = micro_batches(range(len(step.rows)), self.micro_batch_size, self.dp_rank, self.dp_size)
+        mine = self._mine(range(len(step.rows)))
         try:
             for numbers, rows in zip(mine, step.micro_batches, strict=True):
                 if changed.intersection(numbers):
@@ -327,12 +314,12 @@ class StepLoader:
         if entry.reason == ASKED_FOR != reasons[position]:  # so that it is counted
             entry.reason = f"{ASKED_FOR}, and what stood in for it is bad: {reasons[position]}"
         room = self._room(np.array([entry.sample]))[0]
-        while entry.attempts < self.attempts:
+        while entry.attempts < self.replacement.attempts:
             entry.replacement = substitute(
                 entry.sample,
                 self.dataset.peers(entry.sample),
                 lambda drawn: self._room(drawn) <= room,
-                self.seed,
+                self.replacement.seed,
                 position,
                 entry.attempts,
             )
@@ -345,7 +332,9 @@ class StepLoader:
 
     def _room(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [P] that samples [P] reserve in their rows."""
-        return self.dataset.row_lengths(samples) if self.packed else np.full(samples.size, self.dataset.seq_length)
+        if not self.plan.packed:
+            return np.full(samples.size, self.dataset.seq_length)
+        return self.dataset.row_lengths(samples)
 
     def keys(self, step: Step) -> list[str]:
         """Ids of the samples trained in the step's whole global batch, in order; read from the index alone."""
@@ -366,6 +355,12 @@ class StepLoader:
         self._rows.load_state_dict(state)
         self._cursor = self._rows.state_dict()
 
+    def skip_rows(self, count: int) -> None:
+        """Passes over the next `count` rows without reading them."""
+        self.close()
+        self._rows.skip(count)
+        self._cursor = self._rows.state_dict()
+
     def close(self) -> None:
         """Ends the worker processes; iterating again starts new ones at the same place."""
         if hasattr(self._stream, "_shutdown_workers"):  # its __del__ does it too, but not while a traceback holds it
@@ -383,17 +378,22 @@ class StepLoader:
 
     def _plan(self) -> list[PlannedMicroBatch]:
         """Plans one step ahead of those planned: this rank's micro-batches."""
-        rows = self._rows.take(self.global_batch_size)
+        rows = self._rows.take(self.plan.global_batch_size)
         slots = None
-        if self.packed:
-            mine = micro_batches(rows, self.micro_batch_size, self.dp_rank, self.dp_size)
-            slots = [[self.dataset.row_lengths(row.samples).tolist() for row in planned] for planned in mine]
+        if self.plan.packed:
+            slots = [
+                [self.dataset.row_lengths(row.samples).tolist() for row in planned] for planned in self._mine(rows)
+            ]
         step = Step(rows, slots, None, [], self._rows.state_dict())
         if self._skipped.size:
             named = [row.positions[np.isin(row.samples, self._skipped)] for row in rows]
             self._replan(step, dict.fromkeys(np.concatenate(named).tolist(), ASKED_FOR))
         self._planned.append(step)
-        return micro_batches(step.rows, self.micro_batch_size, self.dp_rank, self.dp_size)
+        return self._mine(step.rows)
+
+    def _mine(self, rows: Sequence[T]) -> list[list[T]]:
+        """This rank's micro-batches of a step's rows."""
+        return micro_batches(rows, self.plan.micro_batch_size, self.share.dp_rank, self.share.dp_size)
 
     def _micro_batches(self) -> Iterator[PlannedMicroBatch]:
         """This rank's planned micro-batches, without end."""
@@ -411,7 +411,7 @@ class StepLoader:
                 batch_size=None,
                 sampler=self._micro_batches(),  # type: ignore[arg-type]  # any iterable of keys will do
                 num_workers=self.num_workers,
-                prefetch_factor=self.prefetch,
+                prefetch_factor=PREFETCHED_MICRO_BATCHES,
                 worker_init_fn=_ignore_signals,
                 multiprocessing_context="fork",  # a spawned worker would import torch and the tokenizer again
             )

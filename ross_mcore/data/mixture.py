@@ -18,7 +18,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ross_mcore.data.order import Order, epochs_and_places, keys, permute
+from ross_mcore.data.order import WINDOW_SAMPLES, Order, epochs_and_places, keys, permute
 
 MOST_SAMPLES = 3_037_000_499
 """Of an epoch: the square has to fit 63 bits."""
@@ -51,6 +51,15 @@ class MixtureOrder:
     def num_samples(self) -> int:
         """Positions of an epoch of the mixture."""
         return sum(self.counts)
+
+    @property
+    def dataset_samples(self) -> int:
+        """Samples of all data sets together."""
+        return sum(order.dataset_samples for order in self.orders)
+
+    @property
+    def window_samples(self) -> int:
+        return WINDOW_SAMPLES
 
     @property
     def offsets(self) -> NDArray[np.int64]:

@@ -29,11 +29,27 @@ ROUNDS = 8
 _TURNS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)
 
 
+WINDOW_SAMPLES = 16_384
+"""Samples packed together in an order that has no windows of its own."""
+
+
 class Order(Protocol):
     """What a loader needs of an order."""
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """Positions of an epoch."""
+        ...
+
+    @property
+    def dataset_samples(self) -> int:
+        """Samples of the data set: their numbers are below this."""
+        ...
+
+    @property
+    def window_samples(self) -> int:
+        """Positions packed together: the order's own windows, where it has them, so that rows read from few places."""
+        ...
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]."""
@@ -51,6 +67,14 @@ class SampleOrder:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"an order needs at least one sample, not {self.num_samples}")
+
+    @property
+    def dataset_samples(self) -> int:
+        return self.num_samples
+
+    @property
+    def window_samples(self) -> int:
+        return WINDOW_SAMPLES
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
@@ -85,6 +109,10 @@ class BlockOrder:
         for name in ("num_samples", "block_samples", "window_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"an order needs at least one sample, block and window: {name}={getattr(self, name)}")
+
+    @property
+    def dataset_samples(self) -> int:
+        return self.num_samples
 
     @property
     def window_samples(self) -> int:
@@ -129,6 +157,14 @@ class ModalityLengthOrder:
     @property
     def num_samples(self) -> int:
         return self.lengths.size
+
+    @property
+    def dataset_samples(self) -> int:
+        return self.num_samples
+
+    @property
+    def window_samples(self) -> int:
+        return WINDOW_SAMPLES
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""

@@ -28,6 +28,21 @@ _DRAWN_AT_ONCE = 4096
 _PURPOSE = 0x5B5  # keeps these draws apart from those of the order
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """How bad samples are replaced: `seed` decides what stands in; `attempts`: tried before a place stays empty.
+
+    Samples numbered in `skipped` are replaced as if they were bad.
+    """
+
+    seed: int = 0
+    attempts: int = ATTEMPTS
+    skipped: frozenset[int] = frozenset()
+
+
+NOTHING_SKIPPED = Replacement()
+
+
 @dataclass(frozen=True, order=True)
 class Bad:
     """What one rank found wrong: with the text (`ordinal` is TEXT) or picture `ordinal` of the sample at `position`."""

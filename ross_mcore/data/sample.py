@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,15 +19,15 @@ from torch import Tensor
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample
-from ross_mcore.data.conversation import UNBOUNDED, SampleBounds, cut_row, expand_images, require_pictures
-from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
+from ross_mcore.data.conversation import cut_row, expand_images, require_pictures
+from ross_mcore.data.image import ImagePreprocessing, decode_image
+from ross_mcore.data.lengths import length_source, stale_lengths
 from ross_mcore.data.precomputed import PrecomputedParts
-from ross_mcore.data.remote import DEFAULT_CACHE_BYTES
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, LengthSource, ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_conversation
 from ross_mcore.errors import ConversationError, ImageError, NothingLeft, ShardError
-from ross_mcore.shards.measure import length_source, stale_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,45 +55,36 @@ class IgnoredLabels:
 
 
 class ShardDataset:
-    """The samples of a data set folder, as rows of at most `seq_length` tokens.
+    """The samples of a data set folder, as rows of at most `spec.seq_length` tokens.
 
-    `template`, `supervise_final_eos` and `mm_use_im_start_end` as in `tokenize_conversation`, `image_aspect_ratio` as
-    in `ImagePreprocessing`. A sample over `bounds` is skipped. Raises ShardError, KeyError or
-    ValueError for a folder, template or setting that cannot be used; reading a sample never raises for bad data.
+    Raises KeyError or ValueError for a template or aspect ratio that cannot be trained with; reading a sample never
+    raises for bad data.
     """
 
     def __init__(
         self,
-        path: Path,
+        reader: ShardReader,
         tokenizer: PreTrainedTokenizerBase,
         model_config: ModelConfig,
-        template: str,
-        image_aspect_ratio: ImageAspectRatio,
-        seq_length: int,
-        supervise_final_eos: bool = True,
+        spec: SampleSpec,
         image_processor: dict[str, Any] | None = None,
-        mm_use_im_start_end: bool = False,
-        bounds: SampleBounds = UNBOUNDED,
-        cache_folder: Path | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        if template not in TRAINING_TEMPLATES:
-            raise KeyError(f"template {template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
-        self.reader = ShardReader(path, cache_folder, cache_bytes)
-        self.tokenizer = tokenizer
-        self.template = template
-        self.seq_length = seq_length
-        self.supervise_final_eos = supervise_final_eos
-        self.mm_use_im_start_end = mm_use_im_start_end
-        self.bounds = bounds
-        self.image_tokens = model_config.vision.image_tokens
-        self.preprocessing = ImagePreprocessing.for_tower(model_config.vision, image_aspect_ratio, image_processor)
+        if spec.template not in TRAINING_TEMPLATES:
+            raise KeyError(f"template {spec.template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
+        vision = model_config.vision
+        self.reader, self.tokenizer, self.spec = reader, tokenizer, spec
+        self.image_tokens = vision.image_tokens
+        self.preprocessing = ImagePreprocessing.for_tower(vision, spec.image_aspect_ratio, image_processor)
         self.stored: PrecomputedParts | None = None
         self._wanted: frozenset[str] = frozenset({"pixels"})
         self._blank_parts: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    @property
+    def seq_length(self) -> int:
+        return self.spec.seq_length
 
     def read_as(self, wanted: frozenset[str]) -> None:
         """What `decode` is to give of a picture: any of "pixels", "features" and "latents". Raises ShardError.
@@ -134,7 +124,7 @@ class ShardDataset:
         return sample
 
     def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens [P] that samples [P] take in a row, images included and cut to `seq_length`; from the index.
+        """Tokens [P] that samples [P] take in a row, images included and cut to `spec.seq_length`; from the index.
 
         A length that the index does not know is 1, which only rows of one sample may be planned with, and so is that of
         a sample over the bounds. One that is cut before a picture takes a row for itself, as the index does not know
@@ -144,11 +134,12 @@ class ShardDataset:
         text = rows["text_tokens"].astype(np.int64)
         whole = text + rows["image_spans"].astype(np.int64) * self.image_tokens
         takes_none = text == UNKNOWN_LENGTH
-        if self.bounds.images is not None:
-            takes_none |= rows["num_images"] > self.bounds.images
-        if self.bounds.tokens is not None:
-            takes_none |= text > self.bounds.tokens
-        return np.where(takes_none, 1, np.clip(whole, 1, self.seq_length))
+        bounds = self.spec.bounds
+        if bounds.images is not None:
+            takes_none |= rows["num_images"] > bounds.images
+        if bounds.tokens is not None:
+            takes_none |= text > bounds.tokens
+        return np.where(takes_none, 1, np.clip(whole, 1, self.spec.seq_length))
 
     def require_lengths(self) -> None:
         """Raises ShardError unless the index has the samples' lengths under this tokenizer and template."""
@@ -158,7 +149,7 @@ class ShardDataset:
 
     @property
     def _length_source(self) -> LengthSource:
-        return length_source(self.tokenizer, self.template, self.mm_use_im_start_end)
+        return length_source(self.tokenizer, self.spec)
 
     def modality_lengths(self) -> NDArray[np.int64]:
         """Words of every sample [N], negative without a picture (the reference's modality_lengths); from the index.
@@ -227,20 +218,12 @@ class ShardDataset:
 
     def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:
         """Raises ConversationError when the record has no usable row, NothingLeft where the options are why."""
-        self.bounds.require(num_images)
-        tokenized = tokenize_conversation(
-            record.get("conversations"),
-            num_images,
-            self.tokenizer,
-            self.template,
-            self.seq_length,
-            self.supervise_final_eos,
-            self.mm_use_im_start_end,
-        )
-        self.bounds.require(num_images, tokenized.text_tokens)
+        self.spec.bounds.require(num_images)
+        tokenized = tokenize_conversation(record.get("conversations"), num_images, self.tokenizer, self.spec)
+        self.spec.bounds.require(num_images, tokenized.text_tokens)
         require_pictures(tokenized.image_spans, num_images)
         whole = expand_images(tokenized.input_ids, tokenized.labels, self.image_tokens)
-        tokens, labels, starts = cut_row(*whole, self.image_tokens, self.seq_length)
+        tokens, labels, starts = cut_row(*whole, self.image_tokens, self.spec.seq_length)
         pixels: list[Tensor | None] = [None] * len(starts)
         sample = Sample(key, position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
         if not starts and not sample.label_tokens:

@@ -93,7 +93,7 @@ class LengthSource:
     template: str
     mm_use_im_start_end: bool = False
     image_tokens: str = ""
-    """Fingerprint of what texts with pictures become (indexing.length_source): it changes with the program."""
+    """Fingerprint of what texts with pictures become (lengths.length_source): it changes with the program."""
 
     def difference(self, other: LengthSource) -> str | None:
         """What differs between two sources, in words."""

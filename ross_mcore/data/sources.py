@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +32,7 @@ from ross_mcore.data.image import ImageAspectRatio
 from ross_mcore.data.mixture import counts_by_epochs, counts_by_weight
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.spec import SampleSpec, merged
 from ross_mcore.data.templates import TRAINING_TEMPLATES
 from ross_mcore.errors import ShardError
 
@@ -50,6 +51,14 @@ class Source:
     epochs: float | None = None
     template: str | None = None
     image_aspect_ratio: ImageAspectRatio | None = None
+
+    def spec(self, common: SampleSpec) -> SampleSpec:
+        """How this data set is read: as all of them, unless its entry gives another template or aspect ratio."""
+        return replace(
+            common,
+            template=self.template or common.template,
+            image_aspect_ratio=self.image_aspect_ratio or common.image_aspect_ratio,
+        )
 
 
 def read_sources(path: Path) -> list[Source]:
@@ -154,14 +163,13 @@ class MixtureDataset:
     """The data sets of a run as one: sample n of data set d is number `offsets[d]` + n. One alone is a mixture as well.
 
     `counts` [D] are the samples that an epoch takes of each. Samples know their data set (`Sample.source`); otherwise
-    this is what a ShardDataset is to a loader.
+    this is to a loader what a ShardDataset is (`SampleDataset`).
     """
 
     def __init__(self, names: Sequence[str], parts: Sequence[ShardDataset], counts: Sequence[int]) -> None:
         self.names, self.parts, self.counts = list(names), list(parts), tuple(counts)
         self.sizes = [len(part) for part in parts]
         self.offsets = np.cumsum([0, *self.sizes])
-        self.seq_length = self.parts[0].seq_length
         for part in self.parts:
             part.reader.max_open_shards = max(1, min(part.reader.max_open_shards, MAX_OPEN_SHARDS // len(self.parts)))
 
@@ -193,6 +201,10 @@ class MixtureDataset:
         return int(self.offsets[-1])
 
     @property
+    def seq_length(self) -> int:
+        return self.parts[0].seq_length
+
+    @property
     def passes_once(self) -> bool:
         """Whether an epoch takes every sample exactly once."""
         return list(self.counts) == self.sizes
@@ -206,14 +218,9 @@ class MixtureDataset:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     @property
-    def template(self) -> str:
-        """The conversation template, or those of the data sets."""
-        return _one_or_all([part.template for part in self.parts])
-
-    @property
-    def image_aspect_ratio(self) -> str:
-        """The aspect ratio of pictures, or those of the data sets."""
-        return _one_or_all([part.preprocessing.aspect_ratio for part in self.parts])
+    def spec(self) -> SampleSpec:
+        """How samples are read, in all data sets."""
+        return merged([part.spec for part in self.parts])
 
     def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The samples' keys in their data sets, from the index alone."""
@@ -285,7 +292,3 @@ class MixtureDataset:
         """The data set of a sample, and its number there."""
         which = int(np.searchsorted(self.offsets, sample_number, side="right")) - 1
         return which, int(sample_number - self.offsets[which])
-
-
-def _one_or_all(values: Sequence[str]) -> str:
-    return values[0] if len(set(values)) == 1 else ", ".join(values)

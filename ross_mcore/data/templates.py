@@ -20,6 +20,7 @@ from ross_mcore.data.conversation import (
     with_missing_images,
 )
 from ross_mcore.data.labels import Prompt, mask_byte_pairs, mask_caption, mask_headers, mask_sentencepiece
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.errors import ConversationError
 
 if TYPE_CHECKING:
@@ -137,67 +138,51 @@ def tokenize_conversation(
     conversations: Any,
     num_images: int,
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length: int,
-    supervise_final_eos: bool = True,
-    mm_use_im_start_end: bool = False,
+    spec: SampleSpec,
 ) -> Tokenized:
     """Ids and labels of a LLaVA conversation, a list of {"from": "human" | "gpt", "value": text}.
 
     `num_images` (not the text) says whether `<image>` means a picture. As in the reference, only rows without a picture
-    are cut to `max_length` here. `supervise_final_eos=False` gives the reference's labels for `qwen_2`.
-    `mm_use_im_start_end` as in `write_prompt`.
+    are cut to `spec.seq_length` here.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
-    style = TEMPLATES[template]
-    text = write_prompt(conversations, num_images, template, mm_use_im_start_end=mm_use_im_start_end)
-    shows_image = _shows_image(text, num_images, template)
+    style = TEMPLATES[spec.template]
+    text = write_prompt(conversations, num_images, spec)
+    shows_image = _shows_image(text, num_images, spec.template)
     ids = encode_text(text if style.tokenized else text.replace(style.round_end, ""), shows_image, tokenizer)
     text_tokens = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
     if not shows_image:
-        ids = ids[:max_length]
-    prompt = Prompt(
-        text, ids, num_images, tokenizer, style.answer_start, style.round_end, max_length, supervise_final_eos
-    )
+        ids = ids[: spec.seq_length]
+    prompt = Prompt(text, ids, num_images, tokenizer, style.answer_start, style.round_end, spec)
     labels, mismatch = style.mask(prompt)
     return Tokenized(ids, labels, mismatch, text_tokens)
 
 
 def tokenize_prompt(
-    conversations: Any,
-    num_images: int,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    mm_use_im_start_end: bool = False,
+    conversations: Any, num_images: int, tokenizer: PreTrainedTokenizerBase, spec: SampleSpec
 ) -> list[int]:
     """Ids to generate from: a conversation whose last turn is the human's, with the answer's role written after it.
 
     `plain` gives the images alone. In later rounds of `llama3` the reference leaves `<|eot_conversation|>` as text in
     what it generates from, though not in what it trains on; so does this. Raises as `write_prompt`.
     """
-    text = write_prompt(conversations, num_images, template, True, mm_use_im_start_end)
-    return encode_text(text, _shows_image(text, num_images, template), tokenizer)
+    text = write_prompt(conversations, num_images, spec, generation=True)
+    return encode_text(text, _shows_image(text, num_images, spec.template), tokenizer)
 
 
-def write_prompt(
-    conversations: Any,
-    num_images: int,
-    template: str,
-    generation: bool = False,
-    mm_use_im_start_end: bool = False,
-) -> str:
+def write_prompt(conversations: Any, num_images: int, spec: SampleSpec, generation: bool = False) -> str:
     """The text of a conversation, one `<image>` a picture; with `generation`, up to where the next answer begins.
 
-    `mm_use_im_start_end` puts the plain text `<im_start>` and `<im_end>` around every `<image>`.
+    `spec.mm_use_im_start_end` puts the plain text `<im_start>` and `<im_end>` around every `<image>`.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
-    style = TEMPLATES[template]
+    style = TEMPLATES[spec.template]
     checked = check_turns(conversations)
     if num_images == 1:
         checked = [(role, normalise_images(text)) for role, text in checked]
     elif num_images > 1:
         checked = with_missing_images(checked, num_images)
-    if num_images and mm_use_im_start_end:
+    if num_images and spec.mm_use_im_start_end:
         checked = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in checked]
     turns: list[Turn] = [*checked]
     if generation:

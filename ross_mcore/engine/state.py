@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -19,6 +19,7 @@ from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, load_training_state, sharding_metadata
 from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, MASTER_PREFIX, PLAIN_MASTER_PREFIX, PLAIN_MASTERS
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.engine import Engine
 from ross_mcore.errors import CheckpointError
@@ -34,8 +35,8 @@ class TrainState:
     """All a run needs beside weights and moments: everything else is a function of these numbers and the options.
 
     `data` is the loader's state, the place of the next row; `bad_samples` counts those replaced so far; `options` may
-    be others when the run goes on, what comes after them may not (continuity.py). The recent losses are those that the
-    next ones are compared with (spikes.py).
+    change when the run is resumed, what comes after them may not (training/resume.py); `samples`: how they are read, of
+    all data sets. The recent losses are those that the next ones are compared with (guards/spikes.py).
     """
 
     iteration: int = 0
@@ -49,27 +50,35 @@ class TrainState:
     seed: int = 0
     data_fingerprint: str = ""
     global_batch_size: int = 0
-    seq_length: int = 0
-    template: str = ""
-    image_aspect_ratio: str = ""
+    samples: SampleSpec = SampleSpec()
     sampler: str = "shuffle"
-    mm_use_im_start_end: bool = False
     pack: bool = False
-    max_images_per_sample: int = 64
-    max_tokens_per_sample: int | None = None
-    supervise_final_eos: bool = True
     vision_trains: bool = False
 
     @property
     def consumed_samples(self) -> int:
         return self.data.get("consumed_samples", 0)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What train_state.json holds: the fields of `samples` stand among the others."""
+        own = asdict(self)
+        samples: dict[str, Any] = own.pop("samples")
+        return own | samples
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> TrainState:
+        """The inverse of `to_dict`. Raises ValueError for an unknown key or a value of another type."""
+        names = {field.name for field in fields(SampleSpec)}
+        samples = checked.build(SampleSpec, {name: value for name, value in saved.items() if name in names}, "it")
+        own = {name: value for name, value in saved.items() if name not in names}
+        return checked.build(cls, {"samples": samples, **own}, "it")
+
 
 def read_state(checkpoint: Checkpoint) -> TrainState:
     """The loop's own state as it was saved. Raises CheckpointError naming the file and the key."""
     file = checkpoint.path / TRAIN_STATE
     try:
-        state = checked.build(TrainState, checkpoint.train_state(), "it")
+        state = TrainState.from_dict(checkpoint.train_state())
         counts = {name: getattr(state, name) for name in ("iteration", "bad_steps_in_a_row", "bad_samples")}
         for name in counts:
             checked.count(counts, name, least=0)

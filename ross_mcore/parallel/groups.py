@@ -9,7 +9,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
 from ross_mcore import platform
-from ross_mcore.parallel.layout import Layout, Stage
+from ross_mcore.parallel.layout import DataShare, Layout, Stage
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class Groups:
     @property
     def stage(self) -> Stage:
         return self.layout.stage(self.pipeline_rank)
+
+    @property
+    def data_share(self) -> DataShare:
+        """What this rank reads of every step."""
+        layout = self.layout
+        return DataShare(
+            self.data_rank, layout.data_parallel, self.tensor_rank, layout.tensor_parallel, self.stage.reads_data
+        )
 
     @property
     def is_logging_rank(self) -> bool:

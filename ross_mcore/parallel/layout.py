@@ -28,6 +28,25 @@ def share_of(count: int, rank: int, size: int) -> range:
 
 
 @dataclass(frozen=True)
+class DataShare:
+    """What a rank reads of every step: the micro-batches of data-parallel rank `dp_rank` of `dp_size`.
+
+    Of the pictures in them it decodes the share of tensor-parallel rank `tp_rank` of `tp_size`. `reads`: False on
+    stages that plan the rows and read nothing.
+    """
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    reads: bool = True
+
+
+EVERYTHING = DataShare()
+"""The share of a rank that is alone."""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Decoder layers that follow each other and what stands before or after them: the unit of the pipeline schedule.
 

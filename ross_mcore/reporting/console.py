@@ -62,7 +62,7 @@ class Console(Reporter):
         for name, count, size in dataset.shares if several else ():
             say(f"  {name}: {size} samples, {count / size:.3g} times an epoch, {count / total:.1%} of it")
         for name, part in zip(dataset.names, dataset.parts):
-            if warning := ignored_warning(part.ignored_labels(), part.template):
+            if warning := ignored_warning(part.ignored_labels(), part.spec.template):
                 say(f"{name}: {warning}" if several else warning)
 
     def step(self, metrics: StepMetrics) -> None:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ross_mcore import checked
-from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
+from ross_mcore.data.conversation import SampleBounds
+from ross_mcore.data.lengths import length_source
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, identify, is_remote, list_shards
 from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import RemoteError, ShardError, TooManyBad
 from ross_mcore.shards.index_parts import (
@@ -35,7 +37,7 @@ from ross_mcore.shards.index_parts import (
     replacing,
     write_index,
 )
-from ross_mcore.shards.measure import Measure, index_tar, length_source
+from ross_mcore.shards.measure import Measure, index_tar
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -46,20 +48,17 @@ class Settings:
     """How shards are indexed; the part of a shard is good for as long as these are the same."""
 
     tokenizer: Path | None = None
-    template: str | None = None
-    mm_use_im_start_end: bool = False
-    bounds: SampleBounds = UNBOUNDED
+    spec: SampleSpec = SampleSpec()
     verify_images: bool = True
     cache_folder: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
 
     def measure(self) -> tuple[Measure, LengthSource | None]:
         """Raises TokenizerError."""
-        if self.tokenizer is None or self.template is None:
-            return Measure(bounds=self.bounds), None
+        if self.tokenizer is None:
+            return Measure(spec=self.spec), None
         tokenizer = load_tokenizer(self.tokenizer)
-        source = length_source(tokenizer, self.template, self.mm_use_im_start_end)
-        return Measure(tokenizer, self.template, self.mm_use_im_start_end, self.bounds), source
+        return Measure(tokenizer, self.spec), length_source(tokenizer, self.spec)
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def index_shards(
         IndexedShard(shard.name, shard.size, partial(ShardIndex.load, path), shard.tag)
         for shard, path in zip(shards, paths, strict=True)
     ]
-    done = _summary(entries, settings.bounds)
+    done = _summary(entries, settings.spec.bounds)
     done.reread = len(tasks)
     for old in set(filter(Path.is_file, parts.glob("*.npz"))) - set(paths):
         old.unlink()
@@ -209,7 +208,7 @@ def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dic
         "bytes": shard.size,
         "version": shard.version,
         "lengths": None if source is None else asdict(source),
-        "bounds": asdict(settings.bounds),
+        "bounds": asdict(settings.spec.bounds),
         "verified": settings.verify_images,
     }
 

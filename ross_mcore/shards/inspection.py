@@ -25,10 +25,10 @@ from ross_mcore.data.image import decode_image
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.packing import pack
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.errors import ConversationError, ImageError, ShardError
 from ross_mcore.shards.index_parts import replacing
-from ross_mcore.shards.measure import NO_LIMIT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,24 +178,13 @@ class Token:
 
 
 def tokens_of(
-    record: dict[str, Any],
-    num_images: int,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    mm_use_im_start_end: bool = False,
+    record: dict[str, Any], num_images: int, tokenizer: PreTrainedTokenizerBase, spec: SampleSpec
 ) -> list[Token]:
     """The tokens of a sample, an image being one. Raises ShardError for a record that has none."""
     try:
-        row = tokenize_conversation(
-            record.get("conversations"),
-            num_images,
-            tokenizer,
-            template,
-            NO_LIMIT,
-            mm_use_im_start_end=mm_use_im_start_end,
-        )
+        row = tokenize_conversation(record.get("conversations"), num_images, tokenizer, spec)
     except ConversationError as error:
-        raise ShardError(f"the record has no row under template {template}: {error}") from None
+        raise ShardError(f"the record has no row under template {spec.template}: {error}") from None
     texts = [IMAGE_PLACEHOLDER if i == IMAGE_TOKEN_INDEX else str(tokenizer.decode([i])) for i in row.input_ids]
     learned = [place > 0 and label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for place, label in enumerate(row.labels)]
     return [Token(*token) for token in zip(row.input_ids, texts, learned, strict=True)]

@@ -13,18 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from ross_mcore import checked
-from ross_mcore.data.conversation import UNBOUNDED, SampleBounds
+from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.image import FORMATS, decode_image
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
 from ross_mcore.errors import ConversationError, ImageError, RecordsError, SampleError
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
 """What may lie in an image folder; whatever is not in FORMATS is stored as PNG."""
@@ -84,11 +81,8 @@ def convert_records(
     records: Iterable[Any],
     image_folder: Path,
     writer: ShardWriter,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    template: str | None = None,
+    measure: Measure,
     *,
-    mm_use_im_start_end: bool = False,
-    bounds: SampleBounds = UNBOUNDED,
     follow_links: bool = False,
     num_workers: int = 1,
     progress: Callable[[], None] = lambda: None,
@@ -96,10 +90,10 @@ def convert_records(
     """Writes every usable record, in order, and the others with their reasons to skipped.jsonl beside the shards.
 
     A sample's key is its record's number in the file, which is unique where ids need not be. Pictures are read and
-    decoded once, by `num_workers` threads. With a tokenizer and a template the samples' tokens and labels are counted.
-    A record over `bounds` is skipped. Raises RecordsError when no record is usable.
+    decoded once, by `num_workers` threads. A record that `measure` refuses is skipped. Raises RecordsError when no
+    record is usable.
     """
-    done, measure = Conversion(), Measure(tokenizer, template, mm_use_im_start_end, bounds)
+    done, bounds = Conversion(), measure.spec.bounds
     waiting: deque[tuple[int, Any, Future[list[tuple[str, bytes]]]]] = deque()
 
     def finish_one(skipped: TextIO) -> None:

@@ -5,19 +5,14 @@ A sample that cannot be trained on is left out and listed in quarantine.jsonl wi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
-    UNBOUNDED,
-    SampleBounds,
     check_turns,
     count_words,
     require_pictures,
@@ -25,17 +20,14 @@ from ross_mcore.data.conversation import (
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.shard_reader import (
     CAPTION,
-    INDEX_TOOL,
     MAX_IMAGES,
     RECORD,
     TURNS,
     UNKNOWN_LENGTH,
-    LengthSource,
-    ShardReader,
     as_record,
 )
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import tokenize_conversation
-from ross_mcore.data.tokenizer import fingerprint_tokenizer
 from ross_mcore.errors import ConversationError, ImageError, SampleError
 from ross_mcore.shards.index_parts import ShardIndex, content_digest
 from ross_mcore.shards.tars import Damage, Member, TarSample, group_members, reportable, walk_tar
@@ -43,21 +35,18 @@ from ross_mcore.shards.tars import Damage, Member, TarSample, group_members, rep
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_LIMIT = 2**31 - 1
 MAX_PART_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Checks records and counts their words and, with a tokenizer and a template, their tokens and labels.
+    """Checks records and counts their words and, with a tokenizer, their tokens and labels under `spec`.
 
-    A record over `bounds` is refused, over its tokens only with a tokenizer and a template.
+    A record over the bounds of `spec` is refused, over the tokens of them only with a tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
-    template: str | None = None
-    mm_use_im_start_end: bool = False
-    bounds: SampleBounds = UNBOUNDED
+    spec: SampleSpec = SampleSpec()
 
     def __call__(self, record: Any, num_images: int) -> dict[str, int]:
         """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for a record without a row."""
@@ -65,23 +54,16 @@ class Measure:
             raise SampleError("the record is not a JSON object")
         turns = record.get("conversations")
         try:
-            self.bounds.require(num_images)
+            self.spec.bounds.require(num_images)
             checked = check_turns(turns, roles=None)
-            if self.tokenizer is None or self.template is None:
+            if self.tokenizer is None:
                 shown = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked)
                 if num_images > 1:
                     require_pictures(max(shown, num_images), num_images)
                 measured = {"image_spans": num_images}
             else:
-                row = tokenize_conversation(
-                    turns,
-                    num_images,
-                    self.tokenizer,
-                    self.template,
-                    NO_LIMIT,
-                    mm_use_im_start_end=self.mm_use_im_start_end,
-                )
-                self.bounds.require(num_images, row.text_tokens)
+                row = tokenize_conversation(turns, num_images, self.tokenizer, self.spec.measured)
+                self.spec.bounds.require(num_images, row.text_tokens)
                 require_pictures(row.image_spans, num_images)
                 measured = {
                     "text_tokens": row.text_tokens,
@@ -92,39 +74,6 @@ class Measure:
             raise SampleError(str(error)) from None
         unknown = {"text_tokens": UNKNOWN_LENGTH, "label_tokens": UNKNOWN_LENGTH}
         return {**unknown, "text_words": count_words(turns), **measured}
-
-
-def length_source(tokenizer: PreTrainedTokenizerBase, template: str, mm_use_im_start_end: bool = False) -> LengthSource:
-    """What lengths measured by this program are worth: fingerprints of the tokenizer and of what texts become.
-
-    The latter is of a few conversations with and without pictures, tokenized: it changes with the program's templates
-    and with where it puts pictures, which the tokenizer and the template's name do not show.
-    """
-    short = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
-    inside = [{"from": "human", "value": "See <image> and <image>."}, {"from": "gpt", "value": "Two."}]
-    facts = []
-    for turns, num_images in ((short, 1), (short * 2, 2), (inside, 1), (inside, 3), (short, 0)):
-        try:
-            row = tokenize_conversation(
-                turns, num_images, tokenizer, template, NO_LIMIT, mm_use_im_start_end=mm_use_im_start_end
-            )
-            facts.append([row.input_ids, row.labels])
-        except ConversationError as error:
-            facts.append([str(error)])
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return LengthSource(fingerprint_tokenizer(tokenizer), template, mm_use_im_start_end, fingerprint)
-
-
-def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: Path | str) -> str | None:
-    """Why the lengths of an index are not those of `source`, with the command that mends it; None when they are."""
-    found = reader.length_source
-    difference = None if found is None else found.difference(source)
-    if found is not None and difference is None:
-        return None
-    was = "has no lengths" if found is None else f"was measured with another {difference}"
-    flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
-    flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
-    return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"
 
 
 def index_tar(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -131,7 +130,7 @@ class Checkpointer:
             keep_last=options.keep_last,
             save_retain_interval=options.save_retain_interval,
         )
-        return begin_save(destination, {**whole, "train_state": asdict(state)}, self._copies)
+        return begin_save(destination, {**whole, "train_state": state.to_dict()}, self._copies)
 
     def _hear(self, action: Callable[[], RunningSave | Saved | None], iteration: int, then: str | None = None) -> None:
         """Does something that may begin or end a save; says it when that fails, and what follows `then`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ross_mcore.batch import collate
-from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.engine import Engine
@@ -56,11 +58,8 @@ def _read(engine: Engine, dataset: MixtureDataset, first: int) -> AgreedStep:
     with StepLoader(
         dataset,
         SampleOrder(len(dataset), seed=0, shuffle=False),
-        global_batch_size=micro_batches * rows,
-        micro_batch_size=rows,
-        skip_rows=first,
-        tp_rank=groups.tensor_rank,
-        tp_size=groups.layout.tensor_parallel,
-        reads=groups.stage.reads_data,
+        StepPlan(micro_batches * rows, rows),
+        replace(groups.data_share, dp_rank=0, dp_size=1),
     ) as loader:
+        loader.skip_rows(first)
         return engine.agree(next(loader))

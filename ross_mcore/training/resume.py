@@ -16,23 +16,16 @@ from ross_mcore.config import Config
 from ross_mcore.engine.state import TrainState, read_state
 from ross_mcore.errors import ArchitectureError, CheckpointError, ConfigError
 
-RUN_IDENTITY = {
+IDENTITY = {
     "seed": "--seed",
     "data_fingerprint": "--data-path",
     "global_batch_size": "--global-batch-size, by default --micro-batch-size x data-parallel size",
-    "seq_length": "--seq-length",
-    "template": "--template",
-    "supervise_final_eos": "--supervise-final-eos",
-    "image_aspect_ratio": "--image-aspect-ratio",
     "sampler": "--sampler",
-    "mm_use_im_start_end": "--mm-use-im-start-end",
     "pack": "--pack",
-    "max_images_per_sample": "--max-images-per-sample",
-    "max_tokens_per_sample": "--max-tokens-per-sample",
     "vision_trains": "--vision-lr",
 }
-"""Fields of TrainState and where they come from: what decides which samples a step trains on, how they read, and which
-weights have moments."""
+"""Fields of TrainState, and the flags they come from, that a resumed run must not change: what decides which samples a
+step trains on and which weights have moments. How samples are read, `TrainState.samples`, must not change either."""
 
 
 def changeable_options(config: Config, train_iters: int) -> dict[str, Any]:
@@ -57,8 +50,7 @@ def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainSt
     read.
     """
     saved = read_state(start)
-    for name, flag in RUN_IDENTITY.items():
-        before, now = getattr(saved, name), getattr(started, name)
+    for name, flag, before, now in _identity(saved, started):
         if before == now or (name == "global_batch_size" and _may_change_batch(config)):
             continue
         allow = ""
@@ -70,6 +62,15 @@ def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainSt
             "--finetune and a --save folder of its own"
         )
     return replace(saved, global_batch_size=started.global_batch_size, options=started.options)
+
+
+def _identity(saved: TrainState, started: TrainState) -> Iterator[tuple[str, str, Any, Any]]:
+    """(name, flag, value before, value now) of everything that must be the same."""
+    for name, flag in IDENTITY.items():
+        yield name, flag, getattr(saved, name), getattr(started, name)
+    now = asdict(started.samples)
+    for name, before in asdict(saved.samples).items():
+        yield name, f"--{name.replace('_', '-')}", before, now[name]
 
 
 def _may_change_batch(config: Config) -> bool:

@@ -15,8 +15,9 @@ from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint
 from ross_mcore.config import Config
-from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.order import Order
+from ross_mcore.data.replacement import Replacement
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.finite import all_finite, diagnose
 from ross_mcore.engine.run import Run
@@ -103,15 +104,9 @@ def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, tr
         seed=config.training.seed,
         data_fingerprint=dataset.fingerprint,
         global_batch_size=rows_per_step,
-        seq_length=config.data.seq_length,
-        template=dataset.template,
-        image_aspect_ratio=dataset.image_aspect_ratio,
+        samples=dataset.spec,
         sampler=config.data.sampler,
-        mm_use_im_start_end=config.data.mm_use_im_start_end,
         pack=config.data.pack,
-        max_images_per_sample=config.data.max_images_per_sample,
-        max_tokens_per_sample=config.data.max_tokens_per_sample,
-        supervise_final_eos=config.data.supervise_final_eos,
         vision_trains=config.vision_trains,
         options=changeable_options(config, train_iters),
     )
@@ -127,19 +122,9 @@ def _open_loader(
     skipped: set[int],
 ) -> StepLoader:
     """This rank's share of the steps, from where `state` stands."""
-    return StepLoader(
-        dataset,
-        order,
-        global_batch_size=rows_per_step,
-        micro_batch_size=config.training.micro_batch_size,
-        packed=config.data.pack,
-        dp_rank=groups.data_rank,
-        dp_size=groups.layout.data_parallel,
-        tp_rank=groups.tensor_rank,
-        tp_size=groups.layout.tensor_parallel,
-        reads=groups.stage.reads_data,
-        num_workers=config.data.num_workers,
-        seed=config.training.seed,
-        state=state.data if state.iteration or state.data else None,
-        skipped=skipped,
-    )
+    plan = StepPlan(rows_per_step, config.training.micro_batch_size, config.data.pack)
+    replacement = Replacement(config.training.seed, skipped=frozenset(skipped))
+    loader = StepLoader(dataset, order, plan, groups.data_share, replacement, config.data.num_workers)
+    if state.iteration or state.data:
+        loader.load_state_dict(state.data)
+    return loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precompute
 from ross_mcore.checkpoint.folder import Checkpoint, nothing_at
 from ross_mcore.checkpoint.verification import find_intact
 from ross_mcore.config import Config
-from ross_mcore.data.conversation import SampleBounds
-from ross_mcore.data.loader import window_samples
 from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import BlockOrder, ModalityLengthOrder, Order, keys
 from ross_mcore.data.rows import RowStream
 from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.data.sources import MixtureDataset, Source
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.engine.precision import check_execution
 from ross_mcore.errors import ConfigError
@@ -72,26 +73,22 @@ def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = 
     return layout
 
 
+def sample_spec(config: Config, model_config: ModelConfig) -> SampleSpec:
+    """How this run reads samples, where a data set's own entry does not say otherwise."""
+    given = {field.name: getattr(config.data, field.name) for field in fields(SampleSpec)}
+    defaults = {"template": config.template(model_config), "image_aspect_ratio": config.image_aspect_ratio}
+    return SampleSpec(**given | defaults)
+
+
 def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, path: str) -> MixtureDataset:
     """The data sets of `path`, a folder or a YAML file, read as this run's model and stage need them."""
     tokenizer, image_processor = load_tokenizer(start.tokenizer), start.image_processor()
-    bounds = SampleBounds(config.data.max_images_per_sample, config.data.max_tokens_per_sample)
+    data, spec = config.data, sample_spec(config, model_config)
+    cache = None if data.data_cache_dir is None else Path(data.data_cache_dir)
 
     def open_part(source: Source) -> ShardDataset:
-        return ShardDataset(
-            source.path,
-            tokenizer,
-            model_config,
-            template=source.template or config.template(model_config),
-            image_aspect_ratio=source.image_aspect_ratio or config.image_aspect_ratio,
-            seq_length=config.data.seq_length,
-            supervise_final_eos=config.data.supervise_final_eos,
-            image_processor=image_processor,
-            mm_use_im_start_end=config.data.mm_use_im_start_end,
-            bounds=bounds,
-            cache_folder=None if config.data.data_cache_dir is None else Path(config.data.data_cache_dir),
-            cache_bytes=config.data.data_cache_bytes,
-        )
+        reader = ShardReader(source.path, cache, data.data_cache_bytes)
+        return ShardDataset(reader, tokenizer, model_config, source.spec(spec), image_processor)
 
     dataset = MixtureDataset.open(Path(path), open_part)
     if config.data.pack:
@@ -150,7 +147,7 @@ def iterations_of(config: Config, dataset: MixtureDataset, order: Order, global_
     """
     rows_per_sample = 1.0
     if config.data.pack:
-        stream = RowStream(order, dataset.row_lengths, dataset.seq_length, True, window_samples(order))
+        stream = RowStream(order, dataset.row_lengths, dataset.seq_length, True, order.window_samples)
         samples = rows = 0
         while samples < min(order.num_samples, ROWS_COUNTED_IN):
             rows += stream.rows_of_window(stream.cursor.window)

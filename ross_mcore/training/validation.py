@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from ross_mcore.data.loader import StepLoader
+from ross_mcore.data.dataset import SampleDataset
+from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.order import SampleOrder
-from ross_mcore.data.replacement import BadSample, bad_samples
-from ross_mcore.data.sample import ShardDataset
+from ross_mcore.data.replacement import BadSample, Replacement, bad_samples
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.engine import Engine, Randomness
 from ross_mcore.engine.losses import Objective
@@ -36,7 +36,7 @@ def validate(engine: Engine, dataset: MixtureDataset, iteration: int) -> tuple[V
     return Validation(iteration, found, time.perf_counter() - began), bad
 
 
-def _steps(engine: Engine, dataset: ShardDataset, iteration: int, bad: list[BadSample]) -> Iterator[AgreedStep]:
+def _steps(engine: Engine, dataset: SampleDataset, iteration: int, bad: list[BadSample]) -> Iterator[AgreedStep]:
     """Steps over the first samples of a data set; those that are bad are appended to `bad`."""
     config, layout = engine.config, engine.groups.layout
     count = min(len(dataset), config.logging.valid_samples or len(dataset))
@@ -46,17 +46,10 @@ def _steps(engine: Engine, dataset: ShardDataset, iteration: int, bad: list[BadS
     with StepLoader(
         dataset,
         SampleOrder(count, seed=0, shuffle=False),
-        global_batch_size=micro_batches * rows,
-        micro_batch_size=config.training.micro_batch_size,
-        packed=config.data.pack,
-        dp_rank=engine.groups.data_rank,
-        dp_size=layout.data_parallel,
-        tp_rank=engine.groups.tensor_rank,
-        tp_size=layout.tensor_parallel,
-        reads=engine.groups.stage.reads_data,
-        num_workers=config.data.num_workers,
-        attempts=0,
-        end=count,
+        StepPlan(micro_batches * rows, config.training.micro_batch_size, config.data.pack, end=count),
+        engine.groups.data_share,
+        Replacement(attempts=0),
+        config.data.num_workers,
     ) as loader:
         while loader.state_dict()["consumed_samples"] < count:
             at("validation", is_long=True)

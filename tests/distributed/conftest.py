@@ -16,9 +16,11 @@ import torch
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
 from ross_mcore.checkpoint.torch_dist import MASTER_PREFIX
 from ross_mcore.config import Config
+from ross_mcore.data.lengths import length_source
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.shards.llava import convert_records
-from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 from tests.distributed.cases import Case
 from tests.distributed.harness import run_ranks
@@ -151,8 +153,9 @@ def shards(workplace: Path) -> Callable[[str], Path]:
 def write_shards(folder: Path, kind: str) -> None:
     """The conversations of `records(kind)` as shards of five."""
     tokenizer = load_tokenizer(GOLDEN / "data" / "tok_qwen2")
-    with ShardWriter(folder, max_samples=5, length_source=length_source(tokenizer, "qwen_2")) as writer:
-        convert_records(records(kind), GOLDEN / "data" / "images", writer, tokenizer, "qwen_2")
+    spec = SampleSpec("qwen_2")
+    with ShardWriter(folder, max_samples=5, length_source=length_source(tokenizer, spec)) as writer:
+        convert_records(records(kind), GOLDEN / "data" / "images", writer, Measure(tokenizer, spec))
 
 
 def mixture(first: Path, second: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.precompute import Precomputation, load_picture_parts
 from ross_mcore.shards.writer import ShardWriter
 from tests.distributed.cases import Case, layout
@@ -53,7 +54,7 @@ def even_shards(workplace: Path) -> Path:
     folder = workplace / "shards_even"
     if not folder.exists():
         with ShardWriter(folder, max_samples=8) as writer:
-            convert_records(records("captions"), GOLDEN / "data" / "images", writer)
+            convert_records(records("captions"), GOLDEN / "data" / "images", writer, Measure())
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ross_mcore.data.conversation import expand_images
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import (
     TRAINING_TEMPLATES,
     Tokenized,
@@ -71,10 +72,12 @@ def tokenize(sample: dict[str, Any], tokenizer: Any, case: str, supervise_final_
         sample["conversations"],
         int("image" in sample),
         tokenizer,
-        template,
-        max_length=100 if "maxlen100" in settings else 256,
-        supervise_final_eos=supervise_final_eos,
-        mm_use_im_start_end="im_start_end" in settings,
+        SampleSpec(
+            template,
+            seq_length=100 if "maxlen100" in settings else 256,
+            supervise_final_eos=supervise_final_eos,
+            mm_use_im_start_end="im_start_end" in settings,
+        ),
     )
 
 
@@ -125,7 +128,7 @@ def test_the_final_end_of_turn_is_the_only_difference(
 def test_nothing_is_supervised_past_the_last_answer_found(tokenizers: dict[str, Any]) -> None:
     """Past the maximum length a row keeps its labels although its second turn has no answer; none is added."""
     turns = [{"from": who, "value": text} for who, text in (("human", "<image> Q"), ("gpt", "A1."), ("human", "B"))]
-    found = tokenize_conversation(turns, 1, tokenizers["qwen"], "qwen_2", 20, True)
+    found = tokenize_conversation(turns, 1, tokenizers["qwen"], SampleSpec("qwen_2", seq_length=20))
     end = found.input_ids.index(tokenizers["qwen"].convert_tokens_to_ids("<|im_end|>"))
     assert not found.mismatch and found.labels[end - 1] != -100 and set(found.labels[end:]) == {-100}
 
@@ -134,20 +137,20 @@ def test_nothing_is_supervised_past_the_last_answer_found(tokenizers: dict[str, 
 def test_prompts_to_generate_from(case: str, tokenizers: dict[str, Any], conversations: dict[str, Any]) -> None:
     name, template = case.split("|")
     prompts = conversations["prompts"]
-    assert write_prompt(TURNS, 1, template) == prompts[template]["full"]
-    assert write_prompt(TURNS[:3], 1, template, generation=True) == prompts[template]["generation"]
-    assert tokenize_prompt(TURNS[:3], 1, tokenizers[name], template) == prompts["_generation_ids"][case]
+    assert write_prompt(TURNS, 1, SampleSpec(template)) == prompts[template]["full"]
+    assert write_prompt(TURNS[:3], 1, SampleSpec(template), generation=True) == prompts[template]["generation"]
+    assert tokenize_prompt(TURNS[:3], 1, tokenizers[name], SampleSpec(template)) == prompts["_generation_ids"][case]
 
 
 def test_a_prompt_for_a_caption_is_the_image(tokenizers: dict[str, Any]) -> None:
-    assert tokenize_prompt(TURNS[:1], 1, tokenizers["qwen"], "plain") == [-200]
-    assert tokenize_prompt(TURNS[:1], 1, tokenizers["llama3"], "plain") == [507, -200]
-    assert write_prompt(TURNS[:2], 1, "plain") == "<image>A1.\n"
+    assert tokenize_prompt(TURNS[:1], 1, tokenizers["qwen"], SampleSpec("plain")) == [-200]
+    assert tokenize_prompt(TURNS[:1], 1, tokenizers["llama3"], SampleSpec("plain")) == [507, -200]
+    assert write_prompt(TURNS[:2], 1, SampleSpec("plain")) == "<image>A1.\n"
 
 
 def test_there_is_nothing_to_generate_after_an_answer() -> None:
     with pytest.raises(ConversationError, match="nothing to answer"):
-        write_prompt(TURNS, 1, "llama3", generation=True)
+        write_prompt(TURNS, 1, SampleSpec("llama3"), generation=True)
 
 
 def test_what_one_trains_with_has_labels_in_every_round(
@@ -158,8 +161,8 @@ def test_what_one_trains_with_has_labels_in_every_round(
     assert set(TRAINING_TEMPLATES) == set(fitting)
     for template, name in fitting.items():
         turns = TURNS[:2] if template == "plain" else TURNS
-        assert tokenize_conversation(turns, 1, tokenizers[name], template, 256).label_tokens > 1
-    assert tokenize_conversation(TURNS, 1, tokenizers["qwen"], "v1_qwen2", 256).label_tokens == 0
+        assert tokenize_conversation(turns, 1, tokenizers[name], SampleSpec(template, seq_length=256)).label_tokens > 1
+    assert tokenize_conversation(TURNS, 1, tokenizers["qwen"], SampleSpec("v1_qwen2", seq_length=256)).label_tokens == 0
 
 
 def test_what_ends_the_turns_of_llama3_is_no_padding(golden: Path, tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_what_ends_the_turns_of_llama3_is_no_padding(golden: Path, tmp_path: Pat
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|eot_id|>"}))
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|eot_id|>", "<|end_of_text|>")
-    assert not tokenize_conversation(TURNS, 1, tokenizer, "llama3", 256).mismatch
+    assert not tokenize_conversation(TURNS, 1, tokenizer, SampleSpec("llama3", seq_length=256)).mismatch
 
 
 def test_images_take_their_place() -> None:

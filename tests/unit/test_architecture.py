@@ -31,7 +31,7 @@ ALLOWED = {
     "megatron_hook": {"platform", "cpu_megatron"},
     "parallel": {"parts", "architecture", "flops", "platform", "parallel"},
     "models": {"parts", "checked", "library_configs", "architecture", "batch", "platform", "parallel", "models"},
-    "data": {"checked", "architecture", "batch", "parallel", "data", "shards"},
+    "data": {"checked", "architecture", "batch", "parallel", "data"},
     "shards": {
         *("parts", "checked", "architecture", "batch", "platform"),
         *("parallel", "models", "data", "checkpoint", "shards"),

@@ -17,6 +17,7 @@ from ross_mcore.batch import Sample, collate
 from ross_mcore.data.conversation import count_words, expand_images
 from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing
 from ross_mcore.data.order import modality_length_order
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TEMPLATES, Tokenized, tokenize_conversation, tokenize_prompt, write_prompt
 from ross_mcore.data.tokenizer import encode, load_tokenizer
 from ross_mcore.errors import ConversationError
@@ -58,10 +59,12 @@ class Conversations:
             sample["conversations"],
             int("image" in sample),
             self.tokenizer(case),
-            template,
-            self.max_length(case),
-            supervise_final_eos=False,
-            mm_use_im_start_end="im_start_end" in variants,
+            SampleSpec(
+                template,
+                seq_length=self.max_length(case),
+                supervise_final_eos=False,
+                mm_use_im_start_end="im_start_end" in variants,
+            ),
         )
 
 
@@ -134,7 +137,7 @@ def _text_rows(template: str, recorded: dict[str, Any], turns: list[dict[str, st
         if recorded.get(key) is None:
             yield instead("prompts", f"{template} {key}", _said(spoken, template, generation), recorded["error"])
         else:
-            text = write_prompt(spoken, 1, template, generation)
+            text = write_prompt(spoken, 1, SampleSpec(template), generation)
             yield compare_exactly("prompts", f"{template} {key}", text, recorded[key], "characters")
 
 
@@ -145,7 +148,7 @@ def _prompt_ids_row(
     if template not in TEMPLATES:
         yield unsupported("prompts", f"ids {case}", f"template {template}")
         return
-    ours = tokenize_prompt(turns, 1, conversations.tokenizer(case), template)
+    ours = tokenize_prompt(turns, 1, conversations.tokenizer(case), SampleSpec(template))
     yield compare_exactly("prompts", f"ids {case}", ours, recorded, "tokens")
 
 
@@ -166,7 +169,7 @@ def _recorded_turns(prompts: dict[str, Any]) -> list[dict[str, str]]:
 
 def _said(turns: list[dict[str, str]], template: str, generation: bool) -> str:
     try:
-        return f"writes {len(write_prompt(turns, 1, template, generation))} characters"
+        return f"writes {len(write_prompt(turns, 1, SampleSpec(template), generation))} characters"
     except ConversationError as error:
         return f"refuses: {error}"
 

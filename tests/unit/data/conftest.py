@@ -12,9 +12,11 @@ from PIL import Image
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.data.sample import ShardDataset
-from ross_mcore.data.shard_reader import LengthSource
+from ross_mcore.data.shard_reader import LengthSource, ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def shards(
 ) -> Path:
     out = tmp_path_factory.mktemp("data") / "shards"
     with ShardWriter(out, max_samples=6, length_source=LengthSource("test", "qwen_2")) as writer:
-        convert_records(records, image_folder, writer, tokenizer, "qwen_2")
+        convert_records(records, image_folder, writer, Measure(tokenizer, SampleSpec("qwen_2")))
     return out
 
 
@@ -101,7 +103,8 @@ def open_dataset(
     """open_dataset(path=..., seq_length=...) -> ShardDataset with the template qwen_2."""
 
     def build(path: Path | None = None, seq_length: int = 128) -> ShardDataset:
-        return ShardDataset(path or shards, tokenizer, model_config, "qwen_2", "square", seq_length)
+        spec = SampleSpec("qwen_2", seq_length=seq_length)
+        return ShardDataset(ShardReader(path or shards), tokenizer, model_config, spec)
 
     return build
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from ross_mcore.commands import index_shards as command
+from ross_mcore.data.lengths import length_source, stale_lengths
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.errors import SampleError, TooManyBad
 from ross_mcore.shards.index_parts import PARTS
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
-from ross_mcore.shards.measure import Measure, length_source, stale_lengths
+from ross_mcore.shards.measure import Measure
 from tests.unit.data.tars import RECORD, TURNS, around, caption, header_at, indexed, sample, tar, turns
 
 
@@ -26,14 +28,14 @@ def test_what_make_shards_wrote_is_indexed_to_the_same(
     done = index_shards(
         find_shards([str(shards)], tmp_path / "out"),
         tmp_path / "out",
-        Settings(golden_data / "tok_qwen2", "qwen_2"),
+        Settings(golden_data / "tok_qwen2", SampleSpec("qwen_2")),
     )
     first, second = ShardReader(shards), ShardReader(tmp_path / "out")
     assert done.bad == 0 and first.fingerprint == second.fingerprint
     assert np.array_equal(first.samples, second.samples) and np.array_equal(first.images, second.images)
     assert first.keys(range(len(first))) == second.keys(range(len(second)))
     assert [second.record_bytes(n) for n in range(23)] == [first.record_bytes(n) for n in range(23)]
-    assert second.length_source == length_source(tokenizer, "qwen_2")
+    assert second.length_source == length_source(tokenizer, SampleSpec("qwen_2"))
 
 
 def test_captions_and_turns_are_read_as_records(tmp_path: Path) -> None:
@@ -99,19 +101,19 @@ def test_lost_bytes_count_as_the_samples_they_would_have_held(tmp_path: Path) ->
 def test_stale_lengths_name_the_command(tmp_path: Path, tokenizer: Any, golden_data: Path) -> None:
     (tmp_path / "a.tar").write_bytes(around())
     folder = golden_data / "tok_qwen2"
-    source = length_source(tokenizer, "qwen_2")
+    source = length_source(tokenizer, SampleSpec("qwen_2"))
     index_shards(find_shards([str(tmp_path)], tmp_path), tmp_path, Settings())
     said = stale_lengths(ShardReader(tmp_path), source, folder)
     assert (
         said is not None
         and f"python tools/index_shards.py --data-path {tmp_path} --tokenizer {folder} --template" in said
     )
-    index_shards(find_shards([str(tmp_path)], tmp_path), tmp_path, Settings(folder, "qwen_2"))
+    index_shards(find_shards([str(tmp_path)], tmp_path), tmp_path, Settings(folder, SampleSpec("qwen_2")))
     reader = ShardReader(tmp_path)
     assert stale_lengths(reader, source, folder) is None
     for other, what in (
-        (length_source(tokenizer, "plain"), "another template"),
-        (length_source(tokenizer, "qwen_2", True), "another mm_use_im_start_end"),
+        (length_source(tokenizer, SampleSpec("plain")), "another template"),
+        (length_source(tokenizer, SampleSpec("qwen_2", mm_use_im_start_end=True)), "another mm_use_im_start_end"),
         (type(source)("0", "qwen_2", False, source.image_tokens), "another tokenizer"),
         (type(source)(source.tokenizer, "qwen_2", False, "0"), "another treatment of pictures"),
     ):
@@ -120,7 +122,7 @@ def test_stale_lengths_name_the_command(tmp_path: Path, tokenizer: Any, golden_d
 
 
 def test_measuring_with_a_template_refuses_what_does_not_fit(tokenizer: Any) -> None:
-    measure = Measure(tokenizer, "plain")
+    measure = Measure(tokenizer, SampleSpec("plain"))
     with pytest.raises(SampleError, match="plain takes two turns"):
         measure(turns(TURNS * 2), 1)
     row = measure(turns(TURNS), 1)

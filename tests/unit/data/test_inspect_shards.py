@@ -15,6 +15,7 @@ from PIL import Image
 
 from ross_mcore.commands import inspect_shards
 from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.errors import ShardError
 from ross_mcore.shards.inspection import HISTOGRAM_BINS, Histogram, inspect, packing_figures, tokens_of
 from ross_mcore.shards.writer import ShardWriter
@@ -86,11 +87,11 @@ def test_keys_are_found_whole(tmp_path: Path) -> None:
 
 def test_supervised_tokens_are_the_answer(tokenizer: Any) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
-    tokens = tokens_of({"conversations": turns}, 1, tokenizer, "qwen_2")
+    tokens = tokens_of({"conversations": turns}, 1, tokenizer, SampleSpec("qwen_2"))
     assert "".join(token.text for token in tokens if token.supervised) == " A car.<|im_end|>"
     assert [token.text for token in tokens].count("<image>") == 1
     with pytest.raises(ShardError, match="plain takes two turns"):
-        tokens_of({"conversations": turns * 2}, 1, tokenizer, "plain")
+        tokens_of({"conversations": turns * 2}, 1, tokenizer, SampleSpec("plain"))
 
 
 def test_the_tool_prints_figures(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 
 from ross_mcore.batch import Sample, collate
 from ross_mcore.data import shard_reader as shards_module
-from ross_mcore.data.loader import Step, StepLoader
+from ross_mcore.data.loader import Step
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.replacement import ASKED_FOR, ATTEMPTS, EMPTY, substitute
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.errors import ShardReadError
 from ross_mcore.shards.writer import ShardWriter
+from tests.unit.data.loading import open_loader
 
 
 def anything(drawn: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -107,17 +109,17 @@ def run(
 ) -> list[Any]:
     """What all ranks of a split train on, as they would settle it among each other: the steps of each rank, and of each
     step the global batch's samples in order with their pixels, each decoded by the one rank whose share it is."""
-    dataset.seq_length = SEQ_LENGTH
+    dataset.spec = replace(dataset.spec, seq_length=SEQ_LENGTH)
     order = SampleOrder(len(dataset), 5)
     sizes: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2, "packed": packed, "seed": 3, **options}
     ranks = [
-        StepLoader(
+        open_loader(
             dataset, order, dp_rank=dp, dp_size=dp_size, tp_rank=tp, tp_size=tp_size, num_workers=num_workers, **sizes
         )
         for dp in range(dp_size)
         for tp in range(tp_size)
     ]
-    plans = StepLoader(dataset, order, reads=False, **sizes)  # a middle stage
+    plans = open_loader(dataset, order, reads=False, **sizes)  # a middle stage
     trained = []
     for _ in range(STEPS):
         steps = [next(loader) for loader in ranks]
@@ -220,7 +222,7 @@ def test_a_slot_stays_empty_when_nothing_can_stand_in(
         for number in range(ATTEMPTS + 5):
             writer.write(str(number), b"broken", [])
     dataset = open_dataset(tmp_path / "hopeless")
-    with StepLoader(dataset, SampleOrder(len(dataset), 0), global_batch_size=2, micro_batch_size=1) as loader:
+    with open_loader(dataset, SampleOrder(len(dataset), 0), global_batch_size=2, micro_batch_size=1) as loader:
         step = next(loader)
         rounds = 0
         while step.bad:
@@ -237,7 +239,7 @@ def test_a_slot_stays_empty_when_everything_is_left_out(
 ) -> None:
     dataset = open_dataset()
     sizes: dict[str, Any] = {"global_batch_size": 2, "micro_batch_size": 1, "packed": True}
-    with StepLoader(dataset, SampleOrder(len(dataset), 0), skipped=range(len(dataset)), **sizes) as loader:
+    with open_loader(dataset, SampleOrder(len(dataset), 0), skipped=frozenset(range(len(dataset))), **sizes) as loader:
         step = next(loader)
     assert not step.bad and {entry.reason for entry in step.quarantined.values()} == {ASKED_FOR}
     assert all(sample.problem for rows in step.micro_batches for row in rows for sample in row)
@@ -265,7 +267,7 @@ def test_a_file_system_that_fails_is_tried_again_and_then_is_the_step_s_failure(
     broken = False
     assert dataset.get(0, 0).problem is None and len(calls) == 3
     broken = True
-    with StepLoader(
+    with open_loader(
         dataset, SampleOrder(len(dataset), 0), global_batch_size=2, micro_batch_size=1, num_workers=num_workers
     ) as loader:
         step = next(loader)

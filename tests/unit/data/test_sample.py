@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_mcore.batch import IGNORE_INDEX, collate
+from ross_mcore.data.lengths import length_source
 from ross_mcore.data.sample import IgnoredLabels, ShardDataset
 from ross_mcore.data.shard_reader import LengthSource, ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.shards.llava import convert_records
-from ross_mcore.shards.measure import length_source
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red car."}]
@@ -58,7 +61,7 @@ def test_the_cut_never_goes_through_a_picture(
     whole_rows: tuple[ShardDataset, list[Any]], seq_length: int, number: int
 ) -> None:
     dataset, rows = whole_rows
-    dataset.seq_length = seq_length
+    dataset.spec = replace(dataset.spec, seq_length=seq_length)
     whole, sample = rows[number], dataset.get(number, 0)
     last = max((start + 9 for start in whole.image_starts), default=0)
     if last > seq_length:
@@ -146,7 +149,7 @@ def test_a_shard_that_shrinks_under_the_reader_is_a_problem(
 
 def test_an_unknown_template_is_refused(shards: Path, tokenizer: Any, model_config: Any) -> None:
     with pytest.raises(KeyError, match="chatml"):
-        ShardDataset(shards, tokenizer, model_config, "chatml", "square", 64)
+        ShardDataset(ShardReader(shards), tokenizer, model_config, SampleSpec("chatml", seq_length=64))
 
 
 def test_records_are_the_json_members(shards: Path) -> None:
@@ -164,7 +167,9 @@ def half_unanswered(tmp_path: Path, encoded: Any, tokenizer: Any) -> Callable[..
         (tmp_path / "a.png").write_bytes(encoded(4, 4))
         records = [{"image": "a.png", "conversations": UNANSWERED if n % 2 else TURNS} for n in range(count)]
         with ShardWriter(tmp_path / "half", length_source=source) as writer:
-            convert_records(records, tmp_path, writer, *((tokenizer, "qwen_2") if source else ()))
+            convert_records(
+                records, tmp_path, writer, Measure(tokenizer, SampleSpec("qwen_2")) if source else Measure()
+            )
         return tmp_path / "half"
 
     return build
@@ -182,14 +187,14 @@ def test_a_sample_without_labels_is_trained_on_for_its_picture(
 def test_ignored_labels_are_counted_from_the_index_where_it_fits(
     half_unanswered: Callable[..., Path], open_dataset: Callable[..., ShardDataset], tokenizer: Any
 ) -> None:
-    fitting = length_source(tokenizer, "qwen_2")
+    fitting = length_source(tokenizer, SampleSpec("qwen_2"))
     dataset = open_dataset(half_unanswered(13, fitting))
     for shard in dataset.reader.index["shards"]:
         (dataset.reader.folder / shard["name"]).write_bytes(b"")  # the index has to be enough
     found = dataset.ignored_labels()
     assert found == IgnoredLabels(13, 6, [f"{n:09d}" for n in (1, 3, 5, 7, 9)], from_index=True)
     assert found.share == 6 / 13
-    dataset.mm_use_im_start_end = True
+    dataset.spec = replace(dataset.spec, mm_use_im_start_end=True)
     assert not dataset.ignored_labels().from_index
 
 
@@ -219,7 +224,7 @@ def test_modality_lengths_are_the_reference_s(
     records = json.loads((golden_data / "samples.json").read_text(encoding="utf-8"))
     recorded = json.loads((golden_data / "images.json").read_text(encoding="utf-8"))["modality_lengths"]
     with ShardWriter(tmp_path / "all") as writer:
-        done = convert_records(records, golden_data / "images", writer)
+        done = convert_records(records, golden_data / "images", writer, Measure())
     assert done.samples == len(recorded) == 22
     assert open_dataset(tmp_path / "all").modality_lengths().tolist() == recorded
 

@@ -15,15 +15,17 @@ import torch
 
 from ross_mcore.batch import IGNORE_INDEX, Sample, collate
 from ross_mcore.data.conversation import IMAGE_TOKEN_INDEX, SampleBounds, cut_row, expand_images, require_pictures
-from ross_mcore.data.loader import StepLoader
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import LengthSource, ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import tokenize_conversation, tokenize_prompt, write_prompt
 from ross_mcore.data.tokenizer import fingerprint_tokenizer, load_tokenizer
 from ross_mcore.errors import ConversationError
 from ross_mcore.shards.llava import convert_records
+from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
+from tests.unit.data.loading import open_loader
 
 TEMPLATES = [
     ("tok_qwen2", "qwen_2", "<|im_end|>"),
@@ -31,6 +33,8 @@ TEMPLATES = [
     ("tok_llama_legacyT", "v1", "</s>"),
     ("tok_llama3", "llama3", "<|eot_id|>"),
 ]
+
+QWEN_2, PLAIN = SampleSpec("qwen_2"), SampleSpec("plain")
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -73,7 +77,7 @@ def test_answers_are_supervised_and_nothing_else(
     place: str, name: str, template: str, end: str, tokenizers: dict[str, Any]
 ) -> None:
     conversation, tokenizer = PLACES[place], tokenizers[name]
-    row = tokenize_conversation(conversation, shown(conversation), tokenizer, template, 512)
+    row = tokenize_conversation(conversation, shown(conversation), tokenizer, SampleSpec(template, seq_length=512))
     assert not row.mismatch and row.image_spans == shown(conversation)
     supervised = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE_INDEX]
     answers = "".join(turn["value"] + end for turn in conversation if turn["from"] == "gpt")
@@ -94,9 +98,9 @@ def test_what_one_generates_from_is_what_was_trained_on(
 ) -> None:
     conversation, tokenizer = PLACES[place], tokenizers[name]
     asked = conversation[:1]
-    prompt = tokenize_prompt(asked, shown(asked), tokenizer, template)
+    prompt = tokenize_prompt(asked, shown(asked), tokenizer, SampleSpec(template))
     if shown(asked) != 1:  # one picture alone is moved to the start of its turn
-        row = tokenize_conversation(conversation, shown(conversation), tokenizer, template, 512)
+        row = tokenize_conversation(conversation, shown(conversation), tokenizer, SampleSpec(template, seq_length=512))
         assert prompt == row.input_ids[: len(prompt)]
     assert prompt.count(IMAGE_TOKEN_INDEX) == shown(asked)
 
@@ -107,31 +111,35 @@ def test_a_picture_that_begins_an_answer_leaves_the_label_of_the_space_before_it
 ) -> None:
     """Nothing merges with a picture: the last token before it belongs to the instruction."""
     conversation = PLACES["an answer starts with one"]
-    row = tokenize_conversation(conversation, 3, tokenizers[name], template, 512)
+    row = tokenize_conversation(conversation, 3, tokenizers[name], SampleSpec(template, seq_length=512))
     for place, token in enumerate(row.input_ids):
         if token == IMAGE_TOKEN_INDEX and row.labels[place] != IGNORE_INDEX:
             assert row.labels[place - 1] == IGNORE_INDEX
     one = [*turns("Show <image>", "<image> is it.")]
-    reference = tokenize_conversation(one, 1, tokenizers[name], template, 512)
+    reference = tokenize_conversation(one, 1, tokenizers[name], SampleSpec(template, seq_length=512))
     last = max(place for place, token in enumerate(reference.input_ids) if token == IMAGE_TOKEN_INDEX)
     assert (reference.labels[last - 1] != IGNORE_INDEX) == (template == "v1")  # its arithmetic, with one picture
 
 
 def test_one_picture_is_moved_and_several_stay() -> None:
     conversation = turns("Is <image> a dog?", "See <image> there")
-    assert "USER: <image>\nIs  a dog? ASSISTANT: <image>\nSee  there" in write_prompt(conversation, 1, "qwen_2")
-    assert "USER: Is <image> a dog? ASSISTANT: See <image> there" in write_prompt(conversation, 2, "qwen_2")
-    wrapped = write_prompt(conversation, 2, "qwen_2", mm_use_im_start_end=True)
+    assert "USER: <image>\nIs  a dog? ASSISTANT: <image>\nSee  there" in write_prompt(
+        conversation, 1, SampleSpec("qwen_2")
+    )
+    assert "USER: Is <image> a dog? ASSISTANT: See <image> there" in write_prompt(conversation, 2, QWEN_2)
+    wrapped = write_prompt(conversation, 2, SampleSpec("qwen_2", mm_use_im_start_end=True))
     assert "USER: Is <im_start><image><im_end> a dog? ASSISTANT: See <im_start><image><im_end> there" in wrapped
-    assert "USER: Is <image> a dog? ASSISTANT: See <image> there" in write_prompt(conversation, 0, "qwen_2")
+    assert "USER: Is <image> a dog? ASSISTANT: See <image> there" in write_prompt(conversation, 0, QWEN_2)
 
 
 def test_pictures_that_the_text_does_not_show_come_first() -> None:
     conversation = turns("What?", "This: <image>", "More?", "No.")
-    assert "USER: <image>\n<image>\nWhat? ASSISTANT: This: <image><|im_end|>" in write_prompt(conversation, 3, "qwen_2")
-    assert write_prompt(turns("", "a <image> b"), 2, "plain") == "<image>a <image> b\n"
+    assert "USER: <image>\n<image>\nWhat? ASSISTANT: This: <image><|im_end|>" in write_prompt(
+        conversation, 3, SampleSpec("qwen_2")
+    )
+    assert write_prompt(turns("", "a <image> b"), 2, PLAIN) == "<image>a <image> b\n"
     welcome = [{"from": "gpt", "value": "Welcome."}, *turns("What?", "So.")]
-    assert "questions. USER: <image>\n<image>\nWhat? ASSISTANT: So." in write_prompt(welcome, 2, "qwen_2")
+    assert "questions. USER: <image>\n<image>\nWhat? ASSISTANT: So." in write_prompt(welcome, 2, QWEN_2)
 
 
 @pytest.mark.parametrize(("spans", "pictures", "fits"), [(0, 0, 1), (1, 0, 0), (0, 1, 1), (1, 1, 1), (2, 1, 0)])
@@ -155,18 +163,20 @@ def test_captions_of_several_pictures_and_text_around_them(name: str, tokenizers
         (turns("<image>", "A car."), 1, "Acar.", [*bos, IMAGE_TOKEN_INDEX]),
         (turns("Say.", "A car."), 0, "Acar.", bos),
     ):
-        row = tokenize_conversation(conversation, count, tokenizer, "plain", 512)
+        row = tokenize_conversation(conversation, count, tokenizer, SampleSpec("plain", seq_length=512))
         assert row.image_spans == count and not row.mismatch
         assert row.input_ids[: len(before)] == before
         assert row.labels == [IGNORE_INDEX] * len(before) + row.input_ids[len(before) :]
         assert text_of(row.input_ids[len(before) :], tokenizer) == supervised
-    assert tokenize_prompt(turns("<image> <image> x"), 2, tokenizer, "plain") == [*bos] + [IMAGE_TOKEN_INDEX] * 2
+    assert tokenize_prompt(turns("<image> <image> x"), 2, tokenizer, PLAIN) == [*bos] + [IMAGE_TOKEN_INDEX] * 2
     with pytest.raises(ConversationError, match="a picture but no <image>"):
-        tokenize_conversation(turns("Say.", "A car."), 1, tokenizer, "plain", 512)
+        tokenize_conversation(turns("Say.", "A car."), 1, tokenizer, SampleSpec("plain", seq_length=512))
 
 
 def test_text_of_plain_is_cut_like_any_other(tokenizers: dict[str, Any]) -> None:
-    row = tokenize_conversation(turns("", "a dog and a cat"), 0, tokenizers["tok_qwen2"], "plain", 3)
+    row = tokenize_conversation(
+        turns("", "a dog and a cat"), 0, tokenizers["tok_qwen2"], SampleSpec("plain", seq_length=3)
+    )
     assert len(row.input_ids) == len(row.labels) == 3 < row.text_tokens
 
 
@@ -219,20 +229,26 @@ def several(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, encoded: A
         records.append({"id": str(number), "conversations": conversation} | ({"image": names} if names else {}))
     source = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2")
     with ShardWriter(root / "shards", max_samples=7, length_source=source) as writer:
-        done = convert_records(records, root, writer, tokenizer, "qwen_2")
+        done = convert_records(records, root, writer, Measure(tokenizer, SampleSpec("qwen_2")))
     assert (done.samples, done.images) == (20, 40) and not done.skipped
     return root / "shards"
 
 
 def open_several(path: Path, tokenizer: Any, model_config: Any, seq_length: int, **settings: Any) -> ShardDataset:
-    return ShardDataset(path, tokenizer, model_config, "qwen_2", "square", seq_length, **settings)
+    spec = SampleSpec("qwen_2", seq_length=seq_length, **settings)
+    return ShardDataset(ShardReader(path), tokenizer, model_config, spec)
+
+
+def bounded(bounds: SampleBounds) -> dict[str, int | None]:
+    """The options that give these bounds."""
+    return {"max_images_per_sample": bounds.images, "max_tokens_per_sample": bounds.tokens}
 
 
 def read_all(dataset: ShardDataset, micro_batch_size: int = 1) -> tuple[list[Sample], list[Any]]:
     """Every sample of an epoch through the loader, packed, and the batches."""
     samples: dict[str, Sample] = {}
     batches = []
-    with StepLoader(
+    with open_loader(
         dataset,
         BlockOrder(len(dataset), seed=3),
         global_batch_size=micro_batch_size,
@@ -299,7 +315,7 @@ def test_what_is_cut_before_a_picture_is_read_as_planned(
 def test_samples_over_the_bounds_are_skipped_and_planned_for(
     bounds: SampleBounds, several: Path, tokenizer: Any, model_config: Any
 ) -> None:
-    dataset = open_several(several, tokenizer, model_config, 256, bounds=bounds)
+    dataset = open_several(several, tokenizer, model_config, 256, **bounded(bounds))
     samples, _ = read_all(dataset)
     over = 0
     for number, (sample, row) in enumerate(zip(samples, dataset.reader.samples, strict=True)):
@@ -316,7 +332,7 @@ def test_samples_over_the_bounds_are_skipped_and_planned_for(
 
 
 def test_a_text_that_is_cut_is_over_the_bound_all_the_same(several: Path, tokenizer: Any, model_config: Any) -> None:
-    dataset = open_several(several, tokenizer, model_config, 20, bounds=SampleBounds(tokens=30))
+    dataset = open_several(several, tokenizer, model_config, 20, max_tokens_per_sample=30)
     assert dataset.get(0, 0).problem == "its text is over 30 tokens"
 
 
@@ -328,8 +344,9 @@ def test_records_over_the_bounds_are_not_stored(tmp_path: Path, tokenizer: Any, 
         {"conversations": turns("Say.", "word " * 200)},
         {"image": ["a.png"] * 2, "conversations": turns("<image> <image> <image>", "Same.")},
     ]
+    spec = SampleSpec("qwen_2", max_images_per_sample=3, max_tokens_per_sample=100)
     with ShardWriter(tmp_path / "out") as writer:
-        done = convert_records(records, tmp_path, writer, tokenizer, "qwen_2", bounds=SampleBounds(3, 100))
+        done = convert_records(records, tmp_path, writer, Measure(tokenizer, spec))
     reasons = {"it has over 3 pictures": 1, "its text is over 100 tokens": 1, "3 <image> in the text, 2 pictures": 1}
     assert done.samples == 1 and done.skipped == reasons
     reader = ShardReader(tmp_path / "out")
@@ -352,7 +369,12 @@ def test_a_caption_in_a_tar_says_where_its_pictures_stand(tmp_path: Path, encode
                 tar.addfile(info, BytesIO(data))
 
     def keys(bounds: SampleBounds) -> tuple[ShardReader, list[str]]:
-        index_shards(find_shards([str(tmp_path)], tmp_path), tmp_path, Settings(bounds=bounds), max_bad_fraction=0)
+        index_shards(
+            find_shards([str(tmp_path)], tmp_path),
+            tmp_path,
+            Settings(spec=SampleSpec(**bounded(bounds))),
+            max_bad_fraction=0,
+        )
         reader = ShardReader(tmp_path)
         return reader, reader.keys(range(len(reader)))
 

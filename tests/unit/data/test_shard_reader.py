@@ -53,13 +53,15 @@ def test_webdataset_reads_the_shards(shards: Path, records: list[dict[str, Any]]
 
 
 def test_text_lengths_are_in_the_index(shards: Path, tokenizer: Any) -> None:
+    from ross_mcore.data.spec import SampleSpec
     from ross_mcore.data.templates import tokenize_conversation
 
     reader = ShardReader(shards)
     assert reader.length_source is not None and reader.length_source.template == "qwen_2"
+    spec = SampleSpec("qwen_2")
     for number in range(len(reader)):
         record = json.loads(reader.record_bytes(number))
-        tokenized = tokenize_conversation(record["conversations"], int("image" in record), tokenizer, "qwen_2", 999)
+        tokenized = tokenize_conversation(record["conversations"], int("image" in record), tokenizer, spec)
         row = reader.samples[number]
         assert row["text_tokens"] + row["image_spans"] == len(tokenized.input_ids)
         assert row["label_tokens"] == sum(label >= 0 for label in tokenized.labels) > 3

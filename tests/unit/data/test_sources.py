@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ross_mcore.data.loader import Step, StepLoader
+from ross_mcore.data.loader import Step
 from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset, Source, epoch_counts, read_sources
 from ross_mcore.errors import ShardError
+from tests.unit.data.loading import open_loader
 
 Open = Callable[..., ShardDataset]
 
@@ -124,13 +125,13 @@ def test_the_fingerprint_names_data_sets_and_shares(open_dataset: Open) -> None:
     assert len({mixture.fingerprint for mixture in (alone, *others)}) == 5
     renamed = MixtureDataset(["c", "d"], [part, part], [23, 46])
     assert renamed.fingerprint == others[2].fingerprint
-    assert others[0].template == others[1].template == "qwen_2"
+    assert others[0].spec.template == others[1].spec.template == "qwen_2"
 
 
 def read(dataset: MixtureDataset, count: int, **settings: int) -> list[Step]:
     orders = tuple(BlockOrder(size, which) for which, size in enumerate(dataset.sizes))
     sizes = {"global_batch_size": 6, "micro_batch_size": 1} | settings
-    with StepLoader(dataset, MixtureOrder(orders, dataset.counts, 5), packed=True, **sizes) as loader:
+    with open_loader(dataset, MixtureOrder(orders, dataset.counts, 5), packed=True, **sizes) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -152,7 +153,7 @@ def test_a_loader_reads_a_mixture_and_continues_in_the_middle(two: MixtureDatase
 def test_an_order_over_other_data_is_refused(two: MixtureDataset) -> None:
     with pytest.raises(ValueError, match="the order is over 46 samples, the data set has 23"):
         orders = (BlockOrder(23, 0), BlockOrder(23, 1))
-        StepLoader(two.parts[0], MixtureOrder(orders, (1, 1), 0), global_batch_size=1, micro_batch_size=1)
+        open_loader(two.parts[0], MixtureOrder(orders, (1, 1), 0), global_batch_size=1, micro_batch_size=1)
 
 
 def test_the_example_can_be_read(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import ConfigError
 from ross_mcore.parallel.layout import Chunk, Stage
@@ -59,7 +60,7 @@ def shards(bases: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactor
 
 def opened(folder: Path, base: Checkpoint) -> ShardDataset:
     tokenizer = load_tokenizer(base.tokenizer)
-    return ShardDataset(folder, tokenizer, base.model_config(), "plain", "pad", 64)
+    return ShardDataset(ShardReader(folder), tokenizer, base.model_config(), SampleSpec("plain", "pad", 64))
 
 
 def choose(folders: list[Path], base: Checkpoint, **flags: Any) -> Precomputed:

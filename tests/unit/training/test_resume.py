@@ -13,16 +13,17 @@ from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.errors import CheckpointError, ConfigError
 from ross_mcore.training.resume import (
-    RUN_IDENTITY,
+    IDENTITY,
     changeable_options,
     continued,
     refuse_other_model,
 )
 
-STARTED = TrainState(seed=1, data_fingerprint="a", global_batch_size=8, seq_length=64, template="plain")
+STARTED = TrainState(seed=1, data_fingerprint="a", global_batch_size=8, samples=SampleSpec("plain", seq_length=64))
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 8, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
 
@@ -34,23 +35,36 @@ def saved(path: Path, state: dict[str, Any]) -> Checkpoint:
 
 def go_on(path: Path, started: TrainState, **flags: Any) -> TrainState:
     before = replace(STARTED, iteration=7, data={"consumed_samples": 56}, bad_samples=2)
-    return continued(saved(path, asdict(before)), started, Config.from_flat(**flags))
+    return continued(saved(path, before.to_dict()), started, Config.from_flat(**flags))
 
 
-@pytest.mark.parametrize("name", RUN_IDENTITY)
+FLAGS = IDENTITY | {name: f"--{name.replace('_', '-')}" for name in asdict(STARTED.samples)}
+
+
+@pytest.mark.parametrize("name", FLAGS)
 def test_another_run_is_refused_with_both_values(name: str, tmp_path: Path) -> None:
-    before = getattr(STARTED, name)
+    before = STARTED.to_dict()[name]
     now = not before if isinstance(before, bool) else 7 if before is None else before * 2 or "other"
     with pytest.raises(ConfigError) as error:
-        go_on(tmp_path, replace(STARTED, **{name: now}))
-    for part in (str(tmp_path), f"{name} {before!r} and this run has {now!r}", RUN_IDENTITY[name], "--finetune"):
+        go_on(tmp_path, TrainState.from_dict(json.loads(json.dumps({**STARTED.to_dict(), name: now}))))
+    for part in (str(tmp_path), f"{name} {before!r} and this run has {now!r}", FLAGS[name], "--finetune"):
         assert part in str(error.value)
 
 
 def test_all_that_is_not_counted_belongs_to_the_run() -> None:
     counted = {"iteration", "data", "bad_steps_in_a_row", "bad_samples", "options", "training_stage"}
     counted |= {"recent_lm_losses", "recent_vm_losses"}
-    assert asdict(STARTED).keys() == counted | RUN_IDENTITY.keys()
+    assert STARTED.to_dict().keys() == counted | FLAGS.keys()
+
+
+def test_the_options_that_samples_depend_on_are_flags() -> None:
+    assert asdict(STARTED.samples).keys() <= asdict(Config().data).keys()
+
+
+def test_a_state_saved_before_an_option_existed_has_its_default(tmp_path: Path) -> None:
+    newer = ("mm_use_im_start_end", "max_images_per_sample", "max_tokens_per_sample", "supervise_final_eos")
+    state = {name: value for name, value in STARTED.to_dict().items() if name not in newer}
+    assert continued(saved(tmp_path, state), STARTED, Config()).samples == STARTED.samples
 
 
 def test_the_same_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -76,7 +90,7 @@ def test_options_that_may_change_are_told(tmp_path: Path) -> None:
     def options(iterations: int, **flags: Any) -> dict[str, Any]:
         return changeable_options(Config.from_flat(**flags), iterations)
 
-    before = json.loads(json.dumps(asdict(replace(STARTED, options=options(10, lr=1e-3)))))
+    before = json.loads(json.dumps(replace(STARTED, options=options(10, lr=1e-3)).to_dict()))
     now = replace(STARTED, options=options(20, lr=5e-4, vision_lr=None), global_batch_size=16)
     assert changed_options(before, now) == [
         "--lr 0.001 -> 0.0005",

@@ -1,0 +1,49 @@
+"""The lengths of samples in an index: what they were measured with, and whether that is what a run reads with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ross_mcore.data.shard_reader import INDEX_TOOL, LengthSource, ShardReader
+from ross_mcore.data.spec import SampleSpec
+from ross_mcore.data.templates import tokenize_conversation
+from ross_mcore.data.tokenizer import fingerprint_tokenizer
+from ross_mcore.errors import ConversationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def length_source(tokenizer: PreTrainedTokenizerBase, spec: SampleSpec) -> LengthSource:
+    """What lengths measured by this program depend on: fingerprints of the tokenizer and of what texts become.
+
+    The latter is of a few conversations with and without pictures, tokenized: it changes with the program's templates
+    and with where it puts pictures, which the tokenizer and the template's name do not show.
+    """
+    short = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    inside = [{"from": "human", "value": "See <image> and <image>."}, {"from": "gpt", "value": "Two."}]
+    facts: list[list[Any]] = []
+    for turns, num_images in ((short, 1), (short * 2, 2), (inside, 1), (inside, 3), (short, 0)):
+        try:
+            row = tokenize_conversation(turns, num_images, tokenizer, spec.measured)
+            facts.append([row.input_ids, row.labels])
+        except ConversationError as error:
+            facts.append([str(error)])
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return LengthSource(fingerprint_tokenizer(tokenizer), spec.template, spec.mm_use_im_start_end, fingerprint)
+
+
+def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: Path | str) -> str | None:
+    """Why the lengths of an index are not those of `source`, with the command that mends it; None when they are."""
+    found = reader.length_source
+    difference = None if found is None else found.difference(source)
+    if found is not None and difference is None:
+        return None
+    was = "has no lengths" if found is None else f"was measured with another {difference}"
+    flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
+    flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
+    return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"

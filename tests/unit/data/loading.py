@@ -1,0 +1,27 @@
+"""Loaders from flat settings."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ross_mcore.data.dataset import SampleDataset
+from ross_mcore.data.loader import StepLoader, StepPlan
+from ross_mcore.data.order import Order
+from ross_mcore.data.replacement import Replacement
+from ross_mcore.parallel.layout import DataShare
+
+
+def open_loader(
+    dataset: SampleDataset, order: Order, *, state: dict[str, int] | None = None, num_workers: int = 0, **settings: Any
+) -> StepLoader:
+    """`settings`: fields of StepPlan, DataShare and Replacement by name; `state`: where the loader starts."""
+    values = [
+        kind(**{field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings})
+        for kind in (StepPlan, DataShare, Replacement)
+    ]
+    assert not settings
+    loader = StepLoader(dataset, order, *values, num_workers)
+    if state is not None:
+        loader.load_state_dict(state)
+    return loader

@@ -1,7 +1,84 @@
-"""Megatron-style model-parallel training of ROSS: encoder -> LLM -> denoiser."""
+"""Model-parallel training of ROSS on Megatron-Core: encoder -> LLM -> denoiser.
+
+The public names, usable in a script, a plain Python session or a notebook:
+
+    import ross_mcore
+
+    recipe = ross_mcore.read_recipe("train_ross/finetune_siglip_qwen2")
+    ross_mcore.train(ross_mcore.Config.from_flat(**recipe, load="base", data_path="shards", save="runs/finetune"))
+
+    model = ross_mcore.load_model("runs/finetune", dtype="bfloat16")
+    ross_mcore.answer(model, [ross_mcore.Question("<image>\\nWhat is it?", ["cat.jpg"])])
+    originals, reconstructions = ross_mcore.reconstruct(model, ["cat.jpg", "dog.png"])
+
+Whatever is wrong with options, checkpoints, data or pictures raises a UserError whose message says what to do; its
+kinds are in ross_mcore.errors. Importing ross_mcore loads neither torch nor numpy: a name loads what it needs when it
+is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ross_mcore import megatron_hook
 
+if TYPE_CHECKING:
+    from ross_mcore.api import read_recipe, train
+    from ross_mcore.config import Config
+    from ross_mcore.errors import (
+        ArchitectureError,
+        CheckpointError,
+        ConfigError,
+        ConversationError,
+        ImageError,
+        TrainingError,
+        UserError,
+    )
+    from ross_mcore.inference import Question, TrainedModel, answer, load_model, read_picture, reconstruct
+
 __version__ = "0.1.0"
+__all__ = [
+    "ArchitectureError",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "ConversationError",
+    "ImageError",
+    "Question",
+    "TrainedModel",
+    "TrainingError",
+    "UserError",
+    "__version__",
+    "answer",
+    "load_model",
+    "read_picture",
+    "read_recipe",
+    "reconstruct",
+    "train",
+]
+
+_MODULES = {
+    "api": ("read_recipe", "train"),
+    "config": ("Config",),
+    "errors": (
+        *("ArchitectureError", "CheckpointError", "ConfigError", "ConversationError", "ImageError", "TrainingError"),
+        "UserError",
+    ),
+    "inference": ("Question", "TrainedModel", "answer", "load_model", "read_picture", "reconstruct"),
+}
+"""Module -> the public names that it defines."""
 
 megatron_hook.install()
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name when it is first used (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names:
+            value: object = getattr(import_module(f"ross_mcore.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'ross_mcore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

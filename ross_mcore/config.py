@@ -5,6 +5,9 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import os
+import types
+import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -48,12 +51,17 @@ class Config:
 
     @classmethod
     def from_flat(cls, **values: object) -> Config:
-        """Builds the sections from flag names (underscores). Raises ConfigError for a name that is no flag."""
+        """Builds the sections from flag names (underscores): `Config.from_flat(load="base", lr=2e-5)`.
+
+        Raises ConfigError for a name that is no flag, or a value of another type than the flag's; paths are taken as
+        their strings.
+        """
         sections = {}
         for section in fields(cls):
             part = SECTIONS[section.name]
             names = {f.name for f in fields(part)}
-            sections[section.name] = part(**{name: values.pop(name) for name in sorted(names & values.keys())})
+            given = {name: values.pop(name) for name in sorted(names & values.keys())}
+            sections[section.name] = part(**_checked_types(part, given))
         if values:
             raise ConfigError(f"no such option: {', '.join(sorted(values))}")
         return cls(**sections)
@@ -98,6 +106,35 @@ class Config:
     @property
     def image_aspect_ratio(self) -> str:
         return self.data.image_aspect_ratio or ("square" if self.training.training_stage == "pretrain" else "pad")
+
+
+def _checked_types(section: type, values: dict[str, object]) -> dict[str, Any]:
+    """Values for the fields of a section, paths as strings. Raises ConfigError for a value of another type."""
+    hints = typing.get_type_hints(section)
+    checked = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in values.items()}
+    for name, value in checked.items():
+        is_union = typing.get_origin(hints[name]) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(hints[name]) if is_union else (hints[name],)
+        if not any(_is_a(value, kind) for kind in kinds):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {shown(value)}, expected {' or '.join(map(_described, kinds))}"
+            )
+    return checked
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of a field's type; a whole number is a float too, and a bool is neither."""
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return "None" if kind is type(None) else str(kind.__name__)
 
 
 SECTIONS = {

@@ -1,5 +1,10 @@
 """A trained model in one process: answer questions about pictures, and show what its image states reconstruct.
 
+The public names are those of `ross_mcore`. A plain Python session or a notebook needs nothing before them:
+
+    model = ross_mcore.load_model("runs/finetune")
+    ross_mcore.answer(model, [ross_mcore.Question("<image>\nWhat is it?", ["cat.jpg"])])
+
 Legend: B prompts, S tokens, K pictures, H W pixels of the tower's input, Hd side of a decoded picture.
 """
 
@@ -8,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
 from PIL import Image
@@ -21,13 +26,13 @@ from ross_mcore.checked import shown
 from ross_mcore.checkpoint.fit import architecture_of
 from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
-from ross_mcore.data.conversation import expand_images, require_pictures
-from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, check_turns, expand_images, require_pictures
+from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image, rgb_picture
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_prompt
+from ross_mcore.data.templates import TEMPLATES, TRAINING_TEMPLATES, tokenize_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
-from ross_mcore.errors import CheckpointError, ImageError
+from ross_mcore.errors import CheckpointError, ConfigError, ConversationError, ImageError
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel, RossOptions
 from ross_mcore.parallel import groups
@@ -35,6 +40,11 @@ from ross_mcore.parallel.layout import make_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Picture: TypeAlias = Tensor | Image.Image | Path | str
+"""A file (PNG, JPEG, WebP), a PIL picture, or what `read_picture` returns: [3, H, W] in the tower's normalisation."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,22 @@ def _first_of(checkpoint: Checkpoint, key: str, known: Collection[str], default:
     return str(first)
 
 
-def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> TrainedModel:
-    """Loads the newest checkpoint of `run`, whatever layout saved it.
+def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: int = 0) -> TrainedModel:
+    """Loads the newest checkpoint of `run`, whatever layout saved it, to compute in `dtype`: float32 or bfloat16.
 
-    Raises CheckpointError, ArchitectureError or TokenizerError naming the file.
+    `run` is the folder of a run, of a converted model, or of one checkpoint; `seed` is that of `reconstruct`'s noise.
+    Raises CheckpointError, ArchitectureError or TokenizerError naming the file, ConfigError for another dtype.
     """
+    computed_in = DTYPES.get(str(dtype).removeprefix("torch."))
+    if computed_in is None:
+        raise ConfigError(f"dtype {dtype!r} cannot be computed in; expected one of {', '.join(DTYPES)}")
     checkpoint = require_checkpoint(Path(run))
     config = architecture_of(checkpoint)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     platform.initialize_process_group(timeout_minutes=10)
     layout = make_layout(config, world_size=1, tensor_parallel=1, pipeline_parallel=1)
     here = groups.initialize(layout, seed, timeout_minutes=10)
-    model = RossModel(config, here, Execution(dtype=dtype), here.stage.chunks[0], RossOptions(seed=seed))
+    model = RossModel(config, here, Execution(dtype=computed_in), here.stage.chunks[0], RossOptions(seed=seed))
     model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))
     model.requires_grad_(False).eval()
     return TrainedModel(checkpoint, config, model, tokenizer, checkpoint.image_processor())
@@ -89,17 +103,21 @@ def load_model(run: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that ends with the human's turn, and the pictures [3, H, W] it is about, in its order."""
+    """A conversation that ends with the human's turn, and the pictures it is about, in its order.
 
-    conversations: list[dict[str, str]]
-    pictures: Sequence[Tensor] = ()
+    The conversation is a list of {"from": "human" | "gpt", "value": text}, or the text of a single turn. `<image>`
+    shows where a picture stands; pictures without one come first.
+    """
+
+    conversations: list[dict[str, str]] | str
+    pictures: Sequence[Picture] = ()
 
 
 @torch.no_grad()
 def answer(
     trained: TrainedModel,
     questions: Sequence[Question],
-    template: str,
+    template: str | None = None,
     *,
     max_new_tokens: int = 16,
     batch_size: int = 32,
@@ -107,13 +125,24 @@ def answer(
 ) -> list[str]:
     """Greedy answers, in order; generation ends at EOS, at a `stop` token or after `max_new_tokens`.
 
-    Every new token runs the whole row again (no key-value cache): meant for checks, not for serving.
-    Raises ConversationError for a malformed question, or one that shows more pictures than it has.
+    `template` is that of the conversations, by default the checkpoint's own. Every new token runs the whole row again
+    (no key-value cache): meant for checks, not for serving.
+    Raises ConversationError for a malformed question, or one that shows more pictures than it has, and ImageError for
+    an unusable picture, each with the question's number; ConfigError for an unknown template; OSError for a file.
     """
+    _require_model(trained)
+    template = trained.template if template is None else template
+    if template not in TEMPLATES:
+        raise ConfigError(f"there is no template {shown(template)}; expected one of {', '.join(TEMPLATES)}")
+    if isinstance(questions, (Question, str)):
+        raise TypeError(f"questions is one {type(questions).__name__}, expected a list of Question")
+    for number, question in enumerate(questions):  # all of them before the first is answered
+        _turns(question, f"questions[{number}]")
     ends = {trained.tokenizer.eos_token_id, *(trained.tokenizer.convert_tokens_to_ids(token) for token in stop)}
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
-        rows = [_prompt(trained, question, template) for question in questions[start : start + batch_size]]
+        numbers = range(start, min(start + batch_size, len(questions)))
+        rows = [_prompt(trained, questions[n], template, f"questions[{n}]") for n in numbers]
         open_rows = set(range(len(rows)))
         new: list[list[int]] = [[] for _ in rows]
         while open_rows and max(map(len, new)) < max_new_tokens:
@@ -130,19 +159,29 @@ def answer(
 
 @torch.no_grad()
 def reconstruct(
-    trained: TrainedModel, pictures: Sequence[Tensor], *, steps: int = 50, temperature: float = 1.0, batch_size: int = 8
+    trained: TrainedModel,
+    pictures: Sequence[Picture],
+    *,
+    steps: int = 50,
+    temperature: float = 1.0,
+    batch_size: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    """pictures K x [3, H, W], normalised for the tower -> (originals, reconstructions), [K, 3, Hd, Hd] in [0, 1].
+    """K pictures -> (originals, reconstructions), [K, 3, Hd, Hd] in [0, 1].
 
     Each picture stands where training showed it, in the prompt of `trained.template`; what follows it cannot reach its
-    states. Raises ArchitectureError for a model without a denoiser.
+    states. Raises ArchitectureError for a model without a denoiser, ImageError for an unusable picture, OSError for a
+    file.
     """
+    _require_model(trained)
     _ = trained.config.decode_image_size
+    if isinstance(pictures, (str, Path, Image.Image)) or not len(pictures):
+        raise TypeError("pictures must be a list of at least one picture")
     originals, reconstructions = [], []
     for start in range(0, len(pictures), batch_size):
+        some = _pixels(pictures[start : start + batch_size], trained, "pictures", start)
         rows = [
-            _row([{"from": "human", "value": "<image>"}], [pixels], trained, trained.template, start + place)
-            for place, pixels in enumerate(pictures[start : start + batch_size])
+            _row([{"from": "human", "value": IMAGE_PLACEHOLDER}], [pixels], trained, trained.template, place)
+            for place, pixels in enumerate(some, start)
         ]
         batch, hidden = _run(trained, rows)
         original, reconstruction = trained.model.reconstruct(hidden, batch, steps=steps, temperature=temperature)
@@ -151,7 +190,7 @@ def reconstruct(
     return torch.cat(originals), torch.cat(reconstructions)
 
 
-def read_picture(path: Path, preprocessing: ImagePreprocessing) -> Tensor:
+def read_picture(path: Path | str, preprocessing: ImagePreprocessing) -> Tensor:
     """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError naming the file, OSError."""
     try:
         if Path(path).stat().st_size > MAX_IMAGE_BYTES:
@@ -168,8 +207,64 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def _prompt(trained: TrainedModel, question: Question, template: str) -> Sample:
-    return _row(question.conversations, question.pictures, trained, template, position=0)
+def _require_model(trained: TrainedModel) -> None:
+    if not isinstance(trained, TrainedModel):
+        raise TypeError(f"the model is a {type(trained).__name__}, expected what load_model returns")
+
+
+def _turns(question: Question, name: str) -> list[dict[str, str]]:
+    """The turns of a question, in which every picture has its place. Raises ConversationError naming the question."""
+    if not isinstance(question, Question):
+        raise TypeError(f"{name} is a {type(question).__name__}, expected a Question")
+    if isinstance(question.pictures, (str, Path, Image.Image)):
+        raise TypeError(f"{name}: pictures is one picture, expected a list of them")
+    given = question.conversations
+    turns = [{"from": "human", "value": given}] if isinstance(given, str) else given
+    try:
+        checked = check_turns(turns)
+    except ConversationError as error:
+        raise ConversationError(f"{name}: {error}") from None
+    placed, pictures = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked), len(question.pictures)
+    if placed > pictures:
+        raise ConversationError(f"{name}: {placed} {IMAGE_PLACEHOLDER} in the text, {pictures} pictures")
+    if pictures == 1 and not placed:  # the reference, and training, leave it out
+        first = next((place for place, (role, _) in enumerate(checked) if role == "human"), 0)
+        shown_first = {**turns[first], "value": f"{IMAGE_PLACEHOLDER}\n{turns[first]['value']}"}
+        turns = [*turns[:first], shown_first, *turns[first + 1 :]]
+    return turns
+
+
+def _prompt(trained: TrainedModel, question: Question, template: str, name: str = "question") -> Sample:
+    turns, pixels = _turns(question, name), _pixels(question.pictures, trained, f"{name}.pictures")
+    try:
+        return _row(turns, pixels, trained, template, position=0)
+    except ConversationError as error:
+        raise ConversationError(f"{name}: {error}") from None
+
+
+def _pixels(pictures: Sequence[Picture], trained: TrainedModel, name: str, first: int = 0) -> list[Tensor]:
+    """Pixels of pictures that errors call `name`[`first`] and so on. Raises ImageError, OSError, TypeError."""
+    preprocessing, size = trained.preprocessing(), trained.config.vision.image_size
+    pixels = []
+    for number, picture in enumerate(pictures, first):
+        try:
+            if isinstance(picture, Tensor):
+                if picture.shape != (3, size, size) or not picture.is_floating_point():
+                    raise ImageError(
+                        f"{picture.dtype} of shape {tuple(picture.shape)}, expected floats of (3, {size}, {size}) as "
+                        "read_picture returns; give a file or a PIL picture of any size instead"
+                    )
+                pixels.append(picture)
+            elif isinstance(picture, Image.Image):
+                pixels.append(torch.from_numpy(preprocessing(rgb_picture(picture))))
+            elif isinstance(picture, (str, Path)):
+                pixels.append(read_picture(picture, preprocessing))
+            else:
+                kind = type(picture).__name__
+                raise TypeError(f"{name}[{number}] is a {kind}, expected a path, a PIL picture or a tensor")
+        except ImageError as error:
+            raise ImageError(f"{name}[{number}]: {error}") from None
+    return pixels
 
 
 def _row(

@@ -40,15 +40,7 @@ def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.I
     """
     try:
         with Image.open(io.BytesIO(data), formats=list(formats)) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                raise ImageError("too large in pixels")
-            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise ImageError("too long and thin")
-            kind = str(picture.format)
-            if picture.mode.startswith("I"):
-                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB"), kind
-            return picture.convert("RGB"), kind
+            return rgb_picture(picture), str(picture.format)
     except ImageError:
         raise
     except UnidentifiedImageError:  # its message holds an address, which differs between ranks
@@ -57,6 +49,18 @@ def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.I
         raise ImageError("too large in pixels") from None
     except Exception as error:  # a hostile file can raise anything out of a decoder
         raise ImageError(f"undecodable: {reason(error)}") from None
+
+
+def rgb_picture(picture: Image.Image) -> Image.Image:
+    """An opened picture in RGB, converted as `decode_image` says. Raises ImageError for a size out of bounds."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ImageError("too large in pixels")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError("too long and thin")
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    return picture.convert("RGB")
 
 
 @dataclass(frozen=True)

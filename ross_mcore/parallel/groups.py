@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -67,6 +69,15 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
     )
+
+
+@contextmanager
+def left_as_found() -> Iterator[None]:
+    """Leaves every group when the body succeeds, unless this process was in groups before: those of a loaded model."""
+    was_joined = dist.is_initialized()
+    yield
+    if not was_joined:
+        destroy()
 
 
 def destroy() -> None:

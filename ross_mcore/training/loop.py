@@ -27,15 +27,19 @@ def train(config: Config) -> int:
     The process itself ends when another rank died or is blocked (guards/watchdog.py).
     """
     try:
-        with Requests.of(config.training) as requests, ExitStack() as closing:
-            run, state = open_run(config, closing)
-            _train(run, state, requests)
-        groups.destroy()
+        train_or_raise(config)
         return 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             complain(f"pretrain_ross.py: error: {error}")
         return 2
+
+
+def train_or_raise(config: Config) -> None:
+    """Trains as `config` says, until the run is finished or stopped on request. Raises UserError."""
+    with groups.left_as_found(), Requests.of(config.training) as requests, ExitStack() as closing:
+        run, state = open_run(config, closing)
+        _train(run, state, requests)
 
 
 def _train(run: Run, state: TrainState, requests: Requests) -> None:

@@ -55,6 +55,7 @@ ALLOWED = {
         *("architecture", "parts", "batch", "checked", "options", "config", "logs", "platform"),
         *("parallel", "data", "checkpoint", "engine", "guards", "reporting", "training"),
     },
+    "api": {"config", "flags", "training"},
     "commands": {
         *("architecture", "checkpoint", "checked", "commands", "config", "conversion", "data", "flags", "inference"),
         *("logs", "models", "options", "parallel", "parts", "platform", "reporting", "shards", "training"),

@@ -1,0 +1,151 @@
+"""The public names of ross_mcore: what importing costs, what wrong arguments get, and which pictures are taken."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import ross_mcore
+from ross_mcore import Question, TrainedModel
+from tests.recorded import GOLDEN, recorded_checkpoint
+
+PICTURE = GOLDEN / "data" / "images" / "img0.png"
+ASKED = "<image>\nWhat is it?"
+
+
+def test_importing_loads_no_library() -> None:
+    code = (
+        "import sys; import ross_mcore; ross_mcore.Config(); ross_mcore.UserError; dir(ross_mcore)\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "print(sorted(loaded - set(sys.stdlib_module_names) - {'__main__', 'ross_mcore', 'sitecustomize'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_every_public_name_is_there_for_people_and_for_type_checkers() -> None:
+    assert dir(ross_mcore) == sorted(ross_mcore.__all__)
+    for name in ross_mcore.__all__:
+        assert getattr(ross_mcore, name).__doc__ or name == "__version__"
+    tree = ast.parse(Path(ross_mcore.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported | {"__version__"} == set(ross_mcore.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = ross_mcore.trian
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "says"),
+    [
+        (lambda: ross_mcore.train("recipe.yaml"), TypeError, "takes a Config, got str"),
+        (lambda: ross_mcore.train(ross_mcore.Config()), ross_mcore.ConfigError, "--load is missing"),
+        (lambda: ross_mcore.read_recipe("nowhere.yaml"), ross_mcore.ConfigError, "train_ross/finetune_siglip_qwen2"),
+        (lambda: ross_mcore.load_model("nowhere"), ross_mcore.CheckpointError, "nowhere does not exist"),
+        (lambda: ross_mcore.load_model("x", dtype="float16"), ross_mcore.ConfigError, "'float16'.*float32, bfloat16"),
+        (lambda: ross_mcore.load_model("x", dtype=torch.half), ross_mcore.ConfigError, "float16.*float32, bfloat16"),
+        (lambda: ross_mcore.answer("run", []), TypeError, "the model is a str, expected what load_model returns"),
+        (lambda: ross_mcore.reconstruct("run", []), TypeError, "the model is a str"),
+        (lambda: ross_mcore.Config.from_flat(lr="3e-4"), ross_mcore.ConfigError, "--lr is '3e-4', expected float"),
+        (lambda: ross_mcore.Config.from_flat(seed=True), ross_mcore.ConfigError, "--seed is True, expected int"),
+        (lambda: ross_mcore.Config.from_flat(training_stage="x"), ross_mcore.ConfigError, "one of pretrain, finetune"),
+    ],
+)
+def test_wrong_arguments_get_a_clear_error(call: Callable[[], Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=says):
+        call()
+
+
+def test_a_recipe_and_options_make_a_config() -> None:
+    recipe = ross_mcore.read_recipe("train_ross/finetune_siglip_qwen2")
+    config = ross_mcore.Config.from_flat(**recipe, load=Path("base"), vision_lr=1)
+    assert (config.training.training_stage, config.checkpoint.load, config.optimizer.vision_lr) == (
+        "finetune",
+        "base",
+        1,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(process_group: None, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """The recorded model, as `load_model` reads it from a path that is a string."""
+    folder = tmp_path_factory.mktemp("api") / "base"
+    recorded_checkpoint("qwen2_siglip", folder)
+    return ross_mcore.load_model(str(folder))
+
+
+def test_pictures_are_files_pil_pictures_or_pixels(model: TrainedModel) -> None:
+    pixels = ross_mcore.read_picture(PICTURE, model.preprocessing())
+    with Image.open(PICTURE) as opened:
+        forms = [PICTURE, str(PICTURE), opened, pixels]
+        asked = [Question(ASKED, [picture]) for picture in forms]
+        answers = ross_mcore.answer(model, asked, "qwen_2", max_new_tokens=3)
+        originals, samples = ross_mcore.reconstruct(model, forms, steps=1)
+    assert len(set(answers)) == 1
+    assert all(torch.equal(original, originals[0]) for original in originals)
+    assert samples.shape == originals.shape
+
+
+def test_a_question_is_turns_or_a_text_whose_pictures_come_first(model: TrainedModel) -> None:
+    turns = [{"from": "human", "value": ASKED}]
+    asked = [Question(turns, [PICTURE]), Question(ASKED, [PICTURE]), Question("What is it?", [PICTURE])]
+    assert len(set(ross_mcore.answer(model, asked, "qwen_2", max_new_tokens=3))) == 1
+    assert turns == [{"from": "human", "value": ASKED}]
+    assert ross_mcore.answer(model, asked[:1], max_new_tokens=3) == ross_mcore.answer(
+        model, asked[:1], model.template, max_new_tokens=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("question", "kind", "says"),
+    [
+        (Question(ASKED), ross_mcore.ConversationError, r"questions\[1\]: 1 <image> in the text, 0 pictures"),
+        (Question("<image><image>", [PICTURE]), ross_mcore.ConversationError, r"\[1\]: 2 <image> in the text, 1 pict"),
+        (Question([]), ross_mcore.ConversationError, r"questions\[1\]: conversations is not a list"),
+        (
+            Question([{"from": "gpt", "value": "It is."}]),
+            ross_mcore.ConversationError,
+            r"questions\[1\]: nothing to answer",
+        ),
+        (Question(ASKED, [__file__]), ross_mcore.ImageError, r"questions\[1\]\.pictures\[0\]: .*test_api.py: undecod"),
+        (
+            Question(ASKED, [torch.zeros(3, 5, 5)]),
+            ross_mcore.ImageError,
+            r"shape \(3, 5, 5\), .*\(3, 56, 56\)",
+        ),
+        (Question(ASKED, [7]), TypeError, r"questions\[1\]\.pictures\[0\] is a int"),  # type: ignore[list-item]
+        (Question(ASKED, "cat.jpg"), TypeError, r"questions\[1\]: pictures is one picture"),
+        ("What is it?", TypeError, r"questions\[1\] is a str, expected a Question"),
+    ],
+)
+def test_a_bad_question_is_named(model: TrainedModel, question: Any, kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=says):
+        ross_mcore.answer(model, [Question("How much is one?"), question], "qwen_2", max_new_tokens=1)
+
+
+def test_an_unknown_template_gets_the_list(model: TrainedModel) -> None:
+    with pytest.raises(ross_mcore.UserError, match="no template 'chatml'; expected one of plain, qwen_2, v1, llama3"):
+        ross_mcore.answer(model, [Question("What?")], "chatml")
+
+
+@pytest.mark.parametrize("pictures", [str(PICTURE), []])
+def test_reconstruct_wants_a_list(model: TrainedModel, pictures: Any) -> None:
+    with pytest.raises(TypeError, match="a list of at least one picture"):
+        ross_mcore.reconstruct(model, pictures)
+
+
+def test_two_models_work_in_one_session(model: TrainedModel) -> None:
+    asked = [Question(ASKED, [PICTURE])]
+    before = ross_mcore.answer(model, asked, "qwen_2", max_new_tokens=3)
+    other = ross_mcore.load_model(model.checkpoint.path, dtype="bfloat16", seed=5)
+    assert next(other.model.parameters()).dtype == torch.bfloat16
+    assert len(ross_mcore.answer(other, asked, "qwen_2", max_new_tokens=1)) == 1
+    assert ross_mcore.answer(model, asked, "qwen_2", max_new_tokens=3) == before

@@ -33,6 +33,7 @@ from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TEMPLATES, TRAINING_TEMPLATES, tokenize_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import CheckpointError, ConfigError, ConversationError, ImageError
+from ross_mcore.models.inventory import inventory
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel, RossOptions
 from ross_mcore.parallel import groups
@@ -90,7 +91,7 @@ def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: 
     if computed_in is None:
         raise ConfigError(f"dtype {dtype!r} cannot be computed in; expected one of {', '.join(DTYPES)}")
     checkpoint = require_checkpoint(Path(run))
-    config = architecture_of(checkpoint)
+    config = architecture_of(checkpoint, inventory)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     platform.initialize_process_group(timeout_minutes=10)
     layout = make_layout(config, world_size=1, tensor_parallel=1, pipeline_parallel=1)

@@ -10,17 +10,17 @@ from typing import Any
 from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 
 from ross_mcore import checked
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.checkpoint.fit import Inventory
 from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE, Checkpoint
-from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.manifest import MARKER
 from ross_mcore.checkpoint.safe_load import read_metadata, tensor_shapes
 from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
 from ross_mcore.errors import CheckpointError
 from ross_mcore.parts import PARTS
+from ross_mcore.shapes import Shapes, differences
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, Any]:
     """What is inside, as plain data. Raises CheckpointError or ArchitectureError when a small file cannot be read.
 
     `problems`: tensors that config.json tells of and that are not there, or the other way round. `unlisted`: files that
@@ -47,7 +47,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": manifest.bytes,
         "parts": parts,
         "optimizer": _optimizer(optimizer) if optimizer else None,
-        "problems": _disagreements(checkpoint.model_config(), metadata),
+        "problems": _disagreements(inventory(checkpoint.model_config()), metadata),
         "unlisted": _unlisted(checkpoint.path, set(manifest.files)),
     }
 
@@ -85,18 +85,10 @@ def _optimizer(tensors: dict[str, TensorStorageMetadata]) -> dict[str, Any]:
     return {"state": kinds, "bytes": sizes["bytes"], "dtypes": sorted(sizes["dtypes"])}
 
 
-def _disagreements(model: ModelConfig, metadata: Metadata) -> list[str]:
+def _disagreements(expected: Shapes, metadata: Metadata) -> list[str]:
     """One line for every tensor that config.json and the index do not agree on."""
-    expected = inventory(model)
     stored = {n: s for n, s in tensor_shapes(metadata).items() if not n.startswith(OPTIMIZER_PREFIX)}
-    lines = [f"tensor {name} is missing" for name in expected if name not in stored]
-    lines += [f"config.json knows no tensor {name}" for name in stored if name not in expected]
-    lines += [
-        f"tensor {name} has shape {list(stored[name])}, config.json says {list(shape)}"
-        for name, shape in expected.items()
-        if name in stored and stored[name] != tuple(shape)
-    ]
-    return lines
+    return [difference.in_words("config.json") for difference in differences(expected, stored)]
 
 
 def _unlisted(folder: Path, listed: set[str]) -> list[str]:

@@ -66,6 +66,7 @@ from ross_mcore.checkpoint.torch_dist import (
 )
 from ross_mcore.errors import CheckpointError
 from ross_mcore.parallel.collectives import all_or_none, gather
+from ross_mcore.shapes import differences
 
 __all__ = [
     "Checkpoint",
@@ -246,27 +247,33 @@ def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any])
         asked.update(names)
     stored = tensor_shapes(metadata)
     with_optimizer = any(name.startswith(OPTIMIZER_PREFIX) for name in asked)
-    missing = sorted(name for name in asked if name not in stored)
-    left_over = sorted(
-        name
-        for name in stored
-        if name not in asked
+    considered = {
+        name: shape
+        for name, shape in stored.items()
+        if name in asked
+        or not name.startswith((MASTER_PREFIX, FP8_PREFIX))
         and (with_optimizer or not name.startswith(OPTIMIZER_PREFIX))
-        and not name.startswith((MASTER_PREFIX, FP8_PREFIX))
-    )
-    other_shape = sorted(name for name in asked if name in stored and stored[name] != asked[name])
+    }
+    found = differences(asked, considered)
+    missing, left_over, other_shape = [], [], []
+    for one in found:
+        if one.found is None:
+            missing.append(one.name)
+        elif one.expected is None:
+            left_over.append(one.name)
+        else:
+            other_shape.append(f"{one.name}: stored {list(one.found)}, expected {list(one.expected)}")
     problems = []
     if missing:
         problems.append(f"it lacks {_some(missing)}")
     if left_over:
         problems.append(f"the model has no place for {_some(left_over)}")
     if other_shape:
-        shapes = [f"{name}: stored {list(stored[name])}, expected {list(asked[name])}" for name in other_shape]
-        problems.append(f"shapes differ: {_some(shapes)}")
+        problems.append(f"shapes differ: {_some(other_shape)}")
     if not problems:
         return
     what, remedy = "does not fit this model", "take another checkpoint"
-    if all(name.startswith(OPTIMIZER_PREFIX) for name in (*missing, *left_over, *other_shape)):
+    if all(one.name.startswith(OPTIMIZER_PREFIX) for one in found):
         what = "has optimizer state of other trainable parts"
         remedy += ", or its weights alone (--load, --finetune and a new --save)"
     raise CheckpointError(f"{checkpoint.path} {what}: {'; '.join(problems)}; {remedy}")

@@ -41,11 +41,12 @@ def check(checkpoint: Checkpoint, verify: bool, advance: Callable[[int], None]) 
     from ross_mcore.checkpoint.contents import describe
     from ross_mcore.checkpoint.manifest import damages
     from ross_mcore.errors import UserError
+    from ross_mcore.models.inventory import inventory
 
     manifest = checkpoint.manifest()
     problems = damages(checkpoint.path, manifest, manifest.files, advance) if verify else []
     try:
-        found = describe(checkpoint)
+        found = describe(checkpoint, inventory)
     except UserError as error:
         found = {"path": str(checkpoint.path), "iteration": checkpoint.iteration, "problems": []}
         problems = problems or [str(error)]

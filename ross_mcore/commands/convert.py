@@ -170,7 +170,7 @@ def progress_bar(model: ModelConfig) -> Iterator[Callable[[int], None]]:
     """A bar over the model's parameters; yields what to call with the number just written."""
     from rich.progress import Progress
 
-    from ross_mcore.checkpoint.inventory import inventory
+    from ross_mcore.models.inventory import inventory
 
     with Progress(transient=True) as progress:
         bar = progress.add_task("converting", total=sum(math.prod(shape) for shape in inventory(model).values()))

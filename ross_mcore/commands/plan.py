@@ -65,7 +65,7 @@ def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int) 
     from rich.console import Console
     from rich.table import Table
 
-    from ross_mcore.checkpoint.inventory import inventory
+    from ross_mcore.models.inventory import inventory
     from ross_mcore.parallel.layout import stage_extra_costs
     from ross_mcore.parallel.memory import Plan, bubble, stage_memory
 

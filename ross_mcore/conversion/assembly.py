@@ -14,7 +14,6 @@ from torch import Tensor
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import Checkpoint
-from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.conversion.huggingface import (
     GENERATION_CONFIG,
     RossFolder,
@@ -27,7 +26,9 @@ from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.stream import TensorWriter
 from ross_mcore.conversion.table import AnyRow, convert_in, plan
 from ross_mcore.errors import ConversionError
+from ross_mcore.models.inventory import inventory
 from ross_mcore.parts import DENOISER, PARTS, VAE, Part, part_of
+from ross_mcore.shapes import Shapes, differences
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def assemble(
             raise ConversionError(
                 f"{source.path}: {error}; give weights and a configuration{configs} that belong together"
             ) from None
-    missing, existed = set(shapes), root.exists()
+    written, existed = Shapes(), root.exists()
     partial = folder.begin(root, 0)
     try:
         copy_tokenizer(tokenizer, partial / folder.TOKENIZER)
@@ -84,16 +85,14 @@ def assemble(
             streams = [convert_in(steps, tensors, model.language) for steps, tensors in plans]
             for stream in (*streams, fresh):
                 for name, tensor in stream:
-                    if shapes.get(name) != tuple(tensor.shape):
-                        raise ConversionError(f"{name} has shape {list(tensor.shape)}, expected {shapes.get(name)}")
                     if dtype is not None:
                         tensor = tensor.to(torch.float32 if part_of(name).converted_in_float32 else dtype)
                     writer.add(name, tensor)
-                    missing.discard(name)
+                    written[name] = tuple(tensor.shape)
                     advance(tensor.numel())
                     del tensor  # before the next one is made
-            if missing:
-                raise ConversionError(f"nothing was given for {min(missing)} and {len(missing) - 1} more")
+            for difference in differences(shapes, written):
+                raise ConversionError(difference.in_words("the architecture"))
         return folder.publish(root, 0, partial, model, records=writer.records)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -23,13 +23,13 @@ from torch import Tensor
 from ross_mcore import checked
 from ross_mcore.checkpoint.fit import require_fit
 from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, rename_into_place
-from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.conversion import export_config, mapping
 from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
 from ross_mcore.conversion.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
 from ross_mcore.conversion.table import AnyRow, convert_steps, plan_out
 from ross_mcore.errors import CheckpointError, ConversionError
+from ross_mcore.models.inventory import inventory
 from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PARTS, PROJECTOR, VAE, VISION_TOWER, Part, part_of
 
 ADAPTERS = {PROJECTOR: "mm_projector.bin", DENOISER: "mm_inv_projector.bin"}
@@ -74,7 +74,7 @@ class Export:
             )
         except ValueError as error:
             raise ConversionError(f"{brought}: {error}; copy the file again, or remove it") from None
-        require_fit(checkpoint, self.model, self.source)
+        require_fit(checkpoint, self.model, self.source, inventory)
         if mm_pixel_decoder and not self.model.pixel_decoder:
             raise ConversionError(f"{checkpoint.path} has no pixel decoder whose path could be stated")
 

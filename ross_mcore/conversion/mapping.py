@@ -1,8 +1,7 @@
 """TABLES: names in Hugging Face, diffusers and ROSS checkpoints, and the names under which we store those tensors.
 
 `{layer}` stands for a number, `{name}` for any rest. A source tensor is taken by the first row that knows its name, and
-so is a tensor of ours on the way out. Our names are those in the checkpoint (see inventory.py): mcore stores the norms
-before attention and MLP under the names of the Transformer Engine layers they are fused into.
+so is a tensor of ours on the way out. Our names are those in the checkpoint, see models/inventory.py.
 """
 
 from __future__ import annotations

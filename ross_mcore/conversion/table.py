@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ross_mcore.architecture import LanguageConfig
-from ross_mcore.checkpoint.inventory import Shapes
 from ross_mcore.errors import ConversionError
+from ross_mcore.shapes import Shapes, differences
 
 
 class Tensors(Protocol):
@@ -203,29 +203,32 @@ def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: Lan
     """
     available = set(source.names())
     steps: dict[str, Step] = {}
+    made: dict[str, str] = {}
     for name in sorted(available):
         row, values = _first_row(table, name)
         if isinstance(row, Equal):
             if row.other not in available or not torch.equal(source.read(name), source.read(row.other)):
                 raise ConversionError(f"{name} must equal {row.other} in a model with tied embeddings, and does not")
         elif isinstance(row, Row):
-            ours = row.ours.format(**values)
-            if ours not in shapes:
-                raise ConversionError(f"tensor {name} has no place in this architecture (it would be {ours})")
+            made[name] = ours = row.ours.format(**values)
             step = Step(row, ours, tuple(pattern.format(**values) for pattern in row.theirs))
             if steps.setdefault(ours, step).theirs != step.theirs:
                 raise ConversionError(f"{ours} would be made of {steps[ours].theirs[0]} and again of {name}")
-    for ours in shapes:
-        if ours not in steps:
-            raise ConversionError(f"the source has nothing for {ours}, shape {list(shapes[ours])}")
-        step = steps[ours]
-        for name, expected in zip(step.theirs, step.row.their_shapes(shapes[ours], language)):
-            if name not in available:
-                raise ConversionError(f"tensor {name} is missing; it is a part of {ours}")
-            if tuple(source.shape(name)) != expected:
-                raise ConversionError(
-                    f"tensor {name} has shape {list(source.shape(name))}, the architecture says {list(expected)}"
-                )
+    expected: Shapes = {}
+    for ours, shape in shapes.items():
+        if ours in steps:
+            expected |= zip(steps[ours].theirs, steps[ours].row.their_shapes(shape, language), strict=True)
+            made |= dict.fromkeys(steps[ours].theirs, ours)
+        else:
+            expected[ours] = shape
+    for difference in differences(expected, {name: tuple(source.shape(name)) for name in made if name in available}):
+        name = difference.name
+        if difference.expected is None:
+            raise ConversionError(f"tensor {name} has no place in this architecture (it would be {made[name]})")
+        if name not in made:
+            raise ConversionError(f"the source has nothing for {name}, shape {list(difference.expected)}")
+        is_part = f"; it is a part of {made[name]}" if difference.found is None else ""
+        raise ConversionError(difference.in_words("the architecture") + is_part)
     return [steps[ours] for ours in shapes]
 
 

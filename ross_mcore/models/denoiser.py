@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ross_mcore.architecture import DenoiserConfig
+from ross_mcore.shapes import Shapes, conv, linear, within
 
 CONDITION_NORM_EPSILON = 1e-5
 BLOCK_NORM_EPSILON = 1e-6
@@ -217,3 +218,26 @@ class Denoiser(nn.Module):
                 hidden = block(hidden, modulation)
             prediction = self.final_layer(hidden, modulation)
             return prediction.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+def weight_shapes(config: DenoiserConfig, in_channels: int, condition_size: int, grid: int) -> Shapes:
+    """Of a Denoiser."""
+    width = config.width
+    shapes: Shapes = {"pos_embed": (1, grid**2, width)}
+    shapes |= conv("x_embedder.proj", width, in_channels, kernel=1)
+    shapes |= linear("t_embedder.mlp.0", width, FREQUENCY_CHANNELS) | linear("t_embedder.mlp.2", width, width)
+    shapes |= linear("z_embedder.1", width, condition_size)
+    for block in range(config.depth):
+        shapes |= within(
+            f"blocks.{block}.",
+            linear("attn.qkv", 3 * width, width)
+            | linear("attn.proj", width, width)
+            | linear("mlp.fc1", 4 * width, width)
+            | linear("mlp.fc2", width, 4 * width)
+            | linear("adaLN_modulation.1", 6 * width, width),
+        )
+    return (
+        shapes
+        | linear("final_layer.linear", in_channels, width)
+        | linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    )

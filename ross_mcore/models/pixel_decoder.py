@@ -17,6 +17,7 @@ from ross_mcore.architecture import PixelDecoderConfig
 from ross_mcore.checked import reason, shown
 from ross_mcore.errors import ArchitectureError
 from ross_mcore.library_configs import VAE_KEYS
+from ross_mcore.shapes import Shapes, conv, linear, norm, within
 
 
 def group_latents(latents: Tensor) -> Tensor:
@@ -147,3 +148,53 @@ class PixelDecoder(nn.Module):
             latents = ungroup_latents(latent_tokens.float()) / self.config.scaling_factor + self.config.shift_factor
             images = torch.cat([self.autoencoder.decode(part).sample for part in latents.split(self.encode_batch_size)])
             return (images / 2 + 0.5).clamp(0, 1)
+
+
+def weight_shapes(config: PixelDecoderConfig) -> Shapes:
+    """Of a diffusers AutoencoderKL of plain down and up blocks (FLUX, SDXL, SD)."""
+    vae = config.diffusers
+    blocks = [int(width) for width in vae["block_out_channels"]]
+    layers, latent = int(vae.get("layers_per_block", 1)), config.latent_channels
+    attention = bool(vae.get("mid_block_add_attention", True))
+    last = len(blocks) - 1
+
+    shapes = within("encoder.", conv("conv_in", blocks[0], int(vae.get("in_channels", 3)), 3))
+    for index, width in enumerate(blocks):
+        block = _resnets([blocks[max(index - 1, 0)]] + [width] * (layers - 1), width)
+        block |= conv("downsamplers.0.conv", width, width, 3) if index < last else {}
+        shapes |= within(f"encoder.down_blocks.{index}.", block)
+    shapes |= within("encoder.", _middle(blocks[-1], attention, 2 * latent, blocks[-1]))
+
+    shapes |= within("decoder.", conv("conv_in", blocks[-1], latent, 3))
+    upwards = blocks[::-1]
+    for index, width in enumerate(upwards):
+        block = _resnets([upwards[max(index - 1, 0)]] + [width] * layers, width)
+        block |= conv("upsamplers.0.conv", width, width, 3) if index < last else {}
+        shapes |= within(f"decoder.up_blocks.{index}.", block)
+    shapes |= within("decoder.", _middle(blocks[-1], attention, int(vae.get("out_channels", 3)), blocks[0]))
+
+    shapes |= conv("quant_conv", 2 * latent, 2 * latent, 1) if vae.get("use_quant_conv", True) else {}
+    shapes |= conv("post_quant_conv", latent, latent, 1) if vae.get("use_post_quant_conv", True) else {}
+    return shapes
+
+
+def _middle(width: int, attention: bool, out_channels: int, out_width: int) -> Shapes:
+    """The middle block of encoder or decoder, and its last norm and convolution."""
+    middle = _resnets([width, width], width)
+    if attention:
+        middle |= norm("attentions.0.group_norm", width)
+        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+            middle |= linear(f"attentions.0.{projection}", width, width)
+    end = norm("conv_norm_out", out_width) | conv("conv_out", out_channels, out_width, 3)
+    return within("mid_block.", middle) | end
+
+
+def _resnets(inputs: list[int], width: int) -> Shapes:
+    """Residual blocks of one level, by the number of channels that each reads."""
+    shapes: Shapes = {}
+    for index, channels in enumerate(inputs):
+        resnet = norm("norm1", channels) | conv("conv1", width, channels, 3)
+        resnet |= norm("norm2", width) | conv("conv2", width, width, 3)
+        resnet |= conv("conv_shortcut", width, channels, 1) if channels != width else {}
+        shapes |= within(f"resnets.{index}.", resnet)
+    return shapes

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ross_mcore.architecture import ProjectorConfig
+from ross_mcore.shapes import Shapes, linear
 
 
 class VisionProjection(nn.Sequential):
@@ -39,3 +40,11 @@ class VisionProjection(nn.Sequential):
     def forward(self, features: Tensor) -> Tensor:
         """features [J, N, in_size] in any dtype -> [J, N, out_size] in the dtype of the weights."""
         return super().forward(features.to(self[0].weight.dtype))
+
+
+def weight_shapes(config: ProjectorConfig, in_size: int, out_size: int) -> Shapes:
+    """Of a VisionProjection."""
+    shapes = linear("0", out_size, in_size)
+    for index in range(1, config.depth):
+        shapes |= linear(str(2 * index), out_size, out_size)
+    return shapes

@@ -16,6 +16,7 @@ from ross_mcore.checked import reason, shown
 from ross_mcore.errors import ArchitectureError
 from ross_mcore.library_configs import VISION_KEYS
 from ross_mcore.platform import Libraries
+from ross_mcore.shapes import Shapes, linear, norm, within
 
 
 class VisionModel(nn.Module):
@@ -101,3 +102,35 @@ def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
         raise ArchitectureError(
             f"config.json: transformers builds no {config.model_type} of {shown(fields)}: {reason(error)}"
         ) from None
+
+
+def weight_shapes(config: VisionConfig) -> Shapes:
+    """Of a whole tower under the names of transformers 5, with what ROSS never runs (last layers, post-norm, head)."""
+    tower = config.huggingface
+    hidden, patch, channels = config.hidden_size, int(tower["patch_size"]), int(tower.get("num_channels", 3))
+    intermediate = int(tower["intermediate_size"])
+    is_clip = config.model_type == "clip_vision_model"
+    shapes: Shapes = {"embeddings.patch_embedding.weight": (hidden, channels, patch, patch)}
+    shapes["embeddings.position_embedding.weight"] = (config.image_tokens + is_clip, hidden)
+    if is_clip:
+        shapes["embeddings.class_embedding"] = (hidden,)
+        shapes |= norm("pre_layrnorm", hidden)
+    else:
+        shapes["embeddings.patch_embedding.bias"] = (hidden,)
+    for layer in range(config.num_layers):
+        block: Shapes = {}
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            block |= linear(f"self_attn.{projection}", hidden, hidden)
+        block |= norm("layer_norm1", hidden) | norm("layer_norm2", hidden)
+        block |= linear("mlp.fc1", intermediate, hidden) | linear("mlp.fc2", hidden, intermediate)
+        shapes |= within(f"encoder.layers.{layer}.", block)
+    shapes |= norm("post_layernorm", hidden)
+    if not is_clip and tower.get("vision_use_head", True):
+        shapes |= {
+            "head.probe": (1, 1, hidden),
+            "head.attention.in_proj_weight": (3 * hidden, hidden),
+            "head.attention.in_proj_bias": (3 * hidden,),
+        }
+        shapes |= linear("head.attention.out_proj", hidden, hidden) | norm("head.layernorm", hidden)
+        shapes |= linear("head.mlp.fc1", intermediate, hidden) | linear("head.mlp.fc2", hidden, intermediate)
+    return shapes

@@ -1,7 +1,7 @@
 """PURE: the memory of a rank, by pipeline stage: weights, gradients and optimizer counted, activations estimated.
 
 Counted are the tensors that a stage hosts (`shapes`: those of the whole model by their names in a checkpoint, as
-checkpoint/inventory.py lists them). tests/end_to_end/test_recipes.py compares with models that are built.
+models/inventory.py lists them). tests/end_to_end/test_recipes.py compares with models that are built.
 """
 
 from __future__ import annotations

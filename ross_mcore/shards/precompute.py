@@ -29,6 +29,7 @@ from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_i
 from ross_mcore.data.precomputed import BLANK, PartSource, pack_blank, pack_part, part_source
 from ross_mcore.data.shard_reader import CAPTION, MAX_PART_BYTES, ShardReader
 from ross_mcore.errors import ImageError, ShardError
+from ross_mcore.models.inventory import inventory
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel.collectives import all_or_none
@@ -80,7 +81,7 @@ def load_picture_parts(run: Path, kinds: Sequence[str], aspect_ratio: ImageAspec
     Raises CheckpointError and ArchitectureError naming the file.
     """
     checkpoint = require_checkpoint(run)
-    model = architecture_of(checkpoint)
+    model = architecture_of(checkpoint, inventory)
     preprocessing = ImagePreprocessing.for_tower(model.vision, aspect_ratio, checkpoint.image_processor())
     stored = StoredTensors(checkpoint.path)
     modules: dict[str, VisionModel | PixelDecoder] = {}

@@ -25,6 +25,7 @@ from ross_mcore.engine.setup import NotBuilt, Span, build_engine
 from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import CheckpointError
 from ross_mcore.guards.watchdog import Watchdog
+from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parallel.groups import Groups
@@ -51,7 +52,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     start, resume = starting_point(config)
     if resume and config.checkpoint.load is not None:
         all_or_none(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
-    model_config = all_or_none(lambda: architecture_of(start))
+    model_config = all_or_none(lambda: architecture_of(start, inventory))
     dataset, held_out = _open_data(config, model_config, start)
     parts_of_data = [*dataset.parts, *(held_out.parts if held_out is not None else [])]
     precomputed = choose_precomputed(config, model_config, start, parts_of_data)

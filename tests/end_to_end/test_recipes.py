@@ -315,7 +315,7 @@ def within(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
 
 @every_recipe
 def test_eight_ranks_hold_the_published_model(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
-    from ross_mcore.checkpoint.inventory import inventory
+    from ross_mcore.models.inventory import inventory
 
     model = read_model(recipe)
     shapes = {name: shape for rank in worlds[str(recipe)] for name, (shape, _) in rank.shards.items()}
@@ -369,7 +369,7 @@ def test_memory_in_the_header(recipe: Recipe, worlds: dict[str, list[Rank]]) -> 
 @every_recipe
 def test_planned_memory_is_what_is_built(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
     """Of every stage: the weights' bytes, and the parameters that train."""
-    from ross_mcore.checkpoint.inventory import inventory
+    from ross_mcore.models.inventory import inventory
     from ross_mcore.parallel.memory import Plan, stage_memory
 
     config, model = read_config(recipe), read_model(recipe)

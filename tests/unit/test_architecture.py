@@ -26,18 +26,28 @@ ALLOWED = {
     "flags": {"checked", "options", "config"},
     "flops": {"architecture"},
     "parts": {"architecture"},
+    "shapes": set(),
     "platform": set(),
     "cpu_megatron": set(),
     "megatron_hook": {"platform", "cpu_megatron"},
     "parallel": {"parts", "architecture", "flops", "platform", "parallel"},
-    "models": {"parts", "checked", "library_configs", "architecture", "batch", "platform", "parallel", "models"},
+    "models": {
+        *("parts", "shapes", "checked", "library_configs", "architecture"),
+        *("batch", "platform", "parallel", "models"),
+    },
     "data": {"checked", "architecture", "batch", "parallel", "data"},
     "shards": {
         *("parts", "checked", "architecture", "batch", "platform"),
         *("parallel", "models", "data", "checkpoint", "shards"),
     },
-    "checkpoint": {"parts", "checked", "library_configs", "architecture", "platform", "parallel", "checkpoint"},
-    "conversion": {"parts", "checked", "library_configs", "architecture", "checkpoint", "conversion"},
+    "checkpoint": {
+        *("parts", "shapes", "checked", "library_configs", "architecture"),
+        *("platform", "parallel", "checkpoint"),
+    },
+    "conversion": {
+        *("parts", "shapes", "checked", "library_configs", "architecture"),
+        *("models", "checkpoint", "conversion"),
+    },
     "logs": {"checked"},
     "engine": {
         *("architecture", "parts", "batch", "checked", "options", "config", "platform"),
@@ -53,7 +63,7 @@ ALLOWED = {
     },
     "training": {
         *("architecture", "parts", "batch", "checked", "options", "config", "logs", "platform"),
-        *("parallel", "data", "checkpoint", "engine", "guards", "reporting", "training"),
+        *("parallel", "models", "data", "checkpoint", "engine", "guards", "reporting", "training"),
     },
     "api": {"config", "flags", "training"},
     "commands": {
@@ -73,9 +83,11 @@ PURE = {
     "config.py": set(),
     "flops.py": set(),
     "parts.py": set(),
+    "shapes.py": set(),
     "batch.py": {"torch"},
     "parallel/layout.py": set(),
     "parallel/memory.py": set(),
+    "models/language_weights.py": set(),
     "models/image_tokens.py": {"torch"},
     "models/denoiser.py": {"torch"},
     "models/diffusion.py": {"torch"},
@@ -87,7 +99,7 @@ PURE = {
 }
 """Files whose only imports are the standard library, the package, and these."""
 
-LIGHT = ["projector", "vision", "image_tokens", "denoiser", "diffusion", "pixel_decoder"]
+LIGHT = ["inventory", "projector", "vision", "image_tokens", "denoiser", "diffusion", "pixel_decoder"]
 """Modules of `models` that load neither megatron nor Hugging Face code before something is built."""
 
 

@@ -123,7 +123,7 @@ def huggingface_language_tensors(config: LanguageConfig, seed: int = 0) -> dict[
 @pytest.fixture
 def source_folders(tmp_path: Path, model_config: ModelConfig) -> dict[str, Path]:
     """Folders as save_pretrained writes them: "language", "vision", "pixel_decoder"."""
-    from ross_mcore.checkpoint.inventory import autoencoder, vision_tower
+    from ross_mcore.models import pixel_decoder, vision
 
     def fill(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -140,11 +140,11 @@ def source_folders(tmp_path: Path, model_config: ModelConfig) -> dict[str, Path]
     fields = {name: value for name, value in vars(language).items() if name != "qkv_bias"}
     folders = {
         "language": folder("language", fields, huggingface_language_tensors(language)),
-        "vision": folder("vision", SIGLIP, fill(vision_tower(model_config.vision), 1)),
+        "vision": folder("vision", SIGLIP, fill(vision.weight_shapes(model_config.vision), 1)),
         "pixel_decoder": folder(
             "vae",
             {"_class_name": "AutoencoderKL", **VAE},
-            fill(autoencoder(replace(model_config).pixel_decoder), 2),  # type: ignore[arg-type]
+            fill(pixel_decoder.weight_shapes(replace(model_config).pixel_decoder), 2),  # type: ignore[arg-type]
             "diffusion_pytorch_model",
         ),
     }

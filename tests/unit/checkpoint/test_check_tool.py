@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.commands import check as tool
 from ross_mcore.conversion.stream import TensorWriter
+from ross_mcore.models.inventory import inventory
 from tests.resealed import change_state, reseal
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.inventory import inventory
 from ross_mcore.checkpoint.safe_load import read_metadata, read_tensor, tensor_shapes
 from ross_mcore.commands import convert as tool
 from ross_mcore.conversion import mapping
 from ross_mcore.conversion.table import convert_out
+from ross_mcore.models.inventory import inventory
 
 from .conftest import Held
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ross_mcore.architecture import LanguageConfig, ModelConfig
-from ross_mcore.checkpoint.inventory import inventory, language_model
 from ross_mcore.conversion import mapping
 from ross_mcore.conversion.table import convert_in, convert_out, match, plan
 from ross_mcore.errors import ConversionError
+from ross_mcore.models.inventory import inventory
+from ross_mcore.models.language_weights import weight_shapes
 
 from .conftest import Held, huggingface_language_tensors, language_config
 
@@ -22,7 +23,7 @@ def language_table(config: LanguageConfig) -> tuple[Any, ...]:
 
 
 def language_shapes(config: LanguageConfig) -> dict[str, tuple[int, ...]]:
-    return {f"language_model.{name}": shape for name, shape in language_model(config).items()}
+    return {f"language_model.{name}": shape for name, shape in weight_shapes(config).items()}
 
 
 def convert_language(tensors: dict[str, Tensor], config: LanguageConfig) -> dict[str, Tensor]:

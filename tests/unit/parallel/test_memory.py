@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ross_mcore.checkpoint.inventory import inventory
+from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.parallel.memory import Memory, Plan, bubble, micro_batches_in_flight, stage_memory
 from tests.unit.parallel.test_layout import ROSS_7B

@@ -1,19 +1,18 @@
-"""The inventory against the libraries whose modules it describes, built on the meta device."""
+"""Described shapes against the modules that have them, built on the meta device."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from ross_mcore.architecture import DenoiserConfig, ModelConfig, PixelDecoderConfig, ProjectorConfig, VisionConfig
-from ross_mcore.checkpoint import inventory
+from ross_mcore.architecture import DenoiserConfig, PixelDecoderConfig, ProjectorConfig, VisionConfig
+from ross_mcore.models import denoiser, language_weights, pixel_decoder, projector, vision
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.projector import VisionProjection
-
-from .conftest import SIGLIP, VAE
+from tests.unit.checkpoint.conftest import SIGLIP, VAE
+from tests.unit.parallel.test_layout import QWEN2_7B
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -29,7 +28,7 @@ def test_vision_tower(kind: str, head: bool) -> None:
 
     config = VisionConfig({**SIGLIP, "model_type": kind, "vision_use_head": head}, HALF, HALF)
     with torch.device("meta"):
-        assert inventory.vision_tower(config) == shapes_of(VisionModel(config).tower)
+        assert vision.weight_shapes(config) == shapes_of(VisionModel(config).tower)
 
 
 @pytest.mark.parametrize(
@@ -47,36 +46,26 @@ def test_autoencoder(changes: dict[str, Any]) -> None:
     for key in ("down_block_types", "up_block_types"):
         config[key] = [VAE[key][0]] * len(config["block_out_channels"])
     with torch.device("meta"):
-        assert inventory.autoencoder(PixelDecoderConfig(config)) == shapes_of(AutoencoderKL.from_config(config))
+        assert pixel_decoder.weight_shapes(PixelDecoderConfig(config)) == shapes_of(AutoencoderKL.from_config(config))
 
 
 def test_denoiser_and_projector() -> None:
     small = DenoiserConfig(depth=2, width=16, num_heads=4)
-    assert inventory.denoiser(small, 8, 24, 9) == shapes_of(Denoiser(small, 8, 24, 3))
+    assert denoiser.weight_shapes(small, 8, 24, 3) == shapes_of(Denoiser(small, 8, 24, 3))
     for kind in ("linear", "mlp2x_gelu", "mlp3x_gelu"):
-        projector = ProjectorConfig(kind)
-        assert inventory.vision_projection(projector, 8, 12) == shapes_of(VisionProjection(projector, 8, 12))
+        config = ProjectorConfig(kind)
+        assert projector.weight_shapes(config, 8, 12) == shapes_of(VisionProjection(config, 8, 12))
 
 
-def test_published_parameter_counts(model_config: ModelConfig) -> None:
+def test_published_parameter_counts() -> None:
     """Qwen2-7B, SigLIP-SO400M, the denoiser and the FLUX VAE, in millions as published."""
 
     def millions(shapes: dict[str, tuple[int, ...]]) -> float:
         return round(sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6, 2)
 
-    language = replace(
-        model_config.language,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        head_dim=128,
-        vocab_size=152064,
-    )
     siglip = {**SIGLIP, "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
     flux = {**VAE, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16}
-    assert millions(inventory.language_model(language)) == 7615.62
-    assert millions(inventory.vision_tower(VisionConfig(siglip, HALF, HALF))) == 428.23
-    assert millions(inventory.denoiser(DenoiserConfig(), 64, 3584, 729)) == 64.63
-    assert millions(inventory.autoencoder(PixelDecoderConfig(flux))) == 83.82
+    assert millions(language_weights.weight_shapes(QWEN2_7B)) == 7615.62
+    assert millions(vision.weight_shapes(VisionConfig(siglip, HALF, HALF))) == 428.23
+    assert millions(denoiser.weight_shapes(DenoiserConfig(), 64, 3584, 27)) == 64.63
+    assert millions(pixel_decoder.weight_shapes(PixelDecoderConfig(flux))) == 83.82

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ross_mcore.batch import Row, Sample, Slots
 from ross_mcore.data.dataset import SampleDataset
@@ -104,11 +105,11 @@ class _MicroBatch:
         """`pixels` [J, 3, H, W] are those that the samples hold, in order."""
         pictures = [(r, i) for r, s in enumerate(samples) for i, p in enumerate(s.pixels) if p is not None]
         kinds = dict.fromkeys(kind for sample in samples for kind in sample.parts)
-        parts = {kind: torch.stack([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]
+        parts = {kind: torch.stack([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]  # none is None
         lengths = [sample.tokens.numel() for sample in samples]
         both = torch.stack([torch.cat([s.tokens for s in samples]), torch.cat([s.labels for s in samples])])
         for sample in samples:
-            sample.tokens = sample.labels = None  # type: ignore[assignment]
+            sample.tokens = sample.labels = None  # type: ignore[assignment]  # until `unpack`
             sample.pixels, sample.parts = [None] * len(sample.pixels), {}
         return cls(samples, row_sizes, lengths, both, pictures, pixels, parts, bad)
 
@@ -198,7 +199,8 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         bad: list[Bad] = []
         pixels = torch.empty(len(missing), *self.dataset.pixel_shape, dtype=torch.uint8) if missing else None
         for row, (place, ordinal) in enumerate(missing):
-            samples[place].pixels[ordinal] = pixels[row]  # type: ignore[index]
+            assert pixels is not None
+            samples[place].pixels[ordinal] = pixels[row]
             bad += self.dataset.decode(samples[place], numbers[place], [ordinal])
         return bad, pixels
 
@@ -275,7 +277,7 @@ class StepLoader:
         for micro_batch in found:
             if isinstance(micro_batch, ShardReadError):
                 raise micro_batch
-        return found  # type: ignore[return-value]
+        return [micro_batch for micro_batch in found if isinstance(micro_batch, _MicroBatch)]
 
     def replace(self, step: Step, bad: Iterable[Bad]) -> None:
         """Puts other samples in the places of bad ones: in the step's rows, and read where this rank reads them.
@@ -363,8 +365,8 @@ class StepLoader:
 
     def close(self) -> None:
         """Ends the worker processes; iterating again starts new ones at the same place."""
-        if hasattr(self._stream, "_shutdown_workers"):  # its __del__ does it too, but not while a traceback holds it
-            self._stream._shutdown_workers()
+        if isinstance(self._stream, _MultiProcessingDataLoaderIter):
+            self._stream._shutdown_workers()  # its __del__ does it too, but not while a traceback holds it
         self._stream = None
         self._planned = deque()
         self._rows.load_state_dict(self._cursor)
@@ -409,7 +411,7 @@ class StepLoader:
             DataLoader(
                 self._source,
                 batch_size=None,
-                sampler=self._micro_batches(),  # type: ignore[arg-type]  # any iterable of keys will do
+                sampler=self._micro_batches(),
                 num_workers=self.num_workers,
                 prefetch_factor=PREFETCHED_MICRO_BATCHES,
                 worker_init_fn=_ignore_signals,

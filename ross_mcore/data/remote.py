@@ -48,7 +48,8 @@ def _file_system(location: str) -> tuple[Any, str]:
     except ImportError:
         raise RemoteError(f"{location}: reading URLs needs fsspec (pip install fsspec)") from None
     try:
-        return fsspec.core.url_to_fs(location)
+        found: tuple[Any, str] = fsspec.core.url_to_fs(location)
+        return found
     except ImportError as error:
         protocol = location.partition("://")[0]
         raise RemoteError(

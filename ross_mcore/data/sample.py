@@ -109,19 +109,16 @@ class ShardDataset:
         """The samples that one may stand in for: all of them."""
         return range(len(self))
 
-    def get(self, sample_number: int, position: int, wanted_pixels: bool = False) -> Sample:
-        """The sample at stream position `position`; its pixels are all None unless `wanted_pixels`."""
+    def get(self, sample_number: int, position: int) -> Sample:
+        """The sample at stream position `position`; its pixels are all None."""
         key = self.reader.keys([sample_number])[0]
         try:
             record = _parse(self.reader.record_bytes(sample_number))
-            sample = self._text(key, position, record, int(self.reader.samples[sample_number]["num_images"]))
+            return self._text(key, position, record, int(self.reader.samples[sample_number]["num_images"]))
         except NothingLeft as error:
             return skipped_sample(key, position, str(error))
         except (ShardError, ConversationError) as error:
             return skipped_sample(key, position, str(error), is_bad=True)
-        if wanted_pixels:
-            self.decode(sample, sample_number, range(len(sample.pixels)))
-        return sample
 
     def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [P] that samples [P] take in a row, images included and cut to `spec.seq_length`; from the index.

@@ -255,7 +255,7 @@ class ShardReader:
         return {"folder": self.folder, **cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]  # of this very class
 
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
@@ -356,7 +356,7 @@ class ShardReader:
         path = self.folder / name
         try:
             checked.require_regular(path)
-            table = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
+            table: NDArray[np.void] = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
         except Exception as error:  # numpy evaluates the header as Python, and says so when it cannot
             raise ShardError(
                 f"{path} cannot be read: {checked.reason(error)}; make the index again: {INDEX_TOOL} --data-path "

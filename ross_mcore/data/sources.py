@@ -234,10 +234,10 @@ class MixtureDataset:
                 found[key] += [offset + number for number in numbers]
         return found
 
-    def get(self, sample_number: int, position: int, wanted_pixels: bool = False) -> Sample:
-        """The sample at stream position `position`; its pixels are all None unless `wanted_pixels`."""
+    def get(self, sample_number: int, position: int) -> Sample:
+        """The sample at stream position `position`; its pixels are all None."""
         which, local = self.place(sample_number)
-        sample = self.parts[which].get(local, position, wanted_pixels)
+        sample = self.parts[which].get(local, position)
         sample.source = which
         return sample
 

@@ -119,5 +119,6 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a text, however long, with BOS where the tokenizer adds one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # what `tokenizer(text)` ends in; going there straight takes a fraction of the time
-        return backend.encode(text).ids
+        ids: list[int] = backend.encode(text).ids
+        return ids
     return list(tokenizer(text, verbose=False).input_ids)

@@ -71,7 +71,8 @@ class ShardIndex:
     ) -> ShardIndex:
         """The index of samples of a tar with their columns, `kind` among them."""
         rows, parts = np.zeros(len(samples), SAMPLE_ROW), np.zeros(len(samples), PART_ROW)
-        keys, places = bytearray(), []
+        keys = bytearray()
+        places: list[tuple[int, int]] = []
         for row, part, sample, columns in zip(rows, parts, samples, facts, strict=True):
             text = sample.members["txt" if columns["kind"] == CAPTION else "json"]
             row["text_offset"], row["text_size"] = text.offset, text.size
@@ -95,7 +96,7 @@ class ShardIndex:
         data["keys"] = np.frombuffer(self.keys, np.uint8)
         data["facts"] = np.frombuffer(json.dumps({**facts, "about": about}).encode(), np.uint8)
         with replacing(path) as stream:
-            np.savez(stream, **data)  # type: ignore[arg-type]
+            np.savez(stream, **data)  # type: ignore[arg-type]  # numpy has an argument of its own among them
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:

@@ -86,7 +86,10 @@ def index_tar(
     members: list[Member] = []
     damages: list[Damage] = []
     for found in walk_tar(descriptor):
-        (members if isinstance(found, Member) else damages).append(found)  # type: ignore[arg-type]
+        if isinstance(found, Member):
+            members.append(found)
+        else:
+            damages.append(found)
     samples, others = group_members(members)
     usable, facts, digests = [], [], []
     part_sources: dict[str, list[Any]] = {}

@@ -274,9 +274,9 @@ class Precomputation:
         joined = torch.cat(pixels) if pixels else torch.zeros(0)
         if not len(joined):
             return [{} for _ in pixels]
-        batches = [self.parts(batch) for batch in joined.split(self.batch_size)]
+        batches = [self.parts(batch) for batch in torch.split(joined, self.batch_size)]
         counts = [len(sample) for sample in pixels]
-        made = {kind: torch.cat([batch[kind] for batch in batches]).split(counts) for kind in self.parts.sources}
+        made = {kind: torch.split(torch.cat([b[kind] for b in batches]), counts) for kind in self.parts.sources}
         return [{kind: tensors[place] for kind, tensors in made.items()} for place in range(len(pixels))]
 
     def _members(self, sample: _Sample, its_parts: dict[str, Tensor], sizes: list[int]) -> dict[str, Any]:

@@ -1,15 +1,23 @@
-"""Loaders from flat settings."""
+"""Loaders from flat settings, samples with their pictures."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
+from ross_mcore.batch import Sample
 from ross_mcore.data.dataset import SampleDataset
 from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.order import Order
 from ross_mcore.data.replacement import Replacement
 from ross_mcore.parallel.layout import DataShare
+
+
+def decoded(dataset: SampleDataset, number: int, position: int) -> Sample:
+    """A sample with all its pictures."""
+    sample = dataset.get(number, position)
+    dataset.decode(sample, number, range(len(sample.pixels)))
+    return sample
 
 
 def open_loader(

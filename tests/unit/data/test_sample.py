@@ -21,6 +21,7 @@ from ross_mcore.data.spec import SampleSpec
 from ross_mcore.shards.llava import convert_records
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
+from tests.unit.data.loading import decoded
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red car."}]
 
@@ -28,7 +29,7 @@ TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": 
 def test_tokens_labels_and_pictures_fit_together(open_dataset: Callable[..., ShardDataset]) -> None:
     dataset = open_dataset()
     for number in range(len(dataset)):
-        sample = dataset.get(number, position=100 + number, wanted_pixels=True)
+        sample = decoded(dataset, number, 100 + number)
         assert sample.problem is None and sample.position == 100 + number and sample.key == f"{number:09d}"
         assert sample.tokens.dtype == sample.labels.dtype == torch.int64
         assert len(sample.image_starts) == len(sample.pixels) == (number % 3 > 0)
@@ -103,7 +104,7 @@ BAD_RECORDS: list[tuple[Any, str]] = [
 def test_a_bad_record_is_a_problem_with_a_reason(
     record: Any, reason: str, one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
 ) -> None:
-    sample = open_dataset(one_sample(record)).get(0, 5, wanted_pixels=True)
+    sample = decoded(open_dataset(one_sample(record)), 0, 5)
     assert sample.problem is not None and reason in sample.problem
     assert sample.is_bad == ("nothing to learn" not in sample.problem)  # its data is whole
     assert sample.tokens.numel() == sample.labels.numel() == 0
@@ -123,7 +124,7 @@ def test_a_picture_the_text_never_shows_is_not_trained_on(
     one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset], encoded: Any
 ) -> None:
     turns = [{"from": "human", "value": "What?"}, TURNS[1]]
-    sample = open_dataset(one_sample({"conversations": turns}, [("png", encoded(4, 4))])).get(0, 0, wanted_pixels=True)
+    sample = decoded(open_dataset(one_sample({"conversations": turns}, [("png", encoded(4, 4))])), 0, 0)
     assert sample.problem is None and not sample.image_starts and not sample.pixels
 
 

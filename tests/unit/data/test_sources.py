@@ -14,7 +14,7 @@ from ross_mcore.data.order import BlockOrder
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset, Source, epoch_counts, read_sources
 from ross_mcore.errors import ShardError
-from tests.unit.data.loading import open_loader
+from tests.unit.data.loading import decoded, open_loader
 
 Open = Callable[..., ShardDataset]
 
@@ -104,7 +104,7 @@ def test_samples_are_numbered_through(two: MixtureDataset, open_dataset: Open) -
     alone = open_dataset()
     assert len(two) == 46 and two.offsets.tolist() == [0, 23, 46]
     for number, local, source in ((0, 0, 0), (22, 22, 0), (23, 0, 1), (45, 22, 1)):
-        sample, expected = two.get(number, 7, wanted_pixels=True), alone.get(local, 7, wanted_pixels=True)
+        sample, expected = decoded(two, number, 7), decoded(alone, local, 7)
         assert (sample.key, sample.source, sample.position) == (expected.key, source, 7)
         assert sample.tokens.tolist() == expected.tokens.tolist()
         assert len(sample.pixels) == len(expected.pixels)

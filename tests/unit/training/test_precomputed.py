@@ -23,6 +23,7 @@ from ross_mcore.shards.precompute import Precomputation, load_picture_parts
 from ross_mcore.shards.writer import ShardWriter
 from ross_mcore.training.precomputed import choose_precomputed, read_pictures_as, unused_parts
 from tests.recorded import GOLDEN, recorded_checkpoint
+from tests.unit.data.loading import decoded
 
 BOTH = ("latents", "features")
 RECORD = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]}
@@ -104,7 +105,7 @@ def test_a_stage_reads_only_what_it_needs(shards: Any, bases: dict[str, Checkpoi
     dataset = opened(shards(*BOTH, drop_images=True), base)
     for stage, kind, shape in ((first, "features", (16, 32)), (last, "latents", (2, 16, 8, 8))):
         read_pictures_as([dataset], Precomputed(True, True), stage, base.model_config())
-        sample = dataset.get(0, 0, wanted_pixels=True)
+        sample = decoded(dataset, 0, 0)
         assert {held: [tuple(part.shape) for part in parts] for held, parts in sample.parts.items()} == {kind: [shape]}
         assert sample.pixels[0].numel() == 0
     read_pictures_as([opened(shards(), base)], Precomputed(), first, base.model_config())

@@ -19,7 +19,7 @@ from ross_mcore.errors import SampleError, TooManyBad
 from ross_mcore.shards.index_parts import PARTS
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 from ross_mcore.shards.measure import Measure
-from tests.unit.data.tars import RECORD, TURNS, around, caption, header_at, indexed, sample, tar, turns
+from tests.unit.shards.tars import RECORD, TURNS, around, caption, header_at, indexed, sample, tar, turns
 
 
 def test_what_make_shards_wrote_is_indexed_to_the_same(

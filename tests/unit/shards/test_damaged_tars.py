@@ -22,7 +22,7 @@ from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
 from ross_mcore.shards.index_parts import PARTS
 from ross_mcore.shards.measure import Measure, index_tar
 from ross_mcore.shards.tars import Damage, walk_tar
-from tests.unit.data.tars import (
+from tests.unit.shards.tars import (
     BROKEN,
     JPEG,
     KIND,

@@ -1,0 +1,13 @@
+"""The small data set of tests/unit/data, for tests of how shards are made."""
+
+from tests.unit.data.conftest import (  # noqa: F401  fixtures
+    encoded,
+    golden_data,
+    image_folder,
+    model_config,
+    one_sample,
+    open_dataset,
+    records,
+    shards,
+    tokenizer,
+)

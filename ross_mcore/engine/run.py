@@ -1,4 +1,4 @@
-"""What a training run works with, and what passes between the parts of its loop. training/start.py opens a run."""
+"""What a training run works with, and what passes between the parts of its loop. training/opening.py opens a run."""
 
 from __future__ import annotations
 

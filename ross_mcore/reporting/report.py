@@ -11,6 +11,7 @@ from ross_mcore.engine.progress import at
 from ross_mcore.engine.run import Run, StepResult
 from ross_mcore.engine.state import TrainState
 from ross_mcore.guards.incidents import Incident
+from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.reporting.averages import Window
 from ross_mcore.reporting.console import Console
 from ross_mcore.reporting.files import IncidentsFile, MetricsFile, ValidationFile
@@ -71,3 +72,8 @@ class Report:
     def finish(self, state: TrainState, stopped_by: str | None) -> None:
         for reporter in self._reporters:
             reporter.finish(state, stopped_by)
+
+
+def open_report(run: Run, state: TrainState) -> Report:
+    """The report of a run that continues after `state`. Collective; raises LogError or RankError on every rank."""
+    return all_or_none(lambda: Report(run, state))

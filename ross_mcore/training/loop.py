@@ -11,12 +11,10 @@ from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import UserError
 from ross_mcore.guards.table import Guards
 from ross_mcore.logs import complain
-from ross_mcore.parallel import groups
-from ross_mcore.parallel.collectives import all_or_none
-from ross_mcore.reporting.report import Report
+from ross_mcore.reporting.report import open_report
 from ross_mcore.training.checkpointer import Checkpointer
 from ross_mcore.training.evaluation import evaluate
-from ross_mcore.training.run import open_run
+from ross_mcore.training.opening import open_run
 from ross_mcore.training.step import read_step, train_step
 from ross_mcore.training.stop import Requests
 
@@ -37,14 +35,14 @@ def train(config: Config) -> int:
 
 def train_or_raise(config: Config) -> None:
     """Trains as `config` says, until the run is finished or stopped on request. Raises UserError."""
-    with groups.left_as_found(), Requests.of(config.training) as requests, ExitStack() as closing:
+    with Requests.of(config.training) as requests, ExitStack() as closing:
         run, state = open_run(config, closing)
         _train(run, state, requests)
 
 
 def _train(run: Run, state: TrainState, requests: Requests) -> None:
     """Steps until the run is finished or stopped, and a last checkpoint."""
-    report = all_or_none(lambda: Report(run, state))
+    report = open_report(run, state)
     guards, checkpointer = Guards(run, report.say), Checkpointer(run, report.say)
     stopped_by: str | None = None
     with checkpointer:

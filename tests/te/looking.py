@@ -24,7 +24,7 @@ def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None
     context; first_passes: for one linear, which passes were told that weights have changed; tokens: lengths of its
     inputs; optimizer: classes; calls: of stand-in kernels; histories: whether any amax was kept.
     """
-    from ross_mcore.training import run as opening
+    from ross_mcore.training import opening
 
     seen: dict[str, Any] = {}
     model: list[nn.Module] = []

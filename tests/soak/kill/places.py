@@ -27,7 +27,7 @@ from typing import Any
 PLACE_BYTES = 64
 
 CALLS = {
-    "building the model": ("ross_mcore.training.run", "build_engine"),
+    "building the model": ("ross_mcore.training.opening", "build_engine"),
     "loading a checkpoint": ("ross_mcore.engine.setup", "restore"),
     "reading samples": ("ross_mcore.data.loader", "StepLoader.__next__"),
     "forward and backward": ("ross_mcore.engine.engine", "Engine.gradients"),

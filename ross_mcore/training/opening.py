@@ -1,4 +1,4 @@
-"""Everything a run needs, opened, placed and built in the one order that works; what stays the same while it trains."""
+"""Opens a run: claims --save, finds the checkpoint, opens the data, places the model and builds the engine."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ from ross_mcore.training.start import (
 def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     """The run that `config` describes and the state it begins in. Collective.
 
-    `closing` ends the data workers and lets go of the folder of --save, which the first rank holds.
+    `closing` ends the data workers, releases the folder of --save, which the first rank holds, and leaves the process
+    groups after a run without an error.
     """
+    closing.enter_context(process_groups.left_as_found())
     platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
     closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
     claim = all_or_none(lambda: _claim(config, closing))
@@ -89,7 +91,7 @@ def _claim(config: Config, closing: ExitStack) -> Claim | None:
 def _open_data(
     config: Config, model_config: ModelConfig, start: Checkpoint
 ) -> tuple[MixtureDataset, MixtureDataset | None]:
-    """What trains, and what is held out where there is such."""
+    """The data sets that are trained on, and those held out for validation, if any."""
 
     def opened(path: str) -> MixtureDataset:
         return all_or_none(lambda: open_dataset(config, model_config, start, path))
@@ -99,7 +101,7 @@ def _open_data(
 
 
 def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, train_iters: int) -> TrainState:
-    """The state at iteration 0, with what a run that goes on must not change."""
+    """The state at iteration 0, with the values that a resumed run must not change."""
     return TrainState(
         training_stage=config.training.training_stage,
         seed=config.training.seed,
@@ -122,7 +124,7 @@ def _open_loader(
     state: TrainState,
     skipped: set[int],
 ) -> StepLoader:
-    """This rank's share of the steps, from where `state` stands."""
+    """This rank's share of the steps after `state`."""
     plan = StepPlan(rows_per_step, config.training.micro_batch_size, config.data.pack)
     replacement = Replacement(config.training.seed, skipped=frozenset(skipped))
     loader = StepLoader(dataset, order, plan, groups.data_share, replacement, config.data.num_workers)

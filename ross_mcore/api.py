@@ -29,6 +29,6 @@ def train(config: Config) -> None:
             "data_path=..., ...), from read_recipe(name) where there is a YAML file"
         )
     require_complete(config)
-    from ross_mcore.training.loop import train_or_raise
+    from ross_mcore.training import loop
 
-    train_or_raise(config)
+    loop.train(config)

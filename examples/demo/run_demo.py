@@ -137,8 +137,8 @@ def repeat_one_step(out: Path, iteration: int, train_iters: int) -> float:
 
     The run took that step on four ranks after its restart; losses and gradient norm must be the same here.
     """
+    from ross_mcore.commands.train import train_status
     from ross_mcore.flags import parse
-    from ross_mcore.training.loop import train
 
     folder = out / "resume_check"
     shutil.rmtree(folder, ignore_errors=True)
@@ -146,7 +146,7 @@ def repeat_one_step(out: Path, iteration: int, train_iters: int) -> float:
     arguments += ["--load", str(out / "finetune" / f"iter_{iteration:07d}"), "--save", str(folder)]
     arguments += ["--data-path", str(out / "shards" / "finetune"), "--exit-duration-in-mins", "1e-6"]
     arguments += ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
-    if train(parse(arguments)):
+    if train_status(parse(arguments)):
         raise DemoError("the checkpoint could not be continued in one process")
     here, there = metrics_of(folder)[0], metrics_of(out / "finetune")[iteration]
     if here["sample_digest"] != there["sample_digest"] or here["iteration"] != there["iteration"]:

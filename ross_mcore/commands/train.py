@@ -7,7 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+from ross_mcore.commands import as_started
+
+if TYPE_CHECKING:
+    from ross_mcore.config import Config
 
 SCRIPT = "pretrain_ross.py"
 
@@ -17,10 +22,22 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from ross_mcore.flags import parse
 
     config = parse(arguments, prog=prog)
-    # heavy imports come after the arguments are known to be good, and after the platform is prepared
+    return train_status(config, prog)  # heavy imports come after the arguments are known to be good
+
+
+def train_status(config: Config, prog: str = SCRIPT) -> int:
+    """Trains as `config` says; returns 0 when finished or stopped on request, 2 where the first rank prints why not."""
+    from ross_mcore.errors import UserError
+    from ross_mcore.logs import complain
     from ross_mcore.training.loop import train
 
-    return train(config)
+    try:
+        train(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            complain(as_started(f"{prog}: error: {error}", prog))
+        return 2
+    return 0
 
 
 def run(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 
 from ross_mcore.config import Config
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
-from ross_mcore.errors import UserError
 from ross_mcore.guards.table import Guards
-from ross_mcore.logs import complain
 from ross_mcore.reporting.report import open_report
 from ross_mcore.training.checkpointer import Checkpointer
 from ross_mcore.training.evaluation import evaluate
@@ -19,22 +16,11 @@ from ross_mcore.training.step import read_step, train_step
 from ross_mcore.training.stop import Requests
 
 
-def train(config: Config) -> int:
-    """Trains as `config` says and returns the exit status: 0 when finished or stopped on request, 2 for bad input.
+def train(config: Config) -> None:
+    """Trains as `config` says, until the run is finished or stopped on request. Raises UserError.
 
     The process itself ends when another rank died or is blocked (guards/watchdog.py).
     """
-    try:
-        train_or_raise(config)
-        return 0
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            complain(f"pretrain_ross.py: error: {error}")
-        return 2
-
-
-def train_or_raise(config: Config) -> None:
-    """Trains as `config` says, until the run is finished or stopped on request. Raises UserError."""
     with Requests.of(config.training) as requests, ExitStack() as closing:
         run, state = open_run(config, closing)
         _train(run, state, requests)

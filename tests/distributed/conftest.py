@@ -31,9 +31,9 @@ ITERATIONS = 3
 
 def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None:
     """What each rank runs; with `stop_after`, one gets SIGTERM in time to end the run after that iteration."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.reporting.files import MetricsFile
     from ross_mcore.reporting.metrics import StepMetrics
-    from ross_mcore.training.loop import train
 
     write = MetricsFile.step
 
@@ -44,7 +44,7 @@ def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None
 
     MetricsFile.step = write_and_stop
     try:
-        status = train(Config.from_flat(**flags))
+        status = train_status(Config.from_flat(**flags))
     finally:
         MetricsFile.step = write
     if status:

@@ -101,8 +101,8 @@ def test_failure_on_one_rank_ends_all(tmp_path: Path, where: str, message: str) 
 
 def train_with_a_full_disk(flags: dict[str, Any]) -> None:
     """Rank 1 cannot write tensors until five steps are logged; nothing else of the run is as large."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
-    from ross_mcore.training.loop import train
 
     metrics = Path(flags["save"]) / "metrics.jsonl"
 
@@ -116,7 +116,7 @@ def train_with_a_full_disk(flags: dict[str, Any]) -> None:
         threading.Thread(target=make_room, daemon=True).start()
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        status = train(Config.from_flat(**flags))
+        status = train_status(Config.from_flat(**flags))
     found = [line for line in said.getvalue().splitlines() if "could not be saved" in line]
     if status or (said.getvalue() and not found):
         raise SystemExit(f"status {status}: {said.getvalue()}")
@@ -149,11 +149,11 @@ def test_a_run_goes_on_without_checkpoints_until_the_disk_has_room(
 def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) -> None:
     """Iteration 1 is being saved when something of iteration 2 fails on the last rank; `ends`: how each must end."""
     from ross_mcore.checkpoint import saving
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.data.loader import StepLoader
     from ross_mcore.errors import ShardReadError
     from ross_mcore.reporting.files import MetricsFile
-    from ross_mcore.training.loop import train
 
     rank, write, read, log = int(os.environ["RANK"]), saving._write, StepLoader._read, MetricsFile.step
 
@@ -174,7 +174,7 @@ def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) 
     saving._write, StepLoader._read, MetricsFile.step = write_slowly, fail_to_read, fail_to_log
     end: int | str
     try:
-        end = train(Config.from_flat(**flags))
+        end = train_status(Config.from_flat(**flags))
     except (MemoryError, OSError) as error:
         end = type(error).__name__
     assert end == ends[rank], end

@@ -80,12 +80,12 @@ def test_a_broken_weight_is_found_before_it_does_harm(case: Case, start: Callabl
 
 
 def start_from(flags: dict[str, Any]) -> None:
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
-    from ross_mcore.training.loop import train
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        status = train(Config.from_flat(**flags))
+        status = train_status(Config.from_flat(**flags))
     if status != 2 or "weights are not finite from the projector (vision_projection.0.bias) on" not in said.getvalue():
         raise SystemExit(f"status {status}: {said.getvalue()}")
 

@@ -19,10 +19,10 @@ from tests.distributed.conftest import Finished
 
 def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
     """The disk is full for metrics.jsonl and validation.jsonl of iteration 2, and TensorBoard's folder is gone."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.reporting.files import MetricsFile
     from ross_mcore.reporting.metrics import StepMetrics
-    from ross_mcore.training.loop import train
 
     folder, write = Path(flags["save"]), MetricsFile.step
     logs = [folder / "metrics.jsonl", folder / "validation.jsonl"]
@@ -42,7 +42,7 @@ def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            status = train(Config.from_flat(**flags))
+            status = train_status(Config.from_flat(**flags))
     finally:
         MetricsFile.step = write
     if status:

@@ -118,10 +118,10 @@ def turn_a_bit(tensor: torch.Tensor) -> None:
 
 def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, int]:
     """Exit status, what standard error says, and how many checks were passed."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.engine import setup
     from ross_mcore.guards.replicas import ReplicaCheck
-    from ross_mcore.training.loop import train
 
     set_trainable = setup.set_trainable
 
@@ -156,7 +156,7 @@ def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, in
     ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = at_start, after_step, counted
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        status = train(Config.from_flat(**flags))
+        status = train_status(Config.from_flat(**flags))
     ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = before, after, check
     setup.set_trainable = set_trainable
     return status, said.getvalue(), len(passed)

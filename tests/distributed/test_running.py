@@ -28,8 +28,8 @@ from tests.resealed import change_state
 
 def train_until_signal(flags: dict[str, Any]) -> None:
     """Rank 1 gets SIGTERM once three steps are logged; all ranks must then save and return 0."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
-    from ross_mcore.training.loop import train
 
     metrics = Path(flags["save"]) / "metrics.jsonl"
 
@@ -40,15 +40,15 @@ def train_until_signal(flags: dict[str, Any]) -> None:
 
     if os.environ["RANK"] == "1":
         threading.Thread(target=watch, daemon=True).start()
-    if train(Config.from_flat(**flags)):
+    if train_status(Config.from_flat(**flags)):
         raise SystemExit(1)
 
 
 def train_and_expect(flags: dict[str, Any], status: int) -> None:
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
-    from ross_mcore.training.loop import train
 
-    if train(Config.from_flat(**flags)) != status:
+    if train_status(Config.from_flat(**flags)) != status:
         raise SystemExit(f"expected status {status}")
 
 
@@ -231,12 +231,12 @@ def test_validation_leaves_training_as_it_is(
 
 def train_and_expect_refusal(flags: dict[str, Any], message: str) -> None:
     """Bad input ends the run with status 2 and says why."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
-    from ross_mcore.training.loop import train
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        status = train(Config.from_flat(**flags))
+        status = train_status(Config.from_flat(**flags))
     if status != 2 or not re.search(message, said.getvalue()):
         raise SystemExit(f"status {status}: {said.getvalue()}")
 

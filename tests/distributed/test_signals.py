@@ -76,10 +76,10 @@ def press_ctrl_c_twice(pause: float) -> None:
 
 def train_with_faults(flags: dict[str, Any], said: str, iteration: int, faults: dict[int, Callable[..., None]]) -> None:
     """Each rank of `faults` meets its own when it is to read for `iteration`; what it says goes to a file of `said`."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.data.loader import StepLoader
     from ross_mcore.training import stop as requests
-    from ross_mcore.training.loop import train
 
     rank = int(os.environ["RANK"])
     requests.REPEAT_SECONDS = 0.2
@@ -93,7 +93,7 @@ def train_with_faults(flags: dict[str, Any], said: str, iteration: int, faults: 
         return read(loader)
 
     StepLoader.__next__ = faulty
-    raise SystemExit(train(Config.from_flat(**flags)))
+    raise SystemExit(train_status(Config.from_flat(**flags)))
 
 
 def test_usr1_to_any_rank_saves_and_the_run_goes_on_to_its_exit_interval(flags: dict[str, Any], tmp_path: Path) -> None:

@@ -144,10 +144,10 @@ def flags(base: Callable[[str], Path], damaged: Path, tmp_path: Path) -> dict[st
 
 def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> None:
     """Every rank has to return 2, and the first to say `message`; `fault` is what befalls rank 1 in its fifth step."""
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.data import shard_reader as shards
     from ross_mcore.data.loader import StepLoader
-    from ross_mcore.training import loop
 
     first, victim = os.environ["RANK"] == "0", fault and os.environ["RANK"] == "1"
     if victim and fault == "file system":
@@ -175,7 +175,7 @@ def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> No
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            status = loop.train(Config.from_flat(**flags))
+            status = train_status(Config.from_flat(**flags))
     except RuntimeError as error:
         # no user's error: it has a traceback. Which of the two sentences torch has depends on who notices first
         assert victim and fault == "worker" and "DataLoader worker" in str(error), error

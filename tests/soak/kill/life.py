@@ -55,14 +55,14 @@ def _rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
+    from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
-    from ross_mcore.training.loop import train
 
     torch.set_num_threads(1)
     watch = Watch(Path(flags["save"]), folder / f"rank{rank}.place", errand, driver)
     try:
         watch.begin()
-        status = train(Config.from_flat(**flags))
+        status = train_status(Config.from_flat(**flags))
     except BaseException:
         traceback.print_exc()
         status = 1

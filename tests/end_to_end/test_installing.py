@@ -13,6 +13,8 @@ import pytest
 
 from ross_mcore.commands import COMMANDS
 from ross_mcore.flags import recipes
+from tests.distributed.conftest import write_shards
+from tests.recorded import recorded_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "tests" / "published"
@@ -35,7 +37,7 @@ def ross(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.C
         environment = {**os.environ, "PYTHONPATH": str(site)}
         return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
-    run.site = site  # type: ignore[attr-defined]
+    run.site = site  # type: ignore[attr-defined]  # where the package is
     return run
 
 
@@ -70,3 +72,27 @@ def test_recipes_are_installed(ross: Callable[..., subprocess.CompletedProcess[s
     planned = ross("plan", "--world-size", 8, *words, "--config", "train_ross/finetune_siglip_qwen2")
     assert planned.returncode == 0, planned.stderr
     assert "tensor 2 x pipeline 2 x data 2" in planned.stdout
+
+
+def test_the_package_runs_as_a_module(ross: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ross.site)}  # type: ignore[attr-defined]
+    command = [sys.executable, "-m", "ross_mcore", "train", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == ross("train", "--help").stdout
+
+
+def test_torchrun_trains_with_an_installed_recipe(
+    ross: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    site: Path = ross.site  # type: ignore[attr-defined]
+    recorded_checkpoint("qwen2_siglip", tmp_path / "base")
+    write_shards(tmp_path / "shards", "captions")
+    command = f"-m torch.distributed.run --nproc-per-node 2 --no-python {site}/bin/ross train"
+    options = "--config train_ross/finetune_siglip_qwen2 --pipeline-model-parallel-size 1 --num-workers 0 "
+    options += "--load base --data-path shards --save run --global-batch-size 2 --micro-batch-size 1 --train-iters 1"
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *command.split(), *options.split()]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished 1 iterations, 2 samples" in done.stdout
+    assert (tmp_path / "run" / "iter_0000001").is_dir()

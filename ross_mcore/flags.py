@@ -46,9 +46,10 @@ def flag(name: str) -> str:
 @functools.cache
 def field_help(section: type) -> dict[str, str]:
     """Field name -> the string literal under it in the class body."""
-    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
     texts: dict[str, str] = {}
-    for statement, after in zip(body, body[1:]):
+    for statement, after in zip(definition.body, definition.body[1:]):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)

@@ -12,16 +12,21 @@ Writing: the whole save that training waits for, against torch.save and fsync of
 CRC-32 of all it writes. `and read back` is with the reading back and comparing that a save does before it is published.
 torch.save writes over its former file; `beside the former` is torch.save and fsync to a new file that then takes the
 former one's place, as a checkpoint does: memory that the former file's cache took is then not free to be used again.
+`torch's own` is torch.distributed.checkpoint, which syncs its files and computes no checksum.
 
 Reading: from the disk where the file system lets go of what it has cached. torch.load, which takes new memory and
 compares no checksum, against loading into the tensors of a model, as a run with --no-verify does, and against doing so
 after every file was read and compared with its checksum, as a run does. That finds in memory what was just compared.
+torch.distributed.checkpoint loads into the same tensors.
+
+Index: how long reading the index of INDEX_TENSORS tensors takes through the allow-list, against pickle.load.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import shutil
 import statistics
 import tempfile
@@ -32,6 +37,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as processes
 from isal.isal_zlib import crc32
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -40,12 +46,17 @@ from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.manifest import checksum
+from ross_mcore.checkpoint.safe_load import read_metadata
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, begin_save
 from ross_mcore.checkpoint.sharded import load_model_weights
+from ross_mcore.checkpoint.torch_dist import INDEX_FILE
 from ross_mcore.checkpoint.verification import shared_damage
+from ross_mcore.conversion.stream import TensorWriter
 
 WIDTH = 1024
 TOKENS = 48
+INDEX_TENSORS = 3000
+"""About as many as a 7B model with both moments and masters has."""
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 8, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
 
@@ -136,6 +147,30 @@ def torch_save_beside(tensors: dict[str, torch.Tensor], path: Path) -> None:
     new.replace(path)
 
 
+def dcp_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under names of this rank's own: torch.distributed.checkpoint stores a name once."""
+    return {f"{dist.get_rank()}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def measure_index(root: Path, say: Callable[[str], None]) -> None:
+    folder = root / "index"
+    folder.mkdir()
+    with TensorWriter(folder) as writer:
+        for number in range(INDEX_TENSORS):
+            writer.add(f"layer.{number}.weight", torch.zeros(1))
+    path = folder / INDEX_FILE
+    plain = statistics.median(elapsed(lambda: pickle.loads(path.read_bytes())) for _ in range(5))
+    checked = statistics.median(elapsed(lambda: read_metadata(folder)) for _ in range(5))
+    say(f"index of {INDEX_TENSORS} tensors, s: pickle   {plain:8.3f}")
+    say(f"  through the allow-list          {checked:8.3f} = {checked / plain:.1f}x")
+
+
+def elapsed(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
 def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
     copies, model = HostCopies(), any_model()
 
@@ -192,6 +227,10 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
         note("torch.save", lambda: torch_save(tensors, plain))
         note("torch.save beside", lambda: torch_save_beside(tensors, beside))
         note(
+            "dcp.save",
+            lambda: dcp.save(dcp_names(tensors), storage_writer=dcp.FileSystemWriter(root / "dcp", overwrite=True)),
+        )
+        note(
             "save",
             lambda: saved.append(begin_save(Destination(root, 1, model, keep_last=1), training.state()).finish()),  # noqa: B023
         )
@@ -200,6 +239,8 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
         note("read back", lambda: checksum(own, from_disk=True))  # noqa: B023
         forget(root)
         note("torch.load", lambda: torch.load(plain, weights_only=True))
+        forget(root)
+        note("dcp.load", lambda: dcp.load(dcp_names(own_tensors), checkpoint_id=root / "dcp"))
         forget(root)
         note("load", lambda: load(checkpoint, verify=False))  # noqa: B023
         forget(root)
@@ -217,10 +258,15 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
     say(f"  and read back                   {rates['save']:8.2f} = {rates['save'] / rates['torch.save']:.2f}x")
     ratio = written / rates["torch.save beside"]
     say(f"  torch.save beside the former    {rates['torch.save beside']:8.2f}; checkpoint {ratio:.2f}x")
+    ratio = written / rates["dcp.save"]
+    say(f"  torch's own                     {rates['dcp.save']:8.2f}; checkpoint {ratio:.2f}x")
     say(f"read, GB/s: torch.load            {rates['torch.load']:8.2f}")
     for name, way in (("--no-verify", "load"), ("verified", "verify and load")):
         ratio = rates[way] / rates["torch.load"]
-        say(f"  checkpoint, {name:<11}         {rates[way]:8.2f} = {ratio:.2f}x   (aim: 0.8)")
+        own = rates[way] / rates["dcp.load"]
+        say(
+            f"  checkpoint, {name:<11}         {rates[way]:8.2f} = {ratio:.2f}x   (aim: 0.8); {own:.2f}x of torch's own"
+        )
     say(f"  of which verifying              {rates['verify']:8.2f}   (crc32 in memory: {rates['crc32']:.2f})")
 
 
@@ -237,6 +283,8 @@ def run(rank: int, world: int, port: int, options: argparse.Namespace, root: Pat
             print(text, flush=True)
 
     say(f"{world} rank{'s' if world > 1 else ''}, {total / 2**20:.0f} MiB of state")
+    if rank == 0:
+        measure_index(root, say)
     measure_throughput(training, root, options.turns, say)
     measure_stall(training, root, options.turns, say)
     dist.destroy_process_group()

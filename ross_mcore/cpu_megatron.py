@@ -2,7 +2,7 @@
 
 mcore names CUDA in places that no argument reaches: `device="cuda"`, `torch.cuda.current_device()`, `tensor.cuda()`,
 `tensor.type() == "torch.cuda.FloatTensor"`. A patch changes the code of the mcore functions that run here, and nothing
-outside megatron.core: `torch` stays as it is. tests/unit/test_cpu_megatron.py shows for every patch what fails without.
+outside megatron.core: `torch` stays as it is. What fails without each patch: tests/end_to_end/test_cpu_megatron.py.
 """
 
 from __future__ import annotations

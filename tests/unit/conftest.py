@@ -1,7 +1,9 @@
-"""Checkpoints that several modules read and none changes."""
+"""Checkpoints that several modules read and none changes; files that are not synced to the disk."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,14 @@ from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.conversion.assembly import import_ross
 from tests.recorded import recorded_checkpoint
 from tests.sources import SOURCES, write_source
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Files of these tests need not survive a power failure, and syncing thousands of them takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,28 +201,3 @@ def test_workers_ignore_signals_and_end_with_close(make: Callable[..., StepLoade
     assert flat(found) == reference
     loader.close()
     assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
-
-
-def test_a_program_that_forgets_to_close_still_ends() -> None:
-    """Workers ignore SIGTERM, by which Python would end them at exit: without care that exit would hang."""
-    script = """
-from ross_mcore.data.loader import StepLoader, StepPlan
-from ross_mcore.data.order import SampleOrder
-from ross_mcore.data.sample import skipped_sample
-
-class Nothing:
-    seq_length = 8
-
-    def __len__(self):
-        return 4
-
-    def row_lengths(self, numbers):
-        return numbers * 0 + 1
-
-    def get(self, number, position):
-        return skipped_sample("key", position, "nothing here")
-
-loader = StepLoader(Nothing(), SampleOrder(4, 0), StepPlan(2, 1), num_workers=2)
-assert len(next(loader).micro_batches) == 2
-"""
-    assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 0

@@ -331,7 +331,7 @@ def try_all() -> dict[str, tuple[str | None, str | None]]:
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, tuple[str | None, str | None]]:
-    command = [sys.executable, "-m", "tests.unit.test_cpu_megatron"]
+    command = [sys.executable, "-m", "tests.end_to_end.test_cpu_megatron"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

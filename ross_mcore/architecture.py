@@ -105,7 +105,7 @@ class LanguageConfig:
                 )
             heads, hidden = checked.count(config, "num_attention_heads"), checked.count(config, "hidden_size")
             return cls(
-                model_type=family,  # type: ignore[arg-type]
+                model_type=family,  # type: ignore[arg-type]  # one of two, see above
                 hidden_size=hidden,
                 intermediate_size=checked.count(config, "intermediate_size"),
                 num_hidden_layers=checked.count(config, "num_hidden_layers", most=MOST_LAYERS),
@@ -239,7 +239,7 @@ class PixelDecoderConfig:
     @property
     def downsampling(self) -> int:
         """Image pixels per latent pixel along one side (8 for FLUX)."""
-        return 2 ** (len(self.diffusers["block_out_channels"]) - 1)
+        return int(2 ** (len(self.diffusers["block_out_channels"]) - 1))
 
     @property
     def token_channels(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class Batch:
             return tensor.pin_memory().to(device, non_blocking=True)
 
         kept = ("image_positions", "image_ordinals", "blank_positions", "parts")
-        moved = {n: v if n in kept else move(v) for n, v in vars(self).items()}
+        moved: dict[str, Any] = {n: v if n in kept else move(v) for n, v in vars(self).items()}
         moved["parts"] = {kind: move(part) for kind, part in self.parts.items()}
         return Batch(**moved)
 
@@ -156,7 +157,9 @@ def collate(
     slots = [[sample.tokens.numel() for sample in row] for row in rows] if slots is None else slots
     tokens = torch.zeros(len(rows) * seq_length, dtype=torch.int64)
     labels = torch.full((len(rows) * seq_length,), IGNORE_INDEX, dtype=torch.int64)
-    begins, starts, owners, positions, ordinals, pixels = [], [], [], [], [], []
+    begins: list[int] = []
+    starts, owners, positions, ordinals = [], [], [], []
+    pixels: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {}
     for number, (row, reserved) in enumerate(zip(rows, slots, strict=True)):
         if sum(reserved) > seq_length:

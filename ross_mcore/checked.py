@@ -16,9 +16,12 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 MOST_COUNT = 2**31 - 1
 MOST_FILE_BYTES = 32 << 20
@@ -181,7 +184,7 @@ def text(data: Mapping[str, Any], key: str) -> str:
 def build(kind: type[T], data: Any, what: str) -> T:
     """A dataclass from a mapping of its fields, each of the type that it is annotated with. Raises ValueError."""
     data = mapping(data, what)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     if unknown := [key for key in data if key not in fields]:
         raise ValueError(f"{what} has an unknown key {shown(unknown[0])}")

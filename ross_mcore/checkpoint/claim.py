@@ -95,12 +95,14 @@ class Claim:
         path, ends = self.root / LOCK, time.monotonic() + WAIT_SECONDS
         while True:
             try:
-                return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except OSError as error:
                 if error.errno in _NO_LOCKS:
-                    return _logger.warning(
+                    _logger.warning(
                         "%s has no locks: a second run with the same --save would not be noticed", self.root
                     )
+                    return
                 if time.monotonic() > ends:
                     raise CheckpointError(
                         f"{self.root} is held by {_owner(path)}, which is still running: end it first, or give another "

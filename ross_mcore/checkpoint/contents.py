@@ -13,7 +13,7 @@ from ross_mcore import checked
 from ross_mcore.checkpoint.fit import Inventory
 from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE, Checkpoint
 from ross_mcore.checkpoint.manifest import MARKER
-from ross_mcore.checkpoint.safe_load import read_metadata, tensor_shapes
+from ross_mcore.checkpoint.safe_load import read_metadata, tensor_shapes, tensors_of
 from ross_mcore.checkpoint.torch_dist import OPTIMIZER_PREFIX
 from ross_mcore.errors import CheckpointError
 from ross_mcore.parts import PARTS
@@ -27,7 +27,7 @@ def describe(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, Any]:
     the marker does not know. `optimizer` and `consumed_samples` are None in a converted model.
     """
     manifest, metadata, state = checkpoint.manifest(), read_metadata(checkpoint.path), _state(checkpoint)
-    tensors = {n: item for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
+    tensors = tensors_of(metadata)
     trained = {name.split("exp_avg.", 1)[1] for name in tensors if name.startswith(f"{OPTIMIZER_PREFIX}state.exp_avg.")}
     parts = {}
     for part in PARTS:

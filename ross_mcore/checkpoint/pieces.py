@@ -9,7 +9,7 @@ import io
 import math
 import zipfile
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Slice(io.RawIOBase):
         self._at = max(0, offset + (0, self._at, self._length)[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any) -> int:
         own = memoryview(buffer)[: max(0, self._length - self._at)]
         self._file.seek(self._begin + self._at)
         count = self._file.readinto(own)
@@ -75,15 +75,17 @@ def read_block(view: Slice, shape: Sequence[int], starts: Sequence[int], target:
     whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
     Raises ValueError, or whatever torch.load does, for a damaged piece.
     """
-    require_stored(view)  # type: ignore[arg-type]
-    piece = torch.load(view, map_location="meta", weights_only=True)  # all but the content
+    file = cast(IO[bytes], view)  # typeshed derives raw files from something else
+    require_stored(file)
+    piece = torch.load(file, map_location="meta", weights_only=True)  # all but the content
     if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
         found = f"of shape {list(piece.shape)}" if isinstance(piece, Tensor) else "no tensor"
         raise ValueError(f"a piece is {found}, expected {list(shape)}")
     if not piece.is_contiguous():
         raise ValueError("a piece is not stored as it lies in memory")
     view.seek(0)
-    begin = torch._C.PyTorchFileReader(view).get_record_offset("data/0")  # of its only storage, as torch.load finds it
+    # where its only storage begins, as torch.load finds it
+    begin = torch._C.PyTorchFileReader(file).get_record_offset("data/0")  # type: ignore[attr-defined]  # not in its stub
     row = math.prod(shape[1:]) * piece.itemsize
     first, rows = (starts[0], target.shape[0]) if target.dim() else (0, 1)
     straight = (

@@ -60,10 +60,11 @@ ALLOWED = {
 """Module -> names that a `.metadata` file may mention."""
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Unpickler(pickle._Unpickler):
     """Builds the classes of ALLOWED. In Python, not C, so that a class itself cannot be changed by a BUILD opcode."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
@@ -75,9 +76,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def load_build(self) -> None:
         if callable(self.stack[-2]):
             raise CheckpointError("it tries to change a class: refused")
-        super().load_build()
+        super().load_build()  # type: ignore[misc]  # not in typeshed
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]  # no other class looks it up here
     for _unused in ("BYTEARRAY8", "NEXT_BUFFER", "PERSID", "BINPERSID", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
         del dispatch[getattr(pickle, _unused)[0]]
 
@@ -181,10 +182,15 @@ def _is_stored(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
+def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Name -> description of every stored tensor."""
+    items = metadata.state_dict_metadata.items()
+    return {name: item for name, item in items if isinstance(item, TensorStorageMetadata)}
+
+
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
     """Name -> global shape of every stored tensor."""
-    items = metadata.state_dict_metadata.items()
-    return {name: tuple(item.size) for name, item in items if isinstance(item, TensorStorageMetadata)}
+    return {name: tuple(item.size) for name, item in tensors_of(metadata).items()}
 
 
 def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
@@ -214,7 +220,7 @@ class StoredTensors:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._metadata = folder, read_metadata(folder)
-        stored = tensor_shapes(self._metadata)
+        self._tensors, stored = tensors_of(self._metadata), tensor_shapes(self._metadata)
         self.shapes = {name: shape for name, shape in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
         self.trained = {own for own in self.shapes if f"{OPTIMIZER_PREFIX}state.exp_avg.{own}" in stored}
 
@@ -225,7 +231,7 @@ class StoredTensors:
         return self.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
+        return self._tensors[name].properties.dtype
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self._folder, self._metadata, name)
@@ -238,13 +244,12 @@ class Reader(FileSystemReader):
         super().__init__(folder)
         self._folder, self._metadata = folder, metadata
 
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
+    def read_metadata(self) -> Metadata:
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Raises CheckpointError naming the file."""
-        described = self._metadata.state_dict_metadata.items()
-        tensors = [(name, item) for name, item in described if isinstance(item, TensorStorageMetadata)]
+        tensors = tensors_of(self._metadata).items()
         shapes = {MetadataIndex(n, chunk.offsets): chunk.sizes for n, item in tensors for chunk in item.chunks}
         room = Room()
         placed = [(self._metadata.storage_data[item.storage_index], item) for item in plan.items]

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,7 +116,8 @@ class HostCopies:
         """Whether host memory has room for copies, if the other ranks of this machine need as much."""
         needed = sum(piece.nbytes for piece in pieces.values() if isinstance(piece, Tensor)) - self.bytes
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return needed * ranks < psutil.virtual_memory().available
+        available: int = psutil.virtual_memory().available
+        return needed * ranks < available
 
     def of(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> dict[MetadataIndex, Tensor | io.BytesIO]:
         """The same pieces, of which training changes none any more."""
@@ -164,7 +166,7 @@ def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopi
         pieces, metadata = _plan(tensors)
         common_file = all_or_none(lambda: _pickled(common, destination.partial), CheckpointError)
         if copies is not None and all(gather(copies.have_room_for(pieces))):
-            pieces = all_or_none(lambda: copies.of(pieces), CheckpointError)
+            pieces = all_or_none(partial(copies.of, pieces), CheckpointError)
         else:
             copies = None
     except BaseException:
@@ -222,7 +224,8 @@ class RunningSave:
             if self._heard > before:
                 before = self._heard
                 moving()
-            concurrent.futures.wait([self._published or self._written], timeout=POLL_SECONDS)
+            current: concurrent.futures.Future[Any] = self._published or self._written
+            concurrent.futures.wait([current], timeout=POLL_SECONDS)
         return saved
 
     def _advance(self, count: int) -> None:
@@ -272,7 +275,9 @@ def _plan(tensors: dict[str, Any]) -> tuple[dict[MetadataIndex, Tensor | io.Byte
 
     def share_out() -> dict[str, Any]:
         # copies, because what follows says in each whether this rank writes it
-        own = dict_list_map_outplace(lambda v: copy.copy(v) if isinstance(v, ShardedTensor) else v, tensors)
+        own: dict[str, Any] = dict_list_map_outplace(
+            lambda v: copy.copy(v) if isinstance(v, ShardedTensor) else v, tensors
+        )
         distribution = determine_main_replica_uniform_distribution(own, dist.group.WORLD)
         distribute_main_replicas_with_precomputed_distribution(own, dist.group.WORLD, distribution)
         validate_sharding_integrity(determine_global_metadata(own)[1])

@@ -51,7 +51,7 @@ from ross_mcore.checked import reason, shown
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, find_checkpoint, require_checkpoint
 from ross_mcore.checkpoint.manifest import read_json
-from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes
+from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes, tensors_of
 from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
 from ross_mcore.checkpoint.torch_dist import (
     BACKEND,
@@ -99,7 +99,8 @@ def load_model_weights(checkpoint: Checkpoint, sharded_state: dict[str, Any]) ->
     storage where that is possible, in the model's element type. Raises CheckpointError on every rank naming the
     tensors that either side lacks, or both shapes where they differ.
     """
-    return _load(checkpoint, {"model": sharded_state})["model"]
+    loaded: dict[str, Any] = _load(checkpoint, {"model": sharded_state})["model"]
+    return loaded
 
 
 def load_training_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
 
     def read(pieces: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
         try:
-            return dist_checkpointing.load(
+            loaded: dict[str, Any] = dist_checkpointing.load(
                 pieces,
                 str(checkpoint.path),
                 sharded_strategy=_LoadStrategy(metadata),
@@ -157,6 +158,7 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
             )
         except CheckpointException as error:
             raise CheckpointError(_first_failure(f"{checkpoint.path} cannot be read", error)) from None
+        return loaded
 
     loaded = read(wanted, common)
     if any(gather(bool(elsewhere))):
@@ -218,7 +220,7 @@ def _masters_from_weights(metadata: Metadata, wanted: dict[str, Any]) -> dict[st
 
 def _weights_from_masters(metadata: Metadata, wanted: dict[str, Any]) -> dict[str, Any]:
     """Weights of an fp32 model that the checkpoint has rounded, taken out of `wanted`, and to be read from masters."""
-    stored = metadata.state_dict_metadata
+    stored = tensors_of(metadata)
 
     def is_rounded(value: Any) -> bool:
         name = getattr(value, "key", "")
@@ -226,7 +228,7 @@ def _weights_from_masters(metadata: Metadata, wanted: dict[str, Any]) -> dict[st
             isinstance(value, ShardedTensor | ShardedTensorFactory)
             and value.data.dtype == torch.float32
             and MASTER_PREFIX + name in stored
-            and stored[name].properties.dtype != torch.float32  # type: ignore[union-attr]
+            and stored[name].properties.dtype != torch.float32
         )
 
     def from_the_master(weight: Any) -> Any:

@@ -99,8 +99,8 @@ class TensorFile:
             whole = piece.detach().cpu().contiguous()
             # a copy when the tensor is a view: torch.save would write the whole storage behind it
             whole = whole.clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole
-            with config.patch("save.compute_crc32", False):  # in this thread alone
-                torch.save(whole, self._stream)  # type: ignore[arg-type]
+            with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # added at run time; in this thread alone
+                torch.save(whole, self._stream)  # type: ignore[arg-type]  # it writes and flushes, no more
         if self._stream.error is not None:
             raise self._failed(self._stream.error)
         return _StorageInfo(self.path.name, start, self._stream.written - start)

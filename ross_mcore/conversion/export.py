@@ -133,7 +133,7 @@ class Export:
 
     def parameters_to_write(self, format: str) -> int:
         """What `advance` adds up to; format: one of FORMATS."""
-        beside = () if self.mm_vision_tower else (VISION_TOWER,)
+        beside: tuple[Part, ...] = () if self.mm_vision_tower else (VISION_TOWER,)
         beside += () if self.mm_pixel_decoder else (VAE,)
         return {
             "ross": self.parameters(*PARTS) + self.parameters(*beside),
@@ -209,7 +209,7 @@ class Export:
                 sizes[name] = math.prod(shape) * item_bytes
         tensors = convert_steps(steps, self.source, language, self.dtype)
         shards = _split(sizes, self.max_shard_bytes)
-        files = {}
+        files: dict[str, str] = {}
         for number, names in enumerate(shards, start=1):
             file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
             self._write_shard(target / file, islice(tensors, len(names)))

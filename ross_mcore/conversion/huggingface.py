@@ -149,12 +149,13 @@ class RossFolder:
                 language=read_language_config(self.path),
                 vision=vision,
                 projector=ProjectorConfig(str(config.get("mm_projector_type", "linear"))),
-                denoiser=self.pixel_decoder
-                and DenoiserConfig.from_type(
+                denoiser=None
+                if self.pixel_decoder is None
+                else DenoiserConfig.from_type(
                     str(config.get("mm_inv_projector_type")),
                     None if config.get("mm_inv_width") is None else checked.count(config, "mm_inv_width"),
                 ),
-                pixel_decoder=self.pixel_decoder and read_pixel_decoder_config(self.pixel_decoder),
+                pixel_decoder=None if self.pixel_decoder is None else read_pixel_decoder_config(self.pixel_decoder),
             )
         except ArchitectureError as error:
             raise error if str(error).startswith(str(file)) else ArchitectureError(f"{file}: {error}") from None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -37,7 +38,7 @@ class TensorWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._tensors: dict[str, STORAGE_TYPES] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._part: TensorFile | None = None
         self.records: dict[str, FileRecord] = {}

@@ -31,7 +31,7 @@ class PlainAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # a closure is refused
         if closure is not None:
             raise ValueError("PlainAdam takes no closure")
         for group in self.param_groups:
@@ -51,7 +51,7 @@ class PlainAdam(torch.optim.Optimizer):
                     self.state[parameter].update(moments)
             adam(
                 params,
-                [parameter.grad for parameter in params],  # type: ignore[misc]
+                [parameter.grad for parameter in params],
                 [self.state[parameter]["exp_avg"] for parameter in params],
                 [self.state[parameter]["exp_avg_sq"] for parameter in params],
                 [],

@@ -27,9 +27,12 @@ class ModelChunks(nn.ModuleList):
     def __init__(self, chunks: Iterable[DistributedDataParallel]) -> None:
         super().__init__(chunks)
 
+    def __iter__(self) -> Iterator[DistributedDataParallel]:
+        return super().__iter__()
+
     @property
     def parts(self) -> list[RossModel]:
-        return [chunk.module for chunk in self]  # type: ignore[misc]
+        return [chunk.module for chunk in self]
 
     @property
     def first(self) -> RossModel:
@@ -52,7 +55,7 @@ class ModelChunks(nn.ModuleList):
                 if not group.param_gather_dispatched:
                     group.start_param_sync()
 
-        return [partial(start, chunk) for chunk in self]  # type: ignore[arg-type]
+        return [partial(start, chunk) for chunk in self]
 
     def gather_weights(self) -> None:
         """Returns when every weight is what the last step made of it, on whichever data-parallel rank.
@@ -61,20 +64,20 @@ class ModelChunks(nn.ModuleList):
         --overlap-param-gather only, and then only once after a step, is anything left to do.
         """
         for chunk in self:
-            if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
-                for group in chunk.bucket_groups:  # type: ignore[union-attr]
+            if chunk.ddp_config.overlap_param_gather:
+                for group in chunk.bucket_groups:
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def weights_changed(self) -> None:
         """Says that weights were updated, each on one data-parallel rank; mcore would take it from the backward pass,
         and would not gather again what was gathered between that and the update."""
         for chunk in self:
-            for group in chunk.bucket_groups:  # type: ignore[union-attr]
+            for group in chunk.bucket_groups:
                 group.param_gather_dispatched = False
 
     def zero_grad_buffer(self) -> None:
         for chunk in self:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
+            chunk.zero_grad_buffer()
 
     def sharded_weights(self) -> dict[str, Any]:
         """The pieces of every chunk, by its number: layers of two chunks may have one local name. Collective."""
@@ -95,8 +98,8 @@ class ModelChunks(nn.ModuleList):
             if not getattr(part, "is_stub_optimizer", False):
                 part._copy_main_params_to_model_params()
         for chunk in self:
-            if chunk.ddp_config.use_distributed_optimizer and not chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
-                chunk.start_param_sync()  # type: ignore[operator]
+            if chunk.ddp_config.use_distributed_optimizer and not chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync()
         self.weights_changed()
 
     def fp8_state(self) -> dict[str, Tensor]:
@@ -106,6 +109,6 @@ class ModelChunks(nn.ModuleList):
 
 def _named_weights(part: RossModel) -> Iterator[tuple[str, nn.Parameter]]:
     def number(place: re.Match[str]) -> str:
-        return str(part.decoder.layers[int(place[0])].layer_number - 1)  # type: ignore[index]
+        return str(part.decoder.layers[int(place[0])].layer_number - 1)
 
     return ((_LAYER.sub(number, name), parameter) for name, parameter in part.named_parameters())

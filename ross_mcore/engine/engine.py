@@ -16,9 +16,10 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor, nn
+from torch import Tensor
 
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
@@ -181,7 +182,7 @@ class Engine:
         size, image_size = step.size, self.model_config.vision.image_size
         count, with_blanks = size.micro_batches, objective.with_blank_samples
 
-        def forward_step(numbers: Iterator[int], stage: nn.Module) -> tuple[Tensor, Any]:
+        def forward_step(numbers: Iterator[int], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
             number = next(numbers)
             at(f"forward and backward, micro-batch {number + 1} of {count}")
             chunk = stage.module
@@ -199,7 +200,7 @@ class Engine:
             weights = micro_batch_weights(samples, size, objective, count * self.groups.layout.data_parallel)
             return result, partial(weighted_loss, samples=samples, weights=weights, with_blank_samples=with_blanks)
 
-        return get_forward_backward_func()(
+        found: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(range(count)) for _ in self.model],
             model=list(self.model),
@@ -209,3 +210,4 @@ class Engine:
             forward_only=forward_only,
             collect_non_loss_data=output == "hidden",
         )
+        return found

@@ -105,10 +105,15 @@ def agree_on_step(
     longest, most_asked, failed, peak_memory, micro_batches, rows = maxima
     if failed:
         _refuse(step.failure)
-    found_bad, *totals = totals
+    found_bad, labels, images, blanks, row_tokens, skipped, ignored = totals
     return StepSize(
-        max(1, -(-longest // row_multiple)) * row_multiple,
-        *totals,
+        seq_length=max(1, -(-longest // row_multiple)) * row_multiple,
+        label_tokens=labels,
+        images=images,
+        blank_samples=blanks,
+        row_tokens=row_tokens,
+        skipped_samples=skipped,
+        ignored_samples=ignored,
         found_bad=found_bad,
         micro_batches=micro_batches,
         rows=rows,

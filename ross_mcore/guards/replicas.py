@@ -56,7 +56,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     Transformer Engine's FP8 types counts by its values.
     """
     if is_float8tensor(tensor):
-        tensor = tensor.dequantize()  # type: ignore[no-untyped-call]
+        tensor = tensor.dequantize()
     words = tensor.detach().reshape(-1).view({1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32))
     factors = _factors(words.device)
     products = torch.empty(min(len(words), WORDS_AT_ONCE), dtype=torch.int64, device=words.device)

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -65,7 +65,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._world_size > 1:
             store = dist.distributed_c10d._get_default_store()
-            self._beating, self._asking = store.clone(), store.clone()  # a connection each: one may be stuck
+            # a connection each: one may be stuck
+            self._beating, self._asking = store.clone(), store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
             for target in (self._beat, self._watch):
                 threading.Thread(target=target, daemon=True, name=f"watchdog {target.__name__}").start()
         return self
@@ -178,7 +179,7 @@ class Watchdog:
 
     def _bounded(self, action: Callable[[], T]) -> T:
         """What `action` returns. Raises StoreGone when it asks the store and gets no answer: its calls may block."""
-        results: list[Any] = []
+        results: list[T] = []
 
         def run() -> None:
             try:

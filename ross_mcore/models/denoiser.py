@@ -63,6 +63,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class PointConvolution(nn.Conv2d):
     """A 1x1 convolution as a matrix product, because cuDNN would run it in TF32: [M, C, g, g] -> [M, N, W] float32."""
 
+    bias: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.flatten(2).transpose(1, 2), self.weight.flatten(1).float(), self.bias.float())
 

@@ -6,7 +6,7 @@ are [T, 1, D], sequence first as in Megatron-Core; an image occupies the N posit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ def gather(hidden: Tensor, image_starts: Tensor, image_tokens: int) -> Tensor:
     return hidden.index_select(0, indices).view(image_starts.numel(), image_tokens, hidden.shape[-1])
 
 
-class SupervisedPositions(NamedTuple):
+@dataclass(frozen=True)
+class SupervisedPositions:
     """The L positions of a batch that carry a label.
 
     index [L]: their positions; targets [L] int64: the label; weights [L] float32: 1, or 0 for the one dummy position

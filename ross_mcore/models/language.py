@@ -89,7 +89,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # a mark for mcore
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
@@ -128,8 +128,8 @@ class SDPACoreAttention(nn.Module):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         if len(set(lengths)) == 1:
             return self._attend(query, key, value, lengths[0])
-        parts = zip(*(part.split(lengths) for part in (query, key, value)))
-        return torch.cat([self._attend(*part, length) for part, length in zip(parts, lengths)])
+        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), lengths)
+        return torch.cat([self._attend(q, k, v, length) for q, k, v, length in parts])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
         """Segments of one length, [n * length, heads, head_dim] -> [n * length, heads * head_dim]."""
@@ -237,7 +237,7 @@ class LanguageModel(GPTModel):
             post_process=chunk.is_last,
             share_embeddings_and_output_weights=language.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=language.rope_theta,  # type: ignore[arg-type]
+            rotary_base=language.rope_theta,
             scatter_embedding_sequence_parallel=False,
             vp_stage=chunk.number if config.virtual_pipeline_model_parallel_size else None,
         )

@@ -39,7 +39,7 @@ class VisionProjection(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """features [J, N, in_size] in any dtype -> [J, N, out_size] in the dtype of the weights."""
-        return super().forward(features.to(self[0].weight.dtype))
+        return super().forward(features.to(next(self.parameters()).dtype))
 
 
 def weight_shapes(config: ProjectorConfig, in_size: int, out_size: int) -> Shapes:

@@ -15,7 +15,8 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor, nn
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
 
 from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
@@ -91,6 +92,7 @@ class RossModel(MegatronModule):
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
             self.denoiser.to(execution.dtype)
             self.schedule = diffusion.Schedule.cosine()
+            self.autoencoder_config = model.pixel_decoder
             if options.decodes or not precomputed.latents:
                 self.pixel_decoder = PixelDecoder(
                     model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
@@ -110,7 +112,7 @@ class RossModel(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> TransformerBlock:
         """The decoder layers (mcore's schedules number their micro-batches through it)."""
         return self.language_model.decoder
 
@@ -180,7 +182,7 @@ class RossModel(MegatronModule):
             if self.blank_posterior is None:
                 raise ValueError("the posterior of a blank picture is needed and was not given")
             posteriors = torch.cat([posteriors, self.blank_posterior.float().expand(blanks, -1, -1, -1, -1)])
-        return sample_latents(posteriors, noise, self.model.pixel_decoder)  # type: ignore[arg-type]
+        return sample_latents(posteriors, noise, self.autoencoder_config)
 
     def _posteriors(self, batch: Batch) -> Tensor:
         """Precomputed, [J, 2, C, h, w] float32."""
@@ -268,7 +270,7 @@ class RossModel(MegatronModule):
             device=hidden.device,
         )
         if self.options.precomputed.latents:  # the picture itself may not be there: what the VAE keeps of it is
-            means = sample_latents(self._posteriors(batch), None, self.model.pixel_decoder)  # type: ignore[arg-type]
+            means = sample_latents(self._posteriors(batch), None, self.autoencoder_config)
             return self.pixel_decoder.decode(means), self.pixel_decoder.decode(latents)
         originals = self.pixel_decoder.images_for_encoder(self._pixels(batch)) / 2 + 0.5
         return originals, self.pixel_decoder.decode(latents)

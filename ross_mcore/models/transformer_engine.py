@@ -5,6 +5,7 @@ Legend: T tokens of a micro-batch, h heads and g groups of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -112,8 +113,9 @@ def took_weights(module: nn.Module, loaded: dict[str, Any]) -> None:
     """
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
-    for name, weight in module.named_parameters():
+    weights: Iterable[tuple[str, Any]] = module.named_parameters()  # tensors of Transformer Engine's types among them
+    for name, weight in weights:
         if is_float8tensor(weight):
-            weight._high_precision_init_val = loaded[name]  # type: ignore[attr-defined]
+            weight._high_precision_init_val = loaded[name]
             if isinstance(weight._quantizer, Float8Quantizer):
                 weight._quantizer.amax.copy_(loaded[name].abs().max())

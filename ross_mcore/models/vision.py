@@ -6,6 +6,7 @@ Legend: J images, H W pixels, N patches of an image, D width of the tower.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class VisionModel(nn.Module):
         self.config = config
         self.trainable = trainable
         self.num_layers_run = config.num_layers + 1 + config.select_layer
-        self.tower = _build_tower(config, dtype)
+        self.tower: Any = _build_tower(config, dtype)  # which of the two decides what it has
         self.requires_grad_(False)
         if trainable:
             for part in self._parts_run():
@@ -84,12 +85,18 @@ def attention_of(dtype: torch.dtype, libraries: Libraries) -> str:
 
 def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
     """The transformer inside HF's vision model; only the modelling file of this one model is imported."""
+    configuration: Any
+    model: Any
     if config.model_type == "clip_vision_model":
-        from transformers.models.clip.configuration_clip import CLIPVisionConfig as Config
-        from transformers.models.clip.modeling_clip import CLIPVisionModel as Model
+        from transformers.models.clip.configuration_clip import CLIPVisionConfig
+        from transformers.models.clip.modeling_clip import CLIPVisionModel
+
+        configuration, model = CLIPVisionConfig, CLIPVisionModel
     else:
-        from transformers.models.siglip.configuration_siglip import SiglipVisionConfig as Config
-        from transformers.models.siglip.modeling_siglip import SiglipVisionModel as Model
+        from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+        from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+        configuration, model = SiglipVisionConfig, SiglipVisionModel
     from transformers.utils import is_flash_attn_2_available
 
     fields = {name: value for name, value in config.huggingface.items() if name in VISION_KEYS}
@@ -97,7 +104,8 @@ def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
         installed = platform.libraries()  # and transformers refuses a flash-attn that is too old or does not load
         usable = replace(installed, flash_attention=installed.flash_attention and is_flash_attn_2_available())
         attention = attention_of(dtype, usable)
-        return Model(Config(**fields | {"attn_implementation": attention, "dtype": dtype})).to(dtype)
+        tower: nn.Module = model(configuration(**fields | {"attn_implementation": attention, "dtype": dtype}))
+        return tower.to(dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ArchitectureError(
             f"config.json: transformers builds no {config.model_type} of {shown(fields)}: {reason(error)}"

@@ -28,7 +28,7 @@ from ross_mcore.parallel.layout import share_of
 def average_over_tensor_group(module: nn.Module) -> None:
     """Marks the parameters of a replicated module whose work is split over the tensor-parallel group."""
     for parameter in module.parameters():
-        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]  # a mark for mcore
 
 
 class _GatherShares(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _GatherShares(torch.autograd.Function):
         return torch.cat(kept)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient[ctx.share.start : ctx.share.stop] * ctx.size, None, None
 
 
@@ -58,7 +58,7 @@ class _SumShares(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.size, None
 
 
@@ -69,7 +69,7 @@ class _EnterShare(torch.autograd.Function):
         return whole.view_as(whole)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total / ctx.group.size(), None

@@ -66,7 +66,9 @@ class Report:
 
     def picture(self, iteration: int, grid: Tensor | None) -> None:
         """`grid` is None on ranks that do not have it, and where there is no picture."""
-        for reporter in self._reporters if grid is not None else ():
+        if grid is None:
+            return
+        for reporter in self._reporters:
             reporter.picture(iteration, grid)
 
     def finish(self, state: TrainState, stopped_by: str | None) -> None:

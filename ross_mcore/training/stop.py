@@ -84,10 +84,11 @@ class Requests:
         """Python writes the number of each signal that it handles into the pipe, whatever the main thread does."""
         first: float | None = None
         while found := os.read(pipe, 1):
+            if found[0] != signal.SIGINT:
+                continue
             now = time.monotonic()
-            if found[0] == signal.SIGINT and first is None:
-                first = now
-            elif found[0] == signal.SIGINT and now - first > REPEAT_SECONDS:
+            first = now if first is None else first
+            if now - first > REPEAT_SECONDS:
                 rank = os.environ.get("RANK", "0")
                 complain(f"rank {rank}: aborted; the newest complete checkpoint is intact")
                 os._exit(ABORTED)

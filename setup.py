@@ -40,6 +40,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
         # Shards behind URLs (s3://, gs://, https://); fsspec itself comes with torch.
         "remote": ["fsspec[http,s3,gs]"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
 )

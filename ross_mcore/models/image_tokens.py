@@ -6,7 +6,7 @@ are [T, 1, D], sequence first as in Megatron-Core; an image occupies the N posit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,15 +47,14 @@ def gather(hidden: Tensor, image_starts: Tensor, image_tokens: int) -> Tensor:
     return hidden.index_select(0, indices).view(image_starts.numel(), image_tokens, hidden.shape[-1])
 
 
-@dataclass(frozen=True)
-class SupervisedPositions:
+class SupervisedPositions(NamedTuple):
     """The L positions of a batch that carry a label.
 
     index [L]: their positions; targets [L] int64: the label; weights [L] float32: 1, or 0 for the one dummy position
     (with target 0) of a batch without labels.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not used
     targets: Tensor
     weights: Tensor
 

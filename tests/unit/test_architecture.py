@@ -162,6 +162,13 @@ def test_only_groups_reads_parallel_state() -> None:
             assert not any("parallel_state" in name for name in imports_of(path)), path
 
 
+def test_ignored_types_have_a_reason() -> None:
+    ignored = re.compile(r"# type: ignore(?!\[[a-z-]+(, [a-z-]+)*\]  # \w)")
+    for path in FILES:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            assert not ignored.search(line), f"{path}:{number}: write `type: ignore[code]  # reason`"
+
+
 def test_importing_has_no_effects_and_help_needs_no_torch() -> None:
     """Import every module in one process: no output, no file, no process group; flags without torch.
 

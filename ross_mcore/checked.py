@@ -1,7 +1,7 @@
-"""JSON and YAML that somebody else wrote: read within bounds, their values of the right kind and size, or a reason why.
+"""Reads JSON, YAML and text from outside within bounds, and checks the type and size of values.
 
-Everything here raises ValueError with a reason that names the key and never the program's inside; callers put the file
-in front and say what to do.
+All functions raise ValueError with a reason that names the key, in the user's words; callers add the file and the
+remedy.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ T = TypeVar("T", bound="DataclassInstance")
 
 MOST_COUNT = 2**31 - 1
 MOST_FILE_BYTES = 32 << 20
-"""Of a JSON file that is read whole: brackets alone would make twenty times as much of it in memory."""
+"""Limit of a JSON file that is read whole: a file of brackets takes twenty times its size in memory."""
 MOST_YAML_BYTES = 1 << 20
 MOST_TOKENIZER_FILE_BYTES = 128 << 20
 MOST_LINE_BYTES = 16 << 20
 MOST_SHOWN_CHARACTERS = 80
-_SHORT = reprlib.Repr()  # of what may be nested without end, as YAML's aliases make it
+_SHORT = reprlib.Repr()  # bounded, because YAML aliases can nest a value without end
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MOST_SHOWN_CHARACTERS
 
 
 def shown(value: object) -> str:
-    """A value for a message: on one line, without control characters, not long."""
+    """A value as text for a message: one line without control characters, at most MOST_SHOWN_CHARACTERS."""
     text = _SHORT.repr(value)
     return text if len(text) <= MOST_SHOWN_CHARACTERS else text[: MOST_SHOWN_CHARACTERS - 3] + "..."
 
 
 def reason(error: BaseException) -> str:
-    """What a library said, in one short line; for an error without words, that something is damaged."""
+    """A library's error as one short line; `it is damaged` for errors whose text means nothing to a user."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = " ".join(str(error).split("\n", 1)[0].split()).split(". ")[0].rstrip(". :")
+    message = " ".join(str(error).split("\n", 1)[0].split()).split(". ")[0].rstrip(". :")
     wordless = isinstance(error, (KeyError, IndexError, AssertionError, AttributeError, TypeError, RecursionError))
-    if wordless or " " not in said or any(inside in said for inside in (" object at 0x", "invalid literal")):
+    if wordless or " " not in message or any(inside in message for inside in (" object at 0x", "invalid literal")):
         return "it is damaged"
-    said = printable(said)
-    return said if len(said) <= 200 else said[:197] + "..."
+    message = printable(message)
+    return message if len(message) <= 200 else message[:197] + "..."
 
 
 def printable(text: str) -> str:
-    """A text for a terminal, with a question mark for each character that would steer it."""
+    """A text for a terminal, with a question mark in place of each control character."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def read_json(
     path: Path, most_bytes: int = MOST_FILE_BYTES, as_mapping: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """What a JSON file holds; `as_mapping` makes a mapping of its pairs. Raises ValueError, FileNotFoundError."""
+    """The value in a JSON file; `as_mapping` builds each object from its pairs. Raises ValueError, FileNotFoundError."""
     text = read_text(path, most_bytes)
     try:
         return json.loads(text, object_pairs_hook=as_mapping)
@@ -68,19 +68,19 @@ def read_json(
         raise ValueError(f"it is not JSON: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except ValueError:  # Python reads no integer of thousands of digits
+    except ValueError:  # Python refuses integers of thousands of digits
         raise ValueError("it has a number of too many digits") from None
 
 
 def real_path(path: Path) -> Path:
-    """As Path.resolve, which raises RuntimeError for links in a circle; here they stay what they are."""
+    """Path.resolve for any path: links in a circle, for which that raises RuntimeError, stay as they are."""
     return Path(os.path.realpath(path))
 
 
 def require_regular(path: Path, most_bytes: int | None = None) -> None:
-    """Raises ValueError for a pipe, a device or a folder, which may have no end, or a file of more bytes.
+    """Raises ValueError unless `path` is a regular file (a pipe or device may have no end) of at most `most_bytes`.
 
-    Raises FileNotFoundError too.
+    Raises FileNotFoundError when it does not exist.
     """
     try:
         status = path.stat()
@@ -95,7 +95,7 @@ def require_regular(path: Path, most_bytes: int | None = None) -> None:
 
 
 def read_lines(path: Path, most_bytes: int = MOST_LINE_BYTES) -> Iterator[bytes | None]:
-    """The lines of a file, None in the place of a longer one. Raises ValueError, OSError."""
+    """The lines of a file, None for one longer than `most_bytes`. Raises ValueError, OSError."""
     require_regular(path)
     with path.open("rb") as stream:
         while line := stream.readline(most_bytes + 1):
@@ -108,7 +108,7 @@ def read_lines(path: Path, most_bytes: int = MOST_LINE_BYTES) -> Iterator[bytes 
 
 
 def read_text(path: Path, most_bytes: int = MOST_FILE_BYTES) -> str:
-    """A file of UTF-8. Raises ValueError, FileNotFoundError."""
+    """The text of a UTF-8 file. Raises ValueError, FileNotFoundError."""
     try:
         require_regular(path, most_bytes)
         return path.read_bytes().decode("utf-8")
@@ -121,7 +121,7 @@ def read_text(path: Path, most_bytes: int = MOST_FILE_BYTES) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError, FileNotFoundError."""
+    """The value in a YAML file. Raises ValueError, FileNotFoundError."""
     import yaml
 
     text = read_text(path, MOST_YAML_BYTES)
@@ -131,19 +131,19 @@ def read_yaml(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
-    except ValueError:  # of Python's own int and date
-        raise ValueError("it has a number of too many digits, or a date that there is not") from None
+    except ValueError:  # from Python's int and date
+        raise ValueError("it has a number of too many digits, or a date that does not exist") from None
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:
-    """`value`, which is a mapping. Raises ValueError."""
+    """`value` if it is a mapping. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError(f"{what} is {shown(value)}, expected a mapping")
     return value
 
 
 def count(data: Mapping[str, Any], key: str, default: int | None = None, least: int = 1, most: int = MOST_COUNT) -> int:
-    """A whole number of a mapping; `default` where there is none. Raises ValueError."""
+    """The whole number at `key` from `least` to `most`; `default` when missing. Raises ValueError."""
     value = default if data.get(key) is None else data[key]
     if value is None:
         raise ValueError(f"{key} is missing, expected a whole number from {least} to {most}")
@@ -155,7 +155,7 @@ def count(data: Mapping[str, Any], key: str, default: int | None = None, least: 
 def real(
     data: Mapping[str, Any], key: str, default: float | None = None, above: float = -math.inf, most: float = 1e30
 ) -> float:
-    """A finite number of a mapping, larger than `above`. Raises ValueError."""
+    """The finite number at `key`, larger than `above`; `default` when missing. Raises ValueError."""
     value = default if data.get(key) is None else data[key]
     if value is None:
         raise ValueError(f"{key} is missing, expected a number")
@@ -166,7 +166,7 @@ def real(
 
 
 def switch(data: Mapping[str, Any], key: str, default: bool) -> bool:
-    """True or false of a mapping. Raises ValueError."""
+    """The boolean at `key`; `default` when missing. Raises ValueError."""
     value = default if data.get(key) is None else data[key]
     if type(value) is not bool:
         raise ValueError(f"{key} is {shown(value)}, expected true or false")
@@ -174,7 +174,7 @@ def switch(data: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def text(data: Mapping[str, Any], key: str) -> str:
-    """A text of a mapping. Raises ValueError."""
+    """The text at `key`. Raises ValueError."""
     value = data.get(key)
     if not isinstance(value, str):
         raise ValueError(f"{key} is {shown(value)}, expected text")
@@ -182,7 +182,7 @@ def text(data: Mapping[str, Any], key: str) -> str:
 
 
 def build(kind: type[T], data: Any, what: str) -> T:
-    """A dataclass from a mapping of its fields, each of the type that it is annotated with. Raises ValueError."""
+    """A dataclass from a mapping of its fields, each checked against its annotation. Raises ValueError."""
     data = mapping(data, what)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)

@@ -1,7 +1,4 @@
-"""What a run is: all sections of its options, what follows from them, and what cannot work.
-
-Nothing here imports torch.
-"""
+"""Config: all options of a run, values derived from them, and the checks across sections. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from ross_mcore.options import (
 )
 
 MOST_NUMBER = 10**18
-"""Of any option: more does not fit the 64-bit integers and the JSON that options end in."""
+"""Limit of every option: larger numbers do not fit the 64-bit integers and the JSON that options are stored in."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Config:
     logging: LoggingOptions = field(default_factory=LoggingOptions)
 
     def __post_init__(self) -> None:
-        """Refuses nan and numbers without bound; infinity too, for which every option has 0 or its own absence."""
+        """Refuses nan, infinity and numbers above MOST_NUMBER."""
         for name, value in self.flat().items():
             if isinstance(value, (int, float)) and not abs(value) <= MOST_NUMBER:
                 raise ConfigError(
@@ -53,8 +50,7 @@ class Config:
     def from_flat(cls, **values: object) -> Config:
         """Builds the sections from flag names (underscores): `Config.from_flat(load="base", lr=2e-5)`.
 
-        Raises ConfigError for a name that is no flag, or a value of another type than the flag's; paths are taken as
-        their strings.
+        Paths become strings. Raises ConfigError for an unknown name or a value of the wrong type.
         """
         sections = {}
         for section in fields(cls):
@@ -85,7 +81,7 @@ class Config:
 
     @property
     def placement(self) -> dict[str, Any]:
-        """What decides where things are, as parallel/layout.py:make_layout takes it."""
+        """The arguments of parallel/layout.py:make_layout that options decide."""
         return {
             "tensor_parallel": self.parallel.tensor_model_parallel_size,
             "pipeline_parallel": self.parallel.pipeline_model_parallel_size,
@@ -96,7 +92,7 @@ class Config:
         }
 
     def template(self, model: ModelConfig) -> str:
-        """The conversation template, by default that of the stage and the language model's family."""
+        """The conversation template; the default depends on the stage and the language model's family."""
         if self.data.template:
             return self.data.template
         if self.training.training_stage == "pretrain":
@@ -109,7 +105,7 @@ class Config:
 
 
 def _checked_types(section: type, values: dict[str, object]) -> dict[str, Any]:
-    """Values for the fields of a section, paths as strings. Raises ConfigError for a value of another type."""
+    """Values for the fields of a section, paths as strings. Raises ConfigError for a value of the wrong type."""
     hints = typing.get_type_hints(section)
     checked = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in values.items()}
     for name, value in checked.items():
@@ -149,7 +145,7 @@ SECTIONS = {
 
 
 def require_complete(config: Config) -> None:
-    """Raises ConfigError unless the options say where to start, what to train on, where to save, and how long."""
+    """Raises ConfigError unless --load, --save, --data-path and the length of the run are given."""
     for value, flag in (
         (config.checkpoint.load, "--load"),
         (config.checkpoint.save, "--save"),
@@ -161,9 +157,9 @@ def require_complete(config: Config) -> None:
 
 
 def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -> None:
-    """Refuses, before anything is built, what cannot work here; each message names the flag and the remedy.
+    """Raises ConfigError, before anything is built, for options that do not fit together; it names flag and remedy.
 
-    What precision and kernels need is in engine/precision.py.
+    Precision and kernels are checked in engine/precision.py.
     """
     parallel, training = config.parallel, config.training
     for name in ("valid_interval", "valid_samples"):
@@ -184,13 +180,13 @@ def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -
 
 
 def _check_interleaving(config: Config, data_parallel_size: int) -> None:
-    """What mcore's interleaved schedule needs (pipeline_parallel/schedules.py)."""
+    """The requirements of mcore's interleaved schedule (pipeline_parallel/schedules.py)."""
     parallel, training = config.parallel, config.training
     stages = parallel.pipeline_model_parallel_size
     if stages == 2 and not parallel.overlap_p2p_communication:
         raise ConfigError(
-            "--no-overlap-p2p-communication with two interleaved pipeline stages: what a stage sends forward and "
-            "backward goes to the same neighbour in one batch, and would be mixed up; remove the flag"
+            "--no-overlap-p2p-communication with two interleaved pipeline stages: a stage sends forward and backward "
+            "tensors to the same neighbour in one batch and would mix them up; remove the flag"
         )
     rows = data_parallel_size * training.micro_batch_size
     if (training.global_batch_size or rows) // rows % stages:

@@ -1,13 +1,13 @@
-"""What bad input raises: every error whose message tells the user what is wrong and what to do.
+"""Errors for the user: their messages say what is wrong and what to do.
 
-A program catches UserError alone. The second base of a kind is what code that expects Python's own errors catches.
+Programs catch UserError. Each kind has one of Python's own errors as a second base, for code that catches those.
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input, or something that cannot be done here; the message says what to do."""
+    """Bad input, or something this machine or version cannot do; the message says what to do."""
 
 
 class ConfigError(UserError, ValueError):
@@ -15,7 +15,7 @@ class ConfigError(UserError, ValueError):
 
 
 class ArchitectureError(UserError, ValueError):
-    """A model description that is malformed or that this trainer does not implement; the message says what to do."""
+    """A model description that is malformed or not implemented; the message says what to do."""
 
 
 class LayoutError(UserError, ValueError):
@@ -23,7 +23,7 @@ class LayoutError(UserError, ValueError):
 
 
 class PlatformError(UserError, RuntimeError):
-    """This machine cannot run what was asked; the message says what to change."""
+    """This machine cannot run with these options; the message says what to change."""
 
 
 class RankError(UserError, RuntimeError):
@@ -37,7 +37,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 class LogError(UserError, RuntimeError):
-    """A file of figures that cannot be read or begun; the message names it."""
+    """A log file that cannot be read or created; the message names it."""
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -45,7 +45,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class ConversionError(UserError, ValueError):
-    """A source that does not fit the architecture; the message names the tensor and says what was expected."""
+    """A source that does not fit the architecture; the message names the tensor and the expected value."""
 
 
 class TokenizerError(UserError, ValueError):
@@ -57,7 +57,7 @@ class RemoteError(UserError, OSError):
 
 
 class ShardReadError(UserError, OSError):
-    """The file system failed. Unlike bad data, another rank may not see it, so it ends the run instead of a row."""
+    """The file system failed. Ends the run, because other ranks may not see the failure; bad data only costs a row."""
 
 
 class ShardError(UserError, ValueError):
@@ -65,7 +65,7 @@ class ShardError(UserError, ValueError):
 
 
 class TooManyBad(ShardError):
-    """More samples were bad than allowed, so no index was written; quarantine.jsonl names them."""
+    """More bad samples than allowed, so no index was written; quarantine.jsonl names them."""
 
 
 class RecordsError(UserError, ValueError):
@@ -73,16 +73,16 @@ class RecordsError(UserError, ValueError):
 
 
 class SampleError(UserError, ValueError):
-    """A sample that cannot be trained on; the message is a short reason, meant to be counted."""
+    """A sample that cannot be trained on; the message is a short reason, for counting."""
 
 
 class ConversationError(UserError, ValueError):
-    """A conversation that cannot become a row; the message is a short reason, meant to be counted."""
+    """A conversation that cannot become a row; the message is a short reason, for counting."""
 
 
 class NothingLeft(ConversationError):
-    """A good sample of which the options (template, row length, bounds) leave nothing to train on."""
+    """A good sample without anything to train on under these options (template, row length, bounds)."""
 
 
 class ImageError(UserError, ValueError):
-    """A picture that cannot be used; the message is a short reason, meant to be counted."""
+    """A picture that cannot be used; the message is a short reason, for counting."""

@@ -1,9 +1,8 @@
 """Dataclass fields -> command-line flags and YAML keys. Nothing else parses training arguments.
 
-A field's name is its flag, its type the flag's type, its default the flag's default, and the text under it in the
-source is the flag's help. YAML files given with `--config` hold the same names; flags on the command line win, later
-files win over earlier ones. A recipe is such a file that is installed with the package; its name is its path without
-the suffix.
+A field gives a flag's name, type and default; the text under the field is the flag's help. YAML files of `--config`
+use the same names: the command line wins over them, a later file over an earlier one. A recipe is a YAML file that is
+installed with the package; its name is its path without the suffix.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def field_help(section: type) -> dict[str, str]:
 
 
 def build_parser(prog: str = SCRIPT) -> argparse.ArgumentParser:
-    """The parser of `prog`; every default is suppressed so that what was given can be told from what was not."""
+    """The parser of `prog`. Defaults are suppressed, so that the parsed values are those that were given."""
     started = prog if prog == SCRIPT else f"--no-python {prog}"
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -96,13 +95,13 @@ def build_parser(prog: str = SCRIPT) -> argparse.ArgumentParser:
 
 
 EXCLUSIVE = (("train_iters", "train_epochs"), ("lr_warmup_iters", "lr_warmup_fraction"))
-"""Options of which a source gives one; on the command line one replaces the other of a YAML file."""
+"""Pairs of options that exclude each other; on the command line, one replaces the other of a YAML file."""
 
 
 def parse(argv: Sequence[str] | None = None, complete: bool = True, prog: str = SCRIPT) -> Config:
-    """Command line and YAML -> Config; prints one paragraph and exits 2 when something is wrong or missing.
+    """Command line and YAML -> Config; on an error prints one paragraph and exits with status 2.
 
-    `complete=False` accepts options that do not make a whole run yet. `prog` is the program that errors name.
+    `complete=False` accepts options that a run still lacks. `prog` is the program that errors name.
     """
     parser = build_parser(prog)
     known, unknown = parser.parse_known_args(argv)
@@ -127,14 +126,14 @@ def parse(argv: Sequence[str] | None = None, complete: bool = True, prog: str = 
 
 
 def _hint(name: str) -> str:
-    """`; did you mean --seq-length?` for a name that is close to a flag's, for others where they all stand."""
+    """`; did you mean --seq-length?` for a name close to a flag's, else a hint at --help."""
     known = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     return f"; did you mean {flag(close[0])}?" if close else "; --help lists all of them"
 
 
 def recipes() -> dict[str, Path]:
-    """Every recipe that is installed with the package: its name, as `train_ross/pretrain_siglip_qwen2`, and file."""
+    """The installed recipes: name, as `train_ross/pretrain_siglip_qwen2`, to file."""
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.yaml"))}
 
 
@@ -153,7 +152,7 @@ class _Refusing(argparse.ArgumentParser):
 
 
 def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Options from a YAML mapping of flag names (dashes or underscores), checked as the command line is.
+    """Options from a YAML mapping of flag names (dashes or underscores), checked like the command line.
 
     `path` is a file or the name of a recipe. Raises ConfigError.
     """

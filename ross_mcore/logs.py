@@ -1,4 +1,4 @@
-"""Lines for people and files that a run leaves beside its checkpoints. It goes on where they cannot be written."""
+"""Console lines and the log files of a run. Training continues when they cannot be written."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ VALIDATION_FILE = "validation.jsonl"
 
 
 def say(text: str) -> None:
-    """Prints a line at once. Why standard output does not take it is told once, on standard error."""
+    """Prints a line and flushes. A first failure is reported on standard error."""
     if (problem := _print(text, sys.stdout)) is not None:
-        _complain_once(f"warning: standard output cannot be written: {problem}; training goes on")
+        _complain_once(f"warning: standard output cannot be written: {problem}; training continues")
 
 
 def complain(text: str) -> None:
-    """Prints a line on standard error at once, as far as that can be written."""
+    """Prints a line on standard error and flushes; failures are ignored."""
     _print(text, sys.stderr)
 
 
@@ -35,17 +35,17 @@ _complain_once = functools.cache(complain)
 
 
 def _print(text: str, stream: TextIO) -> str | None:
-    """The reason why a line is lost, None for one that was printed."""
+    """Prints a line; returns the reason when it could not be written, else None."""
     try:
         print(text, file=stream, flush=True)
     except OSError as error:
-        _forget_unwritten(stream)
+        _discard_buffer(stream)
         return checked.reason(error)
     return None
 
 
-def _forget_unwritten(stream: TextIO) -> None:
-    """Empties a stream's buffer, over which the process would end with status 120, and workers print it again."""
+def _discard_buffer(stream: TextIO) -> None:
+    """Empties a stream's buffer. Otherwise the process ends with status 120, and its workers print the line again."""
     descriptor = stream.fileno()
     kept = os.dup(descriptor)
     with Path(os.devnull).open("wb") as nowhere:
@@ -56,7 +56,7 @@ def _forget_unwritten(stream: TextIO) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Adds all of `content` to a file, or nothing where a disk is full. Raises OSError."""
+    """Adds all of `content` to a file, or nothing. Raises OSError, as on a full disk."""
     end = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab", buffering=0) as stream:
@@ -69,9 +69,9 @@ def append(path: Path, content: bytes) -> None:
 
 
 class LogFile:
-    """A file that a run appends to. What cannot be written is lost; that is said once, until the file works again.
+    """A file that a run appends to. Failed writes are lost, and reported once until the file can be written again.
 
-    Nothing is written to the disk beneath a mount that vanished. Raises LogError when there is no folder for it.
+    When a mount has vanished, nothing is written to the disk below it. Raises LogError when the folder does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,23 +85,23 @@ class LogFile:
     def append(self, content: bytes) -> None:
         try:
             if self.path.parent.stat().st_dev != self._device:
-                raise OSError(errno.ENODEV, "the file system of before is no longer there")
+                raise OSError(errno.ENODEV, "its file system is no longer mounted")
             append(self.path, content)
         except OSError as error:
             if not self._fails:
                 reason = checked.reason(error)
-                say(f"warning: {self.path} cannot be written: {reason}; training goes on without it until it can be")
+                say(f"warning: {self.path} cannot be written: {reason}; training continues without it until it can be")
             self._fails = True
         else:
             if self._fails:
-                say(f"{self.path} is written again; what came in between is lost")
+                say(f"{self.path} is written again; the lines in between are lost")
             self._fails = False
 
 
 class JsonLines(LogFile):
-    """A file of objects that each have an iteration. Those after `iteration`, of a branch left by a crash, are dropped.
+    """A file of objects that each have an iteration. Objects after `iteration`, left by a crash, are dropped.
 
-    Raises LogError where that cannot be done.
+    Raises LogError when the file cannot be read or rewritten.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
@@ -109,7 +109,7 @@ class JsonLines(LogFile):
         drop_after(iteration, path)
 
     def add(self, *entries: dict[str, Any]) -> None:
-        """Appends all at once."""
+        """Appends all entries in one write."""
         if entries:
             self.append(_lines(finite(entry) for entry in entries))
 
@@ -119,9 +119,9 @@ def _lines(entries: Iterable[Any]) -> bytes:
 
 
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines that each have an iteration. Raises LogError.
+    """The objects of a file, one per line, each with an iteration. Raises LogError.
 
-    What is none is passed over: a last line cut by a crash, or one that damage made unreadable.
+    Other lines are skipped: a last line cut by a crash, or a damaged one.
     """
     try:
         for line in checked.read_lines(path):
@@ -138,7 +138,7 @@ def read_entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every number in it that JSON cannot hold."""
+    """`value` with None for every number that is not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -147,13 +147,13 @@ def finite(value: Any) -> Any:
 
 
 def drop_after(iteration: int, path: Path) -> None:
-    """Leaves the lines of a file, if there is one, up to `iteration`. Raises LogError."""
+    """Removes the lines after `iteration` from a file, if it exists. Raises LogError."""
     if not os.path.lexists(path):
         return
     kept = [entry for entry in read_entries(path) if entry["iteration"] <= iteration]
     partial = path.with_suffix(".partial")
     try:
-        partial.unlink(missing_ok=True)  # what waits there may be a link
+        partial.unlink(missing_ok=True)  # it may be a link
         partial.write_bytes(_lines(kept))
         partial.replace(path)
     except OSError as error:

@@ -13,10 +13,10 @@ from ross_mcore.errors import ConfigError
 
 MOST_WORKERS = 128
 MOST_ROWS = 1 << 20
-"""Of a batch: every rank plans all rows of a step before it begins."""
+"""Limit of the batch sizes: every rank plans all rows of a step in advance."""
 MOST_TIMEOUT_MINUTES = 365 * 24 * 60
 MOST_DIGITS = 15
-"""Of an iteration to skip."""
+"""Limit of a number in --skip-iterations."""
 
 
 def _positive(section: object, *names: str) -> None:
@@ -49,8 +49,8 @@ def _ranges(flag: str, text: str | None) -> list[range]:
         fits = all(number.isdecimal() and len(number) <= MOST_DIGITS for number in numbers)
         if not fits or int(numbers[-1]) < int(first):
             raise ConfigError(
-                f"{flag} {shown(text)}: {shown(part.strip())} is no number and no range; give them as 7,12-15, of at "
-                f"most {MOST_DIGITS} digits"
+                f"{flag} {shown(text)}: {shown(part.strip())} is neither a number nor a range; write them as 7,12-15, "
+                f"with at most {MOST_DIGITS} digits each"
             )
         found.append(range(int(first), int(numbers[-1]) + 1))
     return found
@@ -61,29 +61,29 @@ class ParallelOptions:
     """Parallel layout"""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share every decoder layer (T). Must divide the attention and key-value heads."""
+    """Number of ranks that share every decoder layer (T). Must divide the attention heads and the key-value heads."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages (P). The vision tower is on the first, denoiser and VAE on the last."""
+    """Number of pipeline stages (P). The vision tower is on the first, denoiser and VAE are on the last."""
     pipeline_layout: str = "auto"
-    """Decoder layers of every stage: auto balances vision tower, VAE and denoiser against layers, even ignores them, or
-    give them as 8,8,8,4."""
+    """Decoder layers per stage. auto: balance layers against vision tower, VAE and denoiser; even: ignore those three;
+    or a list such as 8,8,8,4."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Interleaved schedule (virtual pipeline): every rank holds several chunks, of about this many layers each, and the
-    pipeline's bubble shrinks by their number. --pipeline-layout with a multiple of P chunks, in the order of the model,
-    says the same layer by layer."""
+    """Use the interleaved schedule (virtual pipeline): every rank holds several chunks of about this many layers, and
+    the pipeline bubble is divided by their number. Alternative: list a multiple of P chunks, in the order of the model,
+    in --pipeline-layout."""
     overlap_p2p_communication: bool = True
-    """Interleaved schedule: send and receive between stages while they compute. Two stages need it."""
+    """Interleaved schedule: send and receive between stages while they compute. Required with two stages."""
     sequence_parallel: bool = False
-    """Split norms and residuals over the sequence within a tensor-parallel group."""
+    """Split norms and residuals along the sequence within a tensor-parallel group."""
     use_distributed_optimizer: bool | None = None
-    """Shard optimizer state over data-parallel ranks. Default: with --bf16."""
+    """Shard optimizer state over data-parallel ranks. Default: on with --bf16, off without."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    """Reduce gradients over data-parallel ranks during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated weights over data-parallel ranks while the next forward pass already runs. Needs
-    --use-distributed-optimizer and --overlap-grad-reduce."""
+    """Gather updated weights over data-parallel ranks during the next forward pass. Needs --use-distributed-optimizer
+    and --overlap-grad-reduce."""
     distributed_timeout_minutes: float = 10.0
-    """A collective that waits longer than this ends the run."""
+    """End the run when a collective waits longer than this."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -101,42 +101,43 @@ class ExecutionOptions:
     """Precision and kernels"""
 
     bf16: bool = False
-    """Weights in bfloat16 with fp32 masters; vision tower and language model compute in it, denoiser and VAE stay fp32.
-    """
+    """Train in bfloat16: weights in bfloat16 with fp32 master weights; vision tower and language model compute in
+    bfloat16, denoiser and VAE in fp32."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """local: SDPA attention, runs anywhere. transformer_engine: NVIDIA's fused kernels."""
+    """local: torch's SDPA attention, runs anywhere. transformer_engine: NVIDIA's fused kernels."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
-    """Transformer Engine's attention: flash-attn (flash), cuDNN (fused), torch (unfused, not for packed rows), or
-    whichever it prefers (auto)."""
+    """Attention kernels of Transformer Engine. flash: flash-attn; fused: cuDNN; unfused: torch, not for packed rows;
+    auto: Transformer Engine chooses."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """FP8 linear layers in the language model: e4m3 everywhere, or e5m2 for gradients (hybrid). Needs --bf16 and
-    --transformer-impl transformer_engine."""
+    """Compute the language model's linear layers in FP8. e4m3: all tensors; hybrid: e5m2 for gradients, e4m3 for the
+    others. Needs --bf16 and --transformer-impl transformer_engine."""
     fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
-    """Where FP8 scales come from: a history of maxima (delayed), the tensor itself (tensorwise), or its blocks of 32
-    (mxfp8, Blackwell or newer) or 128 (blockwise, Hopper or newer); mxfp8 and blockwise are untried on hardware."""
+    """How FP8 scales are computed. delayed: from the maxima of previous steps; tensorwise: from the tensor itself;
+    mxfp8: from blocks of 32 (Blackwell or newer); blockwise: from blocks of 128 (Hopper or newer). mxfp8 and blockwise
+    are untried on hardware."""
     fp8_margin: int = 0
-    """Of --fp8-recipe delayed: scales leave 2^N of room above the largest number seen."""
+    """With --fp8-recipe delayed: leave a factor of 2^N above the largest number seen."""
     fp8_amax_history_len: int = 1
-    """Of --fp8-recipe delayed: how many steps of maxima are kept."""
+    """With --fp8-recipe delayed: number of steps whose maxima are kept."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
-    """Of --fp8-recipe delayed: which of the kept maxima makes the scale."""
+    """With --fp8-recipe delayed: which of the kept maxima sets the scale."""
     fp8_param_gather: bool = False
-    """Keep the language model's matrices in FP8 and gather them so over data-parallel ranks; not with mxfp8. Exact
-    weights are then the optimizer's masters alone."""
+    """Keep the language model's matrices in FP8 and gather them in FP8 over data-parallel ranks. Only the optimizer's
+    master weights are then exact. Not with mxfp8."""
     first_last_layers_bf16: bool = False
-    """Leave the first and the last decoder layers in bf16; not with --fp8-recipe delayed."""
+    """Compute the first and the last decoder layers in bf16. Not with --fp8-recipe delayed."""
     num_layers_at_start_in_bf16: int = 1
-    """How many first layers that is."""
+    """With --first-last-layers-bf16: number of first layers in bf16."""
     num_layers_at_end_in_bf16: int = 1
-    """How many last layers that is."""
+    """With --first-last-layers-bf16: number of last layers in bf16."""
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the gradient buffer inside the matrix product. Needs Apex's extension. Untried on
     hardware."""
     tp_comm_overlap: bool = False
-    """Overlap the communication of --sequence-parallel with the matrix products it feeds, in Transformer Engine's
-    buffers. Rows are then all of --seq-length. Untried on hardware."""
+    """Overlap the communication of --sequence-parallel with matrix products, in Transformer Engine's buffers. Every row
+    is then padded to --seq-length. Untried on hardware."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in backward: full layers, or selective (core attention only)."""
+    """Recompute activations in the backward pass. full: whole layers; selective: core attention only."""
 
     def __post_init__(self) -> None:
         _positive(self, "fp8_amax_history_len")
@@ -148,51 +149,53 @@ class DataOptions:
     """Data"""
 
     data_path: str | None = None
-    """Folder of tar shards with an index, as `ross make-shards` and `ross index-shards` write, or a YAML file that
-    lists several data sets: path, weight or epochs, and as needed template, image_aspect_ratio, name."""
+    """Folder of tar shards with an index, as `ross make-shards` and `ross index-shards` write it; or a YAML file with a
+    list of data sets: path, weight or epochs, and optionally template, image_aspect_ratio and name."""
     valid_data_path: str | None = None
-    """Held-out data, a folder or a YAML file as above (weights and epochs do not matter): lm_loss and vm_loss of every
-    data set go to SAVE/validation.jsonl."""
+    """Held-out data: a folder, or a YAML file as for --data-path, whose weights and epochs are ignored. The lm_loss and
+    vm_loss of every data set are written to SAVE/validation.jsonl."""
     seq_length: int = 2048
-    """Longest row in tokens, image tokens included. What is longer is cut, before a picture that the cut would go
-    through; a sample that would be left without a picture, or without a label, is skipped."""
+    """Maximum length of a row in tokens, image tokens included. A longer sample is cut, but never inside a picture; a
+    sample that has no picture or no label left is skipped."""
     template: Literal["plain", "qwen_2", "v1", "llama3"] | None = None
-    """Conversation template. Default: plain for --training-stage pretrain, qwen_2 (Qwen2) or v1 (Llama) for finetune.
-    llama3 fits the tokenizer of Llama 3."""
+    """Conversation template. llama3 fits the tokenizer of Llama 3. Default: plain for --training-stage pretrain; qwen_2
+    (Qwen2) or v1 (Llama) for finetune."""
     mm_use_im_start_end: bool = False
-    """Write <im_start> and <im_end>, as plain text, around every picture (of template plain: inside captions)."""
+    """Write <im_start> and <im_end> as plain text around every picture (template plain: around those inside captions).
+    """
     max_images_per_sample: int = 64
-    """Skip and count a sample of more pictures."""
+    """Skip samples with more pictures than this; skipped samples are counted."""
     max_tokens_per_sample: int | None = None
-    """Skip and count a sample of more tokens of text, pictures not counted. Default: any number, cut to --seq-length.
-    """
+    """Skip samples with more text tokens than this; skipped samples are counted. Default: no limit, samples are cut to
+    --seq-length."""
     pack: bool = True
-    """Put several samples into a row of --seq-length tokens, each with attention, positions and losses of its own.
-    Needs lengths in the index (--tokenizer and --template of make_shards.py or index_shards.py)."""
+    """Pack several samples into a row of --seq-length tokens; attention, positions and losses stay separate per sample.
+    Needs lengths in the index (--tokenizer and --template of `ross make-shards` or `ross index-shards`)."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
-    """square: the image processor alone. pad: centre on a square first. Default: square for pretrain, pad for finetune.
-    """
+    """square: the image processor only. pad: first pad the picture to a square. Default: square for pretrain, pad for
+    finetune."""
     sampler: Literal["shuffle", "modality_length"] = "shuffle"
-    """shuffle: every epoch in random order. modality_length: the reference's group_by_modality_length; the samples of a
-    step all have a picture or all have none, and are of like length."""
+    """shuffle: random order in every epoch. modality_length: the reference's group_by_modality_length; the samples of a
+    step all have a picture or all have none, and have similar lengths."""
     supervise_final_eos: bool = True
     """Template qwen_2: supervise the last <|im_end|> too. The reference does not (--no-supervise-final-eos)."""
     data_cache_dir: str | None = None
-    """Where shards behind URLs (s3://, gs://, https://) are kept while they are read; the ranks of a node share it."""
+    """Folder for local copies of shards behind URLs (s3://, gs://, https://); shared by the ranks of a node."""
     data_cache_bytes: int = 64 << 30
-    """Most bytes of it; room for the shards of an order's window (32) keeps them from being fetched again."""
+    """Maximum size of --data-cache-dir in bytes. Room for 32 shards, the window of the shuffled order, avoids repeated
+    downloads."""
     max_bad_fraction: float = 0.001
-    """End the run when more than this share of the samples so far were bad (unreadable pictures or text, an index that
-    does not fit), once there are more than ten; 0 bears none. Each is replaced and listed in SAVE/quarantine.jsonl."""
+    """End the run when more than this share of the samples so far were bad (unreadable picture or text, an index that
+    does not fit the shard) and more than ten were; 0 allows none. Every bad sample is replaced by another and listed in
+    SAVE/quarantine.jsonl."""
     skip_samples: str | None = None
-    """Leave samples out: their ids, as SAVE/incidents.jsonl names them, with commas between, or a file of one a line.
-    Others that fit take their places; SAVE/quarantine.jsonl tells which."""
+    """Leave these samples out: ids as in SAVE/incidents.jsonl, separated by commas, or a file with one id per line.
+    Other samples replace them; SAVE/quarantine.jsonl lists which."""
     precomputed: bool = True
-    """Read what `ross precompute` computed of the pictures, where the shards have it, and build neither the
-    VAE nor the frozen vision tower. --no-precomputed computes it from the pictures."""
+    """Read the output of `ross precompute` where the shards have it, and do not build the VAE and the frozen vision
+    tower. --no-precomputed computes both from the pictures."""
     num_workers: int = 2
-    """Worker processes that read, decode and tokenize on every rank that needs data; 0 does it in the training process.
-    """
+    """Worker processes per rank that read, decode and tokenize; 0: the training process does it."""
 
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample", "data_cache_bytes")
@@ -205,45 +208,45 @@ class TrainingOptions:
     """Training"""
 
     training_stage: Literal["pretrain", "finetune"] = "pretrain"
-    """pretrain: projector and denoiser train, the language model is frozen. finetune: the language model trains as
-    well."""
+    """pretrain: train projector and denoiser, freeze the language model. finetune: train the language model too."""
     micro_batch_size: int = 1
-    """Rows a pipeline stage computes at once."""
+    """Rows of one forward and backward pass of a pipeline stage."""
     global_batch_size: int | None = None
     """Rows of one optimizer step over all ranks. Default: micro-batch size x data-parallel size."""
     override_global_batch_size: bool = False
-    """Let a run go on with another --global-batch-size than before: its data goes on where it stopped, its iterations
-    count on."""
-    train_iters: int | None = None
-    """Optimizer steps of the whole run; or give --train-epochs."""
-    train_epochs: float | None = None
-    """Passes over the data; or give --train-iters."""
-    loss_normalization: Literal["global", "microbatch"] = "global"
-    """global: each loss is a mean over all labels, or images, of the step, however it is split. microbatch: the
-    reference's mean over micro-batches of each one's own mean, which weighs a label more where there are few."""
-    vm_loss_rows: Literal["images", "all"] = "images"
-    """images: vm_loss is over the pictures. all: as in the reference, rows without a picture are denoised too, from the
-    mean colour under a zero condition, unless no row has a picture."""
-    seed: int = 42
-    """Data order, timesteps, diffusion and posterior noise all follow from it, in every layout."""
-    max_bad_steps: int = 10
-    """End the run after this many steps in a row whose loss, gradient or weights were not finite (each is skipped)."""
-    loss_spike_factor: float = 3.0
-    """Tell of steps whose lm_loss or vm_loss is above X times the median of the last 100, with the samples that make
-    most of it, on the console and in SAVE/incidents.jsonl; 0 tells of none."""
-    skip_iterations: str | None = None
-    """Pass over the data of these iterations without training on it, as 7 or 7,12-15."""
-    exit_duration_in_mins: float | None = None
-    """Save and exit 0 after this many minutes."""
-    exit_interval: int | None = None
-    """Save and exit 0 after an iteration that is a multiple of N."""
-    self_check: bool = True
-    """At every start, before the first step and after it, check that weights which several ranks hold are the same bits
-    on all of them (over tensor and data parallelism, and tied embeddings), and after it that frozen ones are unchanged.
+    """Allow a run to resume with a different --global-batch-size; data and iteration count continue where it stopped.
     """
+    train_iters: int | None = None
+    """Optimizer steps of the whole run. Give this or --train-epochs."""
+    train_epochs: float | None = None
+    """Passes over the data. Give this or --train-iters."""
+    loss_normalization: Literal["global", "microbatch"] = "global"
+    """global: each loss is the mean over all labels (or images) of the step, independent of its micro-batches.
+    microbatch: the mean of the micro-batches' means, as in the reference; a label in a micro-batch with few labels then
+    weighs more."""
+    vm_loss_rows: Literal["images", "all"] = "images"
+    """images: compute vm_loss over the pictures. all: as in the reference, also denoise a blank picture under a zero
+    condition for every row without a picture, unless no row has one."""
+    seed: int = 42
+    """Seed of data order, timesteps, diffusion noise and posterior noise, the same in every layout."""
+    max_bad_steps: int = 10
+    """End the run after this many steps in a row whose loss, gradient or weights are not finite. Such steps are not
+    applied."""
+    loss_spike_factor: float = 3.0
+    """Report steps whose lm_loss or vm_loss is above X times the median of the last 100, with the samples that have the
+    largest losses, on the console and in SAVE/incidents.jsonl; 0 disables."""
+    skip_iterations: str | None = None
+    """Skip these iterations: read their data without training on it. Written as 7 or 7,12-15."""
+    exit_duration_in_mins: float | None = None
+    """Save and exit with status 0 after this many minutes."""
+    exit_interval: int | None = None
+    """Save and exit with status 0 after an iteration that is a multiple of N."""
+    self_check: bool = True
+    """Before and after the first step of every start, check that all ranks with a copy of a weight have the same bits
+    (tensor-parallel and data-parallel copies, tied embeddings), and that frozen weights are unchanged."""
     check_replicas_interval: int | None = None
-    """Check the same every N iterations and after the last one. What fails ends the run before anything is saved.
-    Default: at the start alone."""
+    """Repeat that check every N iterations and after the last one. A failed check ends the run before anything is
+    saved. Default: at the start only."""
 
     def __post_init__(self) -> None:
         _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_epochs", "max_bad_steps")
@@ -255,7 +258,7 @@ class TrainingOptions:
         _ranges("--skip-iterations", self.skip_iterations)
 
     def skips(self, iteration: int) -> bool:
-        """Whether --skip-iterations names this one."""
+        """Whether --skip-iterations names this iteration."""
         return any(iteration in named for named in _ranges("--skip-iterations", self.skip_iterations))
 
 
@@ -268,29 +271,29 @@ class OptimizerOptions:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up, to the end of the run."""
+    """Learning-rate decay from the end of the warm-up to the end of the run."""
     lr_warmup_fraction: float | None = None
-    """Share of the run that warms up linearly from zero (0.03 if neither this nor --lr-warmup-iters is given)."""
+    """Share of the run with linear warm-up from zero. Default: 0.03 without --lr-warmup-iters."""
     lr_warmup_iters: int | None = None
-    """Warm-up in iterations; or give --lr-warmup-fraction."""
+    """Warm-up in iterations. Give this or --lr-warmup-fraction."""
     projector_lr: float | None = None
-    """Peak rate of the projector. Default: --lr."""
+    """Peak learning rate of the projector. Default: --lr."""
     denoiser_lr: float | None = None
-    """Peak rate of the denoiser. Default: --lr."""
+    """Peak learning rate of the denoiser. Default: --lr."""
     vision_lr: float | None = None
-    """Train the vision tower as well, at this peak rate. Default: the tower is frozen."""
+    """Train the vision tower too, at this peak learning rate. Default: the tower is frozen."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; biases and norms have none."""
+    """Decoupled weight decay of matrices; not applied to biases and norms."""
     decay_norm_weights: bool = False
-    """Decay the norms' weights in the language model too, as the reference does for Qwen2 (but not for Llama)."""
+    """Apply weight decay to the language model's norms too, as the reference does for Qwen2 (not for Llama)."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of Adam's first moment."""
     adam_beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of Adam's second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     clip_grad: float = 1.0
-    """Clip the global gradient norm; 0 turns clipping off, as in the reference."""
+    """Maximum global gradient norm; 0 disables clipping, as in the reference."""
 
     def __post_init__(self) -> None:
         _not_negative(self, "lr", "min_lr", "lr_warmup_fraction", "lr_warmup_iters", "projector_lr", "denoiser_lr")
@@ -312,26 +315,27 @@ class CheckpointOptions:
     """Checkpoints"""
 
     load: str | None = None
-    """Where to start from: a converted model, or a run. A run of the same training stage is continued exactly; weights
-    of another stage start a new run."""
+    """Checkpoint to start from: a converted model, or the folder of a run. A run of the same training stage is resumed
+    exactly; a run of another stage gives its weights to a new run."""
     save: str | None = None
-    """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. If it already holds a checkpoint, the run continues
-    from there."""
+    """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. If it already holds a checkpoint, the run resumes
+    from it."""
     finetune: bool = False
-    """Take only the weights of --load and start at iteration 0, even if it is a run of the same stage. A run that
-    --save already holds goes on all the same."""
+    """Load only the weights of --load and start at iteration 0, even from a run of the same stage. Ignored if --save
+    already holds a run, which is then resumed."""
     save_interval: int | None = None
-    """Save every N iterations; the end of the run, SIGTERM, SIGINT, SIGUSR1 (which does not end the run),
-    --exit-duration-in-mins and --exit-interval save as well."""
+    """Save every N iterations. The end of the run, SIGTERM, SIGINT, SIGUSR1 (which does not end the run),
+    --exit-duration-in-mins and --exit-interval also save."""
     save_retain_interval: int | None = None
-    """Keep every checkpoint whose iteration is a multiple of N, whatever --keep-last says."""
+    """Keep every checkpoint whose iteration is a multiple of N, regardless of --keep-last."""
     keep_last: int | None = None
-    """Keep the newest N checkpoints. Default: all."""
+    """Keep only the newest N checkpoints. Default: all."""
     async_save: bool = True
-    """Write checkpoints while training goes on, from a copy in host memory as large as what a rank writes."""
+    """Write checkpoints in the background while training continues. Needs host memory for a copy of everything that a
+    rank writes."""
     verify: bool = True
-    """Compare the checksums of all files of a checkpoint before loading it; if a damaged one is the newest of a run,
-    the one before is taken. --no-verify looks at the sizes alone."""
+    """Check the checksums of all files of a checkpoint before loading it; if the newest checkpoint of a run is damaged,
+    load the one before. --no-verify checks the file sizes only."""
 
     def __post_init__(self) -> None:
         _positive(self, "save_interval", "save_retain_interval", "keep_last")
@@ -342,18 +346,18 @@ class LoggingOptions:
     """Logging and evaluation"""
 
     log_interval: int = 10
-    """Console line and TensorBoard scalars every N iterations; metrics.jsonl has every iteration."""
+    """Write a console line and TensorBoard scalars every N iterations; metrics.jsonl has every iteration."""
     eval_interval: int | None = None
-    """Every N iterations, reconstruct some training pictures from the model's image states into TensorBoard."""
+    """Every N iterations, reconstruct training pictures from the model's image states and write them to TensorBoard."""
     eval_images: int = 6
-    """How many pictures that is."""
+    """Number of pictures per --eval-interval."""
     valid_interval: int | None = None
-    """Measure --valid-data-path every N iterations and after the last one. Default: after the last one only. (This is
-    Megatron's --eval-interval; here that name was taken by pictures.)"""
+    """Compute losses on --valid-data-path every N iterations and after the last one. Default: after the last one only.
+    (Megatron calls this --eval-interval, which means pictures here.)"""
     valid_samples: int | None = None
-    """Measure the first N samples of every data set, the same every time. Default: all."""
+    """Use the first N samples of every validation data set. Default: all."""
     tensorboard_dir: str | None = None
-    """Default: SAVE/tensorboard."""
+    """Folder of TensorBoard's files. Default: SAVE/tensorboard."""
 
     def __post_init__(self) -> None:
         _positive(self, "log_interval", "eval_interval", "eval_images", "valid_interval", "valid_samples")

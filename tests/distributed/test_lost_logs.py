@@ -51,7 +51,7 @@ def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
     if os.environ["RANK"] == "1":  # it has the losses
         assert len(warnings) == 3, said.getvalue()
         for line, path in zip(warnings, (logs[0], folder / "tensorboard", logs[1])):
-            assert line.startswith(f"warning: {path}") and "; training goes on without it until it can be" in line
+            assert line.startswith(f"warning: {path}") and "; training continues without it until it can be" in line
 
 
 def test_a_run_ends_as_ever_though_its_logs_cannot_be_written(

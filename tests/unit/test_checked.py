@@ -1,4 +1,4 @@
-"""Values that somebody else wrote: taken as they are meant, or refused with the key and in words."""
+"""Values from outside: read, or refused with a reason that names the key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Facts:
 GOOD: dict[str, Any] = {"kind": "a", "size": 3, "share": 1}
 
 
-def test_a_dataclass_is_built_of_values_of_its_types() -> None:
+def test_a_dataclass_is_built_from_values_of_its_types() -> None:
     assert checked.build(Facts, GOOD, "it") == Facts("a", 3, 1)
     whole = {**GOOD, "name": "x", "mean": [1, 2.5], "on": True, "places": {"a": 1}}
     assert checked.build(Facts, whole, "it").mean == [1, 2.5]
@@ -54,7 +54,7 @@ def test_other_values_are_refused_by_name(change: dict[str, Any], says: str) -> 
     assert says in str(caught.value)
 
 
-def test_what_is_missing_is_said() -> None:
+def test_a_missing_key_is_named() -> None:
     with pytest.raises(ValueError, match="it has no key 'size'"):
         checked.build(Facts, {"kind": "a", "share": 1}, "it")
     with pytest.raises(ValueError, match=r"it is \[\], expected a mapping"):
@@ -86,14 +86,14 @@ def test_numbers_have_bounds() -> None:
         (b" " * 2000, "has 2000 bytes, at most 1000"),
     ],
 )
-def test_files_that_are_no_json(tmp_path: Path, text: bytes, says: str) -> None:
+def test_files_that_are_not_json(tmp_path: Path, text: bytes, says: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(text)
     with pytest.raises(ValueError, match=says):
         checked.read_json(path, most_bytes=200_000 if len(text) != 2000 else 1000)
 
 
-def test_folders_devices_and_loops_are_no_files(tmp_path: Path) -> None:
+def test_folders_devices_and_loops_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path, Path("/dev/zero"), tmp_path / "loop"):
         with pytest.raises(ValueError, match="regular file|symbolic links"):
@@ -102,14 +102,14 @@ def test_folders_devices_and_loops_are_no_files(tmp_path: Path) -> None:
         checked.read_json(tmp_path / "none")
 
 
-def test_yaml_that_unfolds_without_end_is_read_and_shown_short(tmp_path: Path) -> None:
+def test_yaml_with_exponential_aliases_is_read_and_shown_short(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 60)]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
     assert len(checked.shown(checked.read_yaml(tmp_path / "a.yaml"))) <= checked.MOST_SHOWN_CHARACTERS
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "circle", "hole"])
-def test_what_has_no_end_is_not_opened(tmp_path: Path, kind: str) -> None:
+def test_endless_files_are_not_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.json"
     if kind == "pipe":
         os.mkfifo(path)
@@ -129,12 +129,12 @@ def test_what_has_no_end_is_not_opened(tmp_path: Path, kind: str) -> None:
     assert checked.real_path(path).name == ("zero" if kind == "device" else "a.json")
 
 
-def test_lines_over_the_bound_are_passed_over(tmp_path: Path) -> None:
+def test_lines_over_the_bound_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"1234\n12345678901\n\nab")
     assert list(checked.read_lines(tmp_path / "a.jsonl", most_bytes=5)) == [b"1234\n", None, b"\n", b"ab"]
 
 
-def test_what_libraries_say_is_one_printable_line() -> None:
+def test_reasons_of_libraries_are_one_printable_line() -> None:
     assert checked.reason(KeyError("x")) == "it is damaged"
     assert checked.reason(ValueError("invalid literal for int() with base 10: b'x'")) == "it is damaged"
     assert checked.reason(RuntimeError("reader failed: no end. This is\nlong")) == "reader failed: no end"

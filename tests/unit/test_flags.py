@@ -1,4 +1,4 @@
-"""Flags: the frozen list, YAML, refusals that name the remedy."""
+"""Flags: the frozen list, YAML, errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLAGS = """
 --load --save --finetune --save-interval --save-retain-interval --keep-last --async-save --verify
 --log-interval --eval-interval --eval-images --valid-interval --valid-samples --tensorboard-dir
 """.split()
-"""Scripts out there use these names: a change here is a change for users."""
+"""Users' scripts use these names."""
 
 COMPLETE = ["--load", "base", "--save", "run", "--data-path", "shards", "--train-iters", "10"]
 
@@ -59,8 +59,8 @@ def test_every_flag_has_help() -> None:
     assert "global gradient norm" in build_parser().format_help()
 
 
-def test_help_names_what_is_untried() -> None:
-    """What has run only in part, or not at all, on the stand-ins of tests/te."""
+def test_help_marks_untried_flags() -> None:
+    """Flags whose code has run only in part, or not at all, on the stand-ins of tests/te."""
     texts = {name: text for section in SECTIONS.values() for name, text in field_help(section).items()}
     untried = {name for name, text in texts.items() if "untried on hardware" in text.lower()}
     assert untried == {"fp8_recipe", "tp_comm_overlap", "gradient_accumulation_fusion"}
@@ -83,8 +83,8 @@ def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_unknown_recipe_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--config", "finetune_siglip_qwen2"])
-    said = capsys.readouterr().err
-    assert "no such file" in said and all(name in said for name in recipes()) and len(recipes()) == 13
+    message = capsys.readouterr().err
+    assert "no such file" in message and all(name in message for name in recipes()) and len(recipes()) == 13
 
 
 def test_flags_win_over_yaml_and_later_files_over_earlier(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_flags_win_over_yaml_and_later_files_over_earlier(tmp_path: Path) -> Non
         ("lr: .nan", "--lr must be a finite number of at most 1e+18, got nan"),
         ("clip-grad: .inf", "--clip-grad must be a finite number of at most 1e+18, got inf"),
         ("seed: " + "9" * 5000, "too many digits"),
-        ("save: 2001-13-01", "a date that there is not"),
+        ("save: 2001-13-01", "a date that does not exist"),
     ],
 )
 def test_bad_yaml_is_one_paragraph_naming_the_file(
@@ -122,9 +122,9 @@ def test_bad_yaml_is_one_paragraph_naming_the_file(
     with pytest.raises(SystemExit) as exit_:
         parse(["--config", str(path)])
     assert exit_.value.code == 2
-    said = capsys.readouterr().err
-    assert says in said and "Traceback" not in said
-    assert "must be" in said or str(path) in said
+    message = capsys.readouterr().err
+    assert says in message and "Traceback" not in message
+    assert "must be" in message or str(path) in message
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_bad_yaml_is_one_paragraph_naming_the_file(
         (["--adam-beta2", "1"], r"in \[0, 1\)"),
         (["--min-lr", "1"], "above --lr"),
         (["--keep-last", "0"], "must be positive"),
-        (["--skip-iterations", "5-9,x"], "'x' is no number and no range; give them as 7,12-15"),
-        (["--skip-iterations", "9-5"], "'9-5' is no number"),
-        (["--skip-iterations", "1-" + "9" * 5000], "give them as 7,12-15, of at most 15 digits"),
+        (["--skip-iterations", "5-9,x"], "'x' is neither a number nor a range; write them as 7,12-15"),
+        (["--skip-iterations", "9-5"], "'9-5' is neither a number"),
+        (["--skip-iterations", "1-" + "9" * 5000], "write them as 7,12-15, with at most 15 digits"),
         (["--seed", "1" + "0" * 30], "--seed must be a finite number of at most 1e+18, got 1000000"),
         (["--seed", "-1" + "0" * 30], "--seed must be a finite number of at most 1e+18, got -100000"),
         (["--global-batch-size", "1" + "0" * 18], "--global-batch-size must be at most 1048576, got 10000"),
@@ -155,11 +155,11 @@ def test_sections_validate_themselves(capsys: pytest.CaptureFixture[str], argume
 @pytest.mark.parametrize(
     "name", [flag(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section) if "float" in f.type]
 )
-def test_no_number_is_without_bound(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+def test_every_number_has_a_bound(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse([f"{name}={value}"], complete=False)
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2 and said.count("\n") == 1 and f"{name} " in said
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2 and message.count("\n") == 1 and f"{name} " in message
 
 
 def test_iterations_to_skip_are_numbers_and_ranges() -> None:
@@ -168,7 +168,7 @@ def test_iterations_to_skip_are_numbers_and_ranges() -> None:
     assert not parse(COMPLETE).training.skips(7)
 
 
-def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:
+def test_impossible_layouts_are_refused_with_the_remedy() -> None:
     two_stages = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
     assert "remove the flag" in refusal([*two_stages, "--no-overlap-p2p-communication"], virtual_stages=2)
     assert "multiple of 8" in refusal([*two_stages, "--global-batch-size", "12"], 4, virtual_stages=2)
@@ -177,7 +177,7 @@ def test_what_cannot_work_here_is_refused_with_the_remedy() -> None:
 
 
 @pytest.mark.parametrize("missing", ["--load", "--save", "--data-path", "--train-iters"])
-def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], missing: str) -> None:
+def test_a_missing_flag_is_named(capsys: pytest.CaptureFixture[str], missing: str) -> None:
     at = COMPLETE.index(missing)
     with pytest.raises(SystemExit) as exit_:
         parse(COMPLETE[:at] + COMPLETE[at + 2 :])

@@ -1,4 +1,4 @@
-"""Files and lines that cannot be written: said once, and the run goes on."""
+"""Files and lines that cannot be written: reported once, and the run continues."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def board_in(folder: Path, iteration: int) -> TensorBoard:
 
 @contextmanager
 def no_room(path: Path) -> Iterator[None]:
-    """The half of a line fits."""
+    """Half a line fits."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, former[1]))
     try:
@@ -77,27 +77,28 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS)
-def test_a_file_is_gone_without_while_it_cannot_be_written(
+def test_a_run_continues_without_a_file_that_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture, fault: Callable, reason: str
 ) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     path.parent.mkdir()
     log = JsonLines(path, 0)
-    for _ in range(2):  # it fails anew
+    for _ in range(2):  # a second failure is reported again
         log.add({"iteration": 1}, {"iteration": 2, "loss": float("nan")})
         with fault(path):
             log.add({"iteration": 3, "reason": "of many words"})
             log.add({"iteration": 4, "reason": "of many words"})
         log.add({"iteration": 5})
-        said = capsys.readouterr().out.splitlines()
-        assert said[0].startswith(f"warning: {path} cannot be written: {reason}; training goes on") and len(said) == 2
-        assert said[1].startswith(f"{path} is written again")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2, 5, 1, 2, 5] and lines[1]["loss"] is None
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2
+        assert lines[0].startswith(f"warning: {path} cannot be written: {reason}; training continues")
+        assert lines[1].startswith(f"{path} is written again")
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [entry["iteration"] for entry in entries] == [1, 2, 5, 1, 2, 5] and entries[1]["loss"] is None
 
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS)
-def test_tensorboard_is_gone_without_while_it_cannot_be_written(
+def test_a_run_continues_without_a_tensorboard_that_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture, fault: Callable, reason: str
 ) -> None:
     board = board_in(tmp_path / "board", 0)
@@ -108,37 +109,37 @@ def test_tensorboard_is_gone_without_while_it_cannot_be_written(
                 board.scalars(step, {"loss": 1.0, "grad_norm": 1.0})
         else:
             board.scalars(step, {"loss": 1.0})
-    said = capsys.readouterr()
-    assert said.out.count(f"warning: {path} cannot be written: {reason}; ") == 1 and not said.err
+    printed = capsys.readouterr()
+    assert printed.out.count(f"warning: {path} cannot be written: {reason}; ") == 1 and not printed.err
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 4, 5]
 
 
-def test_nothing_is_written_beneath_a_mount_that_vanished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_is_written_below_a_vanished_mount(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this user may mount nothing")
+        pytest.skip("this user is not allowed to mount")
     log = JsonLines(tmp_path / "metrics.jsonl", 0)
     log.add({"iteration": 1})
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
     log.add({"iteration": 2})
     assert not list(tmp_path.iterdir())
-    assert "metrics.jsonl cannot be written: the file system of before is no longer there; " in capsys.readouterr().out
+    assert "metrics.jsonl cannot be written: its file system is no longer mounted; " in capsys.readouterr().out
 
 
-def test_a_board_goes_on_after_an_iteration(tmp_path: Path) -> None:
+def test_a_board_resumes_after_an_iteration(tmp_path: Path) -> None:
     for number, last in ((0, 3), (2, 4)):
         board = board_in(tmp_path, number)
         board.text("options", "of the run")
         for step in range(number + 1, last + 1):
             board.scalars(step, {"loss": float(number)})
         (path,) = tmp_path.glob("events*")
-        path.rename(tmp_path / f"{number}.tfevents")  # one process has one file a second
+        path.rename(tmp_path / f"{number}.tfevents")  # a second file in the same second would have the same name
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 2), (4, 2)]
 
 
-def test_what_cannot_be_begun_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     (tmp_path / "metrics.partial").mkdir()
     with pytest.raises(LogError, match=r"metrics\.partial cannot be written: Is a directory; move it away"):
@@ -155,25 +156,25 @@ def test_what_cannot_be_begun_is_named(tmp_path: Path) -> None:
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
 
 
-def talk(**streams: int) -> subprocess.CompletedProcess:
+def print_lines(**streams: int) -> subprocess.CompletedProcess:
     code = "from ross_mcore.logs import complain, say\nsay('one')\nsay('two')\ncomplain('three')"
     return subprocess.run([sys.executable, "-c", code], timeout=60, env=BUFFERED, **streams)
 
 
-def test_standard_output_that_cannot_be_written_is_told_of_once() -> None:
+def test_standard_output_that_cannot_be_written_is_reported_once() -> None:
     read, closed = os.pipe()
     os.close(read)
     full = os.open("/dev/full", os.O_WRONLY)
     for output, reason in ((full, "No space left on device"), (closed, "Broken pipe")):
-        done = talk(stdout=output, stderr=subprocess.PIPE)
-        told = f"warning: standard output cannot be written: {reason}; training goes on\nthree\n"
-        assert (done.returncode, done.stderr.decode()) == (0, told)
-        assert talk(stdout=output, stderr=output).returncode == 0
-    done = talk(stdout=subprocess.PIPE, stderr=full)
+        done = print_lines(stdout=output, stderr=subprocess.PIPE)
+        expected = f"warning: standard output cannot be written: {reason}; training continues\nthree\n"
+        assert (done.returncode, done.stderr.decode()) == (0, expected)
+        assert print_lines(stdout=output, stderr=output).returncode == 0
+    done = print_lines(stdout=subprocess.PIPE, stderr=full)
     assert (done.returncode, done.stdout) == (0, b"one\ntwo\n")
 
 
-def test_lines_go_on_where_standard_output_has_room_again(tmp_path: Path) -> None:
+def test_lines_are_printed_again_when_standard_output_has_room(tmp_path: Path) -> None:
     code = """
 import resource
 from ross_mcore.logs import say

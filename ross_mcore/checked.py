@@ -60,7 +60,7 @@ def printable(text: str) -> str:
 def read_json(
     path: Path, most_bytes: int = MOST_FILE_BYTES, as_mapping: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """The value in a JSON file; `as_mapping` builds each object from its pairs. Raises ValueError, FileNotFoundError."""
+    """The value in a JSON file; `as_mapping` builds an object from its pairs. Raises ValueError, FileNotFoundError."""
     text = read_text(path, most_bytes)
     try:
         return json.loads(text, object_pairs_hook=as_mapping)

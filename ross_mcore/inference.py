@@ -11,7 +11,7 @@ Legend: B prompts, S tokens, K pictures, H W pixels of the tower's input, Hd sid
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
@@ -59,26 +59,37 @@ class TrainedModel:
     image_processor: dict[str, Any] | None
 
     @property
+    def spec(self) -> SampleSpec:
+        """How the checkpoint's training read samples; with several data sets, those of the first.
+
+        A converted model has template `plain` and aspect ratio `square`. Raises CheckpointError.
+        """
+        file = self.checkpoint.path / TRAIN_STATE
+        try:
+            saved = SampleSpec.from_state({"template": "plain", **self.checkpoint.train_state()})
+            template = _first_of(saved.template, TRAINING_TEMPLATES)
+            aspect_ratio = _first_of(saved.image_aspect_ratio, get_args(ImageAspectRatio))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from None
+        return replace(saved, template=template, image_aspect_ratio=aspect_ratio)
+
+    @property
     def template(self) -> str:
         """The conversation template that the checkpoint was trained with (`plain` for a converted model)."""
-        return _first_of(self.checkpoint, "template", TRAINING_TEMPLATES, "plain")
+        return self.spec.template
 
     def preprocessing(self, aspect_ratio: str | None = None) -> ImagePreprocessing:
-        """Of pictures, by default as the checkpoint was trained."""
-        chosen = aspect_ratio or _first_of(self.checkpoint, "image_aspect_ratio", get_args(ImageAspectRatio), "square")
+        """Preprocessing of pictures, by default as in the checkpoint's training."""
+        chosen = aspect_ratio or self.spec.image_aspect_ratio
         return ImagePreprocessing.for_tower(self.config.vision, chosen, self.image_processor)
 
 
-def _first_of(checkpoint: Checkpoint, key: str, known: Collection[str], default: str) -> str:
-    """What a checkpoint was trained with; of a mixture of data sets, that of the first. Raises CheckpointError."""
-    value = checkpoint.train_state().get(key, default)
-    first = value.partition(",")[0] if isinstance(value, str) else value
+def _first_of(values: str, known: Collection[str]) -> str:
+    """The first of values with commas between. Raises ValueError when it is not `known`."""
+    first = values.partition(",")[0]
     if first not in known:
-        raise CheckpointError(
-            f"{checkpoint.path / TRAIN_STATE}: {key} is {shown(value)}, expected one of {', '.join(known)}; copy the "
-            "checkpoint again"
-        )
-    return str(first)
+        raise ValueError(f"{shown(values)} is not one of {', '.join(known)}")
+    return first
 
 
 def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: int = 0) -> TrainedModel:
@@ -132,9 +143,9 @@ def answer(
     an unusable picture, each with the question's number; ConfigError for an unknown template; OSError for a file.
     """
     _require_model(trained)
-    template = trained.template if template is None else template
-    if template not in TEMPLATES:
+    if template is not None and template not in TEMPLATES:
         raise ConfigError(f"there is no template {shown(template)}; expected one of {', '.join(TEMPLATES)}")
+    spec = trained.spec if template is None else replace(trained.spec, template=template)
     if isinstance(questions, (Question, str)):
         raise TypeError(f"questions is one {type(questions).__name__}, expected a list of Question")
     for number, question in enumerate(questions):  # all of them before the first is answered
@@ -143,7 +154,7 @@ def answer(
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         numbers = range(start, min(start + batch_size, len(questions)))
-        rows = [_prompt(trained, questions[n], template, f"questions[{n}]") for n in numbers]
+        rows = [_prompt(trained, questions[n], spec, f"questions[{n}]") for n in numbers]
         open_rows = set(range(len(rows)))
         new: list[list[int]] = [[] for _ in rows]
         while open_rows and max(map(len, new)) < max_new_tokens:
@@ -177,11 +188,12 @@ def reconstruct(
     _ = trained.config.decode_image_size
     if isinstance(pictures, (str, Path, Image.Image)) or not len(pictures):
         raise TypeError("pictures must be a list of at least one picture")
+    spec = trained.spec
     originals, reconstructions = [], []
     for start in range(0, len(pictures), batch_size):
         some = _pixels(pictures[start : start + batch_size], trained, "pictures", start)
         rows = [
-            _row([{"from": "human", "value": IMAGE_PLACEHOLDER}], [pixels], trained, trained.template, place)
+            _row([{"from": "human", "value": IMAGE_PLACEHOLDER}], [pixels], trained, spec, place)
             for place, pixels in enumerate(some, start)
         ]
         batch, hidden = _run(trained, rows)
@@ -235,10 +247,10 @@ def _turns(question: Question, name: str) -> list[dict[str, str]]:
     return turns
 
 
-def _prompt(trained: TrainedModel, question: Question, template: str, name: str = "question") -> Sample:
+def _prompt(trained: TrainedModel, question: Question, spec: SampleSpec, name: str = "question") -> Sample:
     turns, pixels = _turns(question, name), _pixels(question.pictures, trained, f"{name}.pictures")
     try:
-        return _row(turns, pixels, trained, template, position=0)
+        return _row(turns, pixels, trained, spec, position=0)
     except ConversationError as error:
         raise ConversationError(f"{name}: {error}") from None
 
@@ -272,10 +284,10 @@ def _row(
     conversations: list[dict[str, str]],
     pictures: Sequence[Tensor],
     trained: TrainedModel,
-    template: str,
+    spec: SampleSpec,
     position: int,
 ) -> Sample:
-    ids = tokenize_prompt(conversations, len(pictures), trained.tokenizer, SampleSpec(template))
+    ids = tokenize_prompt(conversations, len(pictures), trained.tokenizer, spec)
     tokens, labels, starts = expand_images(ids, [-100] * len(ids), trained.config.vision.image_tokens)
     require_pictures(len(starts), len(pictures))
     pixels: list[Tensor | None] = list(pictures[: len(starts)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from ross_mcore import checked
 from ross_mcore.data.conversation import SampleBounds
 
 UNCUT = 2**31 - 1
@@ -25,6 +27,12 @@ class SampleSpec:
     max_images_per_sample: int | None = 64
     max_tokens_per_sample: int | None = None
     supervise_final_eos: bool = True
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any]) -> SampleSpec:
+        """The spec in a train_state.json; a key that is missing has its default. Raises ValueError for another type."""
+        names = {field.name for field in fields(cls)}
+        return checked.build(cls, {name: value for name, value in saved.items() if name in names}, "it")
 
     @property
     def bounds(self) -> SampleBounds:

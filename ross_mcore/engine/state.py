@@ -69,9 +69,8 @@ class TrainState:
     def from_dict(cls, saved: dict[str, Any]) -> TrainState:
         """The inverse of `to_dict`. Raises ValueError for an unknown key or a value of another type."""
         names = {field.name for field in fields(SampleSpec)}
-        samples = checked.build(SampleSpec, {name: value for name, value in saved.items() if name in names}, "it")
         own = {name: value for name, value in saved.items() if name not in names}
-        return checked.build(cls, {"samples": samples, **own}, "it")
+        return checked.build(cls, {"samples": SampleSpec.from_state(saved), **own}, "it")
 
 
 def read_state(checkpoint: Checkpoint) -> TrainState:

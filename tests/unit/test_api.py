@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import ross_mcore
-from ross_mcore import Question, TrainedModel
+from ross_mcore import Question, TrainedModel, inference
+from ross_mcore.checkpoint.folder import TRAIN_STATE
+from ross_mcore.data.spec import SampleSpec
 from tests.recorded import GOLDEN, recorded_checkpoint
 
 PICTURE = GOLDEN / "data" / "images" / "img0.png"
@@ -134,6 +136,30 @@ def test_a_bad_question_is_named(model: TrainedModel, question: Any, kind: type[
 def test_an_unknown_template_gets_the_list(model: TrainedModel) -> None:
     with pytest.raises(ross_mcore.UserError, match="no template 'chatml'; expected one of plain, qwen_2, v1, llama3"):
         ross_mcore.answer(model, [Question("What?")], "chatml")
+
+
+def test_prompts_show_pictures_as_the_checkpoint_was_trained(tmp_path: Path, process_group: None) -> None:
+    recorded_checkpoint("qwen2_siglip", tmp_path / "base")
+    trained = ross_mcore.load_model(tmp_path / "base")
+    without = ross_mcore.reconstruct(trained, [PICTURE], steps=1)[1]
+    (trained.checkpoint.path / TRAIN_STATE).write_text('{"template": "qwen_2, plain", "mm_use_im_start_end": true}')
+    assert trained.spec == SampleSpec("qwen_2", mm_use_im_start_end=True)
+    prompt = inference._prompt(trained, Question(ASKED, [PICTURE]), trained.spec)
+    before = trained.tokenizer.decode(prompt.tokens[: prompt.image_starts[0]])
+    after = trained.tokenizer.decode(prompt.tokens[prompt.image_starts[0] + trained.config.vision.image_tokens :])
+    assert before.endswith("USER: <im_start>") and after.startswith("<im_end>\nWhat is it?")
+    assert not torch.equal(ross_mcore.reconstruct(trained, [PICTURE], steps=1)[1], without)
+
+
+@pytest.mark.parametrize("state", ['{"template": "chatml"}', '{"image_aspect_ratio": 3}', '{"mm_use_im_start_end": 1}'])
+def test_a_damaged_train_state_is_named(model: TrainedModel, state: str) -> None:
+    file = model.checkpoint.path / TRAIN_STATE
+    file.write_text(state)
+    try:
+        with pytest.raises(ross_mcore.CheckpointError, match=f"{file}: .*; copy the checkpoint again"):
+            _ = model.spec
+    finally:
+        file.unlink()
 
 
 @pytest.mark.parametrize("pictures", [str(PICTURE), []])

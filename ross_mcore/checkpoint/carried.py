@@ -1,4 +1,4 @@
-"""Weights that a run has no use for, kept so that its checkpoints are whole."""
+"""Pass-through weights: frozen parts that a run does not build, saved again unchanged."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ross_mcore.checkpoint.safe_load import StoredTensors
 
 
 class CarriedWeights:
-    """Frozen parts of a checkpoint that no rank builds, as they are stored: one rank has them in host memory.
+    """Frozen parts of a checkpoint that no rank builds, as they are stored; one rank holds them in host memory.
 
-    They are loaded and saved with the model, under their own names, so a checkpoint lacks nothing, and nothing depends
-    on an older one that may be gone by then. `parts` are prefixes of weights (parts.py).
+    They are loaded and saved with the model under their own names, so that every checkpoint is whole and depends on no
+    older one. `parts` are prefixes of weights (parts.py).
     """
 
     def __init__(self, checkpoint: Checkpoint | None = None, parts: Sequence[str] = (), holds: bool = False) -> None:
-        """Those of `parts` in `checkpoint`, on the rank that `holds` them. Raises CheckpointError."""
+        """holds: whether this rank holds them. Raises CheckpointError."""
         self.tensors: dict[str, Tensor] = {}
         if checkpoint is not None and holds and parts:
             stored = StoredTensors(checkpoint.path)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's config.json is that of its tensors: known before anything of the sizes it says is built."""
+"""Compares a checkpoint's config.json with its tensors, before anything of the sizes it gives is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Inventory = Callable[[ModelConfig], Shapes]
 
 
 def architecture_of(checkpoint: Checkpoint, inventory: Inventory) -> ModelConfig:
-    """The architecture of a checkpoint. Raises ArchitectureError, or CheckpointError when its tensors are others'."""
+    """The architecture of a checkpoint. Raises ArchitectureError, or CheckpointError when its tensors differ."""
     model = checkpoint.model_config()
     require_fit(checkpoint, model, StoredTensors(checkpoint.path), inventory)
     return model

@@ -24,7 +24,7 @@ from ross_mcore.conversion.huggingface import (
 )
 from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.stream import TensorWriter
-from ross_mcore.conversion.table import AnyRow, convert_in, plan
+from ross_mcore.conversion.table import AnyEntry, convert_in, plan
 from ross_mcore.errors import ConversionError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parts import DENOISER, PARTS, VAE, Part, part_of
@@ -37,7 +37,7 @@ class Source:
 
     path: Path
     parts: tuple[Part, ...]
-    table: Sequence[AnyRow]
+    table: Sequence[AnyEntry]
     configs: tuple[Path, ...] = ()
     """The files that say which tensors there should be, where they are several."""
 

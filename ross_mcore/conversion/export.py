@@ -27,7 +27,7 @@ from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.conversion import export_config, mapping
 from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
 from ross_mcore.conversion.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
-from ross_mcore.conversion.table import AnyRow, convert_steps, plan_out
+from ross_mcore.conversion.table import AnyEntry, convert_steps, plan_out
 from ross_mcore.errors import CheckpointError, ConversionError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PARTS, PROJECTOR, VAE, VISION_TOWER, Part, part_of
@@ -195,14 +195,14 @@ class Export:
     def _write_part(self, target: Path, stem: str, part: Part) -> None:
         self._write_tensors(target, stem, mapping.part_table(part, self.model), [part])
 
-    def _write_tensors(self, target: Path, stem: str, table: Sequence[AnyRow], parts: Sequence[Part] = PARTS) -> None:
+    def _write_tensors(self, target: Path, stem: str, table: Sequence[AnyEntry], parts: Sequence[Part] = PARTS) -> None:
         """The tensors of `parts`, by `table`, in one file or several with an index."""
         language = self.model.language
         steps = plan_out(table, [name for name in inventory(self.model) if part_of(name) in parts])
         sizes = {}
         for step in steps:
             item_bytes = (self.dtype or self.source.dtype(step.ours)).itemsize
-            shapes = step.row.their_shapes(self.source.shape(step.ours), language)
+            shapes = step.entry.their_shapes(self.source.shape(step.ours), language)
             for name, shape in zip(step.theirs, shapes, strict=True):
                 if name in sizes:
                     raise ConversionError(f"{name} would be written twice, the second time from {step.ours}")

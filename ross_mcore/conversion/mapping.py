@@ -1,14 +1,14 @@
 """TABLES: names in Hugging Face, diffusers and ROSS checkpoints, and the names under which we store those tensors.
 
-`{layer}` stands for a number, `{name}` for any rest. A source tensor is taken by the first row that knows its name, and
-so is a tensor of ours on the way out. Our names are those in the checkpoint, see models/inventory.py.
+`{layer}` stands for a number, `{name}` for any rest. A source tensor is taken by the first entry that knows its name,
+and so is a tensor of ours on the way out. Our names are those in the checkpoint, see models/inventory.py.
 """
 
 from __future__ import annotations
 
 from ross_mcore import parts
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.conversion.table import QKV, AnyRow, Equal, GatedMLP, Ignored, Same, Vocabulary
+from ross_mcore.conversion.table import QKV, AnyEntry, Equal, GatedMLP, Ignored, Same, Vocabulary
 from ross_mcore.parts import Part
 
 _OURS = parts.LANGUAGE_MODEL.weight("decoder.layers.{layer}.")
@@ -17,7 +17,7 @@ _TOWER = parts.VISION_TOWER.weight("tower.{name}")
 _CONSTANT = "a constant that old checkpoints store"
 _AUTOENCODER = parts.VAE.weight("autoencoder.{name}")
 
-LANGUAGE: tuple[AnyRow, ...] = (
+LANGUAGE: tuple[AnyEntry, ...] = (
     Vocabulary(parts.LANGUAGE_MODEL.weight("embedding.word_embeddings.weight"), "model.embed_tokens.weight"),
     Same(_OURS + "self_attention.linear_qkv.layer_norm_weight", _HF + "input_layernorm.weight"),
     QKV(
@@ -41,13 +41,13 @@ LANGUAGE: tuple[AnyRow, ...] = (
 )
 """Qwen2 and Llama decoders, all but the output matrix."""
 
-OUTPUT_MATRIX: dict[bool, tuple[AnyRow, ...]] = {
+OUTPUT_MATRIX: dict[bool, tuple[AnyEntry, ...]] = {
     False: (Vocabulary(parts.LANGUAGE_MODEL.weight("output_layer.weight"), "lm_head.weight"),),
     True: (Equal("lm_head.weight", "model.embed_tokens.weight"),),
 }
 """By `tie_word_embeddings`. A tied model's output matrix is its embedding; where it is stored twice, both are equal."""
 
-VISION: tuple[AnyRow, ...] = (
+VISION: tuple[AnyEntry, ...] = (
     Ignored(parts.TRANSFORMERS_4_TOWER + "embeddings.position_ids", _CONSTANT),
     Ignored("embeddings.position_ids", _CONSTANT),
     Ignored("text_model.{name}", "the text tower of a two-tower checkpoint"),
@@ -60,18 +60,18 @@ VISION: tuple[AnyRow, ...] = (
 )
 """SigLIP and CLIP vision towers, alone or beside their text tower."""
 
-PIXEL_DECODER: tuple[AnyRow, ...] = (Same(_AUTOENCODER, "{name}"),)
+PIXEL_DECODER: tuple[AnyEntry, ...] = (Same(_AUTOENCODER, "{name}"),)
 """A diffusers AutoencoderKL folder."""
 
-DENOISER: tuple[AnyRow, ...] = (Same(parts.DENOISER.weight("{name}"), parts.DENOISER.reference + "{name}"),)
+DENOISER: tuple[AnyEntry, ...] = (Same(parts.DENOISER.weight("{name}"), parts.DENOISER.reference + "{name}"),)
 
-PROJECTOR: dict[bool, tuple[AnyRow, ...]] = {
+PROJECTOR: dict[bool, tuple[AnyEntry, ...]] = {
     False: (Same(parts.PROJECTOR.weight("{name}"), parts.PROJECTOR.reference + "{name}"),),
     True: (Same(parts.PROJECTOR.weight("0.{name}"), parts.PROJECTOR.reference + "{name}"),),
 }
 """By whether `projector_type` is `linear`, which the reference makes a bare Linear and we a sequence of one."""
 
-ROSS: tuple[AnyRow, ...] = (
+ROSS: tuple[AnyEntry, ...] = (
     *LANGUAGE,
     Ignored(
         parts.VISION_TOWER.reference + parts.TRANSFORMERS_4_TOWER + "embeddings.position_ids",
@@ -86,8 +86,8 @@ ROSS: tuple[AnyRow, ...] = (
 """A full checkpoint of the reference implementation, but for projector and output matrix."""
 
 
-def part_table(part: Part, model: ModelConfig) -> tuple[AnyRow, ...]:
-    """The rows of one part: in a folder of its library, or in an adapter of the reference."""
+def part_table(part: Part, model: ModelConfig) -> tuple[AnyEntry, ...]:
+    """The entries of one part: in a folder of its library, or in an adapter of the reference."""
     return {
         parts.VISION_TOWER: VISION,
         parts.PROJECTOR: PROJECTOR[model.projector.projector_type == "linear"],
@@ -97,6 +97,6 @@ def part_table(part: Part, model: ModelConfig) -> tuple[AnyRow, ...]:
     }[part]
 
 
-def ross_table(model: ModelConfig) -> tuple[AnyRow, ...]:
-    """The rows of a full checkpoint of the reference implementation."""
+def ross_table(model: ModelConfig) -> tuple[AnyEntry, ...]:
+    """The entries of a full checkpoint of the reference implementation."""
     return (*ROSS, *part_table(parts.PROJECTOR, model), *OUTPUT_MATRIX[model.language.tie_word_embeddings])

@@ -1,8 +1,8 @@
 """The few ways in which a tensor of ours differs from the same tensor elsewhere; the application of a table of them.
 
-A table (mapping.py) is a sequence of rows. Both directions are lazy: first every name is matched, then tensors are read
-and made one family at a time. A name that no row takes, on either side, a tensor that is missing, and a shape that is
-not the architecture's are errors that name it.
+A table (mapping.py) is a sequence of entries. Both directions are lazy: first every name is matched, then tensors are
+read and made one family at a time. A name that no entry takes, on either side, a tensor that is missing, and a shape
+that is not the architecture's are errors that name it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
-class Row(ABC):
+class Entry(ABC):
     """One family of tensors. `ours` and `theirs` are name patterns; our tensor is made of all of theirs."""
 
     ours: str
@@ -53,7 +53,7 @@ class Row(ABC):
 
 
 @dataclass(frozen=True)
-class Same(Row):
+class Same(Entry):
     """The same tensor under another name."""
 
     name: str
@@ -73,7 +73,7 @@ class Same(Row):
 
 
 @dataclass(frozen=True)
-class QKV(Row):
+class QKV(Entry):
     """Query [heads * d, ...], key and value [groups * d, ...] <-> mcore's linear_qkv [(heads + 2 groups) * d, ...].
 
     mcore lays out one query group after another: its queries, its key, its value (mcore attention.py,
@@ -105,7 +105,7 @@ class QKV(Row):
 
 
 @dataclass(frozen=True)
-class GatedMLP(Row):
+class GatedMLP(Entry):
     """gate_proj and up_proj [F, D] <-> linear_fc1 [2F, D], gate first (mcore mlp.py, apply_swiglu_sharded_factory)."""
 
     gate: str
@@ -126,7 +126,7 @@ class GatedMLP(Row):
 
 
 @dataclass(frozen=True)
-class Vocabulary(Row):
+class Vocabulary(Entry):
     """[vocab_size, D] <-> [padded_vocab_size, D], padded with zeros that the way out drops again."""
 
     name: str
@@ -162,14 +162,14 @@ class Equal:
     other: str
 
 
-AnyRow = Row | Ignored | Equal
+AnyEntry = Entry | Ignored | Equal
 
 
 @dataclass(frozen=True)
 class Step:
     """One of our tensors and the tensors of theirs that it is made of, with names filled in."""
 
-    row: Row
+    entry: Entry
     ours: str
     theirs: tuple[str, ...]
 
@@ -185,39 +185,39 @@ def match(pattern: str, name: str) -> dict[str, str] | None:
     return found.groupdict() if found else None
 
 
-def _first_row(table: Sequence[AnyRow], name: str) -> tuple[AnyRow, dict[str, str]]:
-    """The row that takes their tensor `name`, and the values of its pattern's places."""
-    for row in table:
-        for pattern in row.theirs if isinstance(row, Row) else (row.name,):
+def _first_entry(table: Sequence[AnyEntry], name: str) -> tuple[AnyEntry, dict[str, str]]:
+    """The entry that takes their tensor `name`, and the values of its pattern's places."""
+    for entry in table:
+        for pattern in entry.theirs if isinstance(entry, Entry) else (entry.name,):
             values = match(pattern, name)
             if values is not None:
-                return row, values
+                return entry, values
     raise ConversionError(f"tensor {name} is not known to this conversion")
 
 
-def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: LanguageConfig) -> list[Step]:
-    """How to make every tensor of `shapes` (ours) from `source`; reads no tensor but those of Equal rows.
+def plan(table: Sequence[AnyEntry], source: Tensors, shapes: Shapes, language: LanguageConfig) -> list[Step]:
+    """How to make every tensor of `shapes` (ours) from `source`; reads no tensor but those of Equal entries.
 
-    Raises ConversionError naming the first tensor that no row takes, that this architecture has no place for, that is
+    Raises ConversionError naming the first tensor that no entry takes, that this architecture has no place for, that is
     missing, or whose shape differs from the architecture's (with both shapes).
     """
     available = set(source.names())
     steps: dict[str, Step] = {}
     made: dict[str, str] = {}
     for name in sorted(available):
-        row, values = _first_row(table, name)
-        if isinstance(row, Equal):
-            if row.other not in available or not torch.equal(source.read(name), source.read(row.other)):
-                raise ConversionError(f"{name} must equal {row.other} in a model with tied embeddings, and does not")
-        elif isinstance(row, Row):
-            made[name] = ours = row.ours.format(**values)
-            step = Step(row, ours, tuple(pattern.format(**values) for pattern in row.theirs))
+        entry, values = _first_entry(table, name)
+        if isinstance(entry, Equal):
+            if entry.other not in available or not torch.equal(source.read(name), source.read(entry.other)):
+                raise ConversionError(f"{name} must equal {entry.other} in a model with tied embeddings, and does not")
+        elif isinstance(entry, Entry):
+            made[name] = ours = entry.ours.format(**values)
+            step = Step(entry, ours, tuple(pattern.format(**values) for pattern in entry.theirs))
             if steps.setdefault(ours, step).theirs != step.theirs:
                 raise ConversionError(f"{ours} would be made of {steps[ours].theirs[0]} and again of {name}")
     expected: Shapes = {}
     for ours, shape in shapes.items():
         if ours in steps:
-            expected |= zip(steps[ours].theirs, steps[ours].row.their_shapes(shape, language), strict=True)
+            expected |= zip(steps[ours].theirs, steps[ours].entry.their_shapes(shape, language), strict=True)
             made |= dict.fromkeys(steps[ours].theirs, ours)
         else:
             expected[ours] = shape
@@ -235,28 +235,28 @@ def plan(table: Sequence[AnyRow], source: Tensors, shapes: Shapes, language: Lan
 def convert_in(steps: Iterable[Step], source: Tensors, language: LanguageConfig) -> Iterator[tuple[str, Tensor]]:
     """Our tensors, one after the other."""
     for step in steps:
-        yield step.ours, step.row.to_ours([source.read(name) for name in step.theirs], language)
+        yield step.ours, step.entry.to_ours([source.read(name) for name in step.theirs], language)
 
 
-def plan_out(table: Sequence[AnyRow], names: Iterable[str]) -> list[Step]:
-    """How to make their tensors from ours; reads nothing. Raises ConversionError naming one that no row takes."""
-    rows = [row for row in table if isinstance(row, Row)]
+def plan_out(table: Sequence[AnyEntry], names: Iterable[str]) -> list[Step]:
+    """How to make their tensors from ours; reads nothing. Raises ConversionError naming one that no entry takes."""
+    entries = [entry for entry in table if isinstance(entry, Entry)]
     steps = []
     for name in names:
-        found = next(((row, values) for row in rows if (values := match(row.ours, name)) is not None), None)
+        found = next(((entry, values) for entry in entries if (values := match(entry.ours, name)) is not None), None)
         if found is None:
             raise ConversionError(f"tensor {name} is not known to this conversion")
-        row, values = found
-        steps.append(Step(row, name, tuple(pattern.format(**values) for pattern in row.theirs)))
+        entry, values = found
+        steps.append(Step(entry, name, tuple(pattern.format(**values) for pattern in entry.theirs)))
     return steps
 
 
 def convert_out(
-    table: Sequence[AnyRow], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
+    table: Sequence[AnyEntry], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Their tensors made from all of ours, one family after the other, in `dtype` (None: as they are).
 
-    Raises ConversionError naming a tensor of ours that no row takes, or a value that float16 is too small for.
+    Raises ConversionError naming a tensor of ours that no entry takes, or a value that float16 is too small for.
     """
     yield from convert_steps(plan_out(table, source.names()), source, language, dtype)
 
@@ -266,7 +266,7 @@ def convert_steps(
 ) -> Iterator[tuple[str, Tensor]]:
     """`convert_out` of what `plan_out` has planned."""
     for step in steps:
-        for name, tensor in zip(step.theirs, step.row.to_theirs(source.read(step.ours), language)):
+        for name, tensor in zip(step.theirs, step.entry.to_theirs(source.read(step.ours), language)):
             converted = tensor if dtype is None else tensor.to(dtype)
             if dtype == torch.float16 and tensor.isfinite().all() and not converted.isfinite().all():
                 raise ConversionError(f"{name} has {tensor.abs().max():.3g}, too large for float16; take bfloat16")

@@ -23,8 +23,7 @@ from ross_mcore.batch import Sample
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.conversion.mapping import ross_table
-from ross_mcore.conversion.table import Row as TableRow
-from ross_mcore.conversion.table import convert_out, match
+from ross_mcore.conversion.table import Entry, convert_out, match
 from ross_mcore.data.conversation import expand_images
 from ross_mcore.engine.losses import Losses
 from ross_mcore.errors import ConversationError
@@ -128,7 +127,7 @@ def _checkpoint_rows(name: str, checkpoint: Checkpoint, oracle: dict[str, Any]) 
     """
     model_config = checkpoint.model_config()
     table = ross_table(model_config)
-    left = [row.name for row in table if not isinstance(row, TableRow)]
+    left = [row.name for row in table if not isinstance(row, Entry)]
     recorded = {
         (key, tuple(shape))
         for key, shape in oracle["all_keys"].items()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from ross_mcore.architecture import (
 )
 from ross_mcore.errors import LayoutError
 from ross_mcore.flops import forward_flops
+from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel.layout import balance, make_layout, share_of, stage_extra_costs
 
 QWEN2_7B = LanguageConfig(
@@ -72,6 +74,23 @@ def test_forward_flops_of_the_published_sample() -> None:
     assert parts.output_layer / 1e12 == pytest.approx(1.12, abs=5e-3)
     assert parts.denoiser / 1e12 + condition == pytest.approx(0.39, abs=5e-3)
     assert parts.pixel_decoder / 1e12 == pytest.approx(0.79, abs=5e-3)
+
+
+def test_operations_follow_from_the_shapes_of_weights() -> None:
+    """Two a token and number of a matrix, and those of attention."""
+    shapes, parts = inventory(ROSS_7B), forward_flops(ROSS_7B, tokens=1029, labelled_tokens=7)
+
+    def matrices(*prefixes: str) -> int:
+        return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and len(shape) > 1)
+
+    layers = [f"vision_model.tower.encoder.layers.{number}." for number in range(26)]
+    tower = 2 * 729 * matrices(*layers, "vision_model.tower.embeddings.patch_embedding.") + 26 * 4 * 729**2 * 1152
+    drawn = 2 * 729 * matrices("denoiser.blocks.", "denoiser.x_embedder.", "denoiser.final_layer.")
+    denoiser = 4 * (drawn + 3 * 4 * 729**2 * 1024) + 2 * 729 * matrices("denoiser.z_embedder.")
+    assert parts.layer == 2 * 1029 * matrices("language_model.decoder.layers.0.") + 2 * 1029**2 * 3584
+    assert parts.output_layer == 2 * 7 * matrices("language_model.output_layer.")
+    assert parts.vision_projection == 2 * 729 * matrices("vision_projection.")
+    assert (parts.vision_model, parts.denoiser) == (tower, denoiser)
 
 
 def test_the_encoder_and_the_denoiser_weigh_in_the_balance() -> None:

@@ -4,13 +4,14 @@ The public names, usable in a script, a plain Python session or a notebook:
 
     import ross_mcore
 
-    recipe = ross_mcore.read_recipe("train_ross/finetune_siglip_qwen2")
-    ross_mcore.train(ross_mcore.Config.from_flat(**recipe, load="base", data_path="shards", save="runs/finetune"))
+    config = ross_mcore.Config.from_flat(load="base", data_path="shards", save="runs/pretrain", train_iters=1000)
+    ross_mcore.train(config)  # in this process, or in all that torchrun starts with this script
 
-    model = ross_mcore.load_model("runs/finetune", dtype="bfloat16")
+    model = ross_mcore.load_model("runs/pretrain", dtype="bfloat16")
     ross_mcore.answer(model, [ross_mcore.Question("<image>\\nWhat is it?", ["cat.jpg"])])
     originals, reconstructions = ross_mcore.reconstruct(model, ["cat.jpg", "dog.png"])
 
+The options are those of `ross train --help`; read_recipe returns those of a YAML file or an installed recipe.
 Whatever is wrong with options, checkpoints, data or pictures raises a UserError whose message says what to do; its
 kinds are in ross_mcore.errors. Importing ross_mcore loads neither torch nor numpy: a name loads what it needs when it
 is first used.

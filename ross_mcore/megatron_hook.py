@@ -9,11 +9,30 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 PACKAGE = "megatron.core"
+
+HIDDEN_WARNINGS = (
+    # on import: what is not installed, which engine/precision.py checks where an option needs it
+    (UserWarning, r"(Transformer Engine and )?Apex (are|is) not installed\. Falling back to ", ""),
+    # from mcore's own default of an option (transformer_config.py)
+    (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_scope", ""),
+    # without a GPU too (layers.py); with one, see platform.Libraries.ordered_kernels
+    (UserWarning, r"When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS", ""),
+    # mcore looks for a gradient where its distributed optimizer has none (optimizer.py)
+    (
+        UserWarning,
+        r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+        r"megatron\.core\.optimizer",
+    ),
+    # mcore calls collectives by names that newer torch calls deprecated
+    (FutureWarning, r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed\.", ""),
+)
+"""Category, text and module of the warnings that mcore 0.16.1 causes in every run and on which nobody can act."""
 
 
 class Hook:
@@ -42,13 +61,18 @@ def prepared() -> Mapping[str, Sequence[Callable[[Any], None]]]:
     """Sets what megatron.core reads when it starts; returns the patches that this machine needs, by module."""
     from ross_mcore import platform
 
-    platform.hide_warnings_of_megatron()
+    hide_warnings()
     if platform.has_gpu():
         platform.order_kernels()
         return {}
     from ross_mcore import cpu_megatron
 
     return cpu_megatron.PATCHES
+
+
+def hide_warnings() -> None:
+    for category, message, module in HIDDEN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category, module)
 
 
 def install() -> None:

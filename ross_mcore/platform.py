@@ -10,7 +10,6 @@ import os
 import resource
 import time
 import uuid
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,17 +115,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def hide_warnings_of_megatron() -> None:
-    """Hides warnings that megatron-core gives on every import and step and that nobody can act on."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\..*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core\..*")
-    # mcore 0.16.1 calls collectives by names that newer torch calls deprecated
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
-
-
 def order_kernels() -> None:
-    """Asks CUDA for one queue of kernels (see Libraries.ordered_kernels), which it reads when the GPU is first used."""
-    os.environ.setdefault(CONNECTIONS, "1")
+    """Asks CUDA for one queue of kernels (see Libraries.ordered_kernels); too late once the GPU is in use."""
+    if not torch.cuda.is_initialized():
+        os.environ.setdefault(CONNECTIONS, "1")
 
 
 def initialize_process_group(timeout_minutes: float) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ import pytest
 import torch
 
 from ross_mcore.cpu_megatron import PATCHES, OnCpu, function_of
-from ross_mcore.megatron_hook import Hook, install
+from ross_mcore.megatron_hook import Hook, hide_warnings, install
 
 ROOT = Path(__file__).parents[2]
 
@@ -348,6 +349,15 @@ def test_every_patch_has_a_row() -> None:
     replacing = {module for module, patches in PATCHES.items() if any(not isinstance(p, OnCpu) for p in patches)}
     assert set(USES) >= ON_CPU
     assert {f"megatron.core.{row.partition(':')[0]}" for row in set(USES) - ON_CPU} == replacing
+
+
+def test_only_named_warnings_are_hidden() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        hide_warnings()
+        for message in ("Apex is not installed. Falling back to Torch Norm", "anything else"):
+            warnings.warn_explicit(message, UserWarning, "backends.py", 21, "megatron.core.models.backends")
+    assert [str(warning.message) for warning in shown] == ["anything else"]
 
 
 if __name__ == "__main__":

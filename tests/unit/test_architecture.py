@@ -192,4 +192,4 @@ def test_importing_has_no_effects_and_help_needs_no_torch() -> None:
         "    assert heavy not in sys.modules, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

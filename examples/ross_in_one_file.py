@@ -30,7 +30,7 @@ IMAGE, IGNORE = -200, -100  # token at the N places of a picture; label of a tok
 DRAWS, TIMESTEPS, HEADS = 4, 1000, 16  # noisy latents of an image in a step; steps of diffusion; denoiser's heads
 STAGES: dict[str, tuple[int, int, dict[str, float]]] = {  # steps; how many warm up; peak rates of what trains
     "pretrain": (350, 11, {"projector": 2e-3, "denoiser": 4e-3}),  # lm_loss ends at 0.002, vm_loss at 0.15
-    "finetune": (400, 12, {"projector": 1e-3, "language_model": 1e-3, "denoiser": 4e-3}),  # at 0.001 and 0.13
+    "finetune": (400, 12, {"projector": 1e-3, "language_model": 1e-3, "denoiser": 4e-3}),  # at 0.004 and 0.12
 }
 SYSTEM = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
 SYSTEM += "detailed, and polite answers to the human's questions. "

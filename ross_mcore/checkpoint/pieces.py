@@ -1,6 +1,10 @@
 """One piece of a tensor as torch_dist stores it: what `torch.save` makes of a tensor, somewhere in a larger file.
 
 It is read to where it belongs, without memory of its own, and only if it is as torch writes it.
+
+Over torch's own reader, which takes new memory for every piece: loading runs at 1.8 to 2.5 times the speed of
+torch.distributed.checkpoint, and at 1.2 to 2.2 times with checksums compared before (benchmarks/checkpoint.py, two runs
+on two busy cores).
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ save_checkpoint(root, 100, state, model_config, assets=loaded.path, keep_last=2)
 
 All functions that take a state are collective: every rank calls them, and an error on one rank ends the call on all of
 them with the same message. They need a process group (one of a single process will do).
+
+Saving and loading at any layout are mcore's and torch's. Added here: pickles are read through safe_load.py, shapes and
+names are compared before anything is read, and masters and weights stand in for each other between precisions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What is the same in every checkpoint of mcore's `torch_dist` format that this trainer writes. No mcore needed."""
+"""What is the same in every checkpoint of mcore's `torch_dist` format that this trainer writes. No mcore needed.
+
+Names and constants alone: mcore and torch state them in several files, without a public name.
+"""
 
 from __future__ import annotations
 

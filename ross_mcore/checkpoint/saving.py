@@ -15,8 +15,9 @@ won, because writing and checksums leave the interpreter's lock alone.
 Replicated tensors are written once, by whichever rank has least to write (mcore's fully parallel save).
 
 Over torch's own async_save: errors of one rank reach all, a save is read back before it is published, and no process
-is started. benchmarks/checkpoint.py: training is blocked for 5.7 to 6.7% of a save that it waits for; writing runs at
-0.80 to 0.91 of torch.save and fsync, and at 0.93 to 0.98 of torch.distributed.checkpoint, which takes no checksum.
+is started. benchmarks/checkpoint.py: training is blocked for 5.7 to 6.7% of a save that it waits for (11% on busy
+cores); writing runs at 0.80 to 0.91 of torch.save and fsync (0.5 to 0.6 on busy cores, where torch's checkpoints do no
+better: 0.93 to 0.98 of torch.distributed.checkpoint, which takes no checksum).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many bad samples a run allows."""
+"""The budget of bad samples of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from ross_mcore.guards.guard import Guard
 
 QUARANTINE_FILE = "quarantine.jsonl"
 FEW = 10
-"""A number of bad samples too small to judge their share by."""
+"""Up to this many bad samples, their share is not judged."""
 
 
 def is_over_budget(bad: int, consumed: int, max_bad_fraction: float) -> bool:
-    """Whether more than `max_bad_fraction` of the `consumed` samples were bad.
-
-    FEW bad samples are not judged, unless none is allowed.
-    """
+    """Whether more than `max_bad_fraction` of the `consumed` samples were bad, and more than FEW (0: any)."""
     return bad > max_bad_fraction * consumed and (bad > FEW or not max_bad_fraction)
 
 

@@ -1,4 +1,4 @@
-"""Steps whose numbers were not finite: the engine applies none of them, and too many in a row end the run."""
+"""Steps whose numbers were not finite. The engine does not apply them; too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ross_mcore.guards.incidents import INCIDENTS_FILE, Incident, samples_behind
 
 
 class FiniteNumbers(Guard):
-    """Names where numbers are not finite, and ends the run after --max-bad-steps such steps in a row."""
+    """Reports where numbers are not finite, and ends the run after --max-bad-steps such steps in a row."""
 
     def incidents(self, result: StepResult) -> Sequence[Incident]:
         trained = result.trained

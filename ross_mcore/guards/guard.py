@@ -1,7 +1,7 @@
-"""What watches a run: the interface of a guard. guards/table.py lists all of them.
+"""The interface of a guard, which watches a run; guards/table.py lists all guards.
 
-A guard runs on every rank at the same points, so its methods may be collective. It ends a run by raising TrainingError,
-on all ranks alike.
+A guard runs on every rank at the same points, so its methods may be collective. To end the run it raises TrainingError
+on all ranks.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from ross_mcore.guards.incidents import Incident
 
 
 class Guard:
-    """Watches nothing; a guard overrides the moments that it needs."""
+    """Watches nothing; a guard overrides the methods it needs."""
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         """say: prints a line on the logging rank."""
         self.run, self.say = run, say
 
     def at_start(self, state: TrainState) -> None:
-        """Before the step that follows `state`."""
+        """Called before the first step, which follows `state`."""
 
     def after_read(self, read: ReadStep) -> None:
-        """Before anything of a step is computed."""
+        """Called before a step is computed."""
 
     def incidents(self, result: StepResult) -> Sequence[Incident]:
-        """What of a finished step somebody should look at; these are reported."""
+        """The incidents of a finished step, to be reported."""
         return ()
 
     def after_step(self, result: StepResult, incidents: Sequence[Incident]) -> None:
-        """After a step and its incidents are reported, before anything of it is saved."""
+        """Called after a step and its incidents are reported, before the step is saved."""

@@ -1,7 +1,4 @@
-"""Incidents: steps that were not applied, were skipped on request or have a loss spike, and the samples behind them.
-
-incidents.jsonl has a line for each.
-"""
+"""Incidents: steps that were not applied, were skipped on request or have a loss spike, and their samples."""
 
 from __future__ import annotations
 
@@ -18,15 +15,14 @@ LossName = Literal["lm_loss", "vm_loss"]
 
 INCIDENTS_FILE = "incidents.jsonl"
 MOST_SAMPLES = 32
-"""Samples that an incident names."""
+"""Maximum number of samples in an incident."""
 
 
 @dataclass(frozen=True)
 class SampleLosses:
-    """A trained sample's own losses: means over its labels and its images, None over nothing (null in JSON also where
-    they are not finite).
+    """The losses of one trained sample: means over its labels and its images, None where it has none.
 
-    position: its place in the stream; key, shard: as tools/inspect_shards.py takes and shows them.
+    A loss that is not finite is null in JSON. position: in the stream of samples; key, shard: names in the data set.
     """
 
     position: int
@@ -40,8 +36,8 @@ class SampleLosses:
 class Incident:
     """One line of incidents.jsonl.
 
-    kind: `spike`, `not finite` (the update was not applied) or `skipped` (--skip-iterations); reason: in words;
-    samples: those behind it, the largest part first, at most MOST_SAMPLES.
+    kind: `spike`, `not finite` (the update was not applied) or `skipped` (--skip-iterations); reason: text for people;
+    samples: those with the largest losses, largest first, at most MOST_SAMPLES.
     """
 
     iteration: int
@@ -58,13 +54,13 @@ class Incident:
 
 
 _Row = tuple[int, float, float, float, float]
-"""position, lm_sum, labels, vm_sum, images of a sample."""
+"""A sample's position, sum of lm losses, labels, sum of vm losses, images."""
 
 
 def samples_behind(loss: LossName | None, run: Run, result: StepResult) -> list[SampleLosses]:
-    """The samples of a step with the largest terms of `loss`, on every rank alike; with None, those not finite.
+    """The samples of a step with the largest terms of `loss`, the same list on every rank. Collective.
 
-    Collective. Where no sample is by itself not finite, those with the largest terms of both losses are named.
+    With None, the samples whose losses are not finite; if there are none, those with the largest terms of both losses.
     """
 
     def size(row: _Row) -> float:
@@ -73,11 +69,11 @@ def samples_behind(loss: LossName | None, run: Run, result: StepResult) -> list[
     kept = [] if result.trained is None or run.groups.tensor_rank else result.trained.kept
     rows = [row for part in kept for row in _rows(part)]
     broken = [row for row in rows if not math.isfinite(row[1] + row[3])]
-    whole = sorted((row for row in rows if math.isfinite(row[1] + row[3])), key=size, reverse=True)
-    everyone = gather((broken[:MOST_SAMPLES], whole[:MOST_SAMPLES]))
+    finite = sorted((row for row in rows if math.isfinite(row[1] + row[3])), key=size, reverse=True)
+    everyone = gather((broken[:MOST_SAMPLES], finite[:MOST_SAMPLES]))
     found = sorted(row for broken, _ in everyone for row in broken)
     if loss is not None or not found:
-        found += sorted((row for _, whole in everyone for row in whole), key=size, reverse=True)
+        found += sorted((row for _, finite in everyone for row in finite), key=size, reverse=True)
     planned = result.read.step.step.rows
     numbers = {int(p): int(n) for row in planned for p, n in zip(row.positions, row.samples)}
     return [
@@ -93,7 +89,7 @@ def samples_behind(loss: LossName | None, run: Run, result: StepResult) -> list[
 
 
 def _rows(part: MicroBatchLosses) -> Iterable[_Row]:
-    """The samples of a micro-batch that were trained."""
+    """The trained samples of a micro-batch."""
     losses, counts = part.sums.tolist(), part.counts.tolist()
     for position, (lm_sum, vm_sum), (trained, labels, images, blank) in zip(part.positions, losses, counts):
         if trained:

@@ -1,9 +1,9 @@
-"""Whether copies of a weight are the same on all ranks that hold one, and whether what is frozen stays as it was.
+"""Checks that copies of a weight are the same on all ranks, and that frozen weights do not change.
 
-Ranks of a tensor-parallel group hold the same norms, projector, vision tower, denoiser and VAE, of a data-parallel one
-the same of everything; the first and the last stage the same tied embedding. Nothing in training compares them: one
-wrong bit in a copy is trained on. Here every rank takes fingerprints of what it holds, in one pass over its memory, and
-a group agrees on them in an all-reduce of two numbers.
+Ranks of a tensor-parallel group have copies of the norms, projector, vision tower, denoiser and VAE; ranks of a
+data-parallel group have copies of all weights; the first and the last stage both have a tied embedding. Training itself
+never compares copies, so a wrong bit would stay. Here every rank computes fingerprints in one pass over its memory, and
+each group compares them in an all-reduce of two numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ross_mcore.parts import LANGUAGE_MODEL, label_of, trains
 
 WORDS_AT_ONCE = 1 << 18
 _BETWEEN_PIECES = 0x1E3779B97F4A7C15
-"""Odd, so that a product with it loses nothing in 64 bits."""
+"""Odd, so that multiplication by it is invertible in 64 bits."""
 
 
 @functools.cache
@@ -48,12 +48,12 @@ def _factors(device: torch.device) -> Tensor:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """int64 [] of the bits of a tensor of any shape and type: a sum of its words, each times a factor of its place.
+    """int64 [] of the bits of a tensor of any shape and type: the sum of its words, each times a factor of its place.
 
-    Arithmetic is in integers that wrap, so signs of zero, NaNs and the order of elements count, and the order of
-    summation does not. Words have at most 32 bits and factors are odd: two tensors of one shape that differ in a single
-    word never have the same fingerprint, others that differ do with a probability of about 2^-32. A tensor of
-    Transformer Engine's FP8 types counts by its values.
+    Integer arithmetic wraps, so signs of zero, NaNs and the order of elements count, and the order of summation does
+    not. Words have at most 32 bits and factors are odd: tensors of one shape that differ in a single word always have
+    different fingerprints; other different tensors have equal ones with a probability of about 2^-32. Tensors of
+    Transformer Engine's FP8 types are compared by value.
     """
     if is_float8tensor(tensor):
         tensor = tensor.dequantize()
@@ -69,8 +69,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of this rank. All ranks that hold one of this name hold the same; `sharded`: over the tensor-parallel
-    group, whose other ranks hold other parts."""
+    """A tensor of this rank, equal on all ranks that hold one of this name.
+
+    sharded: the other ranks of the tensor-parallel group hold other parts of the weight.
+    """
 
     name: str
     tensor: Tensor
@@ -79,17 +81,17 @@ class Held:
 
 
 def held_by(engine: Engine) -> list[Held]:
-    """This rank's weights and buffers in the order of the model, then moments where every data-parallel rank has them.
+    """This rank's weights and buffers in the order of the model, then the moments that every data-parallel rank has.
 
-    The distributed optimizer's moments and masters have no copies. Weights must be gathered.
+    The distributed optimizer's moments and masters have no copies. Gather the weights before the call.
     """
     found, config = [], engine.config
     for name, parameter in engine.model.named_weights():
-        # by the options, lest what trains by mistake is not looked at; and what a trained tower never runs
+        # by the options, so that a weight which trains by mistake is found; and weights that a trained tower never uses
         frozen = not trains(name, config.llm_trains, config.vision_trains) or not parameter.requires_grad
         sharded = getattr(parameter, "tensor_model_parallel", False)
         found.append(Held(f"{name}{_part_of(engine.groups)}" if sharded else name, parameter, sharded, frozen))
-    # mcore's plain optimizer for bf16 works on masters, which it leaves at the weights
+    # mcore's plain optimizer for bf16 updates masters, which it stores as an attribute of the weights
     weights = {getattr(held.tensor, "main_param", held.tensor): held for held in found}
     for part in engine.model.parts:
         found += [Held(name, buffer, sharded=False, frozen=True) for name, buffer in part.named_buffers()]
@@ -111,19 +113,19 @@ def _part_of(groups: Groups) -> str:
 
 
 def fingerprints(held: Sequence[Held]) -> dict[str, int]:
-    """By name. The device is waited for once."""
+    """Fingerprints by name, with one synchronisation of the device."""
     found = torch.stack([fingerprint(one.tensor) for one in held]).tolist() if held else []
     return {one.name: value for one, value in zip(held, found, strict=True)}
 
 
 def steps_taken(optimizer: MegatronOptimizer) -> dict[str, int]:
-    """What Adam's bias correction counts, in every parameter group."""
+    """The step count of Adam's bias correction in every parameter group."""
     groups = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.param_groups
     return {f"the optimizer's step in parameter group {n}": int(g.get("step") or 0) for n, g in enumerate(groups)}
 
 
 def different(copies: Mapping[str, int], group: ProcessGroup, device: torch.device) -> list[str]:
-    """The names under which the ranks of a group do not all hold the same. Collective in the group."""
+    """The names whose values differ between the ranks of a group. Collective in the group."""
     digest = hashlib.sha256(repr(list(copies.items())).encode()).digest()
     if agree(int.from_bytes(digest[:8], "big", signed=True), group, device):
         return []
@@ -133,7 +135,7 @@ def different(copies: Mapping[str, int], group: ProcessGroup, device: torch.devi
 
 
 def deviating(values: Mapping[int, int]) -> list[int]:
-    """PURE: the ranks that hold another value than most; none when no value is that of more than half."""
+    """The ranks whose value differs from that of the majority; [] when there is no majority."""
     ((most, count),) = Counter(values.values()).most_common(1)
     return [rank for rank, value in values.items() if value != most] if 2 * count > len(values) else []
 
@@ -141,8 +143,7 @@ def deviating(values: Mapping[int, int]) -> list[int]:
 class ReplicaCheck(Guard):
     """Compares copies at start (--self-check) and every --check-replicas-interval iterations.
 
-    It does not check that trained weights change: with a rate of 0, or behind gates that begin at zero, they may stay
-    the same in a first step.
+    Trained weights need not change: with a rate of 0, or behind gates initialized to zero, the first step keeps them.
     """
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
@@ -153,16 +154,13 @@ class ReplicaCheck(Guard):
         self._good_after: int | None = None
 
     def at_start(self, state: TrainState) -> None:
-        """Compares copies, and takes fingerprints of what is frozen."""
+        """Compares copies, and stores the fingerprints of frozen weights."""
         if self._self_check or self._interval:
             before = f"self-check before iteration {state.iteration + 1}"
             self._check(state.iteration, before if self._self_check else "")
 
     def after_step(self, result: StepResult, incidents: Sequence[Incident]) -> None:
-        """Compares copies where a check is due.
-
-        After the first step that was applied at a rate other than 0, the check of the start is repeated.
-        """
+        """Compares copies when a check is due, and after the first step applied at a rate other than 0."""
         iteration = result.state.iteration
         is_first = self._self_check and result.applied
         is_first = is_first and updates_weights(iteration - 1, self.run.train_iters, self.run.config.optimizer)
@@ -172,7 +170,7 @@ class ReplicaCheck(Guard):
             self._check(iteration, f"self-check after iteration {iteration}" if is_first else "")
 
     def _check(self, iteration: int, line: str) -> None:
-        """`line`: begins the line printed when the check passes; "" prints none. Raises TrainingError."""
+        """line: start of the line printed when the check passes; "" prints none. Raises TrainingError."""
         at("comparing replicas")
         engine = self.run.engine
         began, groups, device = time.perf_counter(), engine.groups, engine.device
@@ -204,7 +202,7 @@ class ReplicaCheck(Guard):
             self.say(f"{line}: {where}, copies equal and frozen ones unchanged, {seconds:.2f} s")
 
     def _tied(self, held: Sequence[Held], own: Mapping[str, int]) -> dict[str, int]:
-        """The embedding that is the output layer's weight too, on the two stages that hold it."""
+        """The fingerprint of a tied embedding, on the two stages that hold it."""
         groups, model = self.run.groups, self.run.engine.model
         if groups.embedding is None or not model.first.share_embeddings_and_output_weights:
             return {}
@@ -213,7 +211,7 @@ class ReplicaCheck(Guard):
         return {f"{LANGUAGE_MODEL.weight('embedding')}, tied to the output layer{_part_of(groups)}": own[name]}
 
     def _problem(self, iteration: int, changed: list[str], differing: dict[str, str], found: dict[str, int]) -> str:
-        """The message about what all ranks found, which names the first tensor. Collective."""
+        """The error message; it names the first tensor that any rank found. Collective."""
         everyone = gather((changed, differing))
         changed = [name for theirs, _ in everyone for name in theirs]
         kinds: dict[str, str] = {}
@@ -225,17 +223,17 @@ class ReplicaCheck(Guard):
             ranks = [rank for rank, (theirs, _) in enumerate(everyone) if name in theirs]
             what = f"is frozen and was changed since the start, on {_named(ranks)} of the {len(values)} that hold it"
         else:
-            what = f"is not the same on all ranks of its {kinds[name]} group: {_who_deviates(values)}"
+            what = f"is not the same on all ranks of its {kinds[name]} group: {_deviation(values)}"
         others = len({*changed, *kinds}) - 1
-        alike = f" ({others} other tensors alike)" if others else ""
-        return f"iteration {iteration}: {name}, in the {label_of(name)}, {what}{alike}. {self._remedy()}"
+        more = f" ({others} other tensors too)" if others else ""
+        return f"iteration {iteration}: {name}, in the {label_of(name)}, {what}{more}. {self._remedy()}"
 
     def _remedy(self) -> str:
         cause = "a fault of memory or communication (look for ECC and link errors on the machines of these ranks)"
-        if self._good_after is None:  # the check of the start
+        if self._good_after is None:  # the check at the start
             return (
-                f"All ranks loaded the same of {self.run.start.path}, so this is {cause} or of the file system. Start "
-                "again; if it stays, run tools/check_checkpoint.py on that checkpoint"
+                f"All ranks loaded the same weights of {self.run.start.path}, so this is {cause} or of the file "
+                "system. Start again; if it happens again, run tools/check_checkpoint.py on that checkpoint"
             )
         return (
             f"This is {cause}, or a bug. Nothing is saved from here on. Checkpoints up to iteration {self._good_after} "
@@ -247,8 +245,8 @@ def _named(ranks: Sequence[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
-def _who_deviates(values: Mapping[int, int]) -> str:
+def _deviation(values: Mapping[int, int]) -> str:
     odd = deviating(values)
     if not odd:
-        return f"{_named(list(values))} do not agree, and which is right cannot be told"
+        return f"{_named(list(values))} do not agree, and it is unknown which is right"
     return f"{_named(odd)} deviates from {_named([rank for rank in values if rank not in odd])}"

@@ -1,4 +1,4 @@
-"""Iterations that --skip-iterations names are listed among the incidents."""
+"""Reports the iterations of --skip-iterations as incidents."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ from ross_mcore.guards.guard import Guard
 from ross_mcore.guards.incidents import Incident, LossName, samples_behind
 
 WINDOW = 100
-"""Steps that a loss is compared with."""
+"""Number of previous steps that a loss is compared with."""
 LEAST = 20
-"""Steps that must be there before any is judged."""
+"""Minimum number of previous steps; with fewer, no step is judged."""
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss (`lm_loss` or `vm_loss`) above `factor` times the median of the last `steps` steps."""
+    """A loss far above the median of the last `steps` steps."""
 
     loss: LossName
     value: float
@@ -31,7 +31,7 @@ class Spike:
 
 
 def find_spike(loss: LossName, value: float, recent: Sequence[float], factor: float) -> Spike | None:
-    """The spike that `value` is among `recent` values of the same loss, the newest last; with a factor of 0, none."""
+    """A spike if `value` is above `factor` (0: never) times the median of the `recent` values, newest last."""
     if not factor or len(recent) < LEAST:
         return None
     middle = median(recent)
@@ -39,7 +39,7 @@ def find_spike(loss: LossName, value: float, recent: Sequence[float], factor: fl
 
 
 def remembered(recent: Sequence[float], value: float) -> tuple[float, ...]:
-    """`recent` with `value`, at most WINDOW of them."""
+    """`recent` with `value` appended, the last WINDOW of them."""
     return (*recent, value)[-WINDOW:]
 
 

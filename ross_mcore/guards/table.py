@@ -1,4 +1,4 @@
-"""All guards of a run, in the order in which they are asked, and the one place that calls them."""
+"""The table of guards, in the order of their calls, and the one place that calls them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GUARDS: Sequence[type[Guard]] = (BadSampleBudget, SkippedIterations, LossSpikes,
 
 
 class Guards:
-    """The guards of one run. Every method is collective and raises TrainingError, on all ranks, to end the run."""
+    """The guards of one run. Every method is collective and raises TrainingError on all ranks to end the run."""
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._guards = [guard(run, say) for guard in GUARDS]
@@ -33,9 +33,9 @@ class Guards:
             guard.after_read(read)
 
     def after_step(self, result: StepResult, report: Callable[[Sequence[Incident]], None]) -> None:
-        """report: takes the incidents of the step, before a guard ends the run."""
-        at("looking at losses")
-        found = [incident for guard in self._guards for incident in guard.incidents(result)]
-        report(found)
+        """report: called with the incidents of the step, before a guard may end the run."""
+        at("checking the step")
+        incidents = [incident for guard in self._guards for incident in guard.incidents(result)]
+        report(incidents)
         for guard in self._guards:
-            guard.after_step(result, found)
+            guard.after_step(result, incidents)

@@ -1,4 +1,4 @@
-"""PURE: what the heartbeats of all ranks, read twice, say about who holds up the others."""
+"""Finds the rank that blocks the others, from the heartbeats of all ranks read twice. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ RUNNING, ENDED = "running", "ended"
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank says of itself every few seconds.
+class Heartbeat:
+    """A rank's heartbeat, sent every few seconds.
 
-    count: of its beats, so that a reader needs no clock in common; host, process: where it runs; iteration, phase,
-    marks: its place (progress.Place), seconds: how long it has been there; collective: the last it entered, "" when
-    unknown; waits: whether that is unfinished; status: RUNNING, ENDED, or what it failed with.
+    count: number of heartbeats so far, so that no common clock is needed; host, process: where the rank runs;
+    iteration, phase, marks: its place (progress.Place); seconds: time spent there; collective: the last one entered, ""
+    when unknown; waits: whether that collective is unfinished; status: RUNNING, ENDED or the error it failed with.
     """
 
     count: int
@@ -35,12 +35,14 @@ class Beat:
         return f"iteration {self.iteration}, {self.phase}, for {self.seconds:.0f} s{last}"
 
 
-def verdict(before: Mapping[int, Beat], after: Mapping[int, Beat], world_size: int, fates: Mapping[int, str]) -> str:
-    """Who holds up the others, and where everybody is; one paragraph and a line for every place.
+def verdict(
+    before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat], world_size: int, processes: Mapping[int, str]
+) -> str:
+    """The ranks that block the others, and where all ranks are: one paragraph, then a line for every place.
 
-    `before` and `after` are what ranks said, some beats apart; `fates` says of silent ranks what became of their
-    processes, where that can be seen. Suspected are, in this order: ranks that failed, ranks that fell silent, ranks
-    that wait for no other, ranks that are behind.
+    before, after: the ranks' heartbeats, read some time apart; processes: the known states of ranks' processes.
+    Suspected are, in this order: ranks that failed, ranks without new heartbeats, ranks that never sent one, ranks
+    outside any collective, ranks furthest behind.
     """
     failed = [rank for rank, beat in after.items() if beat.status not in (RUNNING, ENDED)]
     missing = [rank for rank in range(world_size) if rank not in after]
@@ -51,35 +53,35 @@ def verdict(before: Mapping[int, Beat], after: Mapping[int, Beat], world_size: i
     ]
     running = [rank for rank, beat in after.items() if beat.status == RUNNING]
     if failed:
-        said = [f"rank {rank} failed ({after[rank].status}) in {after[rank].place}" for rank in failed]
+        suspects = [f"rank {rank} failed ({after[rank].status}) in {after[rank].place}" for rank in failed]
     elif silent:
-        said = [
-            f"rank {rank} (process {after[rank].process} on {after[rank].host}) gives no sign of life"
-            f"{fates.get(rank, '')}; last heard of in {after[rank].place}"
+        suspects = [
+            f"rank {rank} (process {after[rank].process} on {after[rank].host}) sends no heartbeat"
+            f"{processes.get(rank, '')}; last seen in {after[rank].place}"
             for rank in silent
         ]
     elif missing:
-        said = [f"{ranks(missing)} never came up"]
+        suspects = [f"{ranks(missing)} never started"]
     else:
-        said = [_holding_up(after, running)]
-    return "; ".join(said) + "".join(f"\n  {line}" for line in _places(after, {*failed, *silent}))
+        suspects = [_blocking(after, running)]
+    return "; ".join(suspects) + "".join(f"\n  {line}" for line in _places(after, {*failed, *silent}))
 
 
-def _holding_up(beats: Mapping[int, Beat], running: list[int]) -> str:
-    """No rank is dead: the one that is not waiting for another, or else the one that has come least far."""
+def _blocking(beats: Mapping[int, Heartbeat], running: list[int]) -> str:
+    """All ranks are alive: names those outside any collective or, if there are none, those furthest behind."""
     idle = [rank for rank in running if not beats[rank].waits]
     suspects = idle if 0 < len(idle) < len(running) else running
     least = min((beats[rank].marks for rank in suspects), default=0)
     behind = [rank for rank in suspects if beats[rank].marks == least]
     if len(behind) in (0, len(beats)):
         return "every rank is alive and they wait for each other, all in the same place"
-    how = "not waiting for any" if suspects is idle else "behind them"
+    how = "outside any collective" if suspects is idle else "furthest behind"
     where = "; ".join(dict.fromkeys(beats[rank].place for rank in behind))
     return f"every rank is alive, and the others wait for {ranks(behind)}, {how}: {where}"
 
 
-def _places(beats: Mapping[int, Beat], named: set[int]) -> Iterable[str]:
-    """`ranks 0, 2-3: iteration 7, ...` for each place where ranks are that are not `named` yet."""
+def _places(beats: Mapping[int, Heartbeat], named: set[int]) -> Iterable[str]:
+    """`ranks 0, 2-3: iteration 7, ...` for each place of ranks that are not yet `named`."""
     found: dict[str, list[int]] = {}
     for rank, beat in sorted(beats.items()):
         if rank not in named:

@@ -1,9 +1,9 @@
-"""A rank that died or hangs ends the others, with a message that names it, rather than leaving them waiting.
+"""Ends all ranks, with a message that names the cause, when one rank died or is blocked.
 
-Every rank has two threads. One writes a heartbeat into the store that the ranks met in: where its process is, and the
-last collective it entered. The other looks at its own process alone, which costs nothing. When that has not moved
-for too long, or when a collective failed, the ranks' heartbeats are read twice: who fell silent, or is furthest behind,
-holds up the rest. Nothing here touches the device.
+Every rank has two threads. One writes heartbeats to the store of the process group: the place of its process and the
+last collective it entered. The other watches its own process for progress. After too long without progress, or after a
+failed collective, the heartbeats of all ranks are read twice to find the rank that blocks the others. Nothing here
+touches the device.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ import torch.distributed as dist
 
 from ross_mcore import platform
 from ross_mcore.engine import progress
-from ross_mcore.guards.verdict import ENDED, RUNNING, Beat, verdict
+from ross_mcore.guards.verdict import ENDED, RUNNING, Heartbeat, verdict
 from ross_mcore.logs import complain
 from ross_mcore.parallel.groups import last_collective
 
 T = TypeVar("T")
 
 LOST_A_RANK = 3
-"""Exit status of a rank that ended because another died or hangs."""
+"""Exit status of a rank that ended because another died or is blocked."""
 LONGEST_BEAT_SECONDS = 5.0
 BEATS_OF_A_TIMEOUT = 40
 BEATS_TO_FALL_SILENT = 3
 LONG_PHASE = 3
-"""How many timeouts a phase may last that may take long by right. Ranks that wait for it in a collective wait one."""
+"""Timeout multiplier of phases marked long. Ranks that wait for such a phase in a collective wait one timeout."""
 _VERDICT, _CLAIMS = "watchdog/verdict", "watchdog/claims"
 
 
 class StoreGone(RuntimeError):
-    """The store that the ranks share does not answer. A signal within the watchdog, which ends the process."""
+    """The store of the process group does not answer."""
 
 
 class Watchdog:
-    """Watches from `__enter__` to `__exit__`; nothing in a run of one process, which waits for nobody.
+    """Watches from `__enter__` to `__exit__`; does nothing in a run of one process.
 
-    `timeout_seconds` is that of collectives: a little before it, so that none of them ends first, the watchdog ends the
-    process with LOST_A_RANK. Time is counted in beats: a job that was suspended as a whole has not hung.
+    timeout_seconds: that of collectives. The watchdog ends the process with LOST_A_RANK a little earlier. Time is
+    counted in heartbeats, so the time in which a whole job was suspended does not count.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -65,7 +65,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._world_size > 1:
             store = dist.distributed_c10d._get_default_store()
-            # a connection each: one may be stuck
+            # a connection each: one may be blocked
             self._beating, self._asking = store.clone(), store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
             for target in (self._beat, self._watch):
                 threading.Thread(target=target, daemon=True, name=f"watchdog {target.__name__}").start()
@@ -77,34 +77,32 @@ class Watchdog:
         if error is not None and platform.is_collective_failure(error):
             self.explain(f"a collective failed: {' '.join(str(error).split())[:300]}")
         self._status = ENDED if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        with contextlib.suppress(RuntimeError):  # the store is where rank 0 was, which may have ended before
+        with contextlib.suppress(RuntimeError):  # the store may be part of rank 0, which may have ended before
             self._publish()
         self._ended.set()
 
     def explain(self, trouble: str) -> NoReturn:
-        """Finds out who holds up this rank, says so once a run and machine, and ends the process."""
+        """Finds the rank that blocks this one, prints it once per machine, and ends the process."""
         with self._explaining:
+            own_host = socket.gethostname()
             try:
-                said, host = self._bounded(lambda: self._found_by_another() or self._find_out())
+                cause, by = self._bounded(lambda: self._found_by_another() or self._find_cause())
             except StoreGone:
                 where = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
                 place = f"{where} on {os.environ.get('MASTER_ADDR', 'the first machine')}"
-                said, host = f"{place}, where the ranks meet, does not answer: it died or hangs", socket.gethostname()
-                self._say(trouble, said)
+                self._print(trouble, f"{place}, which holds the ranks' store, does not answer: it died or is blocked")
                 os._exit(LOST_A_RANK)
-            if host == f"{socket.gethostname()} {self._rank}" or self._speaks_for_another_machine(host):
-                self._say(trouble, said)
-            time.sleep(2 * self._beat_seconds)  # the store may live in this process, and others have yet to read
+            is_first_of_another_machine = os.environ.get("LOCAL_RANK") == "0" and by.split()[0] != own_host
+            if by == f"{own_host} {self._rank}" or is_first_of_another_machine:
+                self._print(trouble, cause)
+            time.sleep(2 * self._beat_seconds)  # this process may hold the store, which other ranks still read
             os._exit(LOST_A_RANK)
 
-    def _say(self, trouble: str, said: str) -> None:
+    def _print(self, trouble: str, cause: str) -> None:
         complain(
-            f"pretrain_ross.py: error: rank {self._rank}: {trouble}\n{said}\nThe newest complete checkpoint is intact; "
-            "the same command continues from it."
+            f"pretrain_ross.py: error: rank {self._rank}: {trouble}\n{cause}\n"
+            "The newest complete checkpoint is intact; the same command continues from it."
         )
-
-    def _speaks_for_another_machine(self, host: str) -> bool:
-        return os.environ.get("LOCAL_RANK") == "0" and host.split()[0] != socket.gethostname()
 
     def _beat(self) -> None:
         try:
@@ -113,10 +111,10 @@ class Watchdog:
                 if self._beating.check([_VERDICT]):
                     self.explain("ended because others did")
         except RuntimeError:
-            return  # rank 0 has ended, where the store was, or it has died: then a collective or the other thread tells
+            return  # the store's process has ended; if it died, a collective or the other thread reports it
 
     def _watch(self) -> None:
-        """Counts beats without progress of this process."""
+        """Counts heartbeats without progress of this process."""
         beats = 0
         while not self._ended.wait(self._beat_seconds):
             place = progress.here()
@@ -126,15 +124,15 @@ class Watchdog:
             if beats > self._patience * (LONG_PHASE if place.is_long else 1):
                 waited = beats * self._beat_seconds
                 self.explain(
-                    f"no progress for {waited:.0f} s in iteration {place.iteration}, {place.phase} (too short a time? "
-                    "--distributed-timeout-minutes)"
+                    f"no progress for {waited:.0f} s in iteration {place.iteration}, {place.phase} (if that is too "
+                    "short, raise --distributed-timeout-minutes)"
                 )
 
     def _publish(self) -> None:
         self._count += 1
         place = progress.here()
         collective, waits = last_collective()
-        beat = Beat(
+        beat = Heartbeat(
             self._count,
             socket.gethostname(),
             os.getpid(),
@@ -149,36 +147,36 @@ class Watchdog:
         self._beating.set(f"watchdog/{self._rank}", json.dumps(asdict(beat)))
 
     def _found_by_another(self) -> tuple[str, str] | None:
-        """The verdict and the rank that gave it, waited for when another rank is at it."""
+        """The verdict and the rank that found it, when another rank is or was looking for it."""
         if self._asking.add(_CLAIMS, 1) > 1:
             try:
                 self._asking.wait([_VERDICT], timedelta(seconds=3 * BEATS_TO_FALL_SILENT * self._beat_seconds))
                 found = json.loads(self._asking.get(_VERDICT))
                 return found["verdict"], found["by"]
             except dist.DistStoreError:
-                return None  # whoever was at it ended before it was done
+                return None  # the other rank ended before it was done
         return None
 
-    def _find_out(self) -> tuple[str, str]:
-        before = self._beats()
+    def _find_cause(self) -> tuple[str, str]:
+        before = self._heartbeats()
         time.sleep(BEATS_TO_FALL_SILENT * self._beat_seconds)
-        after = self._beats()
-        fates = {rank: _fate(beat) for rank, beat in after.items()}
+        after = self._heartbeats()
+        processes = {rank: _process_state(beat) for rank, beat in after.items()}
         by = f"{socket.gethostname()} {self._rank}"
-        found = verdict(before, after, self._world_size, fates)
+        found = verdict(before, after, self._world_size, processes)
         self._asking.set(_VERDICT, json.dumps({"verdict": found, "by": by}))
         return found, by
 
-    def _beats(self) -> dict[int, Beat]:
+    def _heartbeats(self) -> dict[int, Heartbeat]:
         found = {}
         for rank in range(self._world_size):
             key = f"watchdog/{rank}"
             if self._asking.check([key]):
-                found[rank] = Beat(**json.loads(self._asking.get(key)))
+                found[rank] = Heartbeat(**json.loads(self._asking.get(key)))
         return found
 
     def _bounded(self, action: Callable[[], T]) -> T:
-        """What `action` returns. Raises StoreGone when it asks the store and gets no answer: its calls may block."""
+        """Runs `action` in a thread, because calls of the store may block. Raises StoreGone when it gets no answer."""
         results: list[T] = []
 
         def run() -> None:
@@ -195,8 +193,8 @@ class Watchdog:
         return results[0]
 
 
-def _fate(beat: Beat) -> str:
-    """What became of a process of this machine, as far as the system knows; "" for another machine's."""
+def _process_state(beat: Heartbeat) -> str:
+    """The state of a process that has stopped or ended, as text; "" when it runs or is on another machine."""
     if beat.host != socket.gethostname():
         return ""
     try:

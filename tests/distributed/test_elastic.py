@@ -47,9 +47,7 @@ def test_a_rank_killed_under_torchrun_costs_one_restart(
         torchrun.wait()
     said = log.read_text()
     assert torchrun.returncode == 0, said
-    assert re.search(
-        rf"rank \d \(process {found[1]} on .*\) gives no sign of life: its process (is gone|has ended)", said
-    )
+    assert re.search(rf"rank \d \(process {found[1]} on .*\) sends no heartbeat: its process (is gone|has ended)", said)
     assert re.search(r"continues from iteration [2-9] ", said) and "stopped by --exit-interval 10" in said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 11))

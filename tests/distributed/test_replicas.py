@@ -103,7 +103,7 @@ FAULTS = [
         "language_model.decoder.layers.2.pre_mlp_layernorm.weight",
         (3,),
         "iteration 0: language_model.decoder.layers.2.pre_mlp_layernorm.weight, .* rank 3 deviates from ranks 0, 1, 2. "
-        "All ranks loaded the same of .*iter_0000000, .*check_checkpoint.py",
+        "All ranks loaded the same weights of .*iter_0000000, .*check_checkpoint.py",
         iteration=0,
         passed=0,
     ),

@@ -115,21 +115,21 @@ HUNG = {"distributed_timeout_minutes": 0.1}
         pytest.param(
             stop,
             HUNG,
-            r"rank 1 \(process \d+ on .*\) gives no sign of life: its process is stopped \(SIGSTOP\); last heard of in "
+            r"rank 1 \(process \d+ on .*\) sends no heartbeat: its process is stopped \(SIGSTOP\); last seen in "
             r"iteration 4, reading data",
             id="frozen",
         ),
         pytest.param(
             hang,
             HUNG,
-            r"every rank is alive, and the others wait for rank 1, (not waiting for any|behind them): iteration 4, "
-            r"reading data",
+            r"every rank is alive, and the others wait for rank 1, (outside any collective|furthest behind): "
+            r"iteration 4, reading data",
             id="hung",
         ),
         pytest.param(
             die,
             layout(2, 2),
-            r"rank 1 \(process \d+ on .*\) gives no sign of life: its process (is gone|has ended); last heard of in "
+            r"rank 1 \(process \d+ on .*\) sends no heartbeat: its process (is gone|has ended); last seen in "
             r"iteration \d, .*, for \d+ s; last collective: gloo",
             id="killed",
         ),

@@ -1,4 +1,4 @@
-"""What a run says about bad samples, and how many it bears."""
+"""The list of bad samples of a run, and how many it allows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ross_mcore.reporting.quarantine import QuarantineFile
 @pytest.mark.parametrize(
     ("bad", "consumed", "limit", "expected"),
     [
-        (10, 20, 0.001, False),  # too few to tell
+        (10, 20, 0.001, False),  # too few to judge
         (11, 20, 0.001, True),
         (11, 11_000, 0.001, False),  # exactly the limit
         (11, 10_999, 0.001, True),
@@ -41,7 +41,7 @@ def bad(iteration: int, reason: str = "the record is not JSON: UnicodeDecodeErro
     return BadSample(iteration, 8 * iteration, "shard-00000.tar", f"k{iteration}", reason, "other")
 
 
-def test_a_restart_drops_what_it_will_find_again_and_counts_the_rest(tmp_path: Path) -> None:
+def test_a_restart_drops_lines_of_lost_iterations_and_counts_the_rest(tmp_path: Path) -> None:
     log = opened(tmp_path, 0)
     assert log.summary() is None
     log.bad_samples([])

@@ -1,4 +1,4 @@
-"""Fingerprints of tensors, and who of several ranks is at fault."""
+"""Fingerprints of tensors, and which rank deviates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def value(tensor: Tensor) -> int:
 
 @pytest.fixture(autouse=True)
 def pieces_of_sixteen_words(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So that a small tensor has several."""
+    """So that a small tensor has several pieces."""
     monkeypatch.setattr(replicas, "WORDS_AT_ONCE", 16)
     replicas._factors.cache_clear()
     torch.manual_seed(1)
@@ -62,8 +62,8 @@ def test_the_order_of_elements_counts_within_and_between_pieces() -> None:
 
 
 def test_changes_do_not_cancel_out() -> None:
-    """All signs turned, and every two elements changed by the same bits up and down. Odd factors keep all of a change
-    in one word."""
+    """Flips all signs, and changes every two elements by the same bits up and down. Factors are odd, so that no change
+    of one word is lost."""
     assert bool((replicas._factors(torch.device("cpu")) % 2 == 1).all())
     tensor = torch.randn(8).repeat(4)
     found = {value(tensor), value(-tensor)}
@@ -76,7 +76,7 @@ def test_changes_do_not_cancel_out() -> None:
     assert len(found) == 2 + 32 * 31 // 2
 
 
-def test_zeros_have_signs_and_numbers_that_are_none_are_equal_to_themselves() -> None:
+def test_zeros_have_signs_and_nans_equal_themselves() -> None:
     assert value(torch.tensor([0.0, 1.0])) != value(torch.tensor([-0.0, 1.0]))
     assert value(torch.tensor([math.nan, math.inf])) == value(torch.tensor([math.nan, math.inf]))
     assert value(torch.tensor([math.nan, math.inf])) != value(torch.tensor([math.nan, -math.inf]))

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written: in the background, one at a time, retried after failures."""
+"""Writes a run's checkpoints: in the background, one at a time, and again after failures."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from ross_mcore.guards.incidents import INCIDENTS_FILE
 from ross_mcore.parallel.collectives import is_on_all_ranks
 
 MOST_STEPS_TO_RETRY = 256
-"""A save that keeps failing is retried after 1, 2, 4, ... steps, but at least this often."""
+"""A failing save is retried after 1, 2, 4, ... steps, at most after this many."""
 
 
 class Checkpointer:
     """Writes the checkpoints of a run. All methods are collective: every rank calls them at the same points.
 
-    With --async-save, training waits only while the state is copied to host memory; the copy is kept for the
-    next save, so its size is bounded by what one rank writes. Without it, or where host memory has no room for a copy,
-    training waits until the checkpoint is complete. Used in `with`, an error that all ranks raise waits for the save in
-    flight.
+    With --async-save, training waits only while the state is copied to host memory; the next save uses the same memory.
+    Without it, or without room for a copy, training waits until the checkpoint is complete. At the end of a `with`, an
+    error that all ranks raise waits for the running save.
     """
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
@@ -40,11 +39,11 @@ class Checkpointer:
         self._failures = 0
         self._retry_at: int | None = None
         self._iteration = 0
-        # a run that continues in another folder is not saved there yet
-        continued = run.resume and run.start.path.parent == run.save_folder
-        self._saved_iteration = run.start.iteration if continued else None
+        # a run that resumes in another folder has no checkpoint there yet
+        same_folder = run.resume and run.start.path.parent == run.save_folder
+        self._saved_iteration = run.start.iteration if same_folder else None
         if run.groups.rank == 0:
-            folder.tidy(run.save_folder, run.start if continued else None)
+            folder.tidy(run.save_folder, run.start if same_folder else None)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -55,34 +54,35 @@ class Checkpointer:
             self.wait(self._iteration, "the run ends")
 
     def after_step(self, state: TrainState) -> None:
-        """Reports a save that has finished or failed meanwhile, and retries a failed one. Call after every step."""
-        progress.at("looking after a save")
+        """Reports the outcome of a save, and retries a failed one. Call after every step."""
+        progress.at("checking the running save")
         self._iteration = state.iteration
         if self._running is not None:
-            self._hear(self._running.poll, state.iteration)
+            self._run_and_report(self._running.poll, state.iteration)
         if self._retry_at is not None and state.iteration >= self._retry_at:
             self.save(state)
 
     def save_if_due(self, state: TrainState, asked: Asked) -> None:
-        """Saves where --save-interval or a request says so, and after the last iteration."""
+        """Saves on request, every --save-interval iterations and after the last iteration."""
         if asked or self._run.is_due(state.iteration, self._run.config.checkpoint.save_interval):
             progress.at("saving a checkpoint", is_long=True)
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Starts to save `state`, when the save before is finished, unless it is saved or begun already.
+        """Waits for the previous save and begins to save `state`, unless it is already saved or being saved.
 
-        A failure is reported, and retried later unless a newer save begins before.
+        A failure is reported, and retried later unless a newer save begins first.
         """
-        if self._saved_iteration == state.iteration or self._saves(state.iteration):
+        is_running = self._running is not None and self._running.destination.iteration == state.iteration
+        if is_running or self._saved_iteration == state.iteration:
             return
         began = time.monotonic()
         self.wait(state.iteration, "a newer one begins")
         if time.monotonic() - began > 1:
-            self._say(f"waited {time.monotonic() - began:.1f} s for the save before; --save-interval is short for it")
+            self._say(f"waited {time.monotonic() - began:.1f} s for the previous save; --save-interval is too short")
         began = time.monotonic()
         self._retry_at = None
-        self._hear(lambda: self._begin(state), state.iteration)
+        self._run_and_report(lambda: self._begin(state), state.iteration)
         if self._running is not None and not self._running.is_copied:
             if self._copies is not None:
                 self._say("host memory has no room for a copy of the state: training waits for this save")
@@ -90,35 +90,31 @@ class Checkpointer:
         self._blocked_seconds = time.monotonic() - began
 
     def wait(self, iteration: int, then: str | None = None) -> None:
-        """Waits for the save in flight, if there is one, and reports its outcome.
+        """Waits for the running save, if any, and reports its outcome.
 
-        `then`: what follows when it failed, if not another attempt.
+        then: the next action after a failure, for the message; None for another attempt.
         """
         if self._running is not None:
             running = self._running
-            self._hear(lambda: running.finish(progress.moving), iteration, then)
+            self._run_and_report(lambda: running.finish(progress.moving), iteration, then)
 
     def finish(self, state: TrainState) -> None:
-        """Returns when `state` is saved. Raises CheckpointError, on every rank, when it cannot be."""
+        """Returns when `state` is saved. Raises CheckpointError on every rank when saving fails."""
         progress.at("saving the last checkpoint", is_long=True)
         self.wait(state.iteration, "it is tried once more")
         if self._saved_iteration != state.iteration:
             self._blocked_seconds = 0.0
             self._running = self._begin(state)
-            self._done(self._running.finish(progress.moving))
-
-    def _saves(self, iteration: int) -> bool:
-        """Whether the save in flight is of this iteration."""
-        return self._running is not None and self._running.destination.iteration == iteration
+            self._finished(self._running.finish(progress.moving))
 
     def _begin(self, state: TrainState) -> RunningSave:
         run, options = self._run, self._run.config.checkpoint
         whole = sharded_state(run.engine, is_loading=False)
         if not all_finite(run.engine.model, run.engine.device):
             raise CheckpointError(
-                f"the weights after iteration {state.iteration} are not finite. Checkpoints before it are intact: go "
-                f"on from one of them with a lower --lr, or leave out what {run.save_folder / INCIDENTS_FILE} names "
-                "(--skip-samples, --skip-iterations)"
+                f"the weights after iteration {state.iteration} are not finite. Checkpoints before it are intact: "
+                f"resume from one of them with a lower --lr, or leave out what {run.save_folder / INCIDENTS_FILE} "
+                "names (--skip-samples, --skip-iterations)"
             )
         destination = Destination(
             run.save_folder,
@@ -132,38 +128,40 @@ class Checkpointer:
         )
         return begin_save(destination, {**whole, "train_state": state.to_dict()}, self._copies)
 
-    def _hear(self, action: Callable[[], RunningSave | Saved | None], iteration: int, then: str | None = None) -> None:
-        """Does something that may begin or end a save; says it when that fails, and what follows `then`."""
+    def _run_and_report(
+        self, action: Callable[[], RunningSave | Saved | None], iteration: int, then: str | None = None
+    ) -> None:
+        """Runs an action that may begin or finish a save, and reports its outcome. then: see `wait`."""
         try:
-            found = action()
+            result = action()
         except CheckpointError as error:
             self._running = None
             self._failures += 1
             steps = min(2 ** (self._failures - 1), MOST_STEPS_TO_RETRY)
             self._retry_at = iteration + steps
             if then is None and iteration < self._run.train_iters:
-                then = f"training goes on, and it is tried again after iteration {self._retry_at}"
+                then = f"training continues, and it is tried again after iteration {self._retry_at}"
             then = then or "it is tried once more"
             self._say(f"warning: a checkpoint could not be saved: {error}. Older checkpoints are intact; {then}")
             return
-        if isinstance(found, RunningSave):
-            self._running = found
-        elif found is not None:
-            self._done(found)
+        if isinstance(result, RunningSave):
+            self._running = result
+        elif result is not None:
+            self._finished(result)
 
-    def _done(self, saved: Saved) -> None:
+    def _finished(self, saved: Saved) -> None:
         self._running, self._failures, self._retry_at = None, 0, None
         self._saved_iteration = saved.checkpoint.iteration
         copied = f", copy in host memory {saved.copy_bytes / 2**20:.0f} MiB a rank" if saved.copy_bytes else ""
         self._say(
             f"saved iteration {saved.checkpoint.iteration} under {saved.checkpoint.path.parent}: "
-            f"{saved.bytes / 2**20:.0f} MiB in {saved.seconds:.1f} s, training stood still for "
+            f"{saved.bytes / 2**20:.0f} MiB in {saved.seconds:.1f} s, training blocked for "
             f"{self._blocked_seconds:.2f} s{copied}"
         )
 
 
 def layout_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint says about where it was saved; any other layout loads it too."""
+    """The layout stored in a checkpoint, for information: the checkpoint loads at any layout."""
     layout, config = run.groups.layout, run.config
     return {
         "world_size": layout.tensor_parallel * layout.pipeline_parallel * layout.data_parallel,

@@ -1,4 +1,4 @@
-"""What is evaluated while a run trains, and when."""
+"""Validation and reconstructions during a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ross_mcore.training.validation import validate
 
 
 def evaluate(run: Run, state: TrainState, report: Report) -> None:
-    """Validation (--valid-interval) and reconstructions (--eval-interval) where they are due. Collective."""
+    """Runs validation (--valid-interval) and reconstructions (--eval-interval) when they are due. Collective."""
     options, iteration = run.config.logging, state.iteration
     if run.held_out is not None and run.is_due(iteration, options.valid_interval):
         report.validated(*validate(run.engine, run.held_out, iteration))

@@ -1,4 +1,4 @@
-"""train(): from options to a trained, saved model."""
+"""train(): the training loop, from options to a saved model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ross_mcore.training.stop import Requests
 
 
 def train(config: Config) -> None:
-    """Trains as `config` says, until the run is finished or stopped on request. Raises UserError.
+    """Trains until the run of `config` is finished or stopped on request. Raises UserError.
 
-    The process itself ends when another rank died or is blocked (guards/watchdog.py).
+    When another rank dies or is blocked, the process itself ends (guards/watchdog.py).
     """
     with Requests.of(config.training) as requests, ExitStack() as closing:
         run, state = open_run(config, closing)
@@ -27,7 +27,7 @@ def train(config: Config) -> None:
 
 
 def _train(run: Run, state: TrainState, requests: Requests) -> None:
-    """Steps until the run is finished or stopped, and a last checkpoint."""
+    """Trains step by step, then saves a last checkpoint."""
     report = open_report(run, state)
     guards, checkpointer = Guards(run, report.say), Checkpointer(run, report.say)
     stopped_by: str | None = None

@@ -42,9 +42,9 @@ from ross_mcore.training.start import (
 
 
 def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
-    """The run that `config` describes and the state it begins in. Collective.
+    """The run of `config` and the state in which it begins. Collective.
 
-    `closing` ends the data workers, releases the folder of --save, which the first rank holds, and leaves the process
+    `closing` ends the data workers, releases the first rank's claim on the folder of --save, and leaves the process
     groups after a run without an error.
     """
     closing.enter_context(process_groups.left_as_found())
@@ -76,10 +76,10 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     engine = build_engine(config, model_config, groups, start, resume=resume, not_built=not_built, span=span)
     if not all_finite(engine.model, engine.device):
         diagnosis = diagnose(engine.model)
-        raise CheckpointError(f"{start.path} cannot be trained from: its {diagnosis}; take another checkpoint")
+        raise CheckpointError(f"{start.path} cannot be trained: its {diagnosis}; give another checkpoint")
     try:
         loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state, skipped))
-    except ValueError as error:  # of the place in the data, which every rank reads from the same file
+    except ValueError as error:  # a wrong place in the data; every rank reads it from the same file
         raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
     return Run(engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step), state
 
@@ -91,7 +91,7 @@ def _claim(config: Config, closing: ExitStack) -> Claim | None:
 def _open_data(
     config: Config, model_config: ModelConfig, start: Checkpoint
 ) -> tuple[MixtureDataset, MixtureDataset | None]:
-    """The data sets that are trained on, and those held out for validation, if any."""
+    """The training data sets and, if any, the validation data sets."""
 
     def opened(path: str) -> MixtureDataset:
         return all_or_none(lambda: open_dataset(config, model_config, start, path))

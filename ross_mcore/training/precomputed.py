@@ -1,4 +1,4 @@
-"""What a run reads of its pictures instead of computing it, decided at start from the data sets and the checkpoint."""
+"""Decides at start which precomputed parts of pictures a run reads, from the data sets and the checkpoint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ross_mcore.parts import precomputed_part
 def choose_precomputed(
     config: Config, model_config: ModelConfig, start: Checkpoint, datasets: Sequence[ShardDataset]
 ) -> Precomputed:
-    """What is read from the shards instead of being computed. Collective.
+    """The precomputed parts that are read from the shards. Collective.
 
-    Features only for a frozen tower, latents only for a denoiser, and either only where the data sets have it. Raises
-    ConfigError when they were made with another VAE, tower or preprocessing than this run's, or when some of the data
-    sets have them and others do not; ShardError for parts that are incomplete.
+    Features only for a frozen tower, latents only for a denoiser, and either only when the data sets have it. Raises
+    ConfigError when another VAE, tower or preprocessing made them, or when only some of the data sets have them;
+    ShardError for incomplete parts.
     """
     pictured = [part for part in datasets if part.reader.num_images]
     kinds = all_or_none(lambda: _kinds_held(config, model_config, pictured))
@@ -39,8 +39,8 @@ def choose_precomputed(
             computes = not chosen.features or (model_config.denoiser is not None and not chosen.latents)
             if computes and part.reader.pictures_left_out:
                 raise ConfigError(
-                    f"{part.reader.folder} was written without pictures (--drop-images) and this run needs them: what "
-                    f"it reads precomputed is {', '.join(kinds) or 'nothing'}"
+                    f"{part.reader.folder} was written without pictures (--drop-images) and this run needs them "
+                    f"(precomputed parts it can use: {', '.join(kinds) or 'none'})"
                 )
 
     all_or_none(check)
@@ -57,7 +57,7 @@ def _kinds_held(config: Config, model_config: ModelConfig, pictured: list[ShardD
         lacking = [str(part.reader.folder) for part in pictured if kind not in part.reader.precomputed]
         if lacking and len(lacking) < len(pictured):
             raise ConfigError(
-                f"{', '.join(lacking)} has no precomputed {kind} and other data sets have: make them there as well "
+                f"{', '.join(lacking)} has no precomputed {kind} and other data sets have them: make them there too "
                 "(tools/precompute_latents.py), or pass --no-precomputed"
             )
         if pictured and not lacking:
@@ -66,7 +66,7 @@ def _kinds_held(config: Config, model_config: ModelConfig, pictured: list[ShardD
 
 
 def _require_same(part: ShardDataset, weights: dict[str, str], model_config: ModelConfig, start: Checkpoint) -> None:
-    """Raises ConfigError unless the parts of a data set are what this run would compute."""
+    """Raises ConfigError unless the stored parts of a data set are those that this run would compute."""
     sources = PrecomputedParts(part.reader).sources if weights else {}
     for kind, fingerprint in weights.items():
         ours = part_source(kind, fingerprint, model_config, part.preprocessing, sources[kind].dtype)
@@ -81,7 +81,7 @@ def _require_same(part: ShardDataset, weights: dict[str, str], model_config: Mod
 def read_pictures_as(
     datasets: Sequence[ShardDataset], precomputed: Precomputed, stage: Stage, model_config: ModelConfig
 ) -> None:
-    """Tells the data sets what this pipeline stage needs of a picture. Raises ShardError."""
+    """Makes the data sets read only what this pipeline stage needs of a picture. Raises ShardError."""
     wanted = set()
     if stage.is_first:
         wanted.add("features" if precomputed.features else "pixels")
@@ -98,7 +98,7 @@ def blank_posterior(datasets: Sequence[ShardDataset]) -> torch.Tensor | None:
 
 
 def unused_parts(config: Config, precomputed: Precomputed) -> list[str]:
-    """The parts of the model that no rank builds; --eval-interval decodes with the VAE."""
+    """Prefixes of the parts that no rank builds. --eval-interval needs the VAE to decode."""
     decodes = config.logging.eval_interval is not None
     unused = {"features": precomputed.features, "latents": precomputed.latents and not decodes}
     return [precomputed_part(kind).prefix for kind, is_unused in unused.items() if is_unused]

@@ -1,4 +1,4 @@
-"""Pictures beside what the model's image states reconstruct of them, from inside a running pipeline."""
+"""Pictures above their reconstructions from the model's image states, computed inside the training pipeline."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from ross_mcore.parallel.split import gather_shares
 from ross_mcore.reporting.pictures import picture_grid
 
 SEARCHED_SAMPLES = 100_000
-"""How far from the start of each data set a first picture is looked for."""
+"""Samples of each data set in which the first picture is searched."""
 
 
 @torch.no_grad()
 def reconstruction_grid(engine: Engine, dataset: MixtureDataset) -> Tensor | None:
-    """Originals over reconstructions [3, H, W] in [0, 1] on the last stage, None elsewhere. Collective.
+    """Originals above reconstructions [3, H, W] in [0, 1] on the last stage, None elsewhere. Collective.
 
-    The pictures are the first `--eval-images` of samples in the order of the shards, from the first that has one; every
-    data-parallel replica computes the same ones.
+    Shows the first --eval-images pictures in the order of the shards; every data-parallel replica computes the same.
     """
     at("reconstructions", is_long=True)
     first = dataset.first_picture(SEARCHED_SAMPLES)
@@ -50,7 +49,7 @@ def reconstruction_grid(engine: Engine, dataset: MixtureDataset) -> Tensor | Non
 
 
 def _read(engine: Engine, dataset: MixtureDataset, first: int) -> AgreedStep:
-    """One step of samples from number `first` on, each in a row of its own, the same on every data-parallel rank."""
+    """A step of the samples from number `first` on, one per row, the same on every data-parallel rank."""
     options, groups = engine.config, engine.groups
     rows = options.training.micro_batch_size
     multiple = rows * groups.layout.micro_batch_multiple

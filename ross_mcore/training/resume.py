@@ -1,4 +1,4 @@
-"""What a run that goes on must not change, what it may, and what is said about it."""
+"""Resume checks: options that must match the checkpoint, options that may change, models that must be the same."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ IDENTITY = {
     "pack": "--pack",
     "vision_trains": "--vision-lr",
 }
-"""Fields of TrainState, and the flags they come from, that a resumed run must not change: what decides which samples a
-step trains on and which weights have moments. How samples are read, `TrainState.samples`, must not change either."""
+"""Fields of TrainState that a resumed run must not change, and their flags: they decide the samples of a step and which
+weights have moments. `TrainState.samples`, how samples are read, must not change either."""
 
 
 def changeable_options(config: Config, train_iters: int) -> dict[str, Any]:
-    """What may change from start to start, but not without being said: rates, schedule, objective, precision, what is
-    skipped."""
+    """Options that may change when a run is resumed; the changes are logged."""
     training = config.training
     return {
         **asdict(config.optimizer),
@@ -44,10 +43,9 @@ def changeable_options(config: Config, train_iters: int) -> dict[str, Any]:
 
 
 def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainState:
-    """The state in which the run of `start` goes on as `started` describes it.
+    """The state in which the run of `start` resumes; `started` is the first state of a new run with today's options.
 
-    Raises ConfigError, naming both values, when that would be another run; CheckpointError for a state that cannot be
-    read.
+    Raises ConfigError, with both values, for an option that must not change; CheckpointError for an unreadable state.
     """
     saved = read_state(start)
     for name, flag, before, now in _identity(saved, started):
@@ -55,17 +53,17 @@ def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainSt
             continue
         allow = ""
         if name == "global_batch_size" and config.data.sampler == "shuffle":
-            allow = "let it change with --override-global-batch-size, "
+            allow = "allow the change with --override-global-batch-size, "
         raise ConfigError(
             f"the checkpoint {start.path} was trained with {name} {shown(before)} and this run has {now!r} ({flag}), "
-            f"so it cannot be continued exactly; give the same, {allow}or start a new run from its weights with "
+            f"so it cannot be resumed exactly; give the same, {allow}or start a new run from its weights with "
             "--finetune and a --save folder of its own"
         )
     return replace(saved, global_batch_size=started.global_batch_size, options=started.options)
 
 
 def _identity(saved: TrainState, started: TrainState) -> Iterator[tuple[str, str, Any, Any]]:
-    """(name, flag, value before, value now) of everything that must be the same."""
+    """(name, flag, saved value, current value) of every option that must not change."""
     for name, flag in IDENTITY.items():
         yield name, flag, getattr(saved, name), getattr(started, name)
     now = asdict(started.samples)
@@ -74,27 +72,26 @@ def _identity(saved: TrainState, started: TrainState) -> Iterator[tuple[str, str
 
 
 def _may_change_batch(config: Config) -> bool:
-    """Whether the flag says so. The rows of a shuffled order are the same in steps of any size."""
+    """Whether --override-global-batch-size is given. Raises ConfigError when the order of rows depends on the size."""
     if not config.training.override_global_batch_size:
         return False
     if config.data.sampler != "shuffle":
         raise ConfigError(
-            f"--override-global-batch-size with --sampler {config.data.sampler}: that order is laid out in steps of "
-            "one size; keep --global-batch-size"
+            f"--override-global-batch-size with --sampler {config.data.sampler}: that order is made for one batch "
+            "size; keep --global-batch-size"
         )
     if config.training.train_epochs is not None:
         raise ConfigError(
-            "--override-global-batch-size with --train-epochs: the steps so far were of another size, so how many make "
-            "an epoch is not defined; give --train-iters, counted from the run's first step"
+            "--override-global-batch-size with --train-epochs: the steps so far had another size, so the number of "
+            "steps per epoch is not defined; give --train-iters, counted from the run's first step"
         )
     return True
 
 
 def refuse_other_model(own: Checkpoint, load: Path) -> None:
-    """Raises ConfigError when --load holds another model than the run of --save, which goes on from `own`.
+    """Raises ConfigError when --load holds another model than the run of --save, which resumes from `own`.
 
-    A --load that is gone by now, or damaged, is no matter: nothing is read from it. Nor is one that `own` lies in: it
-    goes on itself.
+    --load may be missing or damaged, because nothing is read from it, and it may be the folder of `own`.
     """
     if checked.real_path(load) in (checked.real_path(own.path), checked.real_path(own.path.parent)):
         return
@@ -112,20 +109,20 @@ def refuse_other_model(own: Checkpoint, load: Path) -> None:
     if different:
         raise ConfigError(
             f"--save holds a run of another model ({own.path}) than --load ({other.path}): {'; '.join(different[:3])}. "
-            "That run would go on, and --load would not be read. Give the --load it was started from, or another "
+            "That run would be resumed, and --load would not be read. Give the --load it was started from, or another "
             "--save folder"
         )
 
 
 def _is_damaged(checkpoint: Checkpoint) -> bool:
-    """Whether config.json or the tokenizer is not what the marker says. Raises CheckpointError."""
+    """Whether config.json or the tokenizer differs from the checksums in the marker. Raises CheckpointError."""
     manifest = checkpoint.manifest()
     compared = [name for name in manifest.files if name == "config.json" or name.startswith(f"{TOKENIZER}/")]
     return bool(damages(checkpoint.path, manifest, compared))
 
 
 def _differences(prefix: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, our value, their value) of everything that is not the same in two nested dicts."""
+    """(name, our value, their value) of every difference between two nested dicts."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         if ours != theirs:
             yield prefix, ours, theirs
@@ -135,7 +132,7 @@ def _differences(prefix: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """16 hex digits that name the content of a tokenizer's folder. Raises CheckpointError for what cannot be read."""
+    """16 hex digits, a hash of a tokenizer's folder. Raises CheckpointError for a file that cannot be read."""
     digest = hashlib.sha256()
     try:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -143,7 +140,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
             checked.require_regular(path, checked.MOST_TOKENIZER_FILE_BYTES)
             digest.update(path.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{path} is no file of a tokenizer: {error}; copy the checkpoint again") from None
+        raise CheckpointError(f"{path} is not a tokenizer's file: {error}; copy the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""From options to inputs: where to start, where things are placed, what is read and in which order."""
+"""From options to inputs: the checkpoint to start from, the layout, the data sets and their order."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parallel.layout import Layout, make_layout
 
 ROWS_COUNTED_IN = 1_000_000
-"""Samples whose rows are planned at start to know how many steps an epoch takes: about two seconds."""
+"""Maximum number of samples whose rows are planned at start to estimate the steps of an epoch: about two seconds."""
 
 _logger = logging.getLogger(__name__)
 
 
 def starting_point(config: Config) -> tuple[Checkpoint, bool]:
-    """The checkpoint to start from, and whether to continue its run (True) or take its weights alone (False).
+    """The checkpoint to start from, and whether to resume its run (True) or load only its weights (False).
 
-    Collective. A run of --save is continued; else --load is taken. Raises ConfigError for a run of another stage,
-    CheckpointError when there is no checkpoint, none that is intact, or when ranks see different ones.
+    Collective. A run in --save comes before --load. Raises ConfigError for a run of another stage, CheckpointError
+    when there is no intact checkpoint or ranks see different ones.
     """
     checkpoint, stage = config.checkpoint, config.training.training_stage
     own = find_intact(Path(checkpoint.save or ""), checkpoint.verify)
@@ -50,7 +50,7 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
                 f"--save {checkpoint.save} holds a run of training stage {saved_stage!r}; give another folder"
             )
         if checkpoint.finetune and torch.distributed.get_rank() == 0:
-            _logger.warning("--finetune is ignored: %s holds a run already, which goes on", checkpoint.save)
+            _logger.warning("--finetune is ignored: %s already holds a run, which is resumed", checkpoint.save)
         return own, True
     load = Path(checkpoint.load or "")
     found = find_intact(load, checkpoint.verify)
@@ -61,7 +61,7 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
 
 
 def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = NOTHING_PRECOMPUTED) -> Layout:
-    """The layout of this run, after every check that needs nothing built."""
+    """The layout of this run, after all checks that do not need the model. Raises ConfigError, LayoutError."""
     world_size = torch.distributed.get_world_size()
     layout = make_layout(model_config, world_size=world_size, precomputed=precomputed, **config.placement)
     options.check(
@@ -74,14 +74,14 @@ def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = 
 
 
 def sample_spec(config: Config, model_config: ModelConfig) -> SampleSpec:
-    """How this run reads samples, where a data set's own entry does not say otherwise."""
+    """How this run reads samples; the entry of a data set in a YAML file may override it."""
     given = {field.name: getattr(config.data, field.name) for field in fields(SampleSpec)}
     defaults = {"template": config.template(model_config), "image_aspect_ratio": config.image_aspect_ratio}
     return SampleSpec(**given | defaults)
 
 
 def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, path: str) -> MixtureDataset:
-    """The data sets of `path`, a folder or a YAML file, read as this run's model and stage need them."""
+    """The data sets of `path`, a folder or a YAML file."""
     tokenizer, image_processor = load_tokenizer(start.tokenizer), start.image_processor()
     data, spec = config.data, sample_spec(config, model_config)
     cache = None if data.data_cache_dir is None else Path(data.data_cache_dir)
@@ -97,7 +97,7 @@ def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, p
 
 
 def skipped_samples(config: Config, dataset: MixtureDataset) -> set[int]:
-    """The numbers of the samples that --skip-samples names. Raises ConfigError for one that there is not."""
+    """The numbers of the samples of --skip-samples. Raises ConfigError for an unknown id."""
     named = config.data.skip_samples
     if named is None:
         return set()
@@ -123,13 +123,13 @@ def skipped_samples(config: Config, dataset: MixtureDataset) -> set[int]:
 
 
 def sample_order(config: Config, dataset: MixtureDataset, global_batch_size: int) -> Order:
-    """The order that --sampler names. Raises ConfigError for one that cannot keep the data sets' shares."""
+    """The order of --sampler. Raises ConfigError when that order cannot keep the data sets' shares."""
     seed = config.training.seed
     if config.data.sampler == "modality_length":
         if not dataset.passes_once:
             raise ConfigError(
-                f"--sampler modality_length lays out one pass over all samples, but {config.data.data_path} takes "
-                f"{', '.join(f'{c} of {n} samples of {name!r}' for name, c, n in dataset.shares)} an epoch; remove "
+                f"--sampler modality_length makes one pass over all samples, but {config.data.data_path} asks for "
+                f"{', '.join(f'{c} of {n} samples of {name!r}' for name, c, n in dataset.shares)} per epoch; remove "
                 "weight and epochs there, or use --sampler shuffle"
             )
         return ModalityLengthOrder(dataset.modality_lengths(), global_batch_size, seed)
@@ -142,8 +142,7 @@ def sample_order(config: Config, dataset: MixtureDataset, global_batch_size: int
 def iterations_of(config: Config, dataset: MixtureDataset, order: Order, global_batch_size: int) -> int:
     """The optimizer steps of --train-epochs.
 
-    With --pack, rows are counted in the first windows of the first epoch, ROWS_COUNTED_IN samples at most; what lies
-    beyond is taken to pack alike.
+    With --pack, the first windows of the first epoch, up to ROWS_COUNTED_IN samples, give the rows per sample.
     """
     rows_per_sample = 1.0
     if config.data.pack:

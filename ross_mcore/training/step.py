@@ -1,4 +1,4 @@
-"""A step of the loop: read it, train on it, and the state that follows."""
+"""A step of the loop: reads it, trains on it and computes the next state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_step(run: Run, state: TrainState, asked: Asked) -> ReadStep:
 
 
 def train_step(run: Run, read: ReadStep) -> StepResult:
-    """Trains on a step that was read, unless it is to be skipped. Collective."""
+    """Trains on a step, unless it is skipped. Collective."""
     trained = None if read.skipped else run.engine.train(read.step, read.before.iteration)
     return StepResult(read, _state_after(read, trained), trained, time.perf_counter() - read.began)
 

@@ -14,17 +14,17 @@ from ross_mcore.logs import complain
 from ross_mcore.options import TrainingOptions
 
 REPEAT_SECONDS = 2.0
-"""A second Ctrl-C later than this aborts at once; before, it is the launcher passing on the first one."""
+"""A second Ctrl-C after this time aborts at once; an earlier one is the launcher's copy of the first."""
 ABORTED = 128 + signal.SIGINT
-"""Exit status after a second Ctrl-C, as shells have it."""
+"""Exit status after a second Ctrl-C, by the convention of shells."""
 
 
 class Requests:
     """SIGTERM, SIGINT and the time limit end the run after its step; SIGUSR1 saves after the step and continues.
 
-    A second SIGINT ends the process at once, wherever it is: a rank that waits for another inside a collective runs no
-    Python, so a thread listens for it. What was being saved is then incomplete and is not read; what was saved before
-    is intact. `reason`: why the run is to end.
+    A second SIGINT ends the process at once. A thread listens for it, because a rank blocked in a collective runs no
+    Python. A running save then stays incomplete and is never read; earlier checkpoints are intact. reason: why the run
+    ends.
     """
 
     def __init__(self, exit_duration_in_mins: float | None, exit_interval: int | None = None) -> None:
@@ -56,7 +56,7 @@ class Requests:
         os.close(self._pipe[1])  # ends the thread, which closes the other end
 
     def asked(self) -> Asked:
-        """What to do after the step that begins; a request to save is handed out once."""
+        """The request for the step that begins; a request to save is returned once."""
         if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self.reason = "--exit-duration-in-mins"
         if self.reason is not None:
@@ -67,7 +67,7 @@ class Requests:
         return Asked.NOTHING
 
     def why_to_stop(self, iteration: int, asked: Asked) -> str | None:
-        """What ends the run after `iteration`, on all ranks alike; None for nothing. asked: the most of all ranks."""
+        """Why the run ends after `iteration`, else None; the same on all ranks. asked: the strongest request."""
         if asked is Asked.STOP:
             return self.reason or "another rank"
         interval = self._exit_interval
@@ -81,7 +81,7 @@ class Requests:
 
     @staticmethod
     def _listen(pipe: int) -> None:
-        """Python writes the number of each signal that it handles into the pipe, whatever the main thread does."""
+        """Ends the process on a second SIGINT. Python writes the number of every handled signal into the pipe."""
         first: float | None = None
         while found := os.read(pipe, 1):
             if found[0] != signal.SIGINT:

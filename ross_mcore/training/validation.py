@@ -1,4 +1,4 @@
-"""Losses on held-out data sets: forward only, over the same samples with the same random draws every time."""
+"""Losses on held-out data sets: forward only, with the same samples and the same random draws every time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ross_mcore.engine.step import AgreedStep
 from ross_mcore.reporting.metrics import Validation
 
 DRAWS = Randomness(seed=0)
-"""Keys timesteps and noise, together with the number of a sample: the same for runs of all seeds."""
+"""Timesteps and noise depend on this seed and the number of a sample, so they are the same for runs of all seeds."""
 
 
 def validate(engine: Engine, dataset: MixtureDataset, iteration: int) -> tuple[Validation, list[BadSample]]:
-    """The losses of every data set, one after the other, on every rank; and which samples were bad. Collective.
+    """The losses of every data set, on every rank, and the bad samples. Collective.
 
-    Taken are the first `--valid-samples` samples of each in the order of its index, without bad ones. Data-parallel
-    ranks share the rows. Losses are means over all labels, and over all images, whatever the objective of training.
+    Uses the first --valid-samples samples of each in the order of its index, without bad ones. Data-parallel ranks
+    share the rows. Losses are means over all labels and over all images, independent of the training objective.
     """
     began = time.perf_counter()
     found, bad = {}, list[BadSample]()
@@ -37,7 +37,7 @@ def validate(engine: Engine, dataset: MixtureDataset, iteration: int) -> tuple[V
 
 
 def _steps(engine: Engine, dataset: SampleDataset, iteration: int, bad: list[BadSample]) -> Iterator[AgreedStep]:
-    """Steps over the first samples of a data set; those that are bad are appended to `bad`."""
+    """Steps over the first samples of a data set; bad samples are appended to `bad`."""
     config, layout = engine.config, engine.groups.layout
     count = min(len(dataset), config.logging.valid_samples or len(dataset))
     rows, multiple = config.training.micro_batch_size * layout.data_parallel, layout.micro_batch_multiple

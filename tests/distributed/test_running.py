@@ -297,7 +297,7 @@ def test_no_run_goes_on_at_the_first_row_again(flags: dict[str, Any]) -> None:
 def test_an_order_of_whole_passes_refuses_weights(flags: dict[str, Any], shards: Callable[[str], Path]) -> None:
     """Where every data set is passed once, the order by modality is over all samples."""
     one = {**flags, **layout(), "train_iters": 1, "seq_length": 256, "sampler": "modality_length"}
-    refused = "modality_length lays out one pass over all samples, but .*mixture.yaml takes 24 of 16 samples of 'first'"
+    refused = "modality_length makes one pass over all samples, but .*mixture.yaml asks for 24 of 16 samples of 'first'"
     run_ranks(train_and_expect_refusal, 1, {**one, "data_path": str(shards("mixture"))}, refused)
     once = shards("mixture").with_name("once.yaml")
     once.write_text(re.sub("weight: .,", "", shards("mixture").read_text()))

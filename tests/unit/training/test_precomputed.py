@@ -1,4 +1,4 @@
-"""Which precomputed parts a run takes, and what it refuses."""
+"""Which precomputed parts a run reads, and which it refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bases(recorded_qwen: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def shards(bases: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """shards(kinds) -> three pictures with these parts, each made once; shards() -> without any."""
+    """shards(kinds) -> three pictures with these parts, cached; shards() -> without any."""
     root = tmp_path_factory.mktemp("shards")
     with ShardWriter(root / "plain") as writer:
         for number in range(3):
@@ -69,18 +69,18 @@ def choose(folders: list[Path], base: Checkpoint, **flags: Any) -> Precomputed:
     return choose_precomputed(Config.from_flat(**flags), base.model_config(), base, datasets)
 
 
-def test_what_is_there_is_taken(shards: Any, bases: dict[str, Checkpoint]) -> None:
+def test_available_parts_are_read(shards: Any, bases: dict[str, Checkpoint]) -> None:
     base = bases["qwen2_siglip"]
     both, plain = shards(*BOTH), shards()
     assert choose([both], base) == Precomputed(features=True, latents=True)
     assert choose([both], base, precomputed=False) == choose([plain], base) == Precomputed()
     assert choose([shards("latents")], base) == Precomputed(latents=True)
-    assert choose([both], base, vision_lr=1e-4) == Precomputed(latents=True)  # features of a tower that moves on
+    assert choose([both], base, vision_lr=1e-4) == Precomputed(latents=True)  # the tower trains, so its features change
     with pytest.raises(ConfigError, match="plain has no precomputed features and other data sets have"):
         choose([both, plain], base)
 
 
-def test_what_this_run_would_not_compute_is_refused(shards: Any, bases: dict[str, Checkpoint]) -> None:
+def test_parts_that_this_run_would_not_compute_are_refused(shards: Any, bases: dict[str, Checkpoint]) -> None:
     square = shards("latents", aspect_ratio="square")
     with pytest.raises(ConfigError, match=r"preprocessing .*'square'\)\" against .*'pad'\)\".*--no-precomputed"):
         choose([square], bases["qwen2_siglip"])
@@ -90,12 +90,12 @@ def test_what_this_run_would_not_compute_is_refused(shards: Any, bases: dict[str
 
 @pytest.mark.parametrize(
     ("kinds", "flags", "read"),
-    [(("latents",), {}, "latents"), (BOTH, {"precomputed": False}, "nothing"), (BOTH, {"vision_lr": 1.0}, "latents")],
+    [(("latents",), {}, "latents"), (BOTH, {"precomputed": False}, "none"), (BOTH, {"vision_lr": 1.0}, "latents")],
 )
-def test_pictures_that_are_needed_must_be_there(
+def test_missing_pictures_are_refused_when_they_are_needed(
     kinds: tuple[str, ...], flags: dict[str, Any], read: str, shards: Any, bases: dict[str, Checkpoint]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"without pictures .--drop-images.*precomputed is {read}"):
+    with pytest.raises(ConfigError, match=f"without pictures .--drop-images.*it can use: {read}"):
         choose([shards(*kinds, drop_images=True)], bases["qwen2_siglip"], **flags)
 
 

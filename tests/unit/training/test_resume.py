@@ -1,4 +1,4 @@
-"""What a run that goes on may not change, what it may, and what it says."""
+"""Resume: options that must not change, options that may, and how changes are logged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def saved(path: Path, state: dict[str, Any]) -> Checkpoint:
     return Checkpoint(path, state.get("iteration", 0))
 
 
-def go_on(path: Path, started: TrainState, **flags: Any) -> TrainState:
+def resumed(path: Path, started: TrainState, **flags: Any) -> TrainState:
     before = replace(STARTED, iteration=7, data={"consumed_samples": 56}, bad_samples=2)
     return continued(saved(path, before.to_dict()), started, Config.from_flat(**flags))
 
@@ -46,15 +46,15 @@ def test_another_run_is_refused_with_both_values(name: str, tmp_path: Path) -> N
     before = STARTED.to_dict()[name]
     now = not before if isinstance(before, bool) else 7 if before is None else before * 2 or "other"
     with pytest.raises(ConfigError) as error:
-        go_on(tmp_path, TrainState.from_dict(json.loads(json.dumps({**STARTED.to_dict(), name: now}))))
+        resumed(tmp_path, TrainState.from_dict(json.loads(json.dumps({**STARTED.to_dict(), name: now}))))
     for part in (str(tmp_path), f"{name} {before!r} and this run has {now!r}", FLAGS[name], "--finetune"):
         assert part in str(error.value)
 
 
-def test_all_that_is_not_counted_belongs_to_the_run() -> None:
-    counted = {"iteration", "data", "bad_steps_in_a_row", "bad_samples", "options", "training_stage"}
-    counted |= {"recent_lm_losses", "recent_vm_losses"}
-    assert STARTED.to_dict().keys() == counted | FLAGS.keys()
+def test_every_field_of_the_state_either_changes_or_must_match() -> None:
+    changing = {"iteration", "data", "bad_steps_in_a_row", "bad_samples", "options", "training_stage"}
+    changing |= {"recent_lm_losses", "recent_vm_losses"}
+    assert STARTED.to_dict().keys() == changing | FLAGS.keys()
 
 
 def test_the_options_that_samples_depend_on_are_flags() -> None:
@@ -67,26 +67,26 @@ def test_a_state_saved_before_an_option_existed_has_its_default(tmp_path: Path) 
     assert continued(saved(tmp_path, state), STARTED, Config()).samples == STARTED.samples
 
 
-def test_the_same_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    state = go_on(tmp_path, replace(STARTED, options={"lr": 2.0}))
+def test_the_same_run_resumes_where_it_stopped(tmp_path: Path) -> None:
+    state = resumed(tmp_path, replace(STARTED, options={"lr": 2.0}))
     assert (state.iteration, state.consumed_samples, state.bad_samples) == (7, 56, 2)
     assert state.options == {"lr": 2.0}
 
 
-def test_another_batch_size_goes_on_when_that_is_asked_for(tmp_path: Path) -> None:
+def test_another_batch_size_needs_its_flag(tmp_path: Path) -> None:
     larger, allowed = replace(STARTED, global_batch_size=16), {"override_global_batch_size": True}
-    assert go_on(tmp_path, larger, train_iters=9, **allowed).global_batch_size == 16
-    with pytest.raises(ConfigError, match="8 and this run has 16 .*let it change with --override-global-batch-size"):
-        go_on(tmp_path, larger, train_iters=9)
+    assert resumed(tmp_path, larger, train_iters=9, **allowed).global_batch_size == 16
+    with pytest.raises(ConfigError, match="8 and this run has 16 .*allow the change with --override-global-batch-size"):
+        resumed(tmp_path, larger, train_iters=9)
     with pytest.raises(ConfigError, match="--override-global-batch-size with --sampler modality_length"):
-        go_on(tmp_path, larger, sampler="modality_length", **allowed)
+        resumed(tmp_path, larger, sampler="modality_length", **allowed)
     with pytest.raises(ConfigError, match="--override-global-batch-size with --train-epochs.*give --train-iters"):
-        go_on(tmp_path, larger, train_epochs=2, **allowed)
+        resumed(tmp_path, larger, train_epochs=2, **allowed)
     with pytest.raises(ConfigError, match="seed 1 and this run has 2"):
-        go_on(tmp_path, replace(larger, seed=2), train_iters=9, **allowed)
+        resumed(tmp_path, replace(larger, seed=2), train_iters=9, **allowed)
 
 
-def test_options_that_may_change_are_told(tmp_path: Path) -> None:
+def test_changed_options_are_listed(tmp_path: Path) -> None:
     def options(iterations: int, **flags: Any) -> dict[str, Any]:
         return changeable_options(Config.from_flat(**flags), iterations)
 
@@ -127,20 +127,20 @@ def test_another_model_beside_a_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "said", "says"),
+    ("file", "before", "after"),
     [("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'), ("tokenizer/vocab.txt", "a b c", "a b d")],
 )
-def test_a_damaged_load_is_no_other_model(tmp_path: Path, file: str, said: str, says: str) -> None:
+def test_a_damaged_load_is_ignored(tmp_path: Path, file: str, before: str, after: str) -> None:
     own, load = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "load", num_hidden_layers=3)
     content = (load.path / file).read_text()
-    (load.path / file).write_text(content.replace(said, says))
+    (load.path / file).write_text(content.replace(before, after))
     refuse_other_model(own, load.path.parent)
     (load.path / file).write_text(content)
     with pytest.raises(ConfigError, match="another model"):
         refuse_other_model(own, load.path.parent)
 
 
-def test_a_run_that_went_back_to_an_older_checkpoint_is_no_other_model(tmp_path: Path) -> None:
+def test_a_run_may_resume_from_an_older_checkpoint_of_its_folder(tmp_path: Path) -> None:
     own = checkpoint(tmp_path / "run")
     newer = checkpoint(tmp_path / "run", "a c b", iteration=2)
     (tmp_path / "link").symlink_to("run")

@@ -1,4 +1,4 @@
-"""Where a run starts, and which samples it leaves out."""
+"""The checkpoint a run starts from, and the samples it leaves out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize("finetune", [True, False])
-def test_finetune_that_a_run_passes_over_is_told(
+def test_an_ignored_finetune_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finetune: bool
 ) -> None:
     own = Checkpoint(tmp_path, 7)
@@ -26,8 +26,8 @@ def test_finetune_that_a_run_passes_over_is_told(
     monkeypatch.setattr(start, "find_intact", lambda path, verify: own)
     with caplog.at_level(logging.WARNING):
         assert starting_point(Config.from_flat(save="run", load="base", finetune=finetune)) == (own, True)
-    told = ["--finetune is ignored: run holds a run already, which goes on"]
-    assert caplog.messages == (told if finetune else [])
+    warning = "--finetune is ignored: run already holds a run, which is resumed"
+    assert caplog.messages == ([warning] if finetune else [])
 
 
 class Dataset:

@@ -8,7 +8,7 @@ import pytest
 from ross_mcore.training.stop import Asked, Requests
 
 
-def test_a_request_to_save_is_handed_out_once_and_the_run_goes_on() -> None:
+def test_a_request_to_save_is_returned_once_and_the_run_continues() -> None:
     with Requests(None) as requests:
         assert requests.asked() is Asked.NOTHING
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -17,7 +17,7 @@ def test_a_request_to_save_is_handed_out_once_and_the_run_goes_on() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_whatever_else_is_asked(number: signal.Signals) -> None:
+def test_a_signal_to_stop_outranks_a_request_to_save(number: signal.Signals) -> None:
     with Requests(None) as requests:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), number)
@@ -25,7 +25,7 @@ def test_a_signal_ends_the_run_whatever_else_is_asked(number: signal.Signals) ->
         assert requests.reason == number.name
 
 
-def test_a_launcher_that_passes_on_a_ctrl_c_is_no_second_one() -> None:
+def test_the_launchers_copy_of_a_ctrl_c_does_not_abort() -> None:
     with Requests(None) as requests:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -39,7 +39,7 @@ def test_the_time_limit_ends_the_run() -> None:
         assert requests.asked() is Asked.NOTHING
 
 
-def test_signals_are_as_before_afterwards() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with Requests(None):
         pass

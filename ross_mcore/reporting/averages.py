@@ -15,9 +15,9 @@ from ross_mcore.reporting.metrics import StepMetrics
 
 @dataclass(frozen=True)
 class Averages:
-    """Means over the last iterations, up to `iteration`; losses and the norm over applied steps alone.
+    """Means over the last iterations, up to `iteration`; losses and the norm over applied steps only.
 
-    data_share: the part of the time that waits for data; remaining_seconds: of the run, at this speed; datasets: see
+    data_share: share of the time spent waiting for data; remaining_seconds: of the run, at this speed; datasets: see
     means_by_data_set.
     """
 
@@ -37,7 +37,7 @@ class Averages:
     datasets: dict[str, float]
 
     def scalars(self) -> dict[str, float]:
-        """By the names that TensorBoard shows."""
+        """The values by TensorBoard's names."""
         losses = {name: getattr(self, name) for name in ("lm_loss", "vm_loss", "loss", "grad_norm", "learning_rate")}
         speed = ("tokens_per_second", "samples_per_second", "teraflops_per_device", "data_share")
         throughput = {f"throughput/{name}": getattr(self, name) for name in speed}
@@ -45,15 +45,15 @@ class Averages:
 
 
 def means_by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]:
-    """TensorBoard scalars of every data set over some steps: samples, and losses weighted by what they are over."""
+    """TensorBoard scalars of every data set over some steps: samples, and losses weighted by labels or images."""
     scalars: dict[str, float] = {}
     for name in steps[0] if steps else ():
         own = [step[name] for step in steps]
         scalars[f"samples/{name}"] = sum(losses.samples for losses in own)
         for loss, weight in (("lm_loss", "labels"), ("vm_loss", "images")):
-            parts = [(getattr(x, loss), getattr(x, weight)) for x in own if getattr(x, loss) is not None]
-            if over := sum(count for _, count in parts):
-                scalars[f"{loss}/{name}"] = sum(value * count for value, count in parts) / over
+            terms = [(getattr(x, loss), getattr(x, weight)) for x in own if getattr(x, loss) is not None]
+            if total := sum(count for _, count in terms):
+                scalars[f"{loss}/{name}"] = sum(value * count for value, count in terms) / total
     return scalars
 
 
@@ -65,7 +65,7 @@ class Window:
         self._steps: list[tuple[StepMetrics, int]] = []
 
     def add(self, metrics: StepMetrics, result: StepResult) -> Averages | None:
-        """Takes a step, unless it was skipped or empty; returns averages where they are due."""
+        """Adds a step, unless it was skipped or empty; returns the averages when they are due."""
         row_tokens = result.read.step.size.row_tokens
         if result.trained is not None and row_tokens:
             self._steps.append((metrics, row_tokens))

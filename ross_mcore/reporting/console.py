@@ -1,4 +1,4 @@
-"""The lines a person reads while a run trains."""
+"""The console lines of a run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ IGNORED_SHARE_TO_WARN = 0.01
 
 
 def ignored_warning(found: IgnoredLabels, template: str) -> str | None:
-    """The warning where more than IGNORED_SHARE_TO_WARN of the samples have no label."""
+    """A warning when more than IGNORED_SHARE_TO_WARN of the samples have no label, else None."""
     if found.share <= IGNORED_SHARE_TO_WARN:
         return None
     how = "by the index" if found.from_index else f"of {found.looked_at} tokenized, spread over the data"
     return (
-        f"warning: {found.share:.1%} of the samples have no label ({found.ignored} {how}), so nothing is learned from "
-        f"their text; the first are {', '.join(found.keys)}. Usually --template {template} does not fit the tokenizer "
+        f"warning: {found.share:.1%} of the samples have no label ({found.ignored} {how}), so their text is not "
+        f"trained on; the first are {', '.join(found.keys)}. Usually --template {template} does not fit the tokenizer "
         "or the data, so that the answers are not found among the tokens"
     )
 
@@ -94,11 +94,13 @@ class Console(Reporter):
             )
 
     def bad_samples(self, bad: Sequence[BadSample]) -> None:
-        for entry in bad:
-            instead = "its place stays empty" if entry.replaced_by is None else f"{entry.replaced_by} takes its place"
-            where = f"iteration {entry.iteration}: sample {entry.key} of {entry.shard}"
-            what = "bad" if entry.is_bad else "left out"
-            say(f"{where} is {what}: {entry.reason}; {instead}")
+        for sample in bad:
+            replacement = "its place stays empty" if sample.replaced_by is None else f"{sample.replaced_by} replaces it"
+            kind = "bad" if sample.is_bad else "left out"
+            say(
+                f"iteration {sample.iteration}: sample {sample.key} of {sample.shard} is {kind}: {sample.reason}; "
+                f"{replacement}"
+            )
 
     def finish(self, state: TrainState, stopped_by: str | None) -> None:
         if stopped_by is not None:
@@ -113,7 +115,7 @@ class Console(Reporter):
 
 
 def _stages(run: Run) -> Iterator[str]:
-    """What each pipeline stage hosts, in words."""
+    """The parts on each pipeline stage, as text."""
     layout, precomputed = run.groups.layout, run.precomputed
     for index in range(layout.pipeline_parallel):
         stage = layout.stage(index)

@@ -1,4 +1,4 @@
-"""Files of a run with one line for each step, validation or incident; lines after a resumed iteration are dropped."""
+"""Files of a run with one line per step, validation or incident; a resumed run drops the lines after its iteration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ross_mcore.reporting.reporter import Reporter
 
 
 class MetricsFile(Reporter):
-    """metrics.jsonl: one line a step. It exists from the start, for whoever follows it."""
+    """metrics.jsonl: one line per step. The file exists from the start, for programs that follow it."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self._file = JsonLines(run.save_folder / METRICS_FILE, state.iteration)
@@ -29,7 +29,7 @@ class MetricsFile(Reporter):
 
 
 class ValidationFile(Reporter):
-    """validation.jsonl: one line a validation."""
+    """validation.jsonl: one line per validation."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self._file = JsonLines(run.save_folder / VALIDATION_FILE, state.iteration)
@@ -39,7 +39,7 @@ class ValidationFile(Reporter):
 
 
 class IncidentsFile(Reporter):
-    """incidents.jsonl: one line an incident."""
+    """incidents.jsonl: one line per incident."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self._file = JsonLines(run.save_folder / INCIDENTS_FILE, state.iteration)

@@ -1,4 +1,4 @@
-"""Figures of a run: of a step and of a validation."""
+"""The figures of a step and of a validation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ross_mcore.engine.run import Run, StepResult
 class StepMetrics:
     """One line of metrics.jsonl.
 
-    lm_loss, vm_loss, loss: means over the step's labels and images; grad_norm: before clipping; learning_rate: of this
-    step and `--lr`; num_tokens: labels; num_images: images; sample_digest: of the ids of the samples trained, in global
-    order; step_seconds: the whole step, of which data_seconds waiting for the loader; bad_samples: those that others
-    took the places of; skipped_samples: empty rows; ignored_samples: rows without any label; peak_memory_bytes: the
-    most that any rank has held so far, before this step, on its GPU or in RAM; applied: false when the update was
-    skipped, on request or because a number was not finite (null then, as what was not computed); datasets: what each
-    data set had of it (DataSetLosses), left out when there is one.
+    lm_loss, vm_loss, loss: means over the step's labels and images; grad_norm: before clipping; learning_rate: that of
+    --lr in this step; num_tokens: labels; num_images: images; sample_digest: hash of the ids of the trained samples, in
+    global order; step_seconds: the whole step; data_seconds: its wait for the loader; bad_samples: replaced ones;
+    skipped_samples: empty rows; ignored_samples: rows without any label; peak_memory_bytes: the largest of all ranks up
+    to this step, on the GPU or in RAM; applied: false when the update was skipped, on request or because a number was
+    not finite; datasets: the losses of each data set, absent with a single one. Numbers that are not finite or not
+    computed are null.
     """
 
     iteration: int
@@ -44,7 +44,7 @@ class StepMetrics:
 
     @classmethod
     def of(cls, run: Run, result: StepResult) -> StepMetrics:
-        """The figures of a step; of a skipped one nothing was computed, so its losses are not numbers."""
+        """The figures of a step. The losses of a skipped step are NaN."""
         read, trained = result.read, result.trained
         size, names = read.step.size, run.dataset.names
         losses = Losses(math.nan, math.nan) if trained is None else trained.losses
@@ -72,7 +72,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Validation:
-    """One line of validation.jsonl: what every data set had, over samples that never change."""
+    """One line of validation.jsonl: the losses of every data set, over the same samples every time."""
 
     iteration: int
     datasets: dict[str, DataSetLosses]

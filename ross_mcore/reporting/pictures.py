@@ -1,4 +1,4 @@
-"""How pictures are laid out beside their reconstructions."""
+"""Lays out pictures and their reconstructions in a grid."""
 
 from __future__ import annotations
 

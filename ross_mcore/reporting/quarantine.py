@@ -15,7 +15,7 @@ from ross_mcore.reporting.reporter import Reporter
 
 
 class QuarantineFile(Reporter):
-    """quarantine.jsonl: one line for each sample that was replaced; at the end, a summary on the console."""
+    """quarantine.jsonl: one line per replaced sample; at the end of the run, a summary on the console."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self.path = run.save_folder / QUARANTINE_FILE
@@ -33,7 +33,7 @@ class QuarantineFile(Reporter):
             say(summary)
 
     def summary(self) -> str | None:
-        """Counts by reason, the most frequent first; None for a run without bad samples."""
+        """Counts of the five most frequent reasons; None for a run without bad samples."""
         if not self._reasons:
             return None
         counts = ", ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(5))
@@ -41,5 +41,5 @@ class QuarantineFile(Reporter):
 
 
 def kind(reason: str) -> str:
-    """A reason without its details, for counting."""
+    """A reason without its details."""
     return reason.partition(":")[0]

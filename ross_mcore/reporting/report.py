@@ -1,4 +1,4 @@
-"""All reporters of a run, and the one place that calls them."""
+"""The table of reporters, and the one place that calls them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ross_mcore.reporting.reporter import Reporter
 
 
 def reporters() -> Sequence[type[Reporter]]:
-    """All of them, in the order in which they are called."""
-    from ross_mcore.reporting.tensorboard import TensorBoard  # loaded where it writes: on one rank
+    """The table, in the order of calls."""
+    from ross_mcore.reporting.tensorboard import TensorBoard  # imported only on the logging rank
 
     return (MetricsFile, ValidationFile, TensorBoard, QuarantineFile, IncidentsFile, Console)
 
 
 class Report:
-    """Every rank has one and calls it alike; on ranks other than the logging rank it has no reporters."""
+    """Passes events to all reporters. Every rank calls it; only that of the logging rank has reporters."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
-        """Raises LogError where a file cannot be begun."""
+        """Raises LogError when a file cannot be created."""
         self._run, self._window = run, Window(run)
         self._reporters = [kind(run, state) for kind in reporters()] if run.groups.is_logging_rank else []
         for reporter in self._reporters:
@@ -65,7 +65,7 @@ class Report:
             reporter.validated(found, bad)
 
     def picture(self, iteration: int, grid: Tensor | None) -> None:
-        """`grid` is None on ranks that do not have it, and where there is no picture."""
+        """grid: None on ranks that do not have it, or without a picture."""
         if grid is None:
             return
         for reporter in self._reporters:

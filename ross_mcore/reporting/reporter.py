@@ -1,4 +1,4 @@
-"""What reports a run: the interface of a reporter. reporting/report.py lists all; only the logging rank has any."""
+"""The interface of a reporter. reporting/report.py lists all reporters; only the logging rank has any."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ross_mcore.reporting.metrics import StepMetrics, Validation
 
 
 class Reporter:
-    """Reports nothing; a reporter overrides the events that it takes."""
+    """Reports nothing; a reporter overrides the events it needs."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
-        """Continues after `state`. Raises LogError where its file cannot be begun."""
+        """Continues after `state`. Raises LogError when its file cannot be created."""
 
     def start(self, run: Run, state: TrainState) -> None:
         """Training begins after `state`."""
 
     def step(self, metrics: StepMetrics) -> None:
-        """One iteration."""
+        """The figures of one iteration."""
 
     def averages(self, found: Averages) -> None:
         """Means over --log-interval iterations."""
@@ -33,16 +33,16 @@ class Reporter:
         """Incidents of one iteration."""
 
     def bad_samples(self, bad: Sequence[BadSample]) -> None:
-        """Samples of a training step that were replaced."""
+        """The replaced samples of a training step."""
 
     def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
-        """Losses on held-out data, and its samples that were replaced."""
+        """Losses on held-out data, and its bad samples."""
 
     def picture(self, iteration: int, grid: Tensor) -> None:
-        """grid [3, H, W] in [0, 1]: originals over reconstructions."""
+        """grid [3, H, W] in [0, 1]: originals above reconstructions."""
 
     def say(self, text: str) -> None:
         """A line for people."""
 
     def finish(self, state: TrainState, stopped_by: str | None) -> None:
-        """The run has finished after `state`, or was stopped by what is named."""
+        """The run ended after `state`. stopped_by: the reason, None when it finished."""

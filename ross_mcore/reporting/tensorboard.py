@@ -1,6 +1,6 @@
 """TensorBoard's file of events.
 
-Its records are those of torch's SummaryWriter, whose thread ends with a traceback at the first it cannot write.
+Written without torch's SummaryWriter, whose thread ends with a traceback at the first failed write.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ross_mcore.reporting.reporter import Reporter
 
 
 class TensorBoard(Reporter):
-    """Continues after a state: TensorBoard no longer shows what other files of the folder say of later iterations."""
+    """Continues after a state: TensorBoard hides later iterations in other files of the folder."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         folder = Path(run.config.logging.tensorboard_dir or run.save_folder / "tensorboard")

@@ -40,7 +40,7 @@ def test_a_restart_drops_the_lines_of_the_lost_iterations(tmp_path: Path) -> Non
     assert [line["iteration"] for line in read_entries(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_every_promised_key_is_written(tmp_path: Path) -> None:
+def test_every_documented_key_is_written(tmp_path: Path) -> None:
     log = opened(MetricsFile, tmp_path, 0)
     log.step(entry(1))
     keys = """iteration consumed_samples lm_loss vm_loss loss grad_norm learning_rate num_tokens num_images
@@ -49,7 +49,7 @@ def test_every_promised_key_is_written(tmp_path: Path) -> None:
     assert set(keys) <= json.loads((tmp_path / "metrics.jsonl").read_text()).keys()
 
 
-def test_data_sets_are_written_where_there_are_several(tmp_path: Path) -> None:
+def test_several_data_sets_are_written(tmp_path: Path) -> None:
     log = opened(MetricsFile, tmp_path, 0)
     own = {"a": DataSetLosses(3, 10, 0, 1.5, None), "b": DataSetLosses(1, 0, 2, math.nan, 0.5)}
     log.step(entry(1))
@@ -62,7 +62,7 @@ def test_data_sets_are_written_where_there_are_several(tmp_path: Path) -> None:
     }
 
 
-def test_a_restart_drops_what_was_measured_on_lost_iterations(tmp_path: Path) -> None:
+def test_a_restart_drops_validations_of_lost_iterations(tmp_path: Path) -> None:
     log = opened(ValidationFile, tmp_path, 0)
     assert not (tmp_path / "validation.jsonl").exists()
     for iteration in (2, 4):
@@ -72,7 +72,7 @@ def test_a_restart_drops_what_was_measured_on_lost_iterations(tmp_path: Path) ->
     assert line["iteration"] == 2 and line["datasets"]["a"]["lm_loss"] == 1.5
 
 
-def test_a_link_where_the_log_writes_leads_nowhere(tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     (tmp_path / "other").write_text("kept")
     (tmp_path / "metrics.partial").symlink_to("other")

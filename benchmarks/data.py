@@ -61,7 +61,8 @@ WORDS = "the a red blue house tree stands beside road under sky and two people w
 
 def draw_picture(rng: np.random.Generator) -> Image.Image:
     """A smooth picture with noise on it, which JPEG compresses about as well as a photograph."""
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    coarse = coarse.resize((640, 480), Image.Resampling.BICUBIC)
     noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (480, 640, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 

@@ -339,14 +339,15 @@ def main() -> int:
     try:
         with clock.measure("scenes and shards"):
             count = 64 if options.short else 3000
-            scenes = [sys.executable, HERE / "scenes.py", "--out", out / "data", "--count", str(count)]
-            scenes += ["--eval-seed", str(options.eval_seed)]
+            scenes: list[str | Path] = [sys.executable, HERE / "scenes.py", "--out", out / "data"]
+            scenes += ["--count", str(count), "--eval-seed", str(options.eval_seed)]
             run(scenes)
             for stage in ("pretrain", "finetune"):
                 shards = [sys.executable, "tools/make_shards.py", "--data", out / "data" / f"{stage}.json"]
                 run([*shards, "--image-folder", out / "data", "--out", out / "shards" / stage])
         with clock.measure("conversion of language model, tower and VAE"):
-            command = [sys.executable, "tools/convert_hf_to_mcore.py", "--language-model", WEIGHTS / "language_model"]
+            command: list[str | Path] = [sys.executable, "tools/convert_hf_to_mcore.py"]
+            command += ["--language-model", WEIGHTS / "language_model"]
             command += ["--tokenizer", WEIGHTS / "tokenizer", "--vision-model", WEIGHTS / "vision_model"]
             command += ["--pixel-decoder", WEIGHTS / "pixel_decoder", "--denoiser-width", "96", "--save", out / "base"]
             run(command)

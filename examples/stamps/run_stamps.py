@@ -143,7 +143,7 @@ def main() -> int:
             for stage in ("pretrain", "finetune"):
                 shards = [sys.executable, "tools/make_shards.py", "--data", out / "data" / f"{stage}.json"]
                 run([*shards, "--image-folder", out / "data" / "images", "--out", out / "shards" / stage])
-            command = [sys.executable, "tools/convert_hf_to_mcore.py", "--denoiser-width", "128"]
+            command: list[str | Path] = [sys.executable, "tools/convert_hf_to_mcore.py", "--denoiser-width", "128"]
             for part in ("language-model", "vision-model", "pixel-decoder", "tokenizer"):
                 command += [f"--{part}", out / "parts" / part.replace("-", "_")]
             run([*command, "--save", out / "base"])

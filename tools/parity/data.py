@@ -174,7 +174,7 @@ def _said(turns: list[dict[str, str]], template: str, generation: bool) -> str:
         return f"refuses: {error}"
 
 
-def preprocessing(processor: dict[str, Any], aspect_ratio: ImageAspectRatio, size: int) -> ImagePreprocessing:
+def preprocessing(processor: dict[str, Any], aspect_ratio: str, size: int) -> ImagePreprocessing:
     """A recorded image processor at another size."""
     crop = "CLIP" in processor["image_processor_type"]
     tower = {"model_type": f"{'clip' if crop else 'siglip'}_vision_model", "image_size": size}
@@ -273,11 +273,13 @@ def _collated_rows(golden: Golden) -> Iterator[Row]:
         yield failed("collated", "pixels", "no recorded processor and aspect ratio gives these pictures")
         return
     image_tokens = 4  # any number: both sides are expanded alike
-    ours, theirs = [], []
+    ours: list[Sample] = []
+    theirs: list[Sample] = []
     for number, (sample, picture) in enumerate(zip(samples, pixels)):
-        mine = conversations.ours(case, sample)
-        for rows, pair in ((ours, (mine.input_ids, mine.labels)), (theirs, (ids[number], labels[number]))):
-            tokens, targets, starts = expand_images(*pair, image_tokens)
+        tokenized = conversations.ours(case, sample)
+        own = (ours, tokenized.input_ids, tokenized.labels)
+        for rows, row_ids, row_labels in (own, (theirs, ids[number], labels[number])):
+            tokens, targets, starts = expand_images(row_ids, row_labels, image_tokens)
             pictures: list[Tensor | None] = [picture] if starts and picture is not None else []
             rows.append(
                 Sample(sample["id"], number, torch.from_numpy(tokens), torch.from_numpy(targets), starts, pictures)

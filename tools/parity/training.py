@@ -114,10 +114,10 @@ def curve_rows(golden: Golden, name: str, checkpoint: Checkpoint, stage: int, la
     for key, norm in curve.get("final_param_norms", {}).items():
         allowed = floor * (10 if key.endswith(KEY_BIASES) else 1)
         title = f"{name} stage {stage} after the last step: norm of {key}"
-        ours = final[key].norm().item() if key in final else math.nan
-        yield compare("trained weights", title, ours, norm, CURVE_TOLERANCE, allowed)
-    for key, value in tensors.items():
+        own_norm = final[key].norm().item() if key in final else math.nan
+        yield compare("trained weights", title, own_norm, norm, CURVE_TOLERANCE, allowed)
+    for key, weight in tensors.items():
         if key.startswith("final.") and stage == 2:
             key = key.removeprefix("final.")
-            ours = final.get(key, math.nan * value)
-            yield compare("trained weights", f"{name} after the last step: {key}", ours, value, CURVE_TOLERANCE, floor)
+            own = final.get(key, math.nan * weight)
+            yield compare("trained weights", f"{name} after the last step: {key}", own, weight, CURVE_TOLERANCE, floor)

@@ -14,7 +14,7 @@ from ross_mcore.checkpoint.safe_load import StoredTensors
 
 
 class CarriedWeights:
-    """Frozen parts of a checkpoint that no rank builds, as they are stored; one rank holds them in host memory.
+    """Frozen parts of a checkpoint that no rank builds; one rank holds them in host memory, in their stored dtype.
 
     They are loaded and saved with the model under their own names, so that every checkpoint is whole and depends on no
     older one. `parts` are prefixes of weights (parts.py).
@@ -29,9 +29,9 @@ class CarriedWeights:
             self.tensors = {name: torch.empty(stored.shape(name), dtype=stored.dtype(name)) for name in names}
 
     def pieces(self) -> dict[str, ShardedTensor]:
-        """What to put among a model's sharded tensors when it is loaded or saved."""
+        """Entries to add to a model's sharded state dict before it is loaded or saved."""
         return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in self.tensors.items()}
 
     def take(self, loaded: dict[str, Any]) -> None:
-        """Takes its own out of what was loaded, which a model's `load_state_dict` would have no place for."""
+        """Moves these weights out of `loaded`: the model's `load_state_dict` does not know them."""
         self.tensors = {name: loaded.pop(name) for name in self.tensors}

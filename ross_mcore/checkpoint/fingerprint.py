@@ -1,4 +1,4 @@
-"""A fingerprint of a frozen part of a model: of its weights and its configuration."""
+"""Fingerprint of a frozen part of a model: its weights and its configuration."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ross_mcore.parts import Part
 def part_fingerprint(checkpoint: Checkpoint, part: Part) -> str:
     """16 hex digits for the weights of `part` (vision tower or VAE) and its library's configuration.
 
-    Weights are rounded to bfloat16 first, so that a checkpoint saved by a bfloat16 run has the fingerprint of the one
-    that the run started from. Reads one tensor at a time. Raises CheckpointError when the checkpoint has no such part,
-    ArchitectureError when its configuration has none.
+    Weights are rounded to bfloat16 first, so that the checkpoints of a bfloat16 run have the same fingerprint as the
+    one it started from. Reads one tensor at a time. Raises CheckpointError when the checkpoint has no weights of this
+    part, ArchitectureError when its config.json does not describe it.
     """
     assert part.library_config is not None, part.label
     config, stored = part.library_config(checkpoint.model_config()), StoredTensors(checkpoint.path)

@@ -1,21 +1,21 @@
-"""What makes a folder a checkpoint: its name, its final marker, the pointer, and what is kept. Files only, no tensors.
+"""Folders of checkpoints: their names, the final marker, the pointer, retention. Files only, no tensors.
 
 ```
 root/
   latest_checkpointed_iteration.txt     the iteration saved last, for people and scripts
   iter_0000100/                         renamed into place when complete
-    complete.json                       the final marker: written last, every other file with size and checksum
+    complete.json                       the final marker: written last, size and checksum of every other file
     config.json  train_state.json  tokenizer/  preprocessor_config.json
     metadata.json  common.pt  .metadata  __<rank>_<n>.distcp        mcore's torch_dist format
-  .iter_0000200.partial/                being written, or left by a process that died: ignored, removed by the next save
-  iter_0000300.damaged/                 was passed over by a start, and is not looked at again
+  .iter_0000200.partial/                being written, or left by a dead process: ignored, removed by the next save
+  iter_0000300.damaged/                 skipped when a run started, and ignored since
   .lock                                 held by the run that saves here (claim.py)
 ```
 
-A checkpoint is complete when its marker is there and every file it lists has the size it says; it is intact when the
-checksums agree too (verification.py). The *newest* is the one saved last (`sequence` in the marker), not the one of the
-largest iteration: a run that was rolled back to iteration 50 and saved at 60 continues from 60, whatever an abandoned
-branch left at 100.
+A checkpoint is complete when its marker exists and every file listed there has its size; it is intact when the
+checksums match too (verification.py). The *newest* is the one saved last (`sequence` in the marker), not the one of the
+largest iteration: a run that was rolled back to iteration 50 and saved at 60 resumes from 60, although its abandoned
+branch left a checkpoint at 100.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TOKENIZER = "tokenizer"
 PREPROCESSOR = "preprocessor_config.json"
 
 # `.replaced`: the former checkpoint of the same iteration, between two renames of `publish`. Still complete.
-_NAME = re.compile(r"iter_(\d{7,})(\.replaced)?")
+_NAME = re.compile(r"iter_\d{7,}(\.replaced)?")
 _LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(partial|deleting)")
 REMEDY = "copy the checkpoint again, or take another one"
 _logger = logging.getLogger(__name__)
@@ -65,12 +65,10 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path:
-        """Folder with the tokenizer's files."""
         return self.path / TOKENIZER
 
     @property
     def preprocessor_config(self) -> Path:
-        """The image processor's configuration."""
         return self.path / PREPROCESSOR
 
     def model_config(self) -> ModelConfig:
@@ -78,34 +76,26 @@ class Checkpoint:
         return read_model_config(self.path)
 
     def image_processor(self) -> dict[str, Any] | None:
-        """The image processor's configuration, None where none was saved. Raises CheckpointError."""
+        """Reads the image processor's configuration, None where none was saved. Raises CheckpointError."""
         return read_json(self.preprocessor_config) if self.preprocessor_config.exists() else None
 
     def train_state(self) -> dict[str, Any]:
-        """Reads the loop's own state, empty where none was saved (a converted model). Raises CheckpointError."""
+        """Reads the training loop's state, empty in a converted model. Raises CheckpointError."""
         path = self.path / TRAIN_STATE
         return read_json(path) if path.exists() else {}
 
     def manifest(self) -> Manifest:
-        """Every file with its size and checksum. Raises CheckpointError."""
+        """Reads size and checksum of every file. Raises CheckpointError."""
         return read_manifest(self.path)
 
 
-def iteration_folder(root: Path, iteration: int) -> Path:
-    """`root/iter_0000123`. Raises ValueError for a negative iteration."""
-    if iteration < 0:
-        raise ValueError(f"iteration {iteration} is negative")
-    return Path(root) / f"iter_{iteration:07d}"
-
-
 def partial_folder(root: Path, iteration: int) -> Path:
-    """Where the checkpoint of `iteration` is written before it is published."""
-    return Path(root) / f".{iteration_folder(root, iteration).name}.partial"
+    """The folder that the checkpoint of `iteration` is written into before it is published."""
+    return root / f".iter_{iteration:07d}.partial"
 
 
 def inspect(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Raises CheckpointError saying why it is not complete."""
-    folder = Path(folder)
+    """The checkpoint in `folder`. Raises CheckpointError with the reason when it is not complete."""
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
         if problem := wrong_size(folder, name, record):
@@ -114,10 +104,10 @@ def inspect(folder: Path) -> Checkpoint:
 
 
 def scan(path: Path) -> tuple[list[Checkpoint], list[str]]:
-    """The complete checkpoints that `path` may mean, newest first, and what is wrong with the others.
+    """The complete checkpoints at `path`, newest first, and one message for each of the others.
 
-    path: a run's root, or the folder of an iteration, which means that one alone. Needs no pointer file, trusts none.
-    Not collective. Raises CheckpointError when the folder cannot be read.
+    path: a run's root, or the folder of one iteration. The pointer file is not read. Not collective. Raises
+    CheckpointError when the folder cannot be read.
     """
     path, found, problems = Path(path), [], []
     try:
@@ -134,7 +124,7 @@ def scan(path: Path) -> tuple[list[Checkpoint], list[str]]:
 
 
 def is_iteration(path: Path) -> bool:
-    """Whether a path is that of one checkpoint, not of a run's root."""
+    """Whether a path is the folder of one checkpoint, not a run's root."""
     return _NAME.fullmatch(path.name) is not None or (path / MARKER).exists()
 
 
@@ -144,7 +134,7 @@ def checkpoints(root: Path) -> list[Checkpoint]:
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
-    """The newest of `scan`, None where there is none. Says what it ignores."""
+    """The newest complete checkpoint at `path`, None where there is none. Logs those it ignores."""
     found, problems = scan(path)
     for problem in problems:
         _logger.warning("ignored: %s", problem)
@@ -152,15 +142,14 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
 
 
 def require_checkpoint(path: Path) -> Checkpoint:
-    """`find_checkpoint`, or CheckpointError saying what is there instead."""
-    found = find_checkpoint(path)
-    if found is None:
+    """`find_checkpoint`; raises CheckpointError when there is none."""
+    if (found := find_checkpoint(path)) is None:
         raise nothing_at(path, scan(path)[1])
     return found
 
 
 def require_intact(path: Path) -> Checkpoint:
-    """`require_checkpoint`, for one process that reads every file. Raises CheckpointError when one is damaged."""
+    """`require_checkpoint`, after reading every file in this process. Raises CheckpointError when one is damaged."""
     checkpoint = require_checkpoint(path)
     manifest = checkpoint.manifest()
     if problems := damages(checkpoint.path, manifest, manifest.files):
@@ -169,22 +158,16 @@ def require_intact(path: Path) -> Checkpoint:
 
 
 def nothing_at(path: Path, problems: list[str]) -> CheckpointError:
-    """What to say when there is no checkpoint at `path` that can be loaded; `problems`: of those that cannot."""
+    """The error when no checkpoint at `path` can be loaded. problems: of the incomplete or damaged ones there."""
     if not Path(path).is_dir():
         return CheckpointError(f"{path} does not exist or is not a folder, so there is no checkpoint to load")
-    if not problems:
-        problems = ["it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"]
-    else:
-        problems = [*problems, REMEDY]
-    return CheckpointError(f"{path} holds no complete checkpoint: {'; '.join(problems)}")
+    none = "it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"
+    reasons = "; ".join([*problems, REMEDY]) if problems else none
+    return CheckpointError(f"{path} holds no complete checkpoint: {reasons}")
 
 
 def begin(root: Path, iteration: int) -> Path:
-    """Makes the temporary folder that a checkpoint is written into, and removes what earlier deaths left behind.
-
-    Raises CheckpointError when the folder cannot be made.
-    """
-    root = Path(root)
+    """Creates `partial_folder`, and removes what dead processes left. Raises CheckpointError."""
     partial = partial_folder(root, iteration)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -196,12 +179,11 @@ def begin(root: Path, iteration: int) -> Path:
 
 
 def tidy(root: Path, newest: Checkpoint | None) -> None:
-    """Ends what a process that died had begun, and sets aside what is damaged, so that `retire` counts neither.
+    """Removes what a dead process left and renames damaged checkpoints, so that `retire` counts neither.
 
-    newest: the intact checkpoint of `root` that a run goes on from, if it does; what is newer was passed over for it.
-    For a start that may save nothing; what cannot be done is logged.
+    newest: the intact checkpoint of `root` that a run resumes from, None for a new run; newer ones were skipped because
+    they are damaged. Called when a run starts; failures are logged.
     """
-    root = Path(root)
     if not root.is_dir():
         return
     try:
@@ -210,10 +192,10 @@ def tidy(root: Path, newest: Checkpoint | None) -> None:
         for folder in root.iterdir():
             if _NAME.fullmatch(folder.name) and folder.is_dir() and folder not in intact:
                 _set_aside(folder)
-        if newest is not None and not _points_to(root / POINTER, newest.iteration):
+        if newest is not None:
             _point_to(root, newest.iteration)
     except (CheckpointError, OSError) as error:
-        _logger.warning("%s cannot be tidied: %s", root, error)
+        _logger.warning("%s cannot be cleaned up: %s", root, error)
 
 
 def _set_aside(folder: Path) -> None:
@@ -221,7 +203,7 @@ def _set_aside(folder: Path) -> None:
     if aside.exists():
         shutil.rmtree(aside)
     folder.rename(aside)
-    _logger.warning("%s is damaged and now called %s; delete it when you need it no more", folder, aside.name)
+    _logger.warning("%s is damaged and was renamed to %s; delete it when you no longer need it", folder, aside.name)
 
 
 def _remove_left_overs(root: Path) -> None:
@@ -235,19 +217,12 @@ def _remove_left_overs(root: Path) -> None:
             except OSError as error:
                 _logger.warning("%s is no longer needed, but cannot be removed: %s", left_over, error)
             else:
-                _logger.warning("removed %s, which a process that died had not finished", left_over)
-
-
-def _points_to(pointer: Path, iteration: int) -> bool:
-    if not pointer.is_file():
-        return False
-    with pointer.open("rb") as stream:
-        return stream.read(64) == f"{iteration}\n".encode()
+                _logger.warning("removed %s, which a dead process did not finish", left_over)
 
 
 def _point_to(root: Path, iteration: int) -> None:
     new = root / (POINTER + ".new")
-    new.unlink(missing_ok=True)  # what waits there may be a link
+    new.unlink(missing_ok=True)  # it may be a link
     _write_text(new, f"{iteration}\n")
     new.replace(root / POINTER)
     sync(root)
@@ -256,22 +231,21 @@ def _point_to(root: Path, iteration: int) -> None:
 def publish(
     root: Path,
     iteration: int,
-    partial: Path,
     model_config: ModelConfig,
     train_state: dict[str, Any] | None = None,
     assets: Path | None = None,
     records: Mapping[str, FileRecord] | None = None,
     layout: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Completes `partial` and makes it the newest checkpoint of `root`: other files, marker, rename, pointer.
+    """Completes what is in `partial_folder` and makes it the newest checkpoint of `root`: marker, rename, pointer.
 
-    `assets` is a folder that has `tokenizer/` and `preprocessor_config.json`, such as the checkpoint that was loaded;
-    when it is gone by now (retired, moved), the newest checkpoint of `root` that has them serves as well.
-    `records`: of the files that have reached the disk and need no second reading. `layout`: see `Manifest`.
-    Raises CheckpointError; whatever happens, the checkpoints that were complete before still are.
+    assets: a folder with `tokenizer/` and `preprocessor_config.json`, for example the checkpoint that was loaded; if it
+    no longer exists, the newest checkpoint of `root` that has them is used. records: of files that are synced to the
+    disk already and are not read again. layout: see `Manifest`.
+    Raises CheckpointError; in any case, checkpoints that were complete before stay complete.
     """
-    root, partial = Path(root), Path(partial)
-    target = iteration_folder(root, iteration)
+    partial, target = partial_folder(root, iteration), root / f"iter_{iteration:07d}"
+    former = target.with_name(target.name + ".replaced")
     try:
         if assets is not None:
             _copy_assets([assets, *(checkpoint.path for checkpoint in checkpoints(root))], partial)
@@ -287,41 +261,22 @@ def publish(
         inspect(partial)
         for folder in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
             sync(folder)
-        _rename(partial, target)
+        if target.exists():  # a death before the second rename leaves it complete, as `former`
+            _remove(former)
+            target.rename(former)
+        partial.rename(target)
+        sync(root)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {iteration} under {root} was not completed: {error}; remove what is there, or give another "
             "folder"
         ) from None
     try:
-        _remove(_former(target))
+        _remove(former)
         _point_to(root, iteration)
     except OSError as error:
         _logger.warning("%s is complete, but %s is not up to date: %s", target, root, error)
     return inspect(target)
-
-
-def _former(target: Path) -> Path:
-    """What a checkpoint is called between the renames that put another into its place."""
-    return target.with_name(target.name + ".replaced")
-
-
-def _rename(partial: Path, target: Path) -> None:
-    """Gives a complete checkpoint its name. A former one of that name stays findable until then. Raises OSError."""
-    if target.exists():
-        _remove(_former(target))
-        target.rename(_former(target))
-    partial.rename(target)
-    sync(target.parent)
-
-
-def rename_into_place(partial: Path, target: Path) -> None:
-    """Makes a finished folder appear under its name at once, its files safe from a power cut. Raises OSError."""
-    for path in (path for path in partial.rglob("*") if path.is_file()):
-        sync(path)
-    sync(partial)
-    partial.rename(target)
-    sync(target.parent)
 
 
 def _copy_assets(sources: list[Path], target: Path) -> None:
@@ -335,9 +290,7 @@ def _copy_assets(sources: list[Path], target: Path) -> None:
 
 
 def retire(root: Path, keep_last: int | None = None, save_retain_interval: int | None = None) -> list[Path]:
-    """Deletes old checkpoints and returns their paths; the newest complete one is never among them.
-
-    One that cannot be deleted is logged.
+    """Deletes old checkpoints, never the newest complete one, and returns their paths. Failures are logged.
 
     keep_last: how many of the newest stay. save_retain_interval: checkpoints whose iteration it divides stay; given
     alone, only those and the newest. Neither: nothing is deleted. Raises ValueError for a value below 1.
@@ -363,7 +316,7 @@ def retire(root: Path, keep_last: int | None = None, save_retain_interval: int |
 
 
 def _remove(folder: Path) -> None:
-    """Deletes a checkpoint, if it exists, so that a death half way leaves none that looks complete. Raises OSError."""
+    """Deletes a checkpoint, if it exists; a death half way leaves none that looks complete. Raises OSError."""
     name = folder.name.removesuffix(".replaced")
     doomed = folder.with_name(f".{name}.deleting")
     if doomed.exists():

@@ -2,17 +2,16 @@
 
 ```
 {"format": "ross_mcore_checkpoint", "version": 2, "iteration": 100, "sequence": 7,
- "layout": {"world_size": 4, ...},                          # what it was saved at, for people
+ "layout": {"world_size": 4, ...},                          # the layout it was saved at, for people
  "files": {"config.json": {"bytes": 812, "crc32": "0c2fa411"}, ...},
  "crc32": "5d1b7a90"}                                       # of this file itself, without this entry
 ```
 
-The checksum is CRC-32 as zlib has it. ISA-L computes it at 9 GB/s on one core, where zlib makes 2.4, and lets
-other threads run meanwhile. It finds every error within 32 neighbouring bits and misses other damage once in 4 * 10^9
-times. It is meant against disks and networks, not against forgery: whoever can write to a checkpoint can write its
-marker too.
+The checksum is zlib's CRC-32. ISA-L computes it at 9 GB/s on one core (zlib: 2.4) and releases the interpreter's lock.
+It detects every error within 32 neighbouring bits and misses other damage once in 4 * 10^9 times. It protects against
+disks and networks, not against forgery: whoever can write to a checkpoint can write its marker too.
 
-Version 1 had sizes alone ("files": {"config.json": 812}); it is read, and only its sizes can be checked.
+Version 1 has sizes only ("files": {"config.json": 812}); it is still read, and only sizes are checked.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be. `crc32` is None in a checkpoint of version 1."""
+    """Expected size and checksum of a file. `crc32` is None in a checkpoint of version 1."""
 
     bytes: int
     crc32: int | None
@@ -46,7 +45,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a marker. `files`: path inside the checkpoint -> record. `layout` is empty when it is unknown."""
+    """The content of a marker. `files`: path inside the checkpoint -> record. `layout` is empty when unknown."""
 
     iteration: int
     sequence: int
@@ -60,11 +59,11 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all files but the marker."""
+        """Bytes of all files except the marker."""
         return sum(record.bytes for record in self.files.values())
 
     def text(self) -> str:
-        """The marker as it stands in the file."""
+        """The content of the marker file."""
         data = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -77,7 +76,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The marker of a checkpoint. Raises CheckpointError when there is none, or when it is damaged or hostile."""
+    """Reads the marker of a checkpoint. Raises CheckpointError when it is missing, damaged or hostile."""
     marker = Path(folder) / MARKER
     if not marker.is_file():
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MARKER}")
@@ -85,9 +84,9 @@ def read_manifest(folder: Path) -> Manifest:
     version = data.get("version")
     if data.get("format") != FORMAT or version not in (1, FORMAT_VERSION):
         found = f"format {checked.shown(data.get('format'))} version {checked.shown(version)}"
-        raise CheckpointError(f"{marker} says {found}; this code reads {FORMAT!r} versions 1 and {FORMAT_VERSION}")
+        raise CheckpointError(f"{marker} has {found}; this code reads {FORMAT!r} versions 1 and {FORMAT_VERSION}")
     if version == FORMAT_VERSION and data.pop("crc32", None) != _own_checksum(data):
-        raise CheckpointError(f"{marker} is damaged: its content does not have the crc32 that it says")
+        raise CheckpointError(f"{marker} is damaged: its content does not match its crc32")
     try:
         files = {name: _record(entry) for name, entry in checked.mapping(data.get("files"), "files").items()}
         iteration, sequence = (checked.count(data, key, least=0, most=2**62) for key in ("iteration", "sequence"))
@@ -115,7 +114,7 @@ def _own_checksum(data: dict[str, Any]) -> str:
 
 
 def wrong_size(folder: Path, name: str, record: FileRecord) -> str | None:
-    """What is wrong with a file as far as its size tells, None when nothing is."""
+    """A message when a file is missing or has another size, None otherwise."""
     path = folder / name
     try:
         found = path.stat().st_size if path.is_file() else None
@@ -128,10 +127,8 @@ def wrong_size(folder: Path, name: str, record: FileRecord) -> str | None:
     return None
 
 
-def damage(
-    folder: Path, name: str, record: FileRecord, advance: Callable[[int], None] = lambda read_bytes: None
-) -> str | None:
-    """What is wrong with a file's size or content, None when nothing is. `advance`: called as bytes are read."""
+def _damage(folder: Path, name: str, record: FileRecord, advance: Callable[[int], None]) -> str | None:
+    """A message when a file's size or content is wrong, None otherwise."""
     problem = wrong_size(folder, name, record)
     if problem is not None or record.crc32 is None:
         return problem
@@ -141,20 +138,20 @@ def damage(
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     if found != record.crc32:
-        return f"{path} is damaged: its content has crc32 {found:08x}, {MARKER} says {record.crc32:08x}"
+        return f"{path} is damaged: its content has crc32 {found:08x}, {MARKER} has {record.crc32:08x}"
     return None
 
 
 def damages(
     folder: Path, manifest: Manifest, names: Iterable[str], advance: Callable[[int], None] = lambda read_bytes: None
 ) -> list[str]:
-    """What is wrong with the named files, one line each; `advance`: see `damage`."""
-    found = (damage(folder, name, manifest.files[name], advance) for name in names)
+    """One message for each of `names` whose size or content is wrong. advance: called with the bytes just read."""
+    found = (_damage(folder, name, manifest.files[name], advance) for name in names)
     return [problem for problem in found if problem is not None]
 
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda read_bytes: None, from_disk: bool = False) -> int:
-    """CRC-32 of a file. from_disk: what the system has cached of it is dropped first, where it can. Raises OSError."""
+    """CRC-32 of a file. from_disk: drops the system's cache of it first, where possible. Raises OSError."""
     value, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):
@@ -168,13 +165,13 @@ def checksum(path: Path, advance: Callable[[int], None] = lambda read_bytes: Non
 
 
 def record_of(path: Path) -> FileRecord:
-    """The record of a file as it is, which reaches the disk first. Raises OSError."""
+    """Syncs a file to the disk and returns its record. Raises OSError."""
     sync(path)
     return FileRecord(path.stat().st_size, checksum(path))
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's names, survive a power cut. Raises OSError."""
+    """Makes a file's content, or a folder's names, survive a power failure. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -183,7 +180,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping. Raises CheckpointError naming the file."""
+    """Reads a JSON mapping. Raises CheckpointError naming the file."""
     try:
         return checked.mapping(checked.read_json(path), "it")
     except FileNotFoundError:

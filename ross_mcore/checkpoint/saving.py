@@ -250,7 +250,7 @@ class RunningSave:
         except OSError as error:
             raise CheckpointError(f"{partial} cannot be written: {error}") from None
         checkpoint = folder.publish(
-            to.root, to.iteration, partial, to.model_config, self._train_state, to.assets, records, to.layout
+            to.root, to.iteration, to.model_config, self._train_state, to.assets, records, to.layout
         )
         folder.retire(to.root, to.keep_last, to.save_retain_interval)
         total = sum(record.bytes for record in records.values())

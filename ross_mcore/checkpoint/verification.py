@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints is the newest that is intact, agreed on by all ranks."""
+"""Finds the newest intact checkpoint of a run, agreed on by all ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _logger = logging.getLogger(__name__)
 
 
 def find_intact(path: Path, verify: bool = True) -> Checkpoint | None:
-    """The newest checkpoint of a run's root whose files are all what they were, or the one in an iteration's folder.
+    """The newest intact checkpoint of a run's root, or the one in an iteration's folder; None where there is none.
 
-    Collective: every rank reads its share of the files. A damaged one is reported, and the one before is taken; None
-    where there never was a checkpoint. verify: False looks at the sizes alone.
-    Raises CheckpointError, on every rank, when there are checkpoints but none is intact (a run that starts anew in
-    silence would lose them), when `path` names a damaged one, or when the ranks see different files.
+    Collective: every rank reads its share of the files. Damaged checkpoints are logged and skipped. verify: False
+    compares only sizes.
+    Raises CheckpointError on every rank when there are checkpoints but none is intact (a new run would overwrite
+    them), when `path` is a damaged one, or when ranks see different files.
     """
     path = Path(path)
     found, problems = all_or_none(lambda: scan(path), CheckpointError)
@@ -43,21 +43,20 @@ def find_intact(path: Path, verify: bool = True) -> Checkpoint | None:
 
 
 def shared_damage(checkpoint: Checkpoint) -> list[str]:
-    """What is wrong with a checkpoint's files, the same on every rank. Collective: each rank reads its share."""
-
+    """One message for each damaged file of a checkpoint, the same on every rank. Collective: each reads its share."""
     rank, size = dist.get_rank(), dist.get_world_size()
     try:
         manifest = checkpoint.manifest()
         own = damages(checkpoint.path, manifest, share_of_files(manifest, rank, size))
         if not manifest.has_checksums and rank == 0:
             _logger.warning("%s has no checksums: only the sizes of its files were compared", checkpoint.path)
-    except CheckpointError as error:  # the marker has gone since it was listed
+    except CheckpointError as error:  # the marker was removed since it was listed
         own = [str(error)]
     return [problem for problems in gather(own) for problem in problems]
 
 
 def share_of_files(manifest: Manifest, rank: int, size: int) -> list[str]:
-    """The files that one of `size` ranks reads: the largest first, each to the rank that has least so far."""
+    """The files that one of `size` ranks reads: the largest first, each to the rank with the fewest bytes so far."""
     shares: list[list[str]] = [[] for _ in range(size)]
     loads = [0] * size
     for name, record in sorted(manifest.files.items(), key=lambda item: (-item[1].bytes, item[0])):

@@ -93,7 +93,7 @@ def assemble(
                     del tensor  # before the next one is made
             for difference in differences(shapes, written):
                 raise ConversionError(difference.in_words("the architecture"))
-        return folder.publish(root, 0, partial, model, records=writer.records)
+        return folder.publish(root, 0, model, records=writer.records)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ross_mcore import checked
 from ross_mcore.checkpoint.fit import require_fit
-from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, rename_into_place
+from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint
+from ross_mcore.checkpoint.manifest import sync
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.conversion import export_config, mapping
 from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
@@ -256,7 +257,10 @@ def _atomic(save: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        rename_into_place(partial, save)
+        for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
+            sync(path)
+        partial.rename(save)
+        sync(save.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

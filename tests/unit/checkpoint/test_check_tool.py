@@ -37,7 +37,7 @@ def finished_run(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         for moment in MOMENTS:
             writer.add(f"optimizer.state.{moment}.{TRAINED}", torch.zeros(stored.shape(TRAINED)))
     state = {"training_stage": "pretrain", "data": {"consumed_samples": 28}}
-    folder.publish(root, 7, partial, base.model_config(), state, base.path, records=writer.records, layout=LAYOUT)
+    folder.publish(root, 7, base.model_config(), state, base.path, records=writer.records, layout=LAYOUT)
     return root
 
 
@@ -142,7 +142,7 @@ def test_tensors_that_the_architecture_does_not_know(
     with TensorWriter(partial) as writer:
         writer.add(TRAINED, torch.zeros(2))
         writer.add("language_model.extra", torch.zeros(2))
-    folder.publish(run, 9, partial, base.model_config())
+    folder.publish(run, 9, base.model_config())
     assert check(run, "--json") == 1
     problems = json.loads(capsys.readouterr().out)["checkpoints"][0]["problems"]
     assert "config.json knows no tensor language_model.extra" in problems

@@ -95,7 +95,7 @@ def test_nothing_is_written_under_a_mount_that_vanished(tmp_path: Path, inside: 
             mine.require()
             (tmp_path / "mount").unlink()
             (tmp_path / "mount").symlink_to(tmp_path / "disk")
-            with pytest.raises(CheckpointError, match="is not on the file system of before.*mount it again"):
+            with pytest.raises(CheckpointError, match="no longer on the file system where .*: mount that .* again"):
                 mine.require()
             assert not list((tmp_path / "disk").iterdir())
             (tmp_path / "mount").unlink()

@@ -49,7 +49,7 @@ def rewritten(base: Path, root: Path, change: Callable[[dict[str, Tensor]], obje
     with TensorWriter(partial) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-    folder.publish(root, 0, partial, checkpoint.model_config(), train_state, assets=checkpoint.path)
+    folder.publish(root, 0, checkpoint.model_config(), train_state, assets=checkpoint.path)
     return root
 
 

@@ -20,7 +20,7 @@ from ross_mcore.errors import CheckpointError
 def write(root: Path, iteration: int, model: ModelConfig, content: str = "weights") -> folder.Checkpoint:
     partial = folder.begin(root, iteration)
     (partial / "__0_0.distcp").write_text(content)
-    return folder.publish(root, iteration, partial, model, {"iteration": iteration})
+    return folder.publish(root, iteration, model, {"iteration": iteration})
 
 
 def names(root: Path) -> list[str]:
@@ -177,19 +177,20 @@ def test_assets_outlive_the_checkpoint_they_came_from(tmp_path: Path, model_conf
     (assets / folder.TOKENIZER / "tokenizer.json").write_text("{}")
     (assets / folder.PREPROCESSOR).write_text("{}")
     root = tmp_path / "run"
-    folder.publish(root, 1, folder.begin(root, 1), model_config, assets=assets)
-    saved = folder.publish(root, 2, folder.begin(root, 2), model_config, assets=tmp_path / "gone")
+    folder.begin(root, 1)
+    folder.publish(root, 1, model_config, assets=assets)
+    folder.begin(root, 2)
+    saved = folder.publish(root, 2, model_config, assets=tmp_path / "gone")
     assert (saved.tokenizer / "tokenizer.json").is_file() and saved.preprocessor_config.is_file()
+    folder.begin(tmp_path / "other", 1)
     with pytest.raises(CheckpointError, match="gone has no tokenizer"):
-        folder.publish(
-            tmp_path / "other", 1, folder.begin(tmp_path / "other", 1), model_config, assets=tmp_path / "gone"
-        )
+        folder.publish(tmp_path / "other", 1, model_config, assets=tmp_path / "gone")
 
 
 def test_train_state_that_json_cannot_hold_is_refused(tmp_path: Path, model_config: ModelConfig) -> None:
-    partial = folder.begin(tmp_path, 1)
+    folder.begin(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"train_state\.json"):
-        folder.publish(tmp_path, 1, partial, model_config, {"model": object()})
+        folder.publish(tmp_path, 1, model_config, {"model": object()})
     assert folder.find_checkpoint(tmp_path) is None
 
 

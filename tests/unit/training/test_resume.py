@@ -112,7 +112,8 @@ def checkpoint(root: Path, tokenizer: str = "a b c", iteration: int = 1, **langu
     (assets / "tokenizer").mkdir(parents=True, exist_ok=True)
     (assets / "tokenizer" / "vocab.txt").write_text(tokenizer)
     (assets / "preprocessor_config.json").write_text("{}")
-    return folder.publish(root, iteration, folder.begin(root, iteration), model, {}, assets)
+    folder.begin(root, iteration)
+    return folder.publish(root, iteration, model, {}, assets)
 
 
 def test_another_model_beside_a_run_is_refused(tmp_path: Path) -> None:

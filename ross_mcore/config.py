@@ -20,6 +20,7 @@ from ross_mcore.options import (
     ParallelOptions,
     TrainingOptions,
 )
+from ross_mcore.parallel.layout import Placement
 
 MOST_NUMBER = 10**18
 """Limit of every option: larger numbers do not fit the 64-bit integers and the JSON that options are stored in."""
@@ -80,16 +81,16 @@ class Config:
         return self.optimizer.vision_lr is not None
 
     @property
-    def placement(self) -> dict[str, Any]:
-        """The arguments of parallel/layout.py:make_layout that options decide."""
-        return {
-            "tensor_parallel": self.parallel.tensor_model_parallel_size,
-            "pipeline_parallel": self.parallel.pipeline_model_parallel_size,
-            "pipeline_layout": self.parallel.pipeline_layout,
-            "layers_per_virtual_stage": self.parallel.num_layers_per_virtual_pipeline_stage,
-            "llm_trains": self.llm_trains,
-            "vision_trains": self.vision_trains,
-        }
+    def placement(self) -> Placement:
+        """The options that decide how the model is placed on ranks."""
+        return Placement(
+            tensor_parallel=self.parallel.tensor_model_parallel_size,
+            pipeline_parallel=self.parallel.pipeline_model_parallel_size,
+            pipeline_layout=self.parallel.pipeline_layout,
+            layers_per_virtual_stage=self.parallel.num_layers_per_virtual_pipeline_stage,
+            llm_trains=self.llm_trains,
+            vision_trains=self.vision_trains,
+        )
 
     def template(self, model: ModelConfig) -> str:
         """The conversation template; the default depends on the stage and the language model's family."""

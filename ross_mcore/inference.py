@@ -37,7 +37,7 @@ from ross_mcore.models.inventory import inventory
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel, RossOptions
 from ross_mcore.parallel import groups
-from ross_mcore.parallel.layout import make_layout
+from ross_mcore.parallel.layout import Placement, make_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,7 @@ def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: 
     config = architecture_of(checkpoint, inventory)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     platform.initialize_process_group(timeout_minutes=10)
-    layout = make_layout(config, world_size=1, tensor_parallel=1, pipeline_parallel=1)
+    layout = make_layout(config, Placement(), world_size=1)
     here = groups.initialize(layout, seed, timeout_minutes=10)
     model = RossModel(config, here, Execution(dtype=computed_in), here.stage.chunks[0], RossOptions(seed=seed))
     model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     config = flags.parse(rest, complete=False, prog=prog)
     try:
         model = read_model(options, config.checkpoint.load)
-        layout = make_layout(model, world_size=options.world_size, **config.placement)
+        layout = make_layout(model, config.placement, world_size=options.world_size)
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
     except UserError as error:
         return refuse(prog, f"{error}; see --help")

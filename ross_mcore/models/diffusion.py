@@ -2,8 +2,8 @@
 
 Legend: I images, k draws of an image, M latents, C latent channels, g side of the grid of latent tokens, T timesteps.
 Sources: DDPM (Ho et al. 2020), the cosine schedule of Nichol and Dhariwal 2021, reference
-diffusion_utils/gaussian_diffusion.py, respace.py and __init__.py. Predicting noise, mean squared error, fixed large
-variance: nothing else of that library is used by ROSS, so nothing else is here.
+diffusion_utils/gaussian_diffusion.py, respace.py and __init__.py. Only the variant that ROSS uses is implemented: the
+model predicts the noise, the loss is the mean squared error, the variance is fixed (FIXED_LARGE).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def cosine_betas(num_timesteps: int) -> Tensor:
 
 
 def spaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` timesteps spread evenly over 0 .. num_timesteps - 1, both ends included (reference respace.py).
+    """`steps` evenly spaced timesteps from 0 to num_timesteps - 1, both included (reference respace.py).
 
     Raises ValueError unless 1 <= steps <= num_timesteps.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"{steps} sampling steps of {num_timesteps} timesteps; expected 1 to {num_timesteps}")
     stride = (num_timesteps - 1) / (steps - 1) if steps > 1 else 1.0
-    # Summed as the reference sums it: a product could round to another neighbour.
+    # the reference sums the stride up; a product could round to another timestep
     chosen, current = [], 0.0
     for _ in range(steps):
         chosen.append(round(current))
@@ -50,9 +50,9 @@ def spaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
 class Schedule:
     """Tables of a diffusion process over the timesteps kept in `timestep_map`; all [T], float64, on the CPU.
 
-    Arithmetic is done on values cast to float32 after they are taken from the tables, as in the reference. `timesteps`
-    arguments index the tables; `timestep_map` [T] int64 says which timestep of the full process the denoiser is told.
-    Not a module: nothing here is saved with a checkpoint or cast with a model.
+    Values from the tables are cast to float32 before arithmetic, as in the reference. `timesteps` arguments index the
+    tables; `timestep_map` [T] int64 holds the timesteps of the full process, which the denoiser gets as input. Not a
+    module, so it is not saved with a checkpoint and not cast with a model.
     """
 
     def __init__(self, betas: Tensor, timestep_map: Sequence[int] | None = None) -> None:
@@ -61,7 +61,7 @@ class Schedule:
         self.timestep_map = torch.tensor(kept, dtype=torch.int64)
         full_alphas_cumprod = torch.cumprod(1 - self.full_betas, 0)[self.timestep_map]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), full_alphas_cumprod[:-1]])
-        # Even with every timestep kept, betas are recomputed from the products: the reference trains with these.
+        # the reference recomputes betas from the products, even when every timestep is kept
         self.betas = 1 - full_alphas_cumprod / previous
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
@@ -70,25 +70,25 @@ class Schedule:
         self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
         self.posterior_variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)
-        # The variance of the last step is 0; its logarithm borrows the step before.
+        # the variance at t = 0 is 0; its logarithm is that of t = 1 instead
         second = self.posterior_variance[1:2] if len(kept) > 1 else self.betas
         self.posterior_log_variance_clipped = torch.cat([second, self.posterior_variance[1:]]).log()
         self.posterior_mean_coef1 = self.betas * before.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - before) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
         self.fixed_large_variance = torch.cat([second, self.betas[1:]])
-        """What the sampler adds at each step: beta_t, and for t = 0 the posterior variance of t = 1 (FIXED_LARGE)."""
+        """Variance of the noise that the sampler adds: beta_t, at t = 0 the posterior variance of t = 1."""
 
     @classmethod
-    def cosine(cls, num_timesteps: int = TRAIN_TIMESTEPS) -> Schedule:
+    def cosine(cls) -> Schedule:
         """The process that ROSS trains with."""
-        return cls(cosine_betas(num_timesteps))
+        return cls(cosine_betas(TRAIN_TIMESTEPS))
 
     @property
     def num_timesteps(self) -> int:
         return len(self.betas)
 
     def respace(self, steps: int) -> Schedule:
-        """A process of `steps` timesteps with the same marginals at the timesteps it keeps, for faster sampling."""
+        """A process of `steps` timesteps, for faster sampling; the marginals at the timesteps it keeps are the same."""
         return Schedule(self.full_betas, spaced_timesteps(len(self.full_betas), steps))
 
     def _at(self, table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Schedule:
         return values.view(-1, *[1] * (like.dim() - 1))
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """x_start [M, ...], timesteps [M], noise [M, ...] -> x_t [M, ...]: the latent after `timesteps` of noise."""
+        """x_start [M, ...], timesteps [M], noise [M, ...] -> x_t [M, ...]: the noisy latent at `timesteps`."""
         signal = self._at(self.sqrt_alphas_cumprod, timesteps, x_start)
         return signal * x_start + self._at(self.sqrt_one_minus_alphas_cumprod, timesteps, x_start) * noise
 
@@ -123,53 +123,40 @@ def epsilon_loss(prediction: Tensor, noise: Tensor) -> Tensor:
 def sample(
     denoise: Callable[[Tensor, Tensor], Tensor],
     schedule: Schedule,
-    shape: Sequence[int],
+    start: Tensor,
+    noises: Iterable[Tensor],
     *,
-    steps: int | None = None,
-    generator: torch.Generator | None = None,
-    start: Tensor | None = None,
-    noises: Iterable[Tensor] | None = None,
     temperature: float = 1.0,
     clip: float | None = None,
-    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Ancestral sampling (DDPM algorithm 2): latents of `shape` [M, C, g, g], float32, on `device`.
+    """Ancestral sampling (DDPM algorithm 2): start [M, C, g, g] -> latents [M, C, g, g] float32 on its device.
 
     denoise(x [M, C, g, g], timesteps [M]) returns the predicted noise; its timesteps are those of the full process.
-    `steps` respaces the schedule. The first latent `start` [M, C, g, g] and the noise of every step, `noises` (one
-    [M, C, g, g] a step, in the order used, the last of them unused), are drawn from `generator` where not given, on the
-    generator's device (default: the CPU's), so they do not depend on `device`. `temperature` scales the noise of the
-    steps; `clip` bounds the estimate of x_0 to [-clip, clip]. The reference does not bound it; but the cosine schedule
-    ends at a signal of 5e-5, where an error of 0.1 in the predicted noise is one of 2,000 in x_0 and spoils the sample.
-    Source: reference gaussian_diffusion.py (p_sample_loop) and denoiser_dit.py:250-268.
+    `start` is Gaussian noise. `noises` has one more [M, C, g, g] on any device for each timestep, in the order used;
+    the last is not used. `temperature` scales them; `clip` bounds the estimate of x_0 to [-clip, clip]. The reference
+    does not bound it; but the cosine schedule ends at a signal of 5e-5, where an error of 0.1 in the predicted noise
+    is an error of 2,000 in x_0 and spoils the sample. Raises ValueError when the number of noises or their shape is
+    wrong. Source: reference gaussian_diffusion.py (p_sample_loop) and denoiser_dit.py:250-268.
     """
-    schedule = schedule.respace(steps) if steps is not None else schedule
-    generator = generator or torch.default_generator
-
-    def draw() -> Tensor:
-        return torch.randn(tuple(shape), generator=generator, device=generator.device)
-
-    given = None if noises is None else iter(noises)
-    x = (draw() if start is None else start.float()).to(device)
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"start has shape {list(x.shape)}, but the sample is to have {list(shape)}")
+    x = start.float()
     deviations = schedule.fixed_large_variance.sqrt().float()
-    for step in reversed(range(schedule.num_timesteps)):
-        timesteps = torch.full((len(x),), step, dtype=torch.int64, device=device)
+    for step, fresh in zip(reversed(range(schedule.num_timesteps)), noises, strict=True):
+        if fresh.shape != x.shape:
+            raise ValueError(f"start has shape {list(x.shape)}, but a noise {list(fresh.shape)}")
+        timesteps = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
         noise = denoise(x, torch.full_like(timesteps, int(schedule.timestep_map[step]))).float()
         estimate = schedule.predict_start(x, timesteps, noise)
         if clip is not None:
             estimate = estimate.clamp(-clip, clip)
         x = schedule.posterior(estimate, x, timesteps)[0]
-        fresh = draw() if given is None else next(given)
         if step:
-            x = x + temperature * float(deviations[step]) * fresh.to(device=device, dtype=x.dtype)
+            x = x + temperature * float(deviations[step]) * fresh.to(x)
     return x
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All randomness of the reconstruction loss of I images; a public argument, so that recorded draws can be replayed.
+    """The random numbers in the reconstruction loss of I images, as a value, so that recorded ones can be used again.
 
     posterior_noise [I, C, h, w] of the VAE's posterior; timesteps [I, k] int64; noise [I, k, 4C, g, g].
     """
@@ -187,7 +174,7 @@ class Draws:
 
 
 def draw_seed(seed: int, position: int, ordinal: int) -> int:
-    """A 63-bit hash of what names an image in the training stream: the run's seed, its sample, its place therein."""
+    """A 63-bit hash of the run's seed, the sample's position in the stream, and the image's number in the sample."""
     digest = hashlib.blake2b(struct.pack("<3q", seed, position, ordinal), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -199,14 +186,13 @@ def keyed_draws(
     draws: int,
     latent_shape: Sequence[int],
     grid: int,
-    num_timesteps: int = TRAIN_TIMESTEPS,
 ) -> Draws:
     """positions [I], ordinals [I], latent_shape (C, h, w), grid g -> float32 draws on the CPU.
 
-    Every image has a generator of its own, seeded by `draw_seed`, from which posterior noise, timesteps and noise are
-    drawn in that order: the same in every batch, rank, layout and resumed run. (PyTorch's CPU generator keeps 32 bits
-    of a seed, so among millions of images a few pairs share their draws.) Raises ValueError when there are not as many
-    positions as ordinals.
+    Each image has its own generator, seeded by `draw_seed`, which draws posterior noise, timesteps and noise in this
+    order: the same in every batch, rank, layout and resumed run. (PyTorch's CPU generator keeps 32 bits of a seed, so
+    among millions of images a few pairs have equal draws.) Raises ValueError when the numbers of positions and
+    ordinals differ.
     """
     if positions.numel() != ordinals.numel():
         raise ValueError(f"{positions.numel()} image positions, but {ordinals.numel()} image ordinals")
@@ -219,7 +205,7 @@ def keyed_draws(
     for image, (position, ordinal) in enumerate(zip(positions.tolist(), ordinals.tolist(), strict=True)):
         generator.manual_seed(draw_seed(seed, position, ordinal))
         posterior_noise[image].normal_(generator=generator)
-        timesteps[image].random_(0, num_timesteps, generator=generator)
+        timesteps[image].random_(0, TRAIN_TIMESTEPS, generator=generator)
         noise[image].normal_(generator=generator)
     return Draws(posterior_noise, timesteps, noise)
 
@@ -234,8 +220,8 @@ def reconstruction_losses(
     """condition [I, N, Dc], latents [I, 4C, g, g], draws of I images -> [I] float32: mean loss of each image's draws.
 
     The reference tiles its batch draw after draw (reference ross_arch.py:466-512); here the draws of an image are
-    neighbours, which changes no loss and no gradient. Without images the result is empty but still connected to the
-    condition and to the denoiser's parameters. Raises ValueError when the numbers of images disagree.
+    neighbours, which changes no loss and no gradient. Without images the result is empty, but still depends on the
+    condition and the denoiser's parameters in autograd. Raises ValueError when the numbers of images differ.
     """
     images, repeats = draws.timesteps.shape
     if not len(condition) == len(latents) == images:

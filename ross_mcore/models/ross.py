@@ -260,14 +260,11 @@ class RossModel(MegatronModule):
 
         latents = diffusion.sample(
             lambda x, timesteps: self.denoiser(x, timesteps, condition),
-            self.schedule,
-            (len(share), *shape),
-            steps=steps,
-            start=draw(),
-            noises=(draw() for _ in range(steps)),
+            self.schedule.respace(steps),
+            draw().to(hidden.device),
+            (draw() for _ in range(steps)),
             temperature=temperature,
             clip=LATENT_BOUND,
-            device=hidden.device,
         )
         if self.options.precomputed.latents:  # the picture itself may not be there: what the VAE keeps of it is
             means = sample_latents(self._posteriors(batch), None, self.autoencoder_config)

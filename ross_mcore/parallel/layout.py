@@ -1,24 +1,24 @@
-"""PURE: where things are. Degrees and a model -> what each pipeline stage hosts and which inputs it needs.
+"""Places a model on ranks: degrees of parallelism -> decoder layers of every pipeline stage.
 
-Nothing here knows a process group: a layout is data, computed once and validated when constructed.
+Pure functions without process groups: a layout is data, computed once and validated when constructed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
+from ross_mcore.architecture import NOTHING_PRECOMPUTED, LanguageConfig, ModelConfig, Precomputed
 from ross_mcore.errors import LayoutError
 from ross_mcore.flops import forward_flops, stage_flops
 
 TYPICAL_TEXT_TOKENS = 300
-"""Text tokens of a typical instruction sample: what stage balance is computed for when nothing better is known."""
+"""Text tokens of a typical instruction sample; stages are balanced for one image and this many."""
 
 
 def share_of(count: int, rank: int, size: int) -> range:
     """The contiguous share of `count` items that `rank` of `size` ranks holds; the first ranks hold one more.
 
-    Raises ValueError when rank is not one of size ranks.
+    Raises ValueError unless 0 <= rank < size.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} of {size} ranks")
@@ -29,10 +29,10 @@ def share_of(count: int, rank: int, size: int) -> range:
 
 @dataclass(frozen=True)
 class DataShare:
-    """What a rank reads of every step: the micro-batches of data-parallel rank `dp_rank` of `dp_size`.
+    """The part of every step that a rank reads: the micro-batches of data-parallel rank `dp_rank` of `dp_size`.
 
-    Of the pictures in them it decodes the share of tensor-parallel rank `tp_rank` of `tp_size`. `reads`: False on
-    stages that plan the rows and read nothing.
+    It decodes the share of their images that belongs to tensor-parallel rank `tp_rank` of `tp_size`. `reads` is False
+    on middle stages, which plan rows but read none.
     """
 
     dp_rank: int = 0
@@ -43,14 +43,15 @@ class DataShare:
 
 
 EVERYTHING = DataShare()
-"""The share of a rank that is alone."""
+"""The share of a single rank."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Decoder layers that follow each other and what stands before or after them: the unit of the pipeline schedule.
+    """Consecutive decoder layers, the unit of the pipeline schedule.
 
-    number: which of its rank's chunks it is; is_first, is_last: of the model.
+    number: index among the chunks of its rank; is_first, is_last: whether it is the model's first or last chunk, which
+    also hosts the parts before or after the decoder layers.
     """
 
     number: int
@@ -61,38 +62,38 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline rank hosts: one chunk, or several under the interleaved schedule."""
+    """The chunks of one pipeline rank: one, or several under the interleaved schedule."""
 
     index: int
     chunks: tuple[Chunk, ...]
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of its decoder layers."""
+        """Indices of its decoder layers in the model."""
         return [layer for chunk in self.chunks for layer in chunk.layers]
 
     @property
     def is_first(self) -> bool:
-        """Whether it hosts the model's beginning."""
+        """Whether it hosts the model's first chunk."""
         return self.chunks[0].is_first
 
     @property
     def is_last(self) -> bool:
-        """Whether it hosts the model's end."""
+        """Whether it hosts the model's last chunk."""
         return self.chunks[-1].is_last
 
     @property
     def reads_data(self) -> bool:
-        """Only the ends need the batch: tokens and pixels at the start, labels and pixels at the end."""
+        """Whether it needs the batch: the first stage reads tokens and pixels, the last labels and pixels."""
         return self.is_first or self.is_last
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole placement.
+    """Degrees of parallelism, and how many decoder layers each chunk of the model has, in order.
 
-    layers_per_chunk: decoder layers of the model's chunks in order, summing to the model's; chunk c is on pipeline rank
-    c % P, so that a rank holds chunks r, P + r, 2P + r ... (Narayanan et al. 2021, section 2.2).
+    Chunk c is on pipeline rank c % P, so rank r holds chunks r, P + r, 2P + r ... (Narayanan et al. 2021, section 2.2).
+    Raises LayoutError when the number of chunks does not fit the stages, or a chunk has no layer.
     """
 
     tensor_parallel: int
@@ -116,17 +117,17 @@ class Layout:
 
     @property
     def micro_batch_multiple(self) -> int:
-        """What the micro-batches of a rank must be a multiple of: P under the interleaved schedule."""
+        """The interleaved schedule needs a multiple of P micro-batches per rank; others any number."""
         return self.pipeline_parallel if self.virtual_stages > 1 else 1
 
     def stage(self, index: int) -> Stage:
-        places = range(index, len(self.layers_per_chunk), self.pipeline_parallel)
-        return Stage(index, tuple(self._chunk(number, place) for number, place in enumerate(places)))
+        positions = range(index, len(self.layers_per_chunk), self.pipeline_parallel)
+        return Stage(index, tuple(self._chunk(number, position) for number, position in enumerate(positions)))
 
-    def _chunk(self, number: int, place: int) -> Chunk:
-        start = sum(self.layers_per_chunk[:place])
-        layers = range(start, start + self.layers_per_chunk[place])
-        return Chunk(number, layers, is_first=place == 0, is_last=place == len(self.layers_per_chunk) - 1)
+    def _chunk(self, number: int, position: int) -> Chunk:
+        start = sum(self.layers_per_chunk[:position])
+        layers = range(start, start + self.layers_per_chunk[position])
+        return Chunk(number, layers, is_first=position == 0, is_last=position == len(self.layers_per_chunk) - 1)
 
     def megatron_pipeline_layout(self) -> list[list[str]] | None:
         """mcore's `pipeline_model_parallel_layout`; None for a single stage."""
@@ -138,6 +139,20 @@ class Layout:
         return rows
 
 
+@dataclass(frozen=True)
+class Placement:
+    """The options of a run that decide how its model is placed on ranks."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    pipeline_layout: str = "auto"
+    """`auto`, `even`, or decoder layers per chunk such as `8,8,8,4`."""
+    layers_per_virtual_stage: int | None = None
+    """Decoder layers per chunk under the interleaved schedule; None: one chunk per rank."""
+    llm_trains: bool = True
+    vision_trains: bool = False
+
+
 def stage_extra_costs(
     model: ModelConfig,
     llm_trains: bool,
@@ -145,7 +160,7 @@ def stage_extra_costs(
     tokens: int,
     precomputed: Precomputed = NOTHING_PRECOMPUTED,
 ) -> tuple[float, float]:
-    """What the first and the last stage do beside decoder layers, in units of one decoder layer's step time."""
+    """Cost of the first and the last stage without their decoder layers, in units of one decoder layer's step."""
     parts = forward_flops(model, tokens, labelled_tokens=tokens / 4, precomputed=precomputed)
     first, layer, last = stage_flops(parts, llm_trains, vision_trains)
     return first / layer, last / layer
@@ -154,11 +169,11 @@ def stage_extra_costs(
 def balance(
     num_layers: int, stages: int, first_extra: float, last_extra: float, virtual_stages: int = 1
 ) -> tuple[int, ...]:
-    """Layers per chunk that make the slowest rank as fast as possible; the extras are in units of a layer.
+    """Layers per chunk that minimise the load of the slowest rank; the extras are in units of a layer.
 
-    Every chunk gets one layer; each further layer goes to the rank that is then least loaded, which is optimal because
-    all layers cost the same, and there to the smallest chunk. Among equals the middle ranks come first: they hold no
-    embedding and no vocabulary.
+    Every chunk gets one layer. Each further layer goes to the rank with the least load, into its smallest chunk; this
+    is optimal because all layers cost the same. Of equally loaded ranks a middle one is chosen, because it holds no
+    embedding and no output layer. Raises LayoutError when there are more chunks than layers.
     """
     chunks = stages * virtual_stages
     if not 1 <= chunks <= num_layers:
@@ -180,7 +195,10 @@ def balance(
 
 
 def parse_layers(text: str, num_layers: int, stages: int) -> tuple[int, ...]:
-    """`--pipeline-layout` given as decoder layers per chunk, `7,8,9,4`; k times as many are k chunks a rank."""
+    """Parses `--pipeline-layout 7,8,9,4`: decoder layers per chunk; with k * stages numbers each rank has k chunks.
+
+    Raises LayoutError for text that is no list of numbers, and for counts that do not fit stages and layers.
+    """
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -196,7 +214,7 @@ def parse_layers(text: str, num_layers: int, stages: int) -> tuple[int, ...]:
 
 
 def _virtual_stages(num_layers: int, stages: int, layers_each: int) -> int:
-    """Chunks of every rank when each has `layers_each` layers."""
+    """Chunks per rank when each chunk has `layers_each` layers."""
     if stages == 1:
         raise LayoutError("--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size 2 or more")
     if num_layers % (stages * layers_each):
@@ -209,28 +227,40 @@ def _virtual_stages(num_layers: int, stages: int, layers_each: int) -> int:
 
 
 def make_layout(
-    model: ModelConfig,
-    *,
-    world_size: int,
-    tensor_parallel: int,
-    pipeline_parallel: int,
-    pipeline_layout: str = "auto",
-    layers_per_virtual_stage: int | None = None,
-    llm_trains: bool = True,
-    vision_trains: bool = False,
-    precomputed: Precomputed = NOTHING_PRECOMPUTED,
+    model: ModelConfig, placement: Placement, *, world_size: int, precomputed: Precomputed = NOTHING_PRECOMPUTED
 ) -> Layout:
-    """Validates the degrees against the model and the number of processes, and places the layers.
+    """Checks the degrees against the model and the number of processes, and places the decoder layers.
 
-    `layers_per_virtual_stage` asks for the interleaved schedule: as many chunks a rank as chunks of that size make,
-    which are then balanced like stages. Raises LayoutError with the two counts that disagree and what to change.
+    Raises LayoutError with the two counts that disagree and the remedy.
     """
-    language = model.language
-    model_parallel = tensor_parallel * pipeline_parallel
-    if world_size % model_parallel:
+    _check_degrees(model.language, placement, world_size)
+    layers, stages, chosen = model.language.num_hidden_layers, placement.pipeline_parallel, placement.pipeline_layout
+    virtual_stages = 1
+    if placement.layers_per_virtual_stage is not None:
+        if chosen not in ("auto", "even"):
+            raise LayoutError(
+                f"--pipeline-layout {chosen} sets the layers of every chunk; "
+                "remove --num-layers-per-virtual-pipeline-stage"
+            )
+        virtual_stages = _virtual_stages(layers, stages, placement.layers_per_virtual_stage)
+    if chosen == "auto":
+        tokens = model.vision.image_tokens + TYPICAL_TEXT_TOKENS
+        extras = stage_extra_costs(model, placement.llm_trains, placement.vision_trains, tokens, precomputed)
+        counts = balance(layers, stages, *extras, virtual_stages)
+    elif chosen == "even":
+        counts = balance(layers, stages, 0.0, 0.0, virtual_stages)
+    else:
+        counts = parse_layers(chosen, layers, stages)
+    data_parallel = world_size // (placement.tensor_parallel * stages)
+    return Layout(placement.tensor_parallel, stages, data_parallel, counts)
+
+
+def _check_degrees(language: LanguageConfig, placement: Placement, world_size: int) -> None:
+    tensor, pipeline = placement.tensor_parallel, placement.pipeline_parallel
+    if world_size % (tensor * pipeline):
         raise LayoutError(
-            f"{world_size} processes cannot be split into tensor {tensor_parallel} x pipeline {pipeline_parallel}: "
-            f"start a multiple of {model_parallel} processes"
+            f"{world_size} processes cannot be split into tensor {tensor} x pipeline {pipeline}: "
+            f"start a multiple of {tensor * pipeline} processes"
         )
     for what, count in (
         ("attention heads", language.num_attention_heads),
@@ -238,30 +268,13 @@ def make_layout(
         ("rows of the padded vocabulary", language.padded_vocab_size),
         ("columns of the MLP", language.intermediate_size),
     ):
-        if count % tensor_parallel:
+        if count % tensor:
             raise LayoutError(
-                f"tensor-model-parallel-size {tensor_parallel} does not divide the model's {count} {what}; "
-                f"use one that does, and more pipeline stages or data parallelism instead"
+                f"tensor-model-parallel-size {tensor} does not divide the model's {count} {what}; "
+                "use one that does, and more pipeline stages or data parallelism instead"
             )
-    if pipeline_parallel > language.num_hidden_layers:
+    if pipeline > language.num_hidden_layers:
         raise LayoutError(
-            f"pipeline-model-parallel-size {pipeline_parallel} is larger than the model's "
+            f"pipeline-model-parallel-size {pipeline} is larger than the model's "
             f"{language.num_hidden_layers} decoder layers; use at most {language.num_hidden_layers}"
         )
-    layers, virtual_stages = language.num_hidden_layers, 1
-    if layers_per_virtual_stage is not None:
-        if pipeline_layout not in ("auto", "even"):
-            raise LayoutError(
-                f"--pipeline-layout {pipeline_layout} says how many layers each chunk has; "
-                "remove --num-layers-per-virtual-pipeline-stage"
-            )
-        virtual_stages = _virtual_stages(layers, pipeline_parallel, layers_per_virtual_stage)
-    if pipeline_layout == "auto":
-        tokens = model.vision.image_tokens + TYPICAL_TEXT_TOKENS
-        extras = stage_extra_costs(model, llm_trains, vision_trains, tokens, precomputed)
-        counts = balance(layers, pipeline_parallel, *extras, virtual_stages)
-    elif pipeline_layout == "even":
-        counts = balance(layers, pipeline_parallel, 0.0, 0.0, virtual_stages)
-    else:
-        counts = parse_layers(pipeline_layout, layers, pipeline_parallel)
-    return Layout(tensor_parallel, pipeline_parallel, world_size // model_parallel, counts)

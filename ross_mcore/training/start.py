@@ -63,7 +63,7 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
 def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = NOTHING_PRECOMPUTED) -> Layout:
     """The layout of this run, after all checks that do not need the model. Raises ConfigError, LayoutError."""
     world_size = torch.distributed.get_world_size()
-    layout = make_layout(model_config, world_size=world_size, precomputed=precomputed, **config.placement)
+    layout = make_layout(model_config, config.placement, world_size=world_size, precomputed=precomputed)
     options.check(
         config,
         data_parallel_size=layout.data_parallel,

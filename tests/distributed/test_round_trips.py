@@ -38,13 +38,13 @@ def pass_through_model(root: str, names: list[str], layout_name: str) -> None:
     from ross_mcore.models.language import Execution
     from ross_mcore.models.ross import RossModel
     from ross_mcore.parallel import groups
-    from ross_mcore.parallel.layout import make_layout
+    from ross_mcore.parallel.layout import Placement, make_layout
 
     tensor, pipeline = LAYOUTS[layout_name]
     for name in names:
         base = require_checkpoint(Path(root) / "base" / name)
         config = base.model_config()
-        layout = make_layout(config, world_size=tensor * pipeline, tensor_parallel=tensor, pipeline_parallel=pipeline)
+        layout = make_layout(config, Placement(tensor, pipeline), world_size=tensor * pipeline)
         dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
         here = groups.initialize(layout, 1, 1)
         model = RossModel(config, here, Execution(dtype=dtype), here.stage.chunks[0])

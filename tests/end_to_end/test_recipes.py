@@ -152,14 +152,7 @@ def read_model(recipe: Recipe) -> ModelConfig:
 
 
 def place(recipe: Recipe, config: Config, model: ModelConfig) -> Layout:
-    return make_layout(
-        model,
-        world_size=WORLD,
-        tensor_parallel=config.parallel.tensor_model_parallel_size,
-        pipeline_parallel=config.parallel.pipeline_model_parallel_size,
-        pipeline_layout=config.parallel.pipeline_layout,
-        llm_trains=config.training.training_stage == "finetune",
-    )
+    return make_layout(model, config.placement, world_size=WORLD)
 
 
 def test_there_is_one_recipe_for_every_script() -> None:

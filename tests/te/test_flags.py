@@ -160,13 +160,13 @@ def _read(config: Config, base: str) -> dict[str, Any]:
     from ross_mcore.engine.setup import build_engine
     from ross_mcore.models.language import transformer_config
     from ross_mcore.parallel import groups
-    from ross_mcore.parallel.layout import make_layout
+    from ross_mcore.parallel.layout import Placement, make_layout
 
     checkpoint = require_checkpoint(Path(base))
     model_config = checkpoint.model_config()
     tensor = config.parallel.tensor_model_parallel_size
-    degrees = {"world_size": torch.distributed.get_world_size(), "tensor_parallel": tensor, "pipeline_parallel": 1}
-    here = groups.initialize(make_layout(model_config, **degrees), 1, 1)
+    layout = make_layout(model_config, Placement(tensor_parallel=tensor), world_size=torch.distributed.get_world_size())
+    here = groups.initialize(layout, 1, 1)
     if config.execution.gradient_accumulation_fusion:
         mcore = transformer_config(model_config.language, here, execution_of(config))
         return {"config.gradient_accumulation_fusion": mcore.gradient_accumulation_fusion}

@@ -22,7 +22,7 @@ ALLOWED = {
     "checked": set(),
     "batch": set(),
     "options": {"checked"},
-    "config": {"architecture", "checked", "options"},
+    "config": {"architecture", "checked", "options", "parallel"},
     "flags": {"checked", "options", "config"},
     "flops": {"architecture"},
     "parts": {"architecture"},

@@ -95,14 +95,8 @@ def _toy_rows(toy: Tensors) -> Iterator[Row]:
     moving = (toy["t"] > 0).view(-1, 1, 1, 1)
     noise = toy["p_sample_noise"]
     with torch.no_grad():
-        loop = sample(
-            denoise,
-            schedule,
-            toy["loop10_start"].shape,
-            steps=len(toy["loop10_noises"]),
-            start=toy["loop10_start"],
-            noises=toy["loop10_noises"],
-        )
+        noises = toy["loop10_noises"]
+        loop = sample(denoise, schedule.respace(len(noises)), toy["loop10_start"], noises)
     quantities = {
         "x_t": x_t,
         "pred_noise": prediction,

@@ -33,7 +33,7 @@ def test_an_image_draws_the_same_in_every_batch():
     assert torch.equal(reordered.noise, whole.noise[[2, 1]])
 
 
-def test_seed_position_and_ordinal_all_matter():
+def test_draws_depend_on_seed_position_and_ordinal():
     keys = {(seed, position, ordinal) for seed in range(4) for position in range(50) for ordinal in range(4)}
     seeds = {draw_seed(*key) for key in keys}
     assert len(seeds) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
@@ -100,11 +100,18 @@ def ideal_denoiser(schedule: Schedule, mean: float, deviation: float):
     return denoise
 
 
+def drawn(shape, steps, seed):
+    """The first latent and the noise of every step."""
+    generator = torch.Generator().manual_seed(seed)
+    start, *noises = [torch.randn(shape, generator=generator) for _ in range(1 + steps)]
+    return start, noises
+
+
 def test_sampler_reproduces_a_distribution():
     """With the ideal denoiser of N(1.5, 0.5^2), 250 steps must give that mean and deviation to three percent."""
     schedule = Schedule.cosine()
-    generator = torch.Generator().manual_seed(0)
-    samples = sample(ideal_denoiser(schedule, 1.5, 0.5), schedule, (8, 4, 16, 16), steps=250, generator=generator)
+    denoise = ideal_denoiser(schedule, 1.5, 0.5)
+    samples = sample(denoise, schedule.respace(250), *drawn((8, 4, 16, 16), 250, seed=0))
     assert abs(samples.mean().item() - 1.5) < 0.03
     assert abs(samples.std().item() - 0.5) < 0.015
 
@@ -112,26 +119,27 @@ def test_sampler_reproduces_a_distribution():
 def test_sampler_options():
     schedule = Schedule.cosine()
     denoise = ideal_denoiser(schedule, 1.5, 0.5)
-    shape = (2, 1, 4, 4)
+    start, noises = drawn((2, 1, 4, 4), 5, seed=3)
 
-    def run(**options):
-        return sample(denoise, schedule, shape, steps=5, generator=torch.Generator().manual_seed(3), **options)
+    def run(start=start, noises=noises, **options):
+        return sample(denoise, schedule.respace(5), start, noises, **options)
 
-    generator = torch.Generator().manual_seed(3)
-    start, *noises = [torch.randn(shape, generator=generator) for _ in range(6)]
-    assert torch.equal(run(), sample(denoise, schedule, shape, steps=5, start=start, noises=noises))
+    assert torch.equal(run(), run(noises=(noise.double() for noise in noises)))
+    assert torch.equal(run(), run(noises=[*noises[:-1], torch.zeros(2, 1, 4, 4)]))
     assert not torch.equal(run(), run(temperature=0.5))
     assert run(temperature=0.0).std() < run().std()
     assert run(clip=1.0).abs().max() <= 1
     with pytest.raises(ValueError, match="start has shape"):
-        sample(denoise, schedule, shape, steps=5, start=torch.zeros(1, 1, 4, 4))
+        run(start=torch.zeros(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="shorter"):
+        run(noises=noises[1:])
 
 
 def test_one_step_gives_the_estimate():
     schedule = Schedule.cosine().respace(1)
     x = torch.randn(2, 1, 4, 4)
     noise = torch.randn(2, 1, 4, 4)
-    estimate = sample(lambda latents, timesteps: noise, schedule, x.shape, start=x)
+    estimate = sample(lambda latents, timesteps: noise, schedule, x, [torch.zeros_like(x)])
     torch.testing.assert_close(estimate, schedule.predict_start(x, torch.zeros(2, dtype=torch.int64), noise))
 
 

@@ -20,7 +20,7 @@ from ross_mcore.architecture import (
 from ross_mcore.errors import LayoutError
 from ross_mcore.flops import forward_flops
 from ross_mcore.models.inventory import inventory
-from ross_mcore.parallel.layout import balance, make_layout, share_of, stage_extra_costs
+from ross_mcore.parallel.layout import Placement, balance, make_layout, share_of, stage_extra_costs
 
 QWEN2_7B = LanguageConfig(
     "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 32768, 1e-6, 1e6, tie_word_embeddings=False, qkv_bias=True
@@ -93,23 +93,17 @@ def test_operations_follow_from_the_shapes_of_weights() -> None:
     assert (parts.vision_model, parts.denoiser) == (tower, denoiser)
 
 
-def test_the_encoder_and_the_denoiser_weigh_in_the_balance() -> None:
-    layout = make_layout(ROSS_7B, world_size=4, tensor_parallel=1, pipeline_parallel=4)
+def test_the_balance_counts_the_encoder_and_the_denoiser() -> None:
+    layout = make_layout(ROSS_7B, Placement(pipeline_parallel=4), world_size=4)
     first, *_, last = layout.layers_per_chunk
     assert sum(layout.layers_per_chunk) == 28
     assert last < 7 <= layout.layers_per_chunk[1] and first >= last
 
 
-def test_what_is_precomputed_weighs_nothing() -> None:
+def test_precomputed_parts_cost_nothing() -> None:
     def place(precomputed: Precomputed) -> tuple[tuple[int, ...], tuple[float, float]]:
-        layout = make_layout(
-            ROSS_7B,
-            world_size=4,
-            tensor_parallel=1,
-            pipeline_parallel=4,
-            llm_trains=False,
-            precomputed=precomputed,
-        )
+        placement = Placement(pipeline_parallel=4, llm_trains=False)
+        layout = make_layout(ROSS_7B, placement, world_size=4, precomputed=precomputed)
         return layout.layers_per_chunk, stage_extra_costs(ROSS_7B, False, False, 1029, precomputed)
 
     (*_, computed), (first, last) = place(Precomputed())
@@ -122,7 +116,7 @@ def test_what_is_precomputed_weighs_nothing() -> None:
 
 
 def test_stages_cover_the_layers() -> None:
-    layout = make_layout(ROSS_7B, world_size=12, tensor_parallel=2, pipeline_parallel=3, pipeline_layout="10,11,7")
+    layout = make_layout(ROSS_7B, Placement(2, 3, pipeline_layout="10,11,7"), world_size=12)
     assert layout.data_parallel == 2
     assert [list(layout.stage(i).layers) for i in range(3)] == [
         list(range(10)),
@@ -135,7 +129,7 @@ def test_stages_cover_the_layers() -> None:
 
 
 def test_chunks_of_the_interleaved_schedule_cover_the_layers() -> None:
-    layout = make_layout(ROSS_7B, world_size=2, tensor_parallel=1, pipeline_parallel=2, layers_per_virtual_stage=7)
+    layout = make_layout(ROSS_7B, Placement(1, 2, layers_per_virtual_stage=7), world_size=2)
     first, last = layout.stage(0), layout.stage(1)
     assert (layout.virtual_stages, layout.micro_batch_multiple) == (2, 2)
     assert sorted(first.layers + last.layers) == list(range(28))
@@ -145,33 +139,28 @@ def test_chunks_of_the_interleaved_schedule_cover_the_layers() -> None:
     assert len(first.layers) >= len(last.layers) and first.is_first and last.is_last and not first.is_last
     rows = layout.megatron_pipeline_layout()
     assert rows is not None and len(rows) == 4 and rows[0][0] == "embedding" and rows[-1][-1] == "loss"
-    by_hand = make_layout(ROSS_7B, world_size=2, tensor_parallel=1, pipeline_parallel=2, pipeline_layout="8,8,8,4")
+    by_hand = make_layout(ROSS_7B, Placement(1, 2, pipeline_layout="8,8,8,4"), world_size=2)
     assert [len(chunk.layers) for chunk in by_hand.stage(1).chunks] == [8, 4]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("world_size", "placement", "message"),
     [
-        ({"world_size": 6, "tensor_parallel": 4}, "multiple of 4"),
-        ({"world_size": 3, "tensor_parallel": 3}, "28 attention heads"),
-        ({"world_size": 7, "tensor_parallel": 7}, "4 key-value heads"),
-        ({"world_size": 29, "pipeline_parallel": 29}, "larger than the model's 28"),
-        ({"world_size": 2, "pipeline_parallel": 2, "pipeline_layout": "10,10"}, "20 layers"),
-        ({"world_size": 2, "pipeline_parallel": 2, "pipeline_layout": "0,28"}, "at least one decoder layer"),
-        ({"world_size": 2, "pipeline_parallel": 2, "pipeline_layout": "some"}, "expected auto, even"),
+        (6, Placement(4), "multiple of 4"),
+        (3, Placement(3), "28 attention heads"),
+        (7, Placement(7), "4 key-value heads"),
+        (29, Placement(1, 29), "larger than the model's 28"),
+        (2, Placement(1, 2, pipeline_layout="10,10"), "20 layers"),
+        (2, Placement(1, 2, pipeline_layout="0,28"), "at least one decoder layer"),
+        (2, Placement(1, 2, pipeline_layout="some"), "expected auto, even"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_remedy(change: dict, says: str) -> None:
-    with pytest.raises(LayoutError, match=says):
-        make_layout(ROSS_7B, **{"world_size": 1, "tensor_parallel": 1, "pipeline_parallel": 1, **change})
+def test_a_placement_that_does_not_fit_is_refused(world_size: int, placement: Placement, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        make_layout(ROSS_7B, placement, world_size=world_size)
 
 
 def test_a_vocabulary_that_tensor_parallelism_cannot_split_is_refused() -> None:
     odd = replace(ROSS_7B, language=replace(QWEN2_7B, num_attention_heads=30, num_key_value_heads=6))
     with pytest.raises(LayoutError, match="rows of the padded vocabulary"):
-        make_layout(
-            replace(odd, language=replace(odd.language, vocab_size=32000)),
-            world_size=6,
-            tensor_parallel=6,
-            pipeline_parallel=1,
-        )
+        make_layout(replace(odd, language=replace(odd.language, vocab_size=32000)), Placement(6), world_size=6)

@@ -1,9 +1,8 @@
-"""Adam as mcore needs it: Transformer Engine's or Apex's FusedAdam, or for machines that have neither, torch's.
+"""Adam for mcore: FusedAdam of Transformer Engine or Apex, or PlainAdam on machines that have neither.
 
-mcore's distributed optimizer saves checkpoints that it can reload only in the FusedAdam contract: `step` lives in the
-parameter groups (empty groups count too), the state of a parameter is exp_avg and exp_avg_sq alone
-(optimizer/distrib_optimizer.py:641 and :940 read the step so). The arithmetic of PlainAdam is
-torch's own functional Adam.
+mcore's distributed optimizer can reload its checkpoints only if the optimizer is like FusedAdam: `step` is in the
+parameter groups, empty groups included, and the state of a parameter is exp_avg and exp_avg_sq only
+(optimizer/distrib_optimizer.py:641 and :940). PlainAdam computes with torch's functional Adam.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class PlainAdam(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("PlainAdam takes no closure")
         for group in self.param_groups:
-            taken = group["step"]
-            group["step"] = taken + 1  # also where this rank owns no parameter: one rank writes the step for all
+            step = group["step"]
+            group["step"] = step + 1  # in empty groups too, because one rank saves the step of all ranks
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
                 continue
@@ -55,7 +54,7 @@ class PlainAdam(torch.optim.Optimizer):
                 [self.state[parameter]["exp_avg"] for parameter in params],
                 [self.state[parameter]["exp_avg_sq"] for parameter in params],
                 [],
-                [torch.tensor(float(taken)) for _ in params],
+                [torch.tensor(float(step)) for _ in params],
                 amsgrad=False,
                 maximize=False,
                 beta1=group["betas"][0],
@@ -66,11 +65,11 @@ class PlainAdam(torch.optim.Optimizer):
             )
 
 
-def counting(fused: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A FusedAdam of Transformer Engine or Apex that counts the steps of empty groups too.
+def counting_empty_groups(fused: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A subclass of FusedAdam that counts the steps of groups without parameters too.
 
-    They skip groups without parameters, such as those of another pipeline stage's modules. mcore's plain optimizer
-    saves the groups of rank 0 for all ranks, so a resumed run would begin such a group's bias correction anew.
+    FusedAdam skips empty groups, such as those of another pipeline stage's modules. mcore's plain optimizer saves the
+    groups of rank 0 for all ranks, so a resumed run would restart the bias correction of such a group.
     """
 
     def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +82,8 @@ def counting(fused: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     return type(fused.__name__, (fused,), {"step": step, "__module__": fused.__module__})
 
 
-def give_to_mcore() -> None:
-    """Makes mcore take its FusedAdam code paths: with Transformer Engine's or Apex's where installed, or PlainAdam."""
+def install() -> None:
+    """Makes mcore use its code for FusedAdam, with PlainAdam when neither Transformer Engine nor Apex is installed."""
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
@@ -93,4 +92,4 @@ def give_to_mcore() -> None:
         optimizers.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
     elif optimizers.Adam is not PlainAdam and optimizers.Adam is distrib_optimizer.Adam:
-        optimizers.Adam = counting(distrib_optimizer.Adam)
+        optimizers.Adam = counting_empty_groups(distrib_optimizer.Adam)

@@ -1,4 +1,4 @@
-"""A pipeline rank's part of the model: one chunk, or several under the interleaved schedule, as one thing."""
+"""A pipeline rank's chunks of the model: one, or several under the interleaved schedule."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
 
 class ModelChunks(nn.ModuleList):
-    """The chunks in the order of their layers, each wrapped for data parallelism; mcore takes them as `list(chunks)`.
+    """The chunks in the order of their layers, each wrapped for data parallelism.
 
-    The model's beginning is in `first`, on the first pipeline rank; its end in `last`, on the last one.
+    On the first pipeline rank, `first` has the beginning of the model; on the last, `last` has its end.
     """
 
     def __init__(self, chunks: Iterable[DistributedDataParallel]) -> None:
@@ -43,12 +43,12 @@ class ModelChunks(nn.ModuleList):
         return self.parts[-1]
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters by their names in the whole model: decoder layers by their number in it, from 0."""
+        """This rank's parameters with their names in the whole model, in which decoder layers count from 0."""
         for part in self.parts:
             yield from _named_weights(part)
 
     def start_gathering(self) -> list[Callable[..., None]]:
-        """For each chunk, what begins to gather its weights where that has not begun, for mcore's `param_sync_func`."""
+        """A function per chunk that starts to gather its weights unless that has started; for `param_sync_func`."""
 
         def start(chunk: DistributedDataParallel, *_: Any) -> None:
             for group in chunk.bucket_groups:
@@ -58,10 +58,10 @@ class ModelChunks(nn.ModuleList):
         return [partial(start, chunk) for chunk in self]
 
     def gather_weights(self) -> None:
-        """Returns when every weight is what the last step made of it, on whichever data-parallel rank.
+        """Waits until this rank has all weights as updated by the last step. Collective.
 
-        Call before weights are used otherwise than in a step's own forward pass. Collective; with
-        --overlap-param-gather only, and then only once after a step, is anything left to do.
+        Call before any use of the weights other than a step's forward pass. Does something only with
+        --overlap-param-gather, and only once after a step.
         """
         for chunk in self:
             if chunk.ddp_config.overlap_param_gather:
@@ -69,8 +69,11 @@ class ModelChunks(nn.ModuleList):
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def weights_changed(self) -> None:
-        """Says that weights were updated, each on one data-parallel rank; mcore would take it from the backward pass,
-        and would not gather again what was gathered between that and the update."""
+        """Marks the weights as updated, each on one data-parallel rank.
+
+        mcore marks them in the backward pass, so it would not gather again a weight gathered between that and the
+        update.
+        """
         for chunk in self:
             for group in chunk.bucket_groups:
                 group.param_gather_dispatched = False
@@ -80,20 +83,20 @@ class ModelChunks(nn.ModuleList):
             chunk.zero_grad_buffer()
 
     def sharded_weights(self) -> dict[str, Any]:
-        """The pieces of every chunk, by its number: layers of two chunks may have one local name. Collective."""
+        """The sharded weights of every chunk, by its number, as layers of two chunks may share a name. Collective."""
         self.gather_weights()
         return {str(n): part.sharded_state_dict(metadata=sharding_metadata()) for n, part in enumerate(self.parts)}
 
     def load_weights(self, loaded: dict[str, Any]) -> None:
-        """Takes what was loaded for `sharded_weights`."""
+        """Loads the weights that were read for `sharded_weights`."""
         for number, part in enumerate(self.parts):
             part.load_state_dict(loaded[str(number)])
             prefix = LANGUAGE_MODEL.weight("")
             own = {name.removeprefix(prefix): value for name, value in loaded[str(number)].items()}
             part.language_model.took_weights(own)
 
-    def take_masters(self, optimizer: MegatronOptimizer) -> None:
-        """Makes the weights of the optimizer's fp32 masters, as a step does. Collective."""
+    def copy_masters(self, optimizer: MegatronOptimizer) -> None:
+        """Sets the weights from the optimizer's fp32 masters, as a step does. Collective."""
         for part in optimizer.chained_optimizers:
             if not getattr(part, "is_stub_optimizer", False):
                 part._copy_main_params_to_model_params()

@@ -1,7 +1,7 @@
 """The engine: one rank's model, optimizer and process groups, and the only place where steps are computed.
 
 Training, validation, reconstructions and the comparison with recorded values all read a step (`read` or `agree`), then
-`train` on it, take its `losses`, or its `hidden` states. Every method is collective: all ranks call it.
+`train` on it or compute its `losses` or `hidden` states. Every method is collective: all ranks call it.
 
 Legend: T tokens of a micro-batch, D hidden size.
 """
@@ -39,7 +39,7 @@ from ross_mcore.engine.losses import (
 )
 from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
 from ross_mcore.engine.progress import at
-from ross_mcore.engine.step import AgreedStep, Asked, agree_on_step, samples_of
+from ross_mcore.engine.step import AgreedStep, Request, agree_on_step, samples_of
 from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.collectives import gather
 from ross_mcore.parallel.groups import Groups
@@ -47,7 +47,7 @@ from ross_mcore.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class Randomness:
-    """The denoiser's random draws: `recorded`, one entry a micro-batch, or keyed by `seed` (default: the model's)."""
+    """The denoiser's random draws: `recorded`, one for each micro-batch, or from `seed` (default: the model's)."""
 
     recorded: Sequence[Draws] | None = None
     seed: int | None = None
@@ -58,7 +58,7 @@ KEYED = Randomness()
 
 @dataclass(frozen=True)
 class Computed:
-    """The losses of a step, and what the last stage kept of every micro-batch; [] on other stages."""
+    """The losses of a step, and the losses of every micro-batch on the last stage; [] on other stages."""
 
     losses: Losses
     kept: list[MicroBatchLosses]
@@ -66,8 +66,11 @@ class Computed:
 
 @dataclass(frozen=True)
 class Trained(Computed):
-    """A step that was trained on. grad_norm: before clipping; learning_rate: of --lr in this step; applied: False when
-    a loss, the norm or a weight was not finite on any rank: then no weight has changed."""
+    """A step that was trained on.
+
+    grad_norm: before clipping; learning_rate: that of --lr in this step; applied: False when a loss, the norm or a
+    weight was not finite on any rank, so that no weight was changed.
+    """
 
     grad_norm: float
     learning_rate: float
@@ -76,10 +79,10 @@ class Trained(Computed):
 
 @dataclass(frozen=True)
 class Engine:
-    """What a rank computes with; built by engine/setup.py.
+    """One rank's model and optimizer; built by engine/setup.py.
 
     carried: weights of parts that are not built, for checkpoints; train_iters: length of the learning-rate schedule;
-    row_multiple: rows are padded to a multiple of so many tokens; num_datasets: of training, for their own losses.
+    row_multiple: rows are padded to a multiple of this many tokens; num_datasets: training data sets with own losses.
     """
 
     config: Config
@@ -98,32 +101,31 @@ class Engine:
 
     @property
     def objective(self) -> Objective:
-        """The losses that the options of training ask for."""
+        """The training objective."""
         return Objective.of(self.config.training)
 
-    def read(self, loader: StepLoader, asked: Asked = Asked.NOTHING, replace_bad: bool = True) -> AgreedStep:
-        """The loader's next step, with its bad samples replaced the same on all ranks.
+    def read(self, loader: StepLoader, request: Request = Request.NOTHING, replace_bad: bool = True) -> AgreedStep:
+        """The loader's next step, with its bad samples replaced by the same ones on all ranks.
 
-        All ranks exchange what they found and make the same replacements, so no rank waits for the one that found
-        something; only a step with bad samples costs more than `agree`. Raises ShardReadError, on all ranks, when one
-        cannot read.
+        All ranks exchange their bad samples and make the same replacements; a step without bad samples costs no more
+        than `agree`. Raises ShardReadError on all ranks when one cannot read.
         """
         began = time.perf_counter()
         found = next(loader)
         read_seconds = time.perf_counter() - began
         at("agreeing on the step")
-        agreed = self.agree(found, asked)
+        agreed = self.agree(found, request)
         while replace_bad and agreed.size.found_bad:
             loader.replace(found, chain.from_iterable(gather(found.bad)))
-            agreed = self.agree(found, agreed.size.asked)
+            agreed = self.agree(found, agreed.size.request)
         return replace(agreed, read_seconds=read_seconds)
 
-    def agree(self, step: Step, asked: Asked = Asked.NOTHING) -> AgreedStep:
-        """A step that this rank has read, with the size that all ranks agree on."""
-        return AgreedStep(step, agree_on_step(step, self.groups, self.row_multiple, self.device, asked))
+    def agree(self, step: Step, request: Request = Request.NOTHING) -> AgreedStep:
+        """A step that this rank has read, with the size on which all ranks agree."""
+        return AgreedStep(step, agree_on_step(step, self.groups, self.row_multiple, self.device, request))
 
     def train(self, step: AgreedStep, iteration: int, randomness: Randomness = KEYED) -> Trained:
-        """The optimizer step that follows `iteration` finished ones; returns when the device has finished it."""
+        """The optimizer step after `iteration` finished steps; returns when the device has finished it."""
         options = self.config.optimizer
         set_hyperparameters(self.optimizer, iteration, self.train_iters, options)
         computed = self.gradients(step, randomness=randomness)
@@ -142,7 +144,7 @@ class Engine:
     def gradients(
         self, step: AgreedStep, objective: Objective | None = None, randomness: Randomness = KEYED
     ) -> Computed:
-        """Forward and backward: the step's losses; the reduced gradients are left in the model."""
+        """Forward and backward: returns the step's losses and leaves the reduced gradients in the model."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         kept = self._schedule(step, "losses", objective or self.objective, randomness, forward_only=False)
@@ -153,10 +155,10 @@ class Engine:
     def losses(
         self, steps: Iterable[AgreedStep], objective: Objective | None = None, randomness: Randomness = KEYED
     ) -> Computed:
-        """Forward alone over several steps as if they were one data set, by default with the objective of training.
+        """Forward only, over several steps as one data set; by default with the training objective.
 
-        Under the `global` normalization, lm_loss and vm_loss are then sums of the steps' own means; what the samples'
-        own losses amount to is in `datasets`.
+        Under the `global` normalization, lm_loss and vm_loss are sums of the steps' means; `datasets` has the means
+        over all samples.
         """
         self.model.gather_weights()
         chosen = objective or self.objective
@@ -166,7 +168,7 @@ class Engine:
 
     @torch.no_grad()
     def hidden(self, step: AgreedStep) -> list[Tensor]:
-        """States [T, 1, D] after the final norm of every micro-batch on the last stage; [] on other stages."""
+        """Hidden states [T, 1, D] after the final norm, one for each micro-batch, on the last stage; [] on others."""
         self.model.gather_weights()
         return self._schedule(step, "hidden", self.objective, KEYED, forward_only=True)
 
@@ -178,7 +180,7 @@ class Engine:
         randomness: Randomness,
         forward_only: bool,
     ) -> list[Any]:
-        """All micro-batches through mcore's schedule; what the last stage computed of each, [] on other stages."""
+        """Runs all micro-batches through mcore's schedule; the last stage's result of each, [] on other stages."""
         size, image_size = step.size, self.model_config.vision.image_size
         count, with_blanks = size.micro_batches, objective.with_blank_samples
 

@@ -1,4 +1,4 @@
-"""Whether numbers are finite, and where in the model they first are not."""
+"""Checks that weights and gradients are finite, and finds the first part of the model where they are not."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from ross_mcore.parts import label_of, order_of
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where numbers are not finite; None for nowhere.
+    """The first weight and gradient that are not finite, None if all are.
 
-    weight: the first such weight on the way of the data; gradient: the one nearest to the losses, for from there
-    gradients run back.
+    weight: the first in the order of the forward pass; gradient: the first in the order of the backward pass.
     """
 
     weight: str | None
@@ -33,25 +32,24 @@ class Diagnosis:
 
 
 def all_finite(model: ModelChunks, device: torch.device, figures: Iterable[float] = ()) -> bool:
-    """Whether all weights on all ranks are finite, and `figures`, of which each rank has its own.
+    """Whether all weights on all ranks are finite, and each rank's own `figures`. Collective, the same on every rank.
 
-    Collective, and the same on every rank, even where ranks that should have the same figures have not. Reads every
-    weight once; of one kept in FP8, which has no infinity to go to, this rank's part of its master.
+    Reads every weight once. FP8 has no infinity, so of a weight in FP8 it reads this rank's part of the master.
     """
-    kept = (weight if _is_plain(weight) else getattr(weight, "main_param", None) for weight in model.parameters())
-    weights = [weight.detach() for weight in kept if weight is not None and weight.numel()]
+    found = (weight if _is_plain(weight) else getattr(weight, "main_param", None) for weight in model.parameters())
+    weights = [weight.detach() for weight in found if weight is not None and weight.numel()]
     largest = torch._foreach_norm(weights, math.inf) if weights else []
     bad = bool(largest) and not torch.stack([norm.float() for norm in largest]).isfinite().all()
     return sum_over_ranks([float(bad or not all(map(math.isfinite, figures)))], device) == [0.0]
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is kept as the numbers that it stands for."""
+    """Whether a weight is a plain floating-point tensor, not one in FP8."""
     return type(weight.data) is Tensor and weight.is_floating_point()
 
 
 def diagnose(model: ModelChunks) -> Diagnosis:
-    """Looks at the weights and reduced gradients of all ranks. Collective, and slower than `all_finite`."""
+    """Checks the weights and reduced gradients of all ranks. Collective, and slower than `all_finite`."""
     weights, gradients = [], []
     for name, weight in model.named_weights():
         if _is_plain(weight) and not weight.detach().isfinite().all():

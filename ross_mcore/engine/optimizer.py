@@ -1,4 +1,4 @@
-"""What trains in which stage, at which rate, and the optimizer that does it."""
+"""The optimizer: which parameters train in which stage, and at which learning rate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_WARMUP_FRACTION = 0.03
 
 
 def set_trainable(model: RossModel, training_stage: str, train_vision: bool) -> None:
-    """Freezes what does not train (parts.trains); of a tower that does, what it never runs stays frozen."""
+    """Freezes all parameters that do not train (parts.trains). Layers that a trained tower never runs stay frozen."""
     for name, parameter in model.named_parameters():
         if not trains(name, training_stage == "finetune", train_vision):
             parameter.requires_grad_(False)
@@ -32,8 +32,8 @@ def set_trainable(model: RossModel, training_stage: str, train_vision: bool) -> 
 PART_TAGS = {part.prefix: part.optimizer_tag for part in PARTS if part.rate_option}
 """Part of the model -> the `lr_mult` of its parameter groups, 1 for the language model.
 
-Nothing multiplies by it. mcore matches the groups of a checkpoint with those of a run by `lr_mult` and `wd_mult`
-(optimizer/optimizer.py:96), so they must name a part whatever its learning rate is.
+It is only a name: mcore matches the groups of a checkpoint with those of a run by `lr_mult` and `wd_mult`
+(optimizer/optimizer.py:96), so `lr_mult` must not depend on the learning rate.
 """
 
 
@@ -44,7 +44,7 @@ def peak_rates(options: OptimizerOptions) -> dict[float, float]:
 
 
 def _no_decay(decay_norm_weights: bool) -> ParamKey:
-    """What weight decay leaves alone: biases and other vectors; on request not the language model's norms."""
+    """Parameters without weight decay: biases and other vectors; on request without the language model's norms."""
 
     def matches(parameter: Tensor, name: str) -> bool:
         norm = name.endswith(("norm.weight", "layer_norm_weight")) and part_of(name) is LANGUAGE_MODEL
@@ -54,8 +54,8 @@ def _no_decay(decay_norm_weights: bool) -> ParamKey:
 
 
 def build_optimizer(model: ModelChunks, config: Config) -> MegatronOptimizer:
-    """mcore's optimizer (AdamW, fp32 masters under bf16, sharded when asked), with groups of its own for every part."""
-    adam.give_to_mcore()
+    """mcore's optimizer: AdamW, fp32 masters under bf16, sharded with the distributed optimizer, groups per part."""
+    adam.install()
     options = config.optimizer
     mcore = OptimizerConfig(
         optimizer="adam",
@@ -74,13 +74,12 @@ def build_optimizer(model: ModelChunks, config: Config) -> MegatronOptimizer:
     for part, tag in PART_TAGS.items():
         overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
     optimizer = get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
-    _begin_state(optimizer)
+    _initialize_state(optimizer)
     return optimizer
 
 
-def _begin_state(optimizer: MegatronOptimizer) -> None:
-    """Moments of zero and step 0, with which Adam itself would begin its first step: so what is saved before that step,
-    when those before it are skipped, can be saved and resumed like any other state."""
+def _initialize_state(optimizer: MegatronOptimizer) -> None:
+    """Creates the moments (zero) and the step (0), so that a run can be saved and resumed before its first update."""
     for part in optimizer.chained_optimizers:
         if getattr(part, "is_stub_optimizer", False):
             continue
@@ -97,9 +96,9 @@ def warmup_iterations(options: OptimizerOptions, train_iters: int) -> int:
 
 
 def learning_rate(iteration: int, train_iters: int, options: OptimizerOptions, peak: float | None = None) -> float:
-    """PURE: the rate, with `peak` (default `--lr`), of the step that follows `iteration` finished steps.
+    """The learning rate of the step after `iteration` finished steps; peak: default --lr. Pure function.
 
-    Linear from 0 over the warm-up (so the first step has rate 0, as in HF's schedules), then the decay to `min_lr`.
+    Linear from 0 over the warm-up (the first step has rate 0, as in Hugging Face's schedules), then decay to `min_lr`.
     """
     peak = options.lr if peak is None else peak
     warmup = warmup_iterations(options, train_iters)
@@ -116,14 +115,14 @@ def learning_rate(iteration: int, train_iters: int, options: OptimizerOptions, p
 
 
 def updates_weights(iteration: int, train_iters: int, options: OptimizerOptions) -> bool:
-    """PURE: whether any part has a rate other than 0 in the step that follows `iteration` finished steps."""
+    """Whether any part has a rate other than 0 in the step after `iteration` finished steps. Pure function."""
     return any(learning_rate(iteration, train_iters, options, peak) for peak in peak_rates(options).values())
 
 
 def set_hyperparameters(
     optimizer: MegatronOptimizer, iteration: int, train_iters: int, options: OptimizerOptions
 ) -> None:
-    """Gives every group what the options say for this step, whatever a loaded checkpoint had."""
+    """Sets every group from the options for this step; values loaded from a checkpoint are overwritten."""
     peaks = peak_rates(options)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(iteration, train_iters, options, peaks[group["lr_mult"]])
@@ -133,14 +132,14 @@ def set_hyperparameters(
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Global L2 norm of the reduced gradients, the same on every rank; also readies them for `apply_gradients`."""
+    """Global L2 norm of the reduced gradients, the same on every rank; also prepares them for `apply_gradients`."""
     optimizer.prepare_grads()
     norm = optimizer.get_grad_norm()
     return 0.0 if norm is None else float(norm)
 
 
 def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
-    """Clips by `norm` and updates the weights. The caller has seen that the norm is finite."""
+    """Clips by `norm`, which must be finite, and updates the weights."""
     if clip_grad > 0:
         for part in optimizer.chained_optimizers:
             parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()

@@ -1,4 +1,4 @@
-"""Options of precision and kernels: what they need, and what they become. docs/gpu.md has the table."""
+"""Options of precision and kernels: their requirements, and the model's Execution. docs/gpu.md has the table."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FP8_ONLY = (
 DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 ATTENTION_VALUES = {"flash": "100", "fused": "010", "unfused": "001", "auto": "111"}
-"""What mcore sets them to, and it refuses other values (language_module.py:104)."""
+"""mcore sets the variables to these values and refuses others (language_module.py:104)."""
 BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
 def execution_of(config: Config) -> Execution:
-    """What the model is told of the options."""
+    """Builds the model's Execution from the options."""
     options = config.execution
     fp8 = None
     if options.fp8_format is not None:
@@ -61,21 +61,21 @@ def execution_of(config: Config) -> Execution:
 
 
 def row_multiple(config: Config) -> int:
-    """What the tokens of a row are padded to a multiple of, whatever part of them a rank has.
+    """Rows are padded to a multiple of this many tokens.
 
-    8 fills the tiles of 16-bit matrix products; FP8 ones refuse anything but multiples of 16, or of a block of scales.
+    8 fills the tiles of 16-bit matrix products. FP8 products need multiples of 16, or of a block of scales, per rank.
     """
     multiple = 8
     if config.execution.fp8_format is not None:
         multiple = {"mxfp8": 32, "blockwise": 128}.get(config.execution.fp8_recipe, 16)
     multiple *= config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-    if config.execution.tp_comm_overlap:  # its buffers are made once, for one length
+    if config.execution.tp_comm_overlap:  # its buffers have one length
         multiple *= -(-config.data.seq_length // multiple)
     return multiple
 
 
 def check_execution(config: Config, language: LanguageConfig, libraries: Libraries) -> None:
-    """Raises ConfigError, before anything is built, with the reason and the remedy for what cannot work here."""
+    """Raises ConfigError, before anything is built, with the reason and the remedy."""
     for message in (*_engine(config, libraries), *_fp8(config, language), *_overlap(config, libraries)):
         raise ConfigError(message)
     if config.execution.fp8_format is not None:
@@ -88,13 +88,13 @@ def check_execution(config: Config, language: LanguageConfig, libraries: Librari
 
 
 def _changed(options: ExecutionOptions, names: tuple[str, ...]) -> Iterator[str]:
-    """The flags among `names` that were given something else than their default."""
+    """The flags among `names` whose values differ from their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     return (f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults[name])
 
 
 def _engine(config: Config, libraries: Libraries) -> Iterator[str]:
-    """Transformer Engine itself and its attention."""
+    """Checks Transformer Engine and its attention."""
     options, backend = config.execution, config.execution.attention_backend
     if options.transformer_impl != "transformer_engine":
         for flag in _changed(options, ("fp8_format", "attention_backend", "tp_comm_overlap")):
@@ -124,14 +124,14 @@ def _engine(config: Config, libraries: Libraries) -> Iterator[str]:
 
 
 def _fp8(config: Config, language: LanguageConfig) -> Iterator[str]:
-    """FP8 options among each other, and matrices that FP8 products take."""
+    """Checks FP8 options and the sizes of matrices."""
     options, parallel = config.execution, config.parallel
     if options.fp8_format is None:
         for flag in _changed(options, (*FP8_ONLY, *BF16_LAYERS)):
             yield f"{flag} has no effect without --fp8-format; add --fp8-format hybrid, or remove it"
         return
     if not options.bf16:
-        yield f"--fp8-format {options.fp8_format} needs --bf16: what is not FP8 is computed in it"
+        yield f"--fp8-format {options.fp8_format} needs --bf16, in which all other operations are computed"
     if options.fp8_recipe != "delayed":
         for flag in _changed(options, DELAYED_ONLY):
             yield f"{flag} belongs to --fp8-recipe delayed; remove it"
@@ -148,7 +148,7 @@ def _fp8(config: Config, language: LanguageConfig) -> Iterator[str]:
 
 
 def _matrices(config: Config, language: LanguageConfig) -> Iterator[str]:
-    """Both sides of every weight, as a tensor-parallel rank has it, must be whole blocks of an FP8 product."""
+    """Both dimensions of every weight, on a tensor-parallel rank, must be multiples of the block of an FP8 product."""
     block = 32 if config.execution.fp8_recipe == "mxfp8" else 16
     ranks = config.parallel.tensor_model_parallel_size
     heads = language.num_attention_heads * language.head_dim
@@ -169,7 +169,7 @@ def _matrices(config: Config, language: LanguageConfig) -> Iterator[str]:
 
 
 def _overlap(config: Config, libraries: Libraries) -> Iterator[str]:
-    """Overlap and fusion."""
+    """Checks overlap and fusion."""
     options, parallel = config.execution, config.parallel
     if parallel.overlap_param_gather and not (config.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield (
@@ -199,8 +199,8 @@ def _overlap(config: Config, libraries: Libraries) -> Iterator[str]:
     if parallel.tensor_model_parallel_size > 1 and not libraries.ordered_kernels:
         yield (
             "CUDA_DEVICE_MAX_CONNECTIONS is not 1: tensor-parallel communication overlaps with matrix products only "
-            "where kernels start in the order they are issued, on GPUs before Blackwell with that value; unset it, "
-            "which sets it to 1, or set it to 1 before the program starts"
+            "if kernels start in the order they are issued, which GPUs before Blackwell do with that value; unset it "
+            "(the program then sets it to 1), or set it to 1 before the program starts"
         )
     if options.gradient_accumulation_fusion and not libraries.gradient_fusion:
         yield (

@@ -1,7 +1,6 @@
-"""Where this process is in its run: written by the code that runs, read by the watchdog's thread.
+"""The place of this process in its run: written by the running code, read by the watchdog's thread.
 
-A process is in one place at a time, so this is module state, not an argument; mcore calls some of the code
-that writes it.
+It is module state, because a process has only one place and mcore calls some of the code that writes it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ START = "starting"
 @dataclass(frozen=True)
 class Place:
     """marks: number of places before this one, the same sequence on all ranks of a stage; is_long: a phase that may be
-    slow without being blocked, such as a read from a cold cache, a checkpoint, an evaluation or a first iteration,
-    which compiles kernels."""
+    slow without being blocked, such as a read from a cold cache, a checkpoint, an evaluation or a first iteration that
+    compiles kernels."""
 
     marks: int = 0
     iteration: int = 0
@@ -37,7 +36,7 @@ def moving() -> None:
 
 
 def at(phase: str, *, iteration: int | None = None, is_long: bool = False) -> None:
-    """Records that this process begins `phase`; the iteration stays the same unless one is given."""
+    """Records that this process begins `phase`; iteration: None for the current one."""
     global _here, _first_iteration
     if _first_iteration is None:
         _first_iteration = iteration

@@ -1,4 +1,4 @@
-"""What a training run works with, and what passes between the parts of its loop. training/opening.py opens a run."""
+"""A training run, and the steps that its loop passes on. training/opening.py opens a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ross_mcore.data.replacement import BadSample
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.engine import Engine, Trained
 from ross_mcore.engine.state import TrainState
-from ross_mcore.engine.step import AgreedStep, Asked
+from ross_mcore.engine.step import AgreedStep, Request
 from ross_mcore.parallel.groups import Groups
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same while a run trains.
+    """The constants of a run.
 
-    claim: the first rank's hold on the folder of --save; start: the checkpoint begun from; resume: whether its run is
-    continued; held_out: the data of validation; rows_per_step: of the global batch.
+    claim: the first rank's claim on the folder of --save; start: the checkpoint the run starts from; resume: whether
+    that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch.
     """
 
     engine: Engine
@@ -57,7 +57,7 @@ class Run:
         return Path(self.config.checkpoint.save or "")
 
     def is_due(self, iteration: int, interval: int | None) -> bool:
-        """Whether an iteration is one of those every `interval`, or the last of the run."""
+        """Whether an iteration is a multiple of `interval`, or the last of the run."""
         return iteration == self.train_iters or bool(interval and iteration % interval == 0)
 
 
@@ -65,8 +65,8 @@ class Run:
 class ReadStep:
     """A step that was read and not yet trained on.
 
-    before: the state that it follows; replaced: the samples that others stand in for; skipped: named by
-    --skip-iterations, so that nothing of it is computed; began: time.perf_counter() before reading.
+    before: the state before it; replaced: the samples that others replace; skipped: by --skip-iterations, so that the
+    step is not computed; began: time.perf_counter() before reading.
     """
 
     before: TrainState
@@ -80,9 +80,9 @@ class ReadStep:
         return self.before.iteration + 1
 
     @property
-    def asked(self) -> Asked:
-        """The most that any rank was asked to do after the step."""
-        return self.step.size.asked
+    def request(self) -> Request:
+        """The strongest request of all ranks."""
+        return self.step.size.request
 
     @property
     def bad(self) -> list[BadSample]:
@@ -91,7 +91,7 @@ class ReadStep:
 
     @property
     def consumed_samples(self) -> int:
-        """Samples of the stream up to and with this step."""
+        """Samples of the stream up to the end of this step."""
         return self.step.step.cursor["consumed_samples"]
 
     @property
@@ -101,7 +101,7 @@ class ReadStep:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A finished step. state: after it; trained: None for a skipped one; step_seconds: with reading."""
+    """A finished step. state: after it; trained: None for a skipped one; step_seconds: including reading."""
 
     read: ReadStep
     state: TrainState
@@ -110,5 +110,5 @@ class StepResult:
 
     @property
     def applied(self) -> bool:
-        """Whether it changed weights."""
+        """Whether the step changed the weights."""
         return self.trained is not None and self.trained.applied

@@ -1,4 +1,4 @@
-"""Builds a rank's engine: its part of the model, wrapped for data parallelism, its optimizer, and mcore's hooks."""
+"""Builds a rank's engine: its chunks of the model, wrapped for data parallelism, its optimizer and mcore's hooks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ross_mcore.parallel.layout import Chunk
 
 @dataclass(frozen=True)
 class NotBuilt:
-    """What stands in for modules that a run does not build.
+    """Replacements for modules that a run does not build.
 
-    precomputed: whose output is read from the shards; blank_posterior [2, C, h, w]: the VAE's, of the blank picture;
-    carried: their weights, for checkpoints.
+    precomputed: the modules whose output is read from the shards; blank_posterior [2, C, h, w]: the VAE's posterior of
+    the blank picture; carried: the weights of the modules, for checkpoints.
     """
 
     precomputed: Precomputed = NOTHING_PRECOMPUTED
@@ -54,10 +54,10 @@ def build_engine(
     not_built: NotBuilt | None = None,
     span: Span = Span(),  # noqa: B008
 ) -> Engine:
-    """The engine with the weights of `start`, and with `resume` its moments too. Collective; raises CheckpointError."""
+    """The engine with the weights of `start` and, with `resume`, its moments. Collective; raises CheckpointError."""
     not_built = not_built or NotBuilt()
     model = _build_model(config, model_config, groups, not_built)
-    if not resume:  # before the optimizer, which copies its masters from the weights
+    if not resume:  # before the optimizer is built, which copies its masters from the weights
         load_weights(start, model, not_built.carried)
     optimizer = build_optimizer(model, config)
     engine = Engine(
@@ -111,18 +111,18 @@ def _build_model(config: Config, model_config: ModelConfig, groups: Groups, not_
 
 
 def _connect_schedule(model: ModelChunks, config: Config) -> None:
-    """Gives mcore's schedules, which read the first chunk's configuration, what to call besides the model."""
+    """Sets the hooks of mcore's schedules, which read them from the first chunk's configuration."""
     schedule = model.first.config
     schedule.finalize_model_grads_func = _finalize_gradients
     if config.parallel.overlap_grad_reduce:
         schedule.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
     if config.parallel.overlap_param_gather and len(model) > 1:
-        # the interleaved schedule starts the gathers of all stages together; the other one, with each first module
+        # the interleaved schedule starts the gathers of all stages together; the other one starts them per module
         schedule.param_sync_func = model.start_gathering()
 
 
 def _finalize_gradients(model: list[DistributedDataParallel], _: Tensor | None = None, **options: Any) -> None:
-    """mcore's finalize without its division by a token count: both denominators are already in the loss."""
+    """mcore's finalize without its division by the number of tokens, because the loss is already normalized."""
     at("gradient reduction")
     finalize_model_grads(model, None, **options)
 
@@ -130,8 +130,8 @@ def _finalize_gradients(model: list[DistributedDataParallel], _: Tensor | None =
 def _count_padding(model: ModelChunks) -> None:
     """Makes mcore count the padding at the end of each bucket when it lists the optimizer's state for a checkpoint.
 
-    It places the buckets without padding (distrib_optimizer.py:1051) and cuts parameters out of them by places that
-    include it (:1487), so all parameters after the first padded bucket would be saved under wrong names.
+    mcore computes the offsets of buckets without padding (distrib_optimizer.py:1051) and those of parameters with it
+    (:1487), so all parameters after the first padded bucket would be saved under wrong names.
     """
     for chunk in model:
         for buffer in chunk.buffers:

@@ -1,4 +1,4 @@
-"""What a run is beside its options: weights, moments and a few numbers; how they are restored."""
+"""The state of a run: weights, moments and a few numbers, and how they are saved and restored."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ross_mcore.engine.engine import Engine
 from ross_mcore.errors import CheckpointError
 
 CARRIED = "carried"
-"""Where in a state the weights stand that no chunk has."""
+"""The key, in a model's state, of the weights of parts that are not built."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All a run needs beside weights and moments: everything else is a function of these numbers and the options.
+    """The state of a run besides weights and moments; everything else follows from it and the options.
 
-    `data` is the loader's state, the place of the next row; `bad_samples` counts those replaced so far; `options` may
-    change when the run is resumed, what comes after them may not (training/resume.py); `samples`: how they are read, of
-    all data sets. The recent losses are those that the next ones are compared with (guards/spikes.py).
+    data: the loader's state, the place of the next row; bad_samples: number of bad samples so far; recent losses: for
+    comparison with the next ones (guards/spikes.py); options: these may change when the run is resumed, the fields
+    after it may not (training/resume.py); samples: how samples are read, of all data sets.
     """
 
     iteration: int = 0
@@ -60,7 +60,7 @@ class TrainState:
         return self.data.get("consumed_samples", 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """What train_state.json holds: the fields of `samples` stand among the others."""
+        """The content of train_state.json, in which the fields of `samples` are among the others."""
         own = asdict(self)
         samples: dict[str, Any] = own.pop("samples")
         return own | samples
@@ -74,7 +74,7 @@ class TrainState:
 
 
 def read_state(checkpoint: Checkpoint) -> TrainState:
-    """The loop's own state as it was saved. Raises CheckpointError naming the file and the key."""
+    """The state saved in a checkpoint. Raises CheckpointError naming the file and the key."""
     file = checkpoint.path / TRAIN_STATE
     try:
         state = TrainState.from_dict(checkpoint.train_state())
@@ -82,7 +82,7 @@ def read_state(checkpoint: Checkpoint) -> TrainState:
         for name in counts:
             checked.count(counts, name, least=0)
         if state.iteration != checkpoint.iteration:
-            raise ValueError(f"iteration is {state.iteration}, that of the checkpoint is {checkpoint.iteration}")
+            raise ValueError(f"iteration is {state.iteration}, the checkpoint's is {checkpoint.iteration}")
     except ValueError as error:
         raise CheckpointError(
             f"{file} is damaged, or of another version of this trainer: {error}; copy the checkpoint again, or start "
@@ -92,7 +92,7 @@ def read_state(checkpoint: Checkpoint) -> TrainState:
 
 
 def changed_options(saved: Mapping[str, Any], started: TrainState) -> list[str]:
-    """`--lr 0.001 -> 0.0005` for every option that differs from a train_state.json that is resumed."""
+    """`--lr 0.001 -> 0.0005` for every option that differs from the saved train_state.json."""
     name = "global_batch_size"
     before = {**saved.get("options", {}), name: saved.get(name)}
     now = {**started.options, name: started.global_batch_size}
@@ -104,13 +104,13 @@ def changed_options(saved: Mapping[str, Any], started: TrainState) -> list[str]:
 
 
 def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
-    """Model, optimizer and FP8 scales as a checkpoint holds them. Collective."""
+    """Model, optimizer and FP8 scales in the form of a checkpoint. Collective."""
     model, groups = engine.model, engine.groups
     weights = model.sharded_weights()
     moments = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
     if PLAIN_MASTERS in moments:
-        moments[PLAIN_MASTERS] = _named_as_by_the_other_optimizer(moments[PLAIN_MASTERS])
-    force_all_tensors_to_non_fp8(weights)  # what --fp8-param-gather keeps, in bf16
+        moments[PLAIN_MASTERS] = _numbered_masters(moments[PLAIN_MASTERS])
+    force_all_tensors_to_non_fp8(weights)  # the FP8 weights of --fp8-param-gather are saved in bf16
     state = {"model": {**weights, CARRIED: engine.carried.pieces()}, "optimizer": moments}
     scales = {
         name: ShardedTensor.from_rank_offsets(
@@ -121,11 +121,11 @@ def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
     return {**state, "fp8": scales} if scales else state
 
 
-def _named_as_by_the_other_optimizer(groups: list[list[Any]]) -> dict[int, Any]:
-    """Masters of all groups by number, under the one name that masters have in checkpoints.
+def _numbered_masters(groups: list[list[Any]]) -> dict[int, Any]:
+    """The masters of all groups by number, with the names that the distributed optimizer gives masters in checkpoints.
 
-    By number, because mcore loses lists without elements, those of a stage that trains nothing of a group, and masters
-    behind them would come back as another group's.
+    By number, because mcore drops empty lists (groups without parameters on this stage), so that later masters would be
+    loaded into the wrong group.
     """
     masters = dict(enumerate(itertools.chain.from_iterable(groups)))
     for master in masters.values():
@@ -141,25 +141,25 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     optimizer.load_state_dict(state)
 
 
-def _take_weights(loaded: dict[str, Any], model: ModelChunks, carried: CarriedWeights) -> None:
+def _set_weights(loaded: dict[str, Any], model: ModelChunks, carried: CarriedWeights) -> None:
     carried.take(loaded.get(CARRIED, {}))
     model.load_weights(loaded)
 
 
 def load_weights(start: Checkpoint, model: ModelChunks, carried: CarriedWeights) -> None:
-    """Loads the weights of a checkpoint alone. Collective. Raises CheckpointError."""
-    _take_weights(load_model_weights(start, {**model.sharded_weights(), CARRIED: carried.pieces()}), model, carried)
+    """Loads only the weights of a checkpoint. Collective. Raises CheckpointError."""
+    _set_weights(load_model_weights(start, {**model.sharded_weights(), CARRIED: carried.pieces()}), model, carried)
 
 
 def restore(start: Checkpoint, engine: Engine) -> None:
     """Loads weights and moments. Collective; raises CheckpointError as `load_training_state` does."""
     model = engine.model
     loaded = load_training_state(start, sharded_state(engine, is_loading=True))
-    _take_weights(loaded["model"], model, engine.carried)
+    _set_weights(loaded["model"], model, engine.carried)
     _load_optimizer(engine.optimizer, loaded["optimizer"])
     _restore_fp8(model, loaded.get("fp8", {}), start)
-    if model.first.config.bf16:  # weights kept in FP8 are saved as bf16, which differs from the masters rounded to FP8
-        model.take_masters(engine.optimizer)
+    if model.first.config.bf16:  # FP8 weights are saved as bf16, which differs from the masters rounded to FP8
+        model.copy_masters(engine.optimizer)
 
 
 def _restore_fp8(model: ModelChunks, stored: dict[str, Tensor], start: Checkpoint) -> None:
@@ -167,4 +167,4 @@ def _restore_fp8(model: ModelChunks, stored: dict[str, Tensor], start: Checkpoin
     for name, tensor in stored.items():
         own[name].copy_(tensor)
     if len(stored) < len(own) and model.first.groups.rank == 0:
-        _logger.warning("%s has no FP8 histories of this length: FP8 scales start afresh", start.path)
+        _logger.warning("%s has no FP8 histories of this length: FP8 scales start from defaults", start.path)

@@ -1,4 +1,4 @@
-"""A step before it is computed: what this rank read of it, and what all ranks agree on."""
+"""A step before it is computed: this rank's rows, and the size on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ross_mcore.parallel.collectives import gather, gather_integers, on_all_rank
 from ross_mcore.parallel.groups import Groups
 
 
-class Asked(IntEnum):
-    """What a rank is asked to do after a step; of all ranks, the largest counts, and STOP saves as well."""
+class Request(IntEnum):
+    """A request to a rank for the time after a step. The largest of all ranks counts; STOP also saves."""
 
     NOTHING = 0
     SAVE = 1
@@ -26,13 +26,13 @@ class Asked(IntEnum):
 
 @dataclass(frozen=True)
 class StepSize:
-    """What all ranks know about a step before they compute it.
+    """The size of a step, known to all ranks before they compute it.
 
-    seq_length: tokens of every row of the step; label_tokens, images, blank_samples (without a picture): what the two
-    losses are over, on all ranks; row_tokens: tokens that are not padding; skipped_samples: empty rows;
-    ignored_samples: rows without any label, of which only the picture is learned; micro_batches: of a rank;
-    rows: of a micro-batch; found_bad: bad samples that are still in the step; asked: the most that a rank was asked to
-    do after it; peak_memory_bytes: the most that a rank has held so far, before the step.
+    seq_length: tokens of every row; label_tokens, images, blank_samples (without a picture): numbers on all ranks, the
+    denominators of the two losses; row_tokens: tokens that are not padding; skipped_samples: empty rows;
+    ignored_samples: rows without any label, which only train on their pictures; micro_batches: of a rank; rows: of a
+    micro-batch; found_bad: bad samples that are still in the step; request: the strongest of all ranks;
+    peak_memory_bytes: the largest of all ranks, before the step.
     """
 
     seq_length: int
@@ -45,23 +45,20 @@ class StepSize:
     found_bad: int = 0
     micro_batches: int = 1
     rows: int = 1
-    asked: Asked = Asked.NOTHING
+    request: Request = Request.NOTHING
     peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class AgreedStep:
-    """A step that every rank has read its share of, and its size, which all ranks agree on.
-
-    read_seconds: how long this rank waited for it.
-    """
+    """A step whose share every rank has read. size: the same on all ranks; read_seconds: how long this rank waited."""
 
     step: Step
     size: StepSize
     read_seconds: float = 0.0
 
     def rows_of(self, number: int) -> list[Row] | None:
-        """The rows of a micro-batch, None on a rank that reads nothing."""
+        """The rows of a micro-batch; None on a rank that reads nothing."""
         return None if self.step.micro_batches is None else self.step.micro_batches[number]
 
     def slots_of(self, number: int) -> list[Slots]:
@@ -70,13 +67,13 @@ class AgreedStep:
 
 
 def agree_on_step(
-    step: Step, groups: Groups, row_multiple: int, device: torch.device, asked: Asked = Asked.NOTHING
+    step: Step, groups: Groups, row_multiple: int, device: torch.device, request: Request = Request.NOTHING
 ) -> StepSize:
     """One all-gather over all ranks. Rows are padded to the longest of the step, rounded up to `row_multiple`.
 
-    Every rank reports its longest row, as planned or else as read; what is summed is reported by one rank of each
-    data-parallel replica. Raises ShardReadError, which names the rank, on all ranks when one could not read; that rank
-    raises its own error if it has another.
+    Every rank reports its longest row, planned or read; numbers that are summed come from one rank of each
+    data-parallel replica. When a rank could not read, all ranks raise ShardReadError with its number; a rank whose own
+    error is of another kind raises that.
     """
     planned = [sum(slots) for rows in step.slots or [] for slots in rows]
     read = [sum(sample.tokens.numel() for sample in row) for rows in step.micro_batches or [] for row in rows]
@@ -85,7 +82,7 @@ def agree_on_step(
     counted = samples if counts else []
     largest = [
         max(planned or read, default=0),
-        int(asked),
+        int(request),
         int(step.failure is not None),
         platform.peak_memory_bytes(),
         len(step.micro_batches or []),
@@ -102,7 +99,7 @@ def agree_on_step(
     ]
     everyone = gather_integers(largest + summed, device)
     maxima, totals = everyone[:, : len(largest)].amax(0).tolist(), everyone[:, len(largest) :].sum(0).tolist()
-    longest, most_asked, failed, peak_memory, micro_batches, rows = maxima
+    longest, strongest, failed, peak_memory, micro_batches, rows = maxima
     if failed:
         _refuse(step.failure)
     found_bad, labels, images, blanks, row_tokens, skipped, ignored = totals
@@ -117,13 +114,13 @@ def agree_on_step(
         found_bad=found_bad,
         micro_batches=micro_batches,
         rows=rows,
-        asked=Asked(most_asked),
+        request=Request(strongest),
         peak_memory_bytes=peak_memory,
     )
 
 
 def _refuse(failure: Exception | None) -> NoReturn:
-    """Ends the run on all ranks when some could not read a step. Collective."""
+    """Raises on all ranks when some could not read a step. Collective."""
     messages = gather(None if failure is None else str(failure).strip() or type(failure).__name__)
     if failure is not None and not isinstance(failure, ShardReadError):
         raise on_all_ranks(failure)

@@ -13,7 +13,7 @@ from ross_mcore.engine import progress
 from ross_mcore.engine.finite import all_finite
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, sharded_state
-from ross_mcore.engine.step import Asked
+from ross_mcore.engine.step import Request
 from ross_mcore.errors import CheckpointError
 from ross_mcore.guards.incidents import INCIDENTS_FILE
 from ross_mcore.parallel.collectives import is_on_all_ranks
@@ -62,9 +62,9 @@ class Checkpointer:
         if self._retry_at is not None and state.iteration >= self._retry_at:
             self.save(state)
 
-    def save_if_due(self, state: TrainState, asked: Asked) -> None:
+    def save_if_due(self, state: TrainState, request: Request) -> None:
         """Saves on request, every --save-interval iterations and after the last iteration."""
-        if asked or self._run.is_due(state.iteration, self._run.config.checkpoint.save_interval):
+        if request or self._run.is_due(state.iteration, self._run.config.checkpoint.save_interval):
             progress.at("saving a checkpoint", is_long=True)
             self.save(state)
 

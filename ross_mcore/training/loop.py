@@ -34,7 +34,7 @@ def _train(run: Run, state: TrainState, requests: Requests) -> None:
     with checkpointer:
         guards.at_start(state)
         while state.iteration < run.train_iters and stopped_by is None:
-            read = read_step(run, state, requests.asked())
+            read = read_step(run, state, requests.pending())
             report.bad_samples(read.replaced)
             guards.after_read(read)
 
@@ -45,7 +45,7 @@ def _train(run: Run, state: TrainState, requests: Requests) -> None:
             checkpointer.after_step(state)
 
             evaluate(run, state, report)  # before the save, so that a resumed run misses no evaluation
-            stopped_by = requests.why_to_stop(state.iteration, read.asked)
-            checkpointer.save_if_due(state, read.asked)
+            stopped_by = requests.why_to_stop(state.iteration, read.request)
+            checkpointer.save_if_due(state, read.request)
     checkpointer.finish(state)
     report.finish(state, stopped_by)

@@ -10,16 +10,16 @@ from ross_mcore.engine.engine import Trained
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.run import ReadStep, Run, StepResult
 from ross_mcore.engine.state import TrainState
-from ross_mcore.engine.step import Asked
+from ross_mcore.engine.step import Request
 from ross_mcore.guards.spikes import remembered
 
 
-def read_step(run: Run, state: TrainState, asked: Asked) -> ReadStep:
+def read_step(run: Run, state: TrainState, request: Request) -> ReadStep:
     """The step after `state`, with its bad samples replaced. Collective; raises ShardReadError."""
     began, iteration = time.perf_counter(), state.iteration + 1
     at("reading data", iteration=iteration, is_long=True)
     skipped = run.config.training.skips(iteration)
-    step = run.engine.read(run.loader, asked, replace_bad=not skipped)
+    step = run.engine.read(run.loader, request, replace_bad=not skipped)
     replaced = [] if skipped else bad_samples(iteration, step.step.quarantined, run.dataset)
     return ReadStep(state, step, replaced, skipped, began)
 

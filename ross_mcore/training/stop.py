@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from ross_mcore.engine.step import Asked
+from ross_mcore.engine.step import Request
 from ross_mcore.logs import complain
 from ross_mcore.options import TrainingOptions
 
@@ -55,20 +55,20 @@ class Requests:
         signal.set_wakeup_fd(self._former_wakeup)
         os.close(self._pipe[1])  # ends the thread, which closes the other end
 
-    def asked(self) -> Asked:
+    def pending(self) -> Request:
         """The request for the step that begins; a request to save is returned once."""
         if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self.reason = "--exit-duration-in-mins"
         if self.reason is not None:
-            return Asked.STOP
+            return Request.STOP
         if self._save:
             self._save = False
-            return Asked.SAVE
-        return Asked.NOTHING
+            return Request.SAVE
+        return Request.NOTHING
 
-    def why_to_stop(self, iteration: int, asked: Asked) -> str | None:
-        """Why the run ends after `iteration`, else None; the same on all ranks. asked: the strongest request."""
-        if asked is Asked.STOP:
+    def why_to_stop(self, iteration: int, request: Request) -> str | None:
+        """Why the run ends after `iteration`, else None; the same on all ranks. request: the strongest of them."""
+        if request is Request.STOP:
             return self.reason or "another rank"
         interval = self._exit_interval
         return f"--exit-interval {interval}" if interval and iteration % interval == 0 else None

@@ -188,9 +188,9 @@ def receive() -> None:
 
 
 def optimizer(sharded: bool = True, dtype: Any = torch.bfloat16) -> Any:
-    from ross_mcore.engine.adam import give_to_mcore
+    from ross_mcore.engine import adam
 
-    give_to_mcore()
+    adam.install()
     distributed, optimizers = core("distributed"), core("optimizer")
     model = Model(dtype, bf16=dtype == torch.bfloat16)
     parallel = distributed.DistributedDataParallel(

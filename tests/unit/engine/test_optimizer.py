@@ -33,7 +33,7 @@ def test_schedule_starts_at_zero_peaks_after_warmup_and_ends_at_the_minimum(styl
 
 @pytest.mark.parametrize("run", json.loads((GOLDEN / "data" / "lr_schedule.json").read_text()))
 def test_schedule_is_the_recorded_one(run: dict) -> None:
-    """The reference's HF cosine schedule with ceil(3%) warm-up, two groups; equal but for the order of operations."""
+    """The reference's cosine schedule of Hugging Face with ceil(3%) warm-up, two groups; equal up to rounding."""
     options = OptimizerOptions(lr=run["base"], denoiser_lr=run["second_group"], lr_warmup_fraction=0.03)
     assert warmup_iterations(options, run["total_steps"]) == run["warmup"]
     second = peak_rates(options)[PART_TAGS["denoiser"]]
@@ -43,7 +43,7 @@ def test_schedule_is_the_recorded_one(run: dict) -> None:
 
 
 def test_the_first_step_of_a_warm_up_updates_nothing() -> None:
-    """And none does where every rate is 0."""
+    """And no step does when every rate is 0."""
     assert [updates_weights(step, 10, OptimizerOptions(lr=1.0)) for step in (0, 1, 9)] == [False, True, True]
     assert updates_weights(0, 10, OptimizerOptions(lr=0.0, denoiser_lr=1.0, lr_warmup_iters=0))
     assert not updates_weights(5, 10, OptimizerOptions(lr=0.0))
@@ -56,7 +56,7 @@ def test_warmup_never_exceeds_the_run(train_iters: int, fraction: float) -> None
 
 
 def test_every_part_has_a_rate_and_norms_have_no_decay() -> None:
-    """Also with `--lr 0`, where only the denoiser trains, and over what a checkpoint had."""
+    """Also with `--lr 0`, where only the denoiser trains; values from a checkpoint are overwritten."""
     options = OptimizerOptions(lr=0.0, denoiser_lr=1e-4, weight_decay=0.1, lr_warmup_iters=0, adam_beta2=0.5)
     groups = [
         {"lr_mult": tag, "wd_mult": wd_mult, "lr": 7.0, "weight_decay": 7.0, "betas": (0, 0), "eps": 7.0}
@@ -88,7 +88,7 @@ def test_plain_adam_is_torchs_adamw() -> None:
     assert optimizers[0].param_groups[0]["step"] == 5
 
 
-def test_plain_adam_counts_steps_where_it_owns_nothing() -> None:
+def test_plain_adam_counts_the_steps_of_empty_groups() -> None:
     frozen = torch.nn.Parameter(torch.ones(1))
     optimizer = PlainAdam([frozen])
     optimizer.step()

@@ -1,4 +1,4 @@
-"""What precision and kernels need: refused with reason and remedy where it is missing, and rows of the right length."""
+"""Requirements of precision and kernels, refused with reason and remedy; the length of rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LANGUAGE = recorded_config("qwen2_siglip").language
         ({"overlap_param_gather": True}, "add --use-distributed-optimizer and --overlap-grad-reduce"),
     ],
 )
-def test_what_is_not_installed_is_refused(flags: dict, says: str) -> None:
+def test_missing_libraries_are_refused(flags: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         check_execution(Config.from_flat(**flags), LANGUAGE, NOTHING)
 
@@ -76,12 +76,12 @@ def test_what_is_not_installed_is_refused(flags: dict, says: str) -> None:
         ({**OVERLAP, "fp8_format": "hybrid", "fp8_recipe": "blockwise"}, "does not know --fp8-recipe blockwise"),
     ],
 )
-def test_what_does_not_go_together_is_refused(flags: dict, says: str) -> None:
+def test_conflicting_options_are_refused(flags: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         check_execution(Config.from_flat(**flags), LANGUAGE, EVERYTHING)
 
 
-def test_hardware_and_libraries_are_asked_for_one_by_one() -> None:
+def test_each_requirement_of_hardware_and_libraries_is_checked() -> None:
     overlap = Config.from_flat(**OVERLAP)
     check_execution(overlap, LANGUAGE, EVERYTHING)
     with pytest.raises(ConfigError, match="need CUDA GPUs"):
@@ -125,5 +125,5 @@ def test_attention_is_chosen_by_the_flag_alone(monkeypatch: pytest.MonkeyPatch) 
         ),
     ],
 )
-def test_rows_are_padded_to_what_their_products_need(flags: dict, multiple: int) -> None:
+def test_rows_are_padded_for_their_matrix_products(flags: dict, multiple: int) -> None:
     assert row_multiple(Config.from_flat(**flags)) == multiple

@@ -26,17 +26,17 @@ from ross_mcore.options import TrainingOptions
 
 
 def test_each_loss_has_its_own_weight() -> None:
-    """Gradients of the two sums: 1 / labels and 1 / images, whatever this micro-batch holds."""
+    """Gradients of the two sums: 1 / labels and 1 / images of the step, independent of this micro-batch."""
     sums = torch.tensor([[4.0, 3.0], [2.0, 5.0]], requires_grad=True)
     part, divide_by, kept = weighted_loss(sums, rows("i", "t"), loss_weights(labels=3, images=4))
     part.backward()
     assert part.item() == 6 / 3 + 8 / 4
     assert sums.grad is not None and torch.equal(sums.grad, torch.tensor([[1 / 3, 1 / 4]] * 2))
-    assert divide_by.item() == 0 and kept.parts.tolist() == [2.0, 2.0] and not kept.parts.requires_grad
+    assert divide_by.item() == 0 and kept.terms.tolist() == [2.0, 2.0] and not kept.terms.requires_grad
 
 
 @pytest.mark.parametrize("blanks", [0, 3])
-def test_nothing_to_learn_from_is_zero_and_keeps_its_graph(blanks: int) -> None:
+def test_the_loss_over_nothing_is_zero_and_keeps_its_graph(blanks: int) -> None:
     sums = torch.tensor([[0.0, 5.0 * blanks]], requires_grad=True)
     part, _, _ = weighted_loss(sums, rows("t"), loss_weights(labels=0, images=0, blanks=blanks))
     assert part.item() == 0 and part.requires_grad
@@ -61,12 +61,12 @@ def rows(*kinds: str) -> list[Sample]:
         ("microbatch", "all", (1 / (8 * (2 + 3)), 1 / (8 * 2))),
     ],
 )
-def test_the_four_arithmetics(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
+def test_the_four_normalizations(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
     """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
     size = StepSize(8, 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0)
     options = Objective.of(TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows))  # type: ignore[arg-type]
-    assert micro_batch_weights(rows("i", "t", "s"), size, options, parts=8) == pytest.approx(expected)
-    without_picture = micro_batch_weights(rows("t", "s"), size, options, parts=8)
+    assert micro_batch_weights(rows("i", "t", "s"), size, options, count=8) == pytest.approx(expected)
+    without_picture = micro_batch_weights(rows("t", "s"), size, options, count=8)
     assert without_picture[1] == (expected[1] if normalization == "global" else 0)
 
 
@@ -81,16 +81,16 @@ def only_rank() -> Iterator[None]:
 
 @pytest.mark.usefixtures("only_rank")
 @pytest.mark.parametrize(("with_blank_samples", "first_vm_loss"), [(False, 7.0), (True, (7 + 5) / 2)])
-def test_losses_are_the_sum_of_the_parts_and_split_by_data_set(with_blank_samples: bool, first_vm_loss: float) -> None:
+def test_losses_are_the_sum_of_the_terms_and_split_by_data_set(with_blank_samples: bool, first_vm_loss: float) -> None:
     """Two micro-batches: data set 0 has a picture and a text, 1 a picture without labels, 2 a skipped sample."""
     groups = SimpleNamespace(tensor_rank=0)
     samples = [replace(sample, source=source) for sample, source in zip(rows("i", "n", "t", "s"), (0, 1, 0, 2))]
     sums = torch.tensor([[4.0, 7.0], [0.0, 3.0], [6.0, 5.0 * with_blank_samples], [0.0, 0.0]], dtype=torch.float64)
-    parts = [
-        MicroBatchLosses.of(samples[place], parts, sums[place], with_blank_samples)
-        for place, parts in ((slice(0, 1), torch.tensor([0.5, 0.25])), (slice(1, 4), torch.tensor([1.5, 1.25])))
+    kept = [
+        MicroBatchLosses.of(samples[place], terms, sums[place], with_blank_samples)
+        for place, terms in ((slice(0, 1), torch.tensor([0.5, 0.25])), (slice(1, 4), torch.tensor([1.5, 1.25])))
     ]
-    losses = combine_losses(parts, groups, torch.device("cpu"), num_datasets=3)  # type: ignore[arg-type]
+    losses = combine_losses(kept, groups, torch.device("cpu"), num_datasets=3)  # type: ignore[arg-type]
     assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)
     assert losses.datasets == (
         DataSetLosses(2, 2 + 3, 1, 10 / 5, first_vm_loss),
@@ -118,7 +118,7 @@ def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
         (RuntimeError("a worker was killed"), RuntimeError, "a worker was killed"),
     ],
 )
-def test_a_rank_that_cannot_read_says_so(failure: Exception, kind: type[Exception], message: str) -> None:
+def test_a_rank_that_cannot_read_is_named(failure: Exception, kind: type[Exception], message: str) -> None:
     groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
     with pytest.raises(kind, match=message):
         agree_on_step(Step([], None, None, [], {}, failure), groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
@@ -128,6 +128,6 @@ def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
     size = StepSize(8, 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1)
     for normalization in ("global", "microbatch"):
         options = Objective.of(TrainingOptions(loss_normalization=normalization))  # type: ignore[arg-type]
-        weights = micro_batch_weights(rows("n"), size, options, parts=1)
+        weights = micro_batch_weights(rows("n"), size, options, count=1)
         total, _, kept = weighted_loss(torch.tensor([[0.0, 3.0]]), rows("n"), weights)
-        assert kept.parts.tolist() == [0, 3] and total == 3
+        assert kept.terms.tolist() == [0, 3] and total == 3

@@ -5,14 +5,14 @@ import signal
 
 import pytest
 
-from ross_mcore.training.stop import Asked, Requests
+from ross_mcore.training.stop import Request, Requests
 
 
 def test_a_request_to_save_is_returned_once_and_the_run_continues() -> None:
     with Requests(None) as requests:
-        assert requests.asked() is Asked.NOTHING
+        assert requests.pending() is Request.NOTHING
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert [requests.asked() for _ in range(2)] == [Asked.SAVE, Asked.NOTHING]
+        assert [requests.pending() for _ in range(2)] == [Request.SAVE, Request.NOTHING]
         assert requests.reason is None
 
 
@@ -21,7 +21,7 @@ def test_a_signal_to_stop_outranks_a_request_to_save(number: signal.Signals) -> 
     with Requests(None) as requests:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), number)
-        assert [requests.asked() for _ in range(2)] == [Asked.STOP] * 2
+        assert [requests.pending() for _ in range(2)] == [Request.STOP] * 2
         assert requests.reason == number.name
 
 
@@ -29,14 +29,14 @@ def test_the_launchers_copy_of_a_ctrl_c_does_not_abort() -> None:
     with Requests(None) as requests:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        assert requests.asked() is Asked.STOP
+        assert requests.pending() is Request.STOP
 
 
 def test_the_time_limit_ends_the_run() -> None:
     with Requests(1e-9) as requests:
-        assert requests.asked() is Asked.STOP and requests.reason == "--exit-duration-in-mins"
+        assert requests.pending() is Request.STOP and requests.reason == "--exit-duration-in-mins"
     with Requests(60.0) as requests:
-        assert requests.asked() is Asked.NOTHING
+        assert requests.pending() is Request.NOTHING
 
 
 def test_signal_handlers_are_restored() -> None:

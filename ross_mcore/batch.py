@@ -1,13 +1,12 @@
-"""What travels from the data room to the model: samples, rows of samples, and the micro-batch made of rows.
+"""Types that data/ and models/ share: samples, rows of samples, and the micro-batch made of rows.
 
-Legend: B rows of S tokens each, T = B * S tokens of the micro-batch, I images in it, J images that this tensor-parallel
-rank holds pixels of, K blank rows, H W pixels. Only torch is imported here, so that data and models can share the types
-without knowing each other.
+Legend: B rows of S tokens each, T = B * S tokens of the micro-batch, I images in it, J images whose pixels this
+tensor-parallel rank holds, K samples without a picture, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +22,11 @@ class Sample:
 
     tokens [L] int64, with `image_tokens` zeros in place of every image; labels [L] int64, labels[i] belongs to
     tokens[i] (not shifted), IGNORE_INDEX where nothing is supervised; image_starts: index of the first image token of
-    every image; pixels: one [3, H, W] per image (see Batch), empty where this rank needs precomputed parts alone, or
-    None where it needs nothing of it; parts: those parts of the same images by kind, see Batch. `key` names the sample
-    in its data set; `position` is its number in the training stream, the key of its random draws. `problem` says why a
-    sample was skipped: such a sample is an empty row and weighs nothing; `is_bad` says that its data is at fault, and
-    not the options. `source` is the data set that it is of, by number.
+    every image; pixels: one [3, H, W] per image (see Batch), of size 0 if this rank needs only its precomputed parts,
+    None if it needs nothing of it; parts: precomputed parts of the same images by kind, see Batch. `key` names the
+    sample in its data set; `position` is its number in the training stream, the key of its random draws. `problem` is
+    the reason a sample is skipped, which makes it an empty row with no weight; `is_bad`: the reason is its data, not
+    the options. `source` is the number of its data set.
     """
 
     key: str
@@ -43,29 +42,28 @@ class Sample:
 
     @property
     def label_tokens(self) -> int:
-        """Labels that a loss is over; none is for the first token, which nothing predicts."""
+        """Number of labels in the loss; the first token has none, because nothing predicts it."""
         return int((self.labels[1:] != IGNORE_INDEX).sum())
 
 
 Row = list[Sample]
-"""The samples that share a row, one after the other; attention, positions and losses of each are its own."""
+"""The samples of one row, one after the other; each has its own attention, positions and losses."""
 Slots = list[int]
-"""Tokens that a row reserves for each of its samples."""
+"""Number of tokens that a row reserves for each of its samples."""
 
 
 @dataclass
 class Batch:
-    """One micro-batch, its rows one after the other. Tensor-parallel ranks of a stage hold the same, but for pixels.
+    """One micro-batch, its rows one after the other. Tensor-parallel ranks of a stage differ in pixels and parts only.
 
-    tokens [T] int64, zero at image positions and padding; labels [T] int64, *shifted*: labels[t] is what position t
-    must predict; sample_starts [N] int64: where each of the N samples begins; image_starts [I] int64: where each
-    image's tokens begin; image_samples [I] int64: which of the N samples it is of; image_positions [I] int64: stream
-    position of that sample, and image_ordinals [I]: which of its images, the two of them the key of its random draws;
-    blank_samples [K] and blank_positions [K] int64: the same of the samples without a picture that the reconstruction
-    loss is to cover as well (none unless asked for, see collate); pixels [J, 3, H, W]: this rank's share of the I
-    images, in order, uint8 levels or float32 in the tower's normalisation (see normalised_pixels); parts: what was
-    computed of that share beforehand and is wanted here, "latents" [J, 2, C, h, w] (the VAE's posterior) and "features"
-    [J, N, D] (the tower's), left out where the share is empty.
+    tokens [T] int64, zero at image positions and padding; labels [T] int64, *shifted*: labels[t] is the token that
+    follows position t; sample_starts [N] int64: first token of each of the N samples; image_starts [I] int64: first
+    token of each image; image_samples [I] int64: index of its sample among the N; image_positions [I] int64: stream
+    position of that sample, and image_ordinals [I] int64: number of the image in it, together the key of its random
+    draws; blank_samples [K] and blank_positions [K] int64: the same for the samples without a picture that the
+    reconstruction loss covers (see collate); pixels [J, 3, H, W]: this rank's share of the I images, in order, uint8
+    levels or float32 in the tower's normalisation (see normalised_pixels); parts: precomputed parts of that share,
+    "latents" [J, 2, C, h, w] (posteriors of the VAE) and "features" [J, N, D] (of the tower), no key if J is 0.
     """
 
     tokens: Tensor
@@ -89,9 +87,9 @@ class Batch:
         return int(self.sample_starts.numel())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; the keys of the random draws stay on the CPU, where draws are made.
+        """The batch on `device`; the keys of the random draws stay on the CPU, where the draws are made.
 
-        What goes to an accelerator goes through pinned memory, so that the copy runs beside the computation.
+        Tensors are pinned, so that copies to an accelerator overlap with computation.
         """
         if device.type == "cpu":
             return self
@@ -106,10 +104,10 @@ class Batch:
 
 
 def normalised_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 levels [..., 3, H, W] -> float32 in the normalisation of a tower; what is floating already stays as it is.
+    """uint8 levels [..., 3, H, W] -> float32 in the normalisation of a tower; floating-point pixels are returned as is.
 
-    mean, std: of the three channels, for levels scaled to [0, 1]. A level has 256 values, so their normalised values
-    are looked up: the same bits as Hugging Face's processors give (scaled in float64), on any device.
+    mean, std: of the three channels, for levels scaled to [0, 1]. The 256 normalised values of a channel are looked up
+    in a table, bit for bit those of Hugging Face's processors (scaled in float64) on any device.
     """
     if pixels.is_floating_point():
         return pixels
@@ -124,15 +122,10 @@ def is_blank(sample: Sample) -> bool:
     return not sample.image_starts and sample.problem is None
 
 
-def blank_samples(samples: Iterable[Sample]) -> list[Sample]:
-    """The samples that have text but no picture."""
-    return [sample for sample in samples if is_blank(sample)]
-
-
 def segments(rows: Sequence[Slots], seq_length: int) -> list[int]:
-    """Lengths of the stretches of a micro-batch within which tokens see each other; they add up to T.
+    """Lengths of the segments of a micro-batch, within which tokens attend to each other; their sum is T.
 
-    The last slot of a row grows to the row's end: what pads it comes after everything that counts.
+    The last slot of a row extends to the row's end: padding is behind all tokens of its sample.
     """
     lengths: list[int] = []
     for slots in rows:
@@ -150,9 +143,9 @@ def collate(
 ) -> Batch:
     """Lays rows of `seq_length` tokens one after the other and stacks the pixels that are present.
 
-    `slots` reserves room for every sample, by default what it takes. `with_blank_samples` fills
-    `Batch.blank_positions`, as `--vm-loss-rows all` wants it. Raises ValueError when a sample is longer than its slot,
-    slots are more than a row, or tokens and labels differ in length.
+    `slots` are the tokens reserved for every sample, by default its length. `with_blank_samples` fills
+    `Batch.blank_samples` and `blank_positions`, for `--vm-loss-rows all`. Raises ValueError when a sample is longer
+    than its slot, slots are longer than a row, or tokens and labels differ in length.
     """
     slots = [[sample.tokens.numel() for sample in row] for row in rows] if slots is None else slots
     tokens = torch.zeros(len(rows) * seq_length, dtype=torch.int64)

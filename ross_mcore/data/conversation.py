@@ -1,11 +1,11 @@
-"""What a conversation is: turns, the pictures that they show, and the places of those in a row of token ids.
+"""Conversations: turns, the pictures that they show, and the places of the pictures in a row of token ids.
 
-Ids hold one IMAGE_TOKEN_INDEX per image until `expand_images` gives every image its place in the row.
+Ids contain one IMAGE_TOKEN_INDEX per image until `expand_images` inserts the tokens of every image.
 
-The reference knows samples of one picture, which it moves to the start of its turn; theirs is its arithmetic, id by id.
-Several pictures stay where their `<image>` stand, in any turn, and are meant in the order in which they stand. Those
-that the text does not show come first, each on a line of its own at the start of the human's first turn; a text that
-shows more than there are has no row (`require_pictures`). templates.py writes conversations out.
+The reference has at most one picture in a sample and moves it to the start of its turn; so do we, with equal ids.
+Several pictures stay at their `<image>`, in any turn, in text order. Pictures that the text does not show are put
+first, each on its own line at the start of the human's first turn; a text that shows more pictures than the sample has
+is an error (`require_pictures`). templates.py turns conversations into text.
 Legend: L tokens of a row.
 """
 
@@ -31,28 +31,25 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class SampleBounds:
-    """The most pictures, and tokens of text with its template (pictures not counted), that a sample may have."""
+    """Maximum numbers of pictures and of text tokens (template included, pictures not) in a sample; None: no limit."""
 
     images: int | None = None
     tokens: int | None = None
 
     @property
     def reasons(self) -> tuple[str, str]:
-        """Why a sample is left out: its pictures, its tokens."""
+        """Reasons for skipping a sample: too many pictures, too many tokens."""
         return f"it has over {self.images} pictures", f"its text is over {self.tokens} tokens"
 
     def require(self, num_images: int, text_tokens: int = 0) -> None:
-        """Raises NothingLeft for a sample that has more."""
+        """Raises NothingLeft for a sample above a limit."""
         for limit, number, reason in zip((self.images, self.tokens), (num_images, text_tokens), self.reasons):
             if limit is not None and number > limit:
                 raise NothingLeft(reason)
 
 
-UNBOUNDED = SampleBounds()
-
-
 def check_turns(conversations: Any, roles: tuple[str, ...] | None = ("human", "gpt")) -> list[tuple[str, str]]:
-    """(role, text) of every turn; `roles` None lets every role pass.
+    """(role, text) of every turn; `roles` None allows every role.
 
     Raises ConversationError when the value is not a list of well-formed turns.
     """
@@ -74,9 +71,9 @@ def check_turns(conversations: Any, roles: tuple[str, ...] | None = ("human", "g
 
 
 def count_words(conversations: Any) -> int:
-    """Words of all turns, split at white space: the length by which the reference's sampler groups samples.
+    """Number of words of all turns, split at white space: the length by which the reference's sampler groups samples.
 
-    Turns that have no text count nothing, so that any record has a length.
+    Turns without text count as 0 words, so that any record has a length.
     """
     turns = conversations if isinstance(conversations, list) else []
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
@@ -84,14 +81,14 @@ def count_words(conversations: Any) -> int:
 
 
 def normalise_images(text: str) -> str:
-    """A turn shows its picture once, on a line of its own at the start (reference: preprocess_multimodal)."""
+    """Moves a turn's `<image>` to a line of its own at the start (reference: preprocess_multimodal)."""
     if IMAGE_PLACEHOLDER not in text:
         return text
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
 
 
 def with_missing_images(turns: list[tuple[str, str]], num_images: int) -> list[tuple[str, str]]:
-    """Puts those of `num_images` pictures that no turn shows on lines of their own before the human's first text."""
+    """Puts an `<image>` line before the human's first text for each of `num_images` pictures that no turn shows."""
     missing = num_images - sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
     first = next((place for place, (role, _) in enumerate(turns) if role == "human"), None)
     if missing <= 0 or first is None:
@@ -101,21 +98,21 @@ def with_missing_images(turns: list[tuple[str, str]], num_images: int) -> list[t
 
 
 def require_pictures(image_spans: int, num_images: int) -> None:
-    """Raises ConversationError unless a text shows the sample's pictures, or, as the reference takes it, not its one.
+    """Raises ConversationError unless a text shows all of the sample's pictures.
 
-    A picture that is not shown is not trained on.
+    As in the reference, a text may leave out a single picture, which is then not trained on.
     """
     if image_spans != num_images and (image_spans or num_images > 1):
         raise ConversationError(f"{image_spans} <image> in the text, {num_images} pictures")
 
 
 def encode_text(text: str, has_image: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, in which `<image>` is a picture when it `has_image`, and text like any other when not."""
+    """Token ids of a text; `<image>` is a picture if `has_image`, else ordinary text."""
     return encode_with_images(text, tokenizer) if has_image else encode(text, tokenizer)
 
 
 def encode_with_images(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenises the text between `<image>` placeholders piece by piece, keeping the first BOS only (mm_utils:192)."""
+    """Tokenises the text between `<image>` placeholders separately and keeps the first BOS only (mm_utils.py:192)."""
     opening, *pieces = text.split(IMAGE_PLACEHOLDER)
     ids = list(_encode_opening(opening, tokenizer) if pieces else encode(opening, tokenizer))
     skip = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
@@ -127,14 +124,14 @@ def encode_with_images(text: str, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 @lru_cache(maxsize=16)
 def _encode_opening(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What stands before the first picture: in most conversations the system text, the same every time."""
+    """Ids of the text before the first picture: in most conversations the system text, always the same."""
     return tuple(encode(text, tokenizer))
 
 
 def expand_images(
     input_ids: list[int], labels: list[int], image_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
-    """Gives every image `image_tokens` zeros without labels: (tokens [L], labels [L], first token of every image)."""
+    """Replaces every image by `image_tokens` zeros without labels: (tokens [L], labels [L], starts of the images)."""
     if len(input_ids) != len(labels):
         raise ValueError(f"{len(input_ids)} tokens, but {len(labels)} labels")
     ids = np.array(input_ids, np.int64)
@@ -148,10 +145,9 @@ def expand_images(
 def cut_row(
     tokens: NDArray[np.int64], labels: NDArray[np.int64], starts: list[int], image_tokens: int, max_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
-    """An expanded row's first `max_length` tokens and labels, and its images; the cut never goes through one.
+    """The first `max_length` tokens and labels of an expanded row, and its images; the row ends before a cut image.
 
-    It ends before an image that it would cut. Raises NothingLeft when it loses images and leaves no image or no
-    label: of one image, which the reference does not cut either, the loss is always too much.
+    Raises NothingLeft when images are lost and no image or no label remains.
     """
     kept = [start for start in starts if start + image_tokens <= max_length]
     if len(kept) == len(starts):

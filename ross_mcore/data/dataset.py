@@ -1,4 +1,4 @@
-"""What a loader, and what reports its samples, need of a data set: one folder, or several as one."""
+"""SampleDataset: the interface of a data set, which is one folder or a mixture of several."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ross_mcore.data.replacement import Bad, Named
 
 
 class SampleDataset(Named, Protocol):
-    """Samples by number. Legend: P samples asked for."""
+    """Samples by number. Legend: P requested samples."""
 
     @property
     def seq_length(self) -> int:
-        """Most tokens of a row."""
+        """Maximum number of tokens in a row."""
         ...
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
-        """Of a decoded picture: (3, H, W), or (0,) where pixels are not wanted."""
+        """Shape of a decoded picture: (3, H, W), or (0,) if pixels are not needed."""
         ...
 
     def __len__(self) -> int: ...
@@ -32,16 +32,16 @@ class SampleDataset(Named, Protocol):
         ...
 
     def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
-        """Fills in `sample.pixels` at `ordinals`; returns what is wrong with those that had to be left blank.
+        """Fills `sample.pixels` at `ordinals`; returns the errors of pictures that are left blank.
 
-        A tensor of `pixel_shape` that already stands there is written to instead of a new one.
+        A tensor of `pixel_shape` that is already there is written in place.
         """
         ...
 
     def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens [P] that samples [P] take in a row, images included and cut to `seq_length`; from the index."""
+        """Tokens [P] of samples [P] in a row, images included, cut to `seq_length`; from the index."""
         ...
 
     def peers(self, sample_number: int) -> range:
-        """The samples that may stand in for one."""
+        """The samples that may replace a bad one."""
         ...

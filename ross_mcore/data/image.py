@@ -1,7 +1,7 @@
-"""Pictures from bytes to the vision tower's input: bounded decoding and the tower's preprocessing, on PIL alone.
+"""Picture bytes -> the vision tower's input: bounded decoding and the tower's preprocessing with PIL.
 
-Legend: H W pixels of the tower's input. The arithmetic is that of Hugging Face's PIL image processors (8-bit bicubic
-resize, centre crop, rescale and normalise in float32), which the reference calls after its own padding.
+The arithmetic is that of Hugging Face's PIL image processors (8-bit bicubic resize, centre crop, rescale and normalise
+in float32), which the reference calls after its own padding. Legend: H W pixels of the tower's input.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 << 20
 MAX_SIDE = 16384
 MAX_ASPECT_RATIO = 200
-"""Padding squares the longer side and resizing stretches it, so a thin picture costs far more than its own pixels."""
+"""Padding makes a thin picture a square of its longer side, which costs far more than its own pixels."""
 
 
 def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.Image, str]:
     """Decodes a picture completely: (RGB picture, name of its format). EXIF orientation is not applied (reference).
 
     The size is checked in the header, before any pixel is decoded. CMYK, grey, palette and two-coloured pictures are
-    converted, an alpha channel is dropped, of an animation the first frame is taken. Grey of 16 bits keeps its upper
-    8 (PIL's conversion, the reference's, would clip nearly all of it to white). Raises ImageError for anything else
-    than a whole, sensibly sized picture in `formats`.
+    converted, an alpha channel is dropped, an animation becomes its first frame. 16-bit grey keeps its upper 8 bits
+    (PIL's conversion, used by the reference, clips nearly all of it to white). Raises ImageError for a picture that is
+    damaged, too large, too thin or not in `formats`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=list(formats)) as picture:
@@ -47,12 +47,12 @@ def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.I
         raise ImageError(f"undecodable: not one of {', '.join(formats)}") from None
     except Image.DecompressionBombError:
         raise ImageError("too large in pixels") from None
-    except Exception as error:  # a hostile file can raise anything out of a decoder
+    except Exception as error:  # decoders raise exceptions of any type for a hostile file
         raise ImageError(f"undecodable: {reason(error)}") from None
 
 
 def rgb_picture(picture: Image.Image) -> Image.Image:
-    """An opened picture in RGB, converted as `decode_image` says. Raises ImageError for a size out of bounds."""
+    """An opened picture in RGB, converted as in `decode_image`. Raises ImageError for a size out of bounds."""
     width, height = picture.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ImageError("too large in pixels")
@@ -65,11 +65,11 @@ def rgb_picture(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """Makes a tower's input [3, H, W] of a picture.
+    """Converts a picture to a tower's input [3, H, W].
 
-    `crop`: resize the shorter side to `image_size`, then cut out the centre (CLIP); otherwise both sides are resized
-    to `image_size`, changing the proportions (SigLIP). `aspect_ratio="pad"` first makes the picture square on a ground
-    of the mean colour.
+    `crop`: resize the shorter side to `image_size`, then crop the centre (CLIP); otherwise resize both sides to
+    `image_size`, which changes the proportions (SigLIP). `aspect_ratio="pad"` first pads the picture to a square with
+    the mean colour.
     """
 
     image_size: int
@@ -89,9 +89,9 @@ class ImagePreprocessing:
         aspect_ratio: str = "square",
         processor: dict[str, Any] | None = None,
     ) -> ImagePreprocessing:
-        """The preprocessing that belongs to a tower; `processor`, its preprocessor_config.json, is checked against it.
+        """The preprocessing of a tower. `processor` is its preprocessor_config.json, if it has one.
 
-        Raises ArchitectureError when the processor asks for something else than what is implemented here.
+        Raises ArchitectureError when the processor has a setting that is not implemented here.
         """
         crop = vision.model_type == "clip_vision_model"
         if processor is not None:
@@ -100,7 +100,7 @@ class ImagePreprocessing:
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """The 8-bit colour that `pad` fills up with."""
+        """The 8-bit colour of padding."""
         red, green, blue = (int(channel * 255) for channel in self.image_mean)
         return red, green, blue
 
@@ -111,28 +111,24 @@ class ImagePreprocessing:
         return normalised_pixels(torch.from_numpy(levels), self.image_mean, self.image_std).numpy()
 
     def write_levels(self, picture: Image.Image, out: NDArray[np.uint8]) -> None:
-        """Writes an RGB picture of any size to `out` [3, H, W], resized and not yet normalised.
+        """Writes an RGB picture of any size to `out` [3, H, W], resized, not normalised.
 
-        That is a quarter of the bytes to hand from process to process and to a device, where normalising costs nothing.
+        uint8 levels are a quarter of the bytes to pass between processes and to a device, which normalises them.
         """
-        for plane, channel in zip(out, self._fit(picture).split(), strict=True):
+        pads = self.aspect_ratio == "pad" and picture.width != picture.height
+        resized = self._pad(picture) if pads else self._resize(picture)
+        for plane, channel in zip(out, resized.split(), strict=True):
             plane[:] = np.asarray(channel)
 
     def write_background(self, out: NDArray[np.uint8]) -> None:
         """Writes a picture of the background's colour to `out` [3, H, W]."""
         out[:] = np.array(self.background, np.uint8)[:, None, None]
 
-    def _fit(self, picture: Image.Image) -> Image.Image:
-        """The picture at the tower's size."""
-        if self.aspect_ratio == "pad" and picture.width != picture.height:
-            return self._pad(picture)
-        return self._resize(picture)
-
     def _pad(self, picture: Image.Image) -> Image.Image:
         """The picture in the middle of a square, at the tower's size.
 
-        Pillow resizes rows first and columns second. Rows of one colour stay what they are, so they are put above and
-        below a wide picture in between: the same pixels in three quarters of the time.
+        Pillow resizes rows first and columns second. Resizing leaves rows of one colour unchanged, so the padding above
+        and below a wide picture is added between the two: the same pixels in three quarters of the time.
         """
         size, side = self.image_size, max(picture.size)
         width = side
@@ -156,7 +152,7 @@ class ImagePreprocessing:
 
 
 def _check_processor(vision: VisionConfig, crop: bool, processor: dict[str, Any]) -> None:
-    """Raises ArchitectureError for the first setting that is not what is done for a tower of this kind."""
+    """Raises ArchitectureError for the first setting that differs from the preprocessing of a tower of this kind."""
     size = vision.image_size
     wanted: dict[str, tuple[Any, ...]] = {
         "resample": (3,),

@@ -1,6 +1,6 @@
-"""Labels: where the answers of a written-out conversation are among its tokens, as the reference finds them.
+"""Labels: locates the answers of a conversation among its tokens, as the reference does.
 
-Behaviour: reference train.py:620-893 (LLaVA's preprocessing), confirmed token by token against recorded values.
+Reference: train.py:620-893 (LLaVA's preprocessing); tests compare every token with recorded values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One written-out conversation, its ids (cut to `spec.seq_length` only without images) and what masking needs."""
+    """A conversation as text and ids (cut to `spec.seq_length` only without images), with the inputs of masking."""
 
     text: str
     ids: list[int]
@@ -32,7 +32,7 @@ class Prompt:
     spec: SampleSpec
 
     def rounds(self) -> list[tuple[list[int], list[int]]]:
-        """(ids of the round, ids of the round up to the answer), as far as rounds are well-formed."""
+        """(ids of the round, ids of the round up to the answer) of every round before the first malformed one."""
         found = []
         texts, shows = self.text.split(self.round_end), self.num_images > 0
         cut_out = self._rounds_cut_out()
@@ -45,10 +45,10 @@ class Prompt:
         return found
 
     def _rounds_cut_out(self) -> list[list[int]]:
-        """The ids of the rounds out of those of the row, which saves tokenizing them again; none where that may differ.
+        """Splits the row's ids into rounds, which saves tokenizing them again; empty if the ids could differ.
 
-        It does not where no token opens a text and a special token, which splits text before anything else does, ends
-        every round.
+        They cannot differ if the tokenizer adds no token at the start of a text and every round ends with a special
+        token, because special tokens split a text first.
         """
         is_whole = self.num_images > 0 or len(self.ids) < self.spec.seq_length
         end = _special_end(self.round_end, self.tokenizer) if is_whole else None
@@ -68,13 +68,13 @@ class Prompt:
             raise ConversationError("a picture but no <image> in the text")
 
     def present(self) -> int:
-        """Ids that are not padding: a padding token in the text shortens the row (and so is a mismatch), as ever."""
+        """Number of ids that are not padding. As in the reference, a padding token in the text leads to a mismatch."""
         return len(self.ids) - self.ids.count(self.tokenizer.pad_token_id)
 
 
 @lru_cache(maxsize=16)
 def _special_end(text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that `text` is, in a tokenizer that adds none of its own."""
+    """The id of `text` if it is one special token and the tokenizer adds no tokens of its own."""
     ids = encode(text, tokenizer)
     return ids[0] if len(ids) == 1 and ids[0] in tokenizer.all_special_ids and not encode("", tokenizer) else None
 
@@ -82,8 +82,8 @@ def _special_end(text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
 def mask_byte_pairs(prompt: Prompt) -> tuple[list[int], bool]:
     """Labels for a tokenizer without BOS whose end-of-turn is one token (reference: preprocess_qwen_2).
 
-    An answer starts where the tokens of its round leave those of its instruction. The reference supervises the
-    end-of-turn between rounds but never the last one, so that a single-turn model does not learn to stop:
+    An answer starts at the first token where its round differs from its instruction. The reference supervises the
+    end-of-turn between rounds but not the last one, so a model trained on single rounds does not learn to stop;
     `supervise_final_eos` adds that label.
     """
     ids, labels, start = prompt.ids, list(prompt.ids), 0
@@ -104,10 +104,9 @@ def mask_byte_pairs(prompt: Prompt) -> tuple[list[int], bool]:
 def mask_sentencepiece(prompt: Prompt) -> tuple[list[int], bool]:
     """Labels for a Llama tokenizer: BOS, and `</s>` inside the round's tokens (reference: preprocess_v1).
 
-    The constants of the reference count pieces: an instruction tokenised alone ends in one piece that the answer
-    merges with and starts with BOS (-2); after `</s>` a non-legacy tokenizer writes USER as one piece fewer (-1).
-    With another tokenizer they fit a single round only (v1_qwen2). Raises ConversationError when no text shows the
-    picture.
+    The reference's constants count tokens: an instruction tokenised alone starts with BOS and ends with a token that
+    merges with the answer (-2); after `</s>` a non-legacy tokenizer gives USER one token fewer (-1). With another
+    tokenizer they fit a single round only (v1_qwen2). Raises ConversationError when no text shows the picture.
     """
     prompt.require_shown()
     shorter = int(not getattr(prompt.tokenizer, "legacy", False))
@@ -115,18 +114,18 @@ def mask_sentencepiece(prompt: Prompt) -> tuple[list[int], bool]:
 
 
 def mask_headers(prompt: Prompt) -> tuple[list[int], bool]:
-    """Labels for a Llama 3 tokenizer: a round tokenised alone gets a BOS, of which the row has the first only."""
+    """Labels for a Llama 3 tokenizer: every round tokenised alone has a BOS, but the row has only the first."""
     return _mask_by_count(prompt, first_token=0, before_answer=0, later_rounds=1)
 
 
 def _mask_by_count(
     prompt: Prompt, *, first_token: int, before_answer: int, later_rounds: int
 ) -> tuple[list[int], bool]:
-    """Labels from the number of tokens that a round, and its part before the answer, have when tokenised alone.
+    """Labels from the token counts of every round and of its instruction, each tokenised alone.
 
-    `first_token`: where the first round starts; `before_answer`: tokens to take off the part before an answer;
-    `later_rounds`: tokens that rounds after the first have fewer in the row than alone. No piece merges with a picture
-    that begins an answer; the reference, which has only one picture, does not see to that.
+    `first_token`: start of the first round; `before_answer`: tokens to subtract from an instruction; `later_rounds`:
+    tokens that later rounds have fewer in the row than alone. No token merges with a picture at the start of an answer;
+    the reference, with one picture per sample, does not have this case.
     """
     labels, start = list(prompt.ids), first_token
     labels[:start] = [IGNORE_INDEX] * len(labels[:start])
@@ -143,7 +142,7 @@ def _mask_by_count(
 
 
 def mask_caption(prompt: Prompt) -> tuple[list[int], bool]:
-    """Labels for `plain`: everything after BOS and an image at the start.
+    """Labels for `plain`: all tokens after BOS and an image at the start.
 
     Raises ConversationError when no text shows the picture.
     """

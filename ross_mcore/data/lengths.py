@@ -1,4 +1,4 @@
-"""The lengths of samples in an index: what they were measured with, and whether that is what a run reads with."""
+"""Checks that the sample lengths in an index were measured with a run's tokenizer and template."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def length_source(tokenizer: PreTrainedTokenizerBase, spec: SampleSpec) -> LengthSource:
-    """What lengths measured by this program depend on: fingerprints of the tokenizer and of what texts become.
+    """The source of lengths measured by this program: tokenizer, template, and a fingerprint of tokenized examples.
 
-    The latter is of a few conversations with and without pictures, tokenized: it changes with the program's templates
-    and with where it puts pictures, which the tokenizer and the template's name do not show.
+    The examples are conversations with and without pictures. Their fingerprint changes with this program's templates
+    and with the places of pictures, which tokenizer and template name do not show.
     """
     short = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
     inside = [{"from": "human", "value": "See <image> and <image>."}, {"from": "gpt", "value": "Two."}]
@@ -38,12 +38,11 @@ def length_source(tokenizer: PreTrainedTokenizerBase, spec: SampleSpec) -> Lengt
 
 
 def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: Path | str) -> str | None:
-    """Why the lengths of an index are not those of `source`, with the command that mends it; None when they are."""
+    """None if the lengths of an index have this source, else the difference and the command that measures again."""
     found = reader.length_source
-    difference = None if found is None else found.difference(source)
-    if found is not None and difference is None:
+    if found == source:
         return None
-    was = "has no lengths" if found is None else f"was measured with another {difference}"
+    was = "has no lengths" if found is None else f"was measured with another {found.difference(source)}"
     flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
     flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
     return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"

@@ -1,11 +1,10 @@
 """The order over several data sets: a fixed number of samples of each in an epoch of the mixture, evenly mixed.
 
-An epoch of the mixture holds `counts[d]` samples of data set d, next in that data set's own order, which goes on from
-one epoch of the mixture to the next. Positions are dealt out like the points of a line on a screen (Bresenham 1965):
-of the first n places, floor(n c / t) go to a data set with c of t samples, and the other places to the rest, among
-which the next data set takes its share in the same way. So any stretch has each data set's share to within a few
-samples, an epoch has it exactly, a position is found without counting, and nothing is stored. Before they are dealt
-out, positions are shuffled in blocks, or else the pattern would repeat.
+An epoch of the mixture has the next `counts[d]` samples of data set d's own order, which continues in the next epoch of
+the mixture. Positions are assigned as in Bresenham's line algorithm (1965): a data set with c of t samples gets
+floor(n c / t) of the first n places; the next data set takes its share of the remaining places in the same way. So
+every range of positions has each data set's share to within a few samples, an epoch has it exactly, a position is
+computed directly and nothing is stored. Positions are first shuffled in blocks, so that the pattern does not repeat.
 Legend: P positions, D data sets.
 """
 
@@ -21,15 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 from ross_mcore.data.order import WINDOW_SAMPLES, Order, epochs_and_places, keys, permute
 
 MOST_SAMPLES = 3_037_000_499
-"""Of an epoch: the square has to fit 63 bits."""
+"""Maximum number of samples in an epoch: its square must fit in 63 bits."""
 
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """The order over `orders` [D], of which an epoch takes counts [D] samples; both in the order of the data sets.
+    """The order over data sets with their own `orders` [D]; an epoch has `counts` [D] samples of each.
 
-    Samples are numbered through: sample n of data set d is number `offsets[d]` + n. Positions are shuffled in blocks of
-    `block_samples`.
+    Sample n of data set d is number `offsets[d]` + n. Positions are shuffled in blocks of `block_samples`.
     """
 
     orders: tuple[Order, ...]
@@ -63,7 +61,7 @@ class MixtureOrder:
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """[D + 1]: where the numbers of each data set begin, and how many samples there are."""
+        """[D + 1]: the first number of each data set, and the number of all samples."""
         return np.cumsum([0, *(order.num_samples for order in self.orders)])
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
@@ -76,7 +74,7 @@ class MixtureOrder:
         return numbers
 
     def source_at(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Stream positions [P] -> data sets [P], positions in the data sets' own streams [P]."""
+        """Stream positions [P] -> data sets [P], and positions [P] in their own streams."""
         epoch, place = epochs_and_places(positions, self.num_samples)
         block = place // self.block_samples
         start = block * self.block_samples
@@ -96,20 +94,19 @@ class MixtureOrder:
 
 
 def counts_by_epochs(sizes: Sequence[int], epochs: Sequence[float], names: Sequence[str] = ()) -> tuple[int, ...]:
-    """Samples [D] of an epoch of the mixture that passes `epochs` [D] times over data sets of `sizes` [D] samples.
+    """Samples [D] in an epoch of the mixture that passes `epochs` [D] times over data sets of `sizes` [D] samples.
 
-    A part of an epoch is rounded to whole samples. Raises ValueError for what leaves a data set without any, called by
-    its name in `names`.
+    Rounded to whole samples. Raises ValueError, with the data set's name in `names`, if one has no samples.
     """
     shares = _positive("epochs", epochs, len(sizes), names)
     return _usable("epochs", epochs, [round(share * size) for share, size in zip(shares, sizes)], names)
 
 
 def counts_by_weight(sizes: Sequence[int], weights: Sequence[float], names: Sequence[str] = ()) -> tuple[int, ...]:
-    """Samples [D] of an epoch of the mixture with as many samples as all data sets have, in proportion to `weights`.
+    """Samples [D] in proportion to `weights`, in an epoch of the mixture with as many samples as all data sets.
 
-    What is left after rounding down goes to the largest remainders, to the earlier data set when they are equal.
-    Weights are the decimal numbers they are written as. Raises ValueError as `counts_by_epochs` does.
+    Rounded by largest remainder; the earlier of two equal data sets gets more. Weights are read as decimal numbers.
+    Raises ValueError as `counts_by_epochs`.
     """
     shares = _positive("weight", weights, len(sizes), names)
     exact = [share * sum(sizes) / sum(shares) for share in shares]

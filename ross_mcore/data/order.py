@@ -1,14 +1,14 @@
 """The global order of samples: a pure function of (seed, epoch, position), the same in every layout.
 
-The training stream is an endless sequence of positions 0, 1, 2, ...; position p lies in epoch p // N at place p % N,
-and each epoch is a permutation of the N samples.
+The training stream is an endless sequence of positions 0, 1, 2, ...; position p is place p % N of epoch p // N, and
+each epoch is a permutation of the N samples.
 
-SampleOrder and BlockOrder compute a place when it is asked for and store nothing: a balanced Feistel network over the
-smallest even number of bits that holds n, walked along its cycle until it lands below n, permutes n things (Black and
-Rogaway 2002, "Ciphers with arbitrary finite domains"). Only fixed 64-bit integer arithmetic is used, so an order does
-not depend on the version of a generator. SampleOrder shuffles all samples at once, which reads from everywhere at any
-time; BlockOrder shuffles within windows that read from few places. ModalityLengthOrder is the reference's sampler,
-which has to lay out a whole epoch with torch's generator.
+SampleOrder and BlockOrder compute every place and store nothing: a balanced Feistel network over the smallest even
+number of bits that holds n, iterated until its value is below n, permutes n numbers (Black and Rogaway 2002, "Ciphers
+with arbitrary finite domains"). It uses 64-bit integer arithmetic only, so an order does not depend on the version of a
+random generator. SampleOrder shuffles all samples at once and reads from all shards at any time; BlockOrder shuffles
+within windows that read from few places. ModalityLengthOrder is the reference's sampler, which computes a whole epoch
+with torch's generator.
 Legend: P positions, N samples.
 """
 
@@ -30,11 +30,11 @@ _TURNS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)
 
 
 WINDOW_SAMPLES = 16_384
-"""Samples packed together in an order that has no windows of its own."""
+"""Number of samples packed together in an order without windows of its own."""
 
 
 class Order(Protocol):
-    """What a loader needs of an order."""
+    """The interface of an order."""
 
     @property
     def num_samples(self) -> int:
@@ -43,12 +43,12 @@ class Order(Protocol):
 
     @property
     def dataset_samples(self) -> int:
-        """Samples of the data set: their numbers are below this."""
+        """Number of samples in the data set."""
         ...
 
     @property
     def window_samples(self) -> int:
-        """Positions packed together: the order's own windows, where it has them, so that rows read from few places."""
+        """Positions that are packed together: the order's own windows, if it has any, so that rows read few places."""
         ...
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
@@ -88,16 +88,15 @@ class SampleOrder:
 class BlockOrder:
     """A shuffled order that reads from few places at a time.
 
-    An epoch's N samples are turned by a random offset and cut into blocks of `block_samples` neighbours; the blocks are
-    shuffled; `window_blocks` blocks in a row make a window, and the samples of a window are shuffled among each other.
-    So the `window_samples` positions of a window read from `window_blocks` places of the shards, and each place is read
-    to the end. What is left over by the last blocks and windows joins the last window, which has less than twice the
-    size; the random offset lets the short block be another one in every epoch.
+    An epoch's N samples are rotated by a random offset and cut into blocks of `block_samples` neighbours; the blocks
+    are shuffled; `window_blocks` consecutive blocks are a window, whose samples are shuffled. So the `window_samples`
+    positions of a window read from `window_blocks` places of the shards, and each place is read to the end. The last
+    window also takes the remaining samples, less than a window's; the random offset moves the short block in every
+    epoch.
 
-    The price: samples that are neighbours in the shards are trained in the same window. If the shards are sorted, the
-    mean of anything over `b` samples of a batch varies more than under a full shuffle, by about
-    sqrt(1 + b / window_blocks); shards written in random order pay nothing. benchmarks/order.py measures both sides.
-    A window that holds N samples is a full shuffle.
+    The cost: neighbours in the shards are trained in the same window. If the shards are sorted, the mean of a quantity
+    over `b` samples of a batch varies more than under a full shuffle, by about sqrt(1 + b / window_blocks); shards in
+    random order have no such cost. benchmarks/order.py measures both. A window of N samples is a full shuffle.
     """
 
     num_samples: int
@@ -116,7 +115,7 @@ class BlockOrder:
 
     @property
     def window_samples(self) -> int:
-        """Positions of every window of an epoch but the last, which has the rest."""
+        """Positions of every window of an epoch except the last, which also takes the remaining ones."""
         return min(self.num_samples, self.block_samples * self.window_blocks)
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
@@ -136,15 +135,14 @@ class BlockOrder:
 
 
 class ModalityLengthOrder:
-    """The reference's order by modality and length: a step is all pictures or all text, of samples of like length.
+    """The reference's order by modality and length: all samples of a step have pictures or none, and similar lengths.
 
-    `lengths` [N]: words of every sample, negative without a picture. Samples are drawn for whole global batches, so
-    that an order depends on (lengths, global_batch_size, seed, epoch) and on no layout. The reference further deals
-    the rows of each global batch out to its devices; which rows a step has is the same (as long as epochs begin with
-    a step), and here they stand by falling length. Exceptions are the last batch of each modality, full or not: they
-    are put together at the end of the epoch.
+    `lengths` [N]: words of every sample, negative without a picture. Samples are drawn for whole global batches, so the
+    order depends on (lengths, global_batch_size, seed, epoch) and on no layout. The reference also distributes the rows
+    of a global batch over its devices; the rows of a step are the same (if epochs begin with a step), here by
+    decreasing length. The last batches of the two modalities are joined at the end of the epoch.
 
-    An epoch is laid out when its first position is asked for, and kept: O(N) once an epoch and process, 8 N bytes.
+    An epoch is computed at its first position and kept: O(N) per epoch and process, 8 N bytes.
     """
 
     def __init__(self, lengths: ArrayLike, global_batch_size: int, seed: int) -> None:
@@ -183,7 +181,7 @@ class ModalityLengthOrder:
         return self._epoch[1]
 
     def _epoch_seed(self, epoch: int) -> int:
-        """`seed` itself in the first epoch, as the reference has it, and numbers unrelated to each other later on."""
+        """`seed` in the first epoch, as in the reference, then a hash of seed and epoch."""
         if epoch == 0:
             return self.seed
         return int(keys(self.seed, epoch)[0])
@@ -194,10 +192,10 @@ def modality_length_order(
 ) -> list[int]:
     """The reference's LengthGroupedSampler with group_by_modality (ross_trainer.py:60-130): sample numbers [N].
 
-    `lengths`: a positive number for a sample with a picture, a negative one without; `world_size`: devices times
-    accumulation steps, so that a megabatch of batch_size * world_size samples is one optimizer step. Each modality is
-    shuffled and cut into megabatches; the last of each, full or not, are merged, sorted by number and put at the end;
-    the others are shuffled among each other. Raises ValueError for a length of zero.
+    `lengths`: positive for a sample with a picture, negative without; `world_size`: devices times accumulation steps,
+    so that a megabatch of batch_size * world_size samples is one optimizer step. Each modality is shuffled and cut into
+    megabatches; the last one of each is appended at the end, sorted by sample number; the others are shuffled. Raises
+    ValueError for a length of zero.
     """
     if 0 in lengths:
         raise ValueError(f"sample {lengths.index(0)} has length 0, so its modality is unknown")
@@ -221,7 +219,7 @@ def modality_length_order(
 def _length_grouped(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Random megabatches of numbers below len(lengths), each shared out evenly to `world_size` devices."""
+    """Random megabatches of numbers below len(lengths), each split evenly over `world_size` devices."""
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     megabatches = []
     for start in range(0, len(shuffled), batch_size * world_size):
@@ -232,9 +230,9 @@ def _length_grouped(
 
 
 def _even_parts(numbers: list[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """`numbers` in `count` parts of one size and about one total length: each goes to the shortest part so far.
+    """`numbers` in `count` parts of equal size and similar total length: each goes to the shortest part so far.
 
-    Numbers that cannot be shared out evenly go to the parts in turn.
+    If the parts cannot have equal sizes, numbers go to the parts in turn.
     """
     if len(numbers) % count:
         return [numbers[part::count] for part in range(count)]
@@ -257,7 +255,7 @@ def epochs_and_places(positions: ArrayLike, num_samples: int) -> tuple[NDArray[n
 
 
 def keys(seed: int, *numbers: ArrayLike) -> NDArray[np.uint64]:
-    """Keys [1 or P] of any seed and of numbers [P] or one for all: others when one of them changes."""
+    """Keys [1 or P], a hash of the seed and of numbers ([P] each, or one for all)."""
     key = _mix(np.full(1, seed % 2**64, np.uint64))
     for number in numbers:
         key = _mix(key ^ np.asarray(number, np.int64).astype(np.uint64))
@@ -265,7 +263,7 @@ def keys(seed: int, *numbers: ArrayLike) -> NDArray[np.uint64]:
 
 
 def permute(place: NDArray[np.int64], size: ArrayLike, key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """A permutation of range(size) for every key: where place [P] goes; size and key [P] or one for all."""
+    """The images [P] of place [P] under a permutation of range(size) for every key; size and key [P] or one for all."""
     below = np.broadcast_to(np.asarray(size, np.uint64), place.shape)
     bits = np.frexp((below - np.uint64(1)).astype(np.float64))[1]  # of the largest number, exact below 2^53
     half_bits = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
@@ -302,6 +300,11 @@ def micro_batch_positions(
     """
     start = consumed_samples + (micro_batch * dp_size + dp_rank) * micro_batch_size
     return np.arange(start, start + micro_batch_size, dtype=np.int64)
+
+
+def evenly_spaced(num_samples: int, most: int) -> list[int]:
+    """At most `most` sample numbers, evenly spaced from the first to the last of `num_samples`."""
+    return np.unique(np.linspace(0, num_samples - 1, min(num_samples, most)).round().astype(np.int64)).tolist()
 
 
 def sample_digest(keys: Iterable[str]) -> str:

@@ -1,11 +1,11 @@
-"""Several samples in one row: which samples of a window share a row of at most R tokens.
+"""Packing: which samples of a window share a row.
 
-Two rules of best fit are tried and the one that needs fewer rows is taken. Longest first puts each sample in the
-fullest row that still takes it, which uses at most 11/9 of the fewest rows possible, plus one (Johnson 1973,
-"Near-optimal bin packing algorithms"), but ends with rows of short samples alone, and where every sample has a picture
-these fill a row badly. Even shares fills one row after another with samples of about one length, and the last one
-closes it. Sets of lengths are the bits of one integer, so that a step of either rule is a shift and a lowest or highest
-set bit, and the time hardly depends on the window. benchmarks/packing.py measures both rules' rows.
+Two best-fit rules are tried and the one with fewer rows is used. Longest first puts each sample into the fullest row
+with enough room; it needs at most 11/9 of the minimum number of rows, plus one (Johnson 1973, "Near-optimal bin packing
+algorithms"), but its last rows contain short samples only, which fill a row badly if every sample has a picture. Even
+shares fills one row after another with samples of similar length and closes it with the longest that fits. A set of
+lengths is the bits of one integer, so a step of either rule is a shift and the lowest or highest set bit.
+benchmarks/packing.py measures both rules.
 Legend: n samples of the window, r rows.
 """
 
@@ -22,10 +22,10 @@ from ross_mcore.data.order import SampleOrder
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a window, in the order in which they are trained; at most 12 bytes a sample.
+    """Rows of a window, in training order; at most 12 bytes per sample.
 
-    items [n]: places in the window, row after row, rising in each row; row k has items[offsets[k]:offsets[k + 1]].
-    offsets [r + 1]; tokens [r]: filled token slots of every row.
+    items [n]: places in the window, row after row, increasing in each row; row k has items[offsets[k]:offsets[k + 1]].
+    offsets [r + 1]; tokens [r]: number of tokens of every row.
     """
 
     items: NDArray[np.int32]
@@ -39,8 +39,8 @@ class Rows:
 def pack(lengths: ArrayLike, row_tokens: int, key: int) -> Rows:
     """Rows of at most `row_tokens` tokens from the token lengths [n] of a window's samples, in stream order.
 
-    A function of its arguments alone. Rows are shuffled by `key`, or else those of long samples would come first; in
-    a row samples stand in stream order. Raises ValueError for a sample that has no token or does not fit a row.
+    A pure function. Rows are shuffled by `key`, because those of long samples would come first; samples of a row are in
+    stream order. Raises ValueError for a sample that has no token or does not fit in a row.
     """
     tokens = np.asarray(lengths, dtype=np.int64)
     if tokens.size and not 1 <= tokens.min() <= tokens.max() <= row_tokens:
@@ -64,7 +64,7 @@ def unpacked(lengths: ArrayLike) -> Rows:
 
 
 def longest_first(tokens: NDArray[np.int64], row_tokens: int) -> NDArray[np.int64]:
-    """The row [n] of every sample: by falling length, each in the fullest that takes it, or else in a new one."""
+    """The row [n] of every sample: by decreasing length, each in the fullest row with room for it, or in a new one."""
     row_of = np.empty(tokens.size, np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
     rooms = num_rows = 0  # bit b of rooms: some row has room for exactly b tokens
@@ -85,10 +85,10 @@ def longest_first(tokens: NDArray[np.int64], row_tokens: int) -> NDArray[np.int6
 
 
 def even_shares(tokens: NDArray[np.int64], row_tokens: int) -> NDArray[np.int64]:
-    """The row [n] of every sample, filled one after another.
+    """The row [n] of every sample; rows are filled one after another.
 
-    A row begins with the longest sample left. As long as more than one sample of the mean length left would fit, it
-    takes the shortest that is at least an even share of its room, and at last the longest that fits.
+    A row begins with the longest remaining sample. While more than one sample of the remaining mean length would fit,
+    it takes the shortest one that is at least an even share of its room, and finally the longest that fits.
     """
     row_of = np.empty(tokens.size, np.int64)
     counts = np.bincount(tokens, minlength=row_tokens + 1)
@@ -115,7 +115,7 @@ def even_shares(tokens: NDArray[np.int64], row_tokens: int) -> NDArray[np.int64]
 
 
 def _shortest(lengths: int, least: int) -> int:
-    """The smallest number among the set bits that is at least `least`."""
+    """The lowest set bit that is at least `least`."""
     enough = lengths >> least
     return least + (enough & -enough).bit_length() - 1
 

@@ -1,7 +1,6 @@
-"""What stands in for a bad sample: a function of the seed and the sample's place in the stream alone.
+"""Replacement of bad samples: a function of the seed and the sample's stream position.
 
-So all ranks of every layout train the same samples, and a run that is resumed replaces as it would have. Legend: P
-samples drawn.
+So all ranks of every layout train on the same samples, and a resumed run replaces the same. Legend: P drawn samples.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from numpy.typing import NDArray
 from ross_mcore.data.order import keys, permute
 
 ATTEMPTS = 10
-"""Samples tried in place of a bad one before its slot stays empty."""
+"""Maximum number of replacements to try for a bad sample."""
 SEARCHED_SAMPLES = 1 << 20
-"""Drawn to find one that fits, about a second when none does."""
+"""Maximum number of draws to find one that fits: about a second."""
 EMPTY = -1
-"""In place of a sample number: nothing could stand in."""
+"""In place of a sample number: no replacement was found."""
 TEXT = -1
 ASKED_FOR = "named by --skip-samples"
-"""The reason of a sample that is left out because somebody said so, and not because it is bad."""
+"""The reason of a sample that is not bad but skipped by an option."""
 _DRAWN_AT_ONCE = 4096
 _PURPOSE = 0x5B5  # keeps these draws apart from those of the order
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """How bad samples are replaced: `seed` decides what stands in; `attempts`: tried before a place stays empty.
+    """How bad samples are replaced: `seed` of the draws, number of `attempts` per sample.
 
-    Samples numbered in `skipped` are replaced as if they were bad.
+    Samples with numbers in `skipped` are replaced as if they were bad.
     """
 
     seed: int = 0
@@ -45,7 +44,7 @@ NOTHING_SKIPPED = Replacement()
 
 @dataclass(frozen=True, order=True)
 class Bad:
-    """What one rank found wrong: with the text (`ordinal` is TEXT) or picture `ordinal` of the sample at `position`."""
+    """An error that a rank found in the text (`ordinal` is TEXT) or picture `ordinal` of the sample at `position`."""
 
     position: int
     ordinal: int
@@ -54,10 +53,10 @@ class Bad:
 
 @dataclass
 class Quarantined:
-    """A planned sample that could not be trained on.
+    """A planned sample that is replaced.
 
-    `sample`: its number, `replacement`: that of the one trained in its place, EMPTY when none could be; `attempts`: how
-    many were tried.
+    `sample`: its number; `replacement`: that of its replacement, EMPTY if none was found; `attempts`: how many were
+    tried.
     """
 
     position: int
@@ -68,19 +67,22 @@ class Quarantined:
 
 
 class Named(Protocol):
-    """A data set that knows the names of its samples."""
+    """A data set with names of its samples."""
 
-    def keys(self, sample_numbers: Sequence[int]) -> list[str]: ...
+    def keys(self, sample_numbers: Sequence[int]) -> list[str]:
+        """The samples' keys, from the index alone."""
+        ...
 
-    def shard(self, sample_number: int) -> str: ...
+    def shard(self, sample_number: int) -> str:
+        """The name of a sample's shard."""
+        ...
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """One line of quarantine.jsonl: a place of the stream whose own sample was not trained.
+    """One line of quarantine.jsonl: a planned sample that was not trained on.
 
-    position: its place in the stream; replaced_by: the key of the sample trained there, None when none could be. With
-    the reason ASKED_FOR it is not bad, but named by --skip-samples.
+    position: its stream position; replaced_by: the key of its replacement, None if there is none.
     """
 
     iteration: int
@@ -96,7 +98,7 @@ class BadSample:
 
 
 def bad_samples(iteration: int, quarantined: Mapping[int, Quarantined], dataset: Named) -> list[BadSample]:
-    """What was replaced in a step, in the order of the stream; the same on all ranks."""
+    """The samples replaced in a step, in stream order; the same on all ranks."""
 
     def key(number: int) -> str:
         return dataset.keys([number])[0]
@@ -122,10 +124,10 @@ def substitute(
     position: int,
     attempt: int,
 ) -> int:
-    """The sample to try in place of `sample` at stream position `position`, EMPTY when no other is left.
+    """The sample to try in place of `sample` at stream position `position`, EMPTY if there is none.
 
-    The samples `peers` are drawn in an order keyed by (seed, position), and those that `fits` [P] -> [P] rejects passed
-    over: the result is number `attempt` (from 0) of the rest. So no attempt tries a sample twice.
+    The samples `peers` are drawn in an order keyed by (seed, position), without those that `fits` [P] -> [P] rejects:
+    the result is number `attempt` (from 0) of the rest. So no attempt tries a sample twice.
     """
     key = keys(seed, _PURPOSE, position)
     for start in range(0, min(len(peers), SEARCHED_SAMPLES), _DRAWN_AT_ONCE):

@@ -1,12 +1,12 @@
-"""The global sequence of rows: what is trained in which order, whatever the machine.
+"""The global sequence of rows, the same in every layout.
 
-Every epoch is cut into windows of `window_samples` stream positions, the last of which takes what is left; the samples
-of a window are packed into rows, and the windows' rows follow one another without end. So rows are a function of
-(order, lengths, row_tokens, packed, window_samples) alone, and the rows of an epoch hold each of its samples exactly
-once. Ranks, workers and micro-batches divide the sequence and never change it. A state names the window of the next
-row, so that resuming plans one window.
+Every epoch is cut into windows of `window_samples` stream positions (the last one also has the remaining positions);
+the samples of a window are packed into rows, and the sequence is the rows of all windows. So rows depend only on
+(order, lengths, row_tokens, packed, window_samples), and the rows of an epoch hold each of its samples exactly once.
+Ranks, workers and micro-batches divide the sequence and never change it. A state contains the window of the next row,
+so that resuming plans one window.
 
-Windows should be those of the order (`BlockOrder.window_samples`): rows then read from no more places than it does.
+Windows should be those of the order (`BlockOrder.window_samples`), so that rows read from as few places.
 Legend: P positions, n samples of a row.
 """
 
@@ -23,7 +23,7 @@ from ross_mcore.data.order import Order, micro_batch_positions
 from ross_mcore.data.packing import Rows, pack, unpacked
 
 Lengths = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Sample numbers [P] -> tokens [P] of each with its images, 1 to `row_tokens`: what is longer, the caller cuts."""
+"""Sample numbers [P] -> tokens [P] of each, images included, 1 to `row_tokens`: the caller cuts longer samples."""
 
 T = TypeVar("T")
 
@@ -32,8 +32,8 @@ T = TypeVar("T")
 class PlannedRow:
     """Samples that share a row.
 
-    samples [n]: their numbers; positions [n]: their rising places in the stream, which key random draws, so that a
-    sample draws anew every time it comes; tokens: of all together.
+    samples [n]: their numbers; positions [n]: their increasing stream positions, the keys of random draws, so that a
+    sample has new draws every time; tokens: of all samples together.
     """
 
     samples: NDArray[np.int64]
@@ -43,7 +43,7 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place between two rows. Before it lie `consumed_rows` rows, the last `first_row` of them of window `window`."""
+    """A place between two rows: `consumed_rows` rows precede it, the last `first_row` of them in window `window`."""
 
     consumed_rows: int = 0
     consumed_samples: int = 0
@@ -52,9 +52,9 @@ class Cursor:
 
 
 class RowStream:
-    """Rows from the cursor on, without end; the plan of one window is held, at most 12 bytes for each of its samples.
+    """Endless rows from the cursor on; holds the plan of one window, at most 12 bytes per sample.
 
-    With `packed=False` every row is one sample, and the rows come in the order of the samples.
+    With `packed=False` every row is one sample, in the order of the samples.
     """
 
     def __init__(self, order: Order, lengths: Lengths, row_tokens: int, packed: bool, window_samples: int) -> None:
@@ -74,7 +74,7 @@ class RowStream:
         return self.take(1)[0]
 
     def take(self, count: int) -> list[PlannedRow]:
-        """The next `count` rows: cheaper than one by one."""
+        """The next `count` rows: faster than one by one."""
         places: list[NDArray[np.int64]] = []
         tokens: list[int] = []
         for window, first, last in self._advance(count):
@@ -87,12 +87,12 @@ class RowStream:
         return [PlannedRow(*row) for row in zip(np.split(samples, starts), places, tokens)]
 
     def skip(self, count: int) -> None:
-        """Passes over `count` rows without looking up their samples."""
+        """Skips `count` rows without looking up their samples."""
         for _ in self._advance(count):
             pass
 
     def rows_of_window(self, window: int) -> int:
-        """How many rows the samples of window number `window` of the stream fill."""
+        """Number of rows of window number `window` of the stream."""
         return len(self._plan(window))
 
     def window_positions(self, window: int) -> range:
@@ -107,9 +107,9 @@ class RowStream:
         return asdict(self.cursor)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a state of a stream of the same settings.
+        """Continues at a state of a stream with the same settings.
 
-        Raises ValueError for what is no state, and for one that shows that the settings differ (not every one does).
+        Raises ValueError for values that are no state, and for a state that does not fit these settings.
         """
         for name in asdict(self.cursor):
             if type(value := state.get(name)) is not int or not 0 <= value < 2**53:
@@ -155,9 +155,9 @@ class RowStream:
 
 
 def micro_batches(rows: Sequence[T], micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[T]]:
-    """A rank's micro-batches of a step's rows, in order. Over all ranks, each row is in one of them.
+    """A rank's micro-batches of a step's rows, in order. Each row is in one micro-batch of one rank.
 
-    Raises ValueError when the rows cannot be shared out evenly.
+    Raises ValueError when the rows cannot be divided evenly.
     """
     if len(rows) % (micro_batch_size * dp_size):
         raise ValueError(

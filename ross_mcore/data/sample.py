@@ -1,8 +1,8 @@
-"""From a record in a shard to a `Sample`: tokens, labels, image spans, pixels.
+"""ShardDataset: a record in a shard -> a `Sample` with tokens, labels, image spans and pixels.
 
-Bad data raises nothing here: bad text makes an empty row that says so (`Sample.is_bad`), a bad picture a blank one and
-a reason. The loader replaces such samples once all ranks know of them, because only the rank that decodes a picture
-sees that it is bad. A good sample that the options leave nothing of is an empty row too, and stays one.
+Bad data raises nothing here: bad text gives an empty row with `Sample.is_bad`, a bad picture gives a blank picture and
+a reason. The loader replaces bad samples when all ranks know of them, because only the rank that decodes a picture
+finds out that it is bad. A good sample of which the options leave nothing is an empty row and is not replaced.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import cut_row, expand_images, require_pictures
 from ross_mcore.data.image import ImagePreprocessing, decode_image
 from ross_mcore.data.lengths import length_source, stale_lengths
+from ross_mcore.data.order import evenly_spaced
 from ross_mcore.data.precomputed import PrecomputedParts
 from ross_mcore.data.replacement import Bad
-from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, LengthSource, ShardReader
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_conversation
 from ross_mcore.errors import ConversationError, ImageError, NothingLeft, ShardError
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
 
 NOTHING_TO_LEARN = "no picture and no label: nothing to learn"
 PROBED_SAMPLES = 512
-"""How many samples are tokenized to see whether a template fits, where the index does not say."""
+"""Number of samples that are tokenized to check a template if the index has no lengths."""
 
 
 @dataclass(frozen=True)
 class IgnoredLabels:
-    """How many samples, of `looked_at`, have no label at all, and the keys of the first few.
+    """How many of `looked_at` samples have no label at all, and the keys of the first few.
 
-    `from_index`: counted when the shards were made, over all samples; otherwise tokenized now, spread over the data.
+    `from_index`: counted over all samples when the shards were indexed; otherwise over a selection, tokenized now.
     """
 
     looked_at: int
@@ -55,10 +56,10 @@ class IgnoredLabels:
 
 
 class ShardDataset:
-    """The samples of a data set folder, as rows of at most `spec.seq_length` tokens.
+    """A SampleDataset: the samples of one data set folder, as rows of at most `spec.seq_length` tokens.
 
-    Raises KeyError or ValueError for a template or aspect ratio that cannot be trained with; reading a sample never
-    raises for bad data.
+    Raises KeyError or ValueError for a template or aspect ratio that is not for training; reading a sample never raises
+    for bad data.
     """
 
     def __init__(
@@ -87,30 +88,25 @@ class ShardDataset:
         return self.spec.seq_length
 
     def read_as(self, wanted: frozenset[str]) -> None:
-        """What `decode` is to give of a picture: any of "pixels", "features" and "latents". Raises ShardError.
+        """Sets what `decode` returns for a picture: any of "pixels", "features" and "latents".
 
-        To be called before workers start. The data set must have the parts that are wanted.
+        To be called before workers start. Raises ShardError if the data set does not have these parts.
         """
         kinds = sorted(wanted - {"pixels"})
-        self.stored = PrecomputedParts(self.reader) if kinds and self.reader.num_images else None
-        stored = self.stored
+        self.stored = stored = PrecomputedParts(self.reader) if kinds and self.reader.num_images else None
         self._blank_parts = {kind: stored.blank(kind) for kind in kinds} if stored is not None else {}
         self._wanted = wanted
 
     def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
-        """The samples' keys, from the index alone."""
         return self.reader.keys(sample_numbers)
 
     def shard(self, sample_number: int) -> str:
-        """The name of the shard that a sample is in."""
         return self.reader.shard_name(int(self.reader.samples[sample_number]["shard"]))
 
     def peers(self, _: int) -> range:
-        """The samples that one may stand in for: all of them."""
         return range(len(self))
 
     def get(self, sample_number: int, position: int) -> Sample:
-        """The sample at stream position `position`; its pixels are all None."""
         key = self.reader.keys([sample_number])[0]
         try:
             record = _parse(self.reader.record_bytes(sample_number))
@@ -121,11 +117,11 @@ class ShardDataset:
             return skipped_sample(key, position, str(error), is_bad=True)
 
     def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens [P] that samples [P] take in a row, images included and cut to `spec.seq_length`; from the index.
+        """As SampleDataset.row_lengths.
 
-        A length that the index does not know is 1, which only rows of one sample may be planned with, and so is that of
-        a sample over the bounds. One that is cut before a picture takes a row for itself, as the index does not know
-        where the picture stands.
+        A length is 1 if the index does not have it, which is allowed in rows of one sample only, or if the sample is
+        over the bounds. A sample that is cut before a picture has the length of a whole row, because the index does not
+        have the picture's position.
         """
         rows = self.reader.samples[sample_numbers]
         text = rows["text_tokens"].astype(np.int64)
@@ -140,34 +136,31 @@ class ShardDataset:
 
     def require_lengths(self) -> None:
         """Raises ShardError unless the index has the samples' lengths under this tokenizer and template."""
-        problem = stale_lengths(self.reader, self._length_source, self.tokenizer.name_or_path)
+        source = length_source(self.tokenizer, self.spec)
+        problem = stale_lengths(self.reader, source, self.tokenizer.name_or_path)
         if problem is not None:
             raise ShardError(f"samples cannot be packed into rows: {problem}; or train with --no-pack")
-
-    @property
-    def _length_source(self) -> LengthSource:
-        return length_source(self.tokenizer, self.spec)
 
     def modality_lengths(self) -> NDArray[np.int64]:
         """Words of every sample [N], negative without a picture (the reference's modality_lengths); from the index.
 
-        A sample without a word, which the reference refuses, counts as one word.
+        A sample without words, which the reference refuses, counts as one word.
         """
         words = np.maximum(self.reader.samples["text_words"].astype(np.int64), 1)
         return np.where(self.reader.samples["num_images"] > 0, words, -words)
 
     def ignored_labels(self) -> IgnoredLabels:
-        """How many samples have no label: a template that does not fit the tokenizer or the data shows here.
+        """How many samples have no label; many if the template does not fit the tokenizer or the data.
 
-        From the index where it was made with this tokenizer and this template, else from PROBED_SAMPLES samples.
+        From the index if its lengths have this tokenizer and template, else from PROBED_SAMPLES samples.
         """
-        from_index = self.reader.length_source == self._length_source
+        from_index = self.reader.length_source == length_source(self.tokenizer, self.spec)
         if from_index:
             looked_at = len(self)
             ignored = np.flatnonzero(self.reader.samples["label_tokens"] == 0).tolist()
         else:
-            numbers = np.unique(np.linspace(0, len(self) - 1, min(len(self), PROBED_SAMPLES)).round().astype(np.int64))
-            looked_at, ignored = len(numbers), [number for number in numbers.tolist() if self._is_ignored(number)]
+            numbers = evenly_spaced(len(self), PROBED_SAMPLES)
+            looked_at, ignored = len(numbers), [number for number in numbers if self._is_ignored(number)]
         return IgnoredLabels(looked_at, len(ignored), self.keys(ignored[:5]), from_index)
 
     def _is_ignored(self, sample_number: int) -> bool:
@@ -175,10 +168,6 @@ class ShardDataset:
         return sample.problem == NOTHING_TO_LEARN or (sample.problem is None and not sample.label_tokens)
 
     def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
-        """Fills in `sample.pixels` at `ordinals`; returns what is wrong with those that had to be left blank.
-
-        A tensor of `pixel_shape` that already stands there is written to instead of a new one.
-        """
         bad = []
         for ordinal in ordinals:
             room = sample.pixels[ordinal]
@@ -187,7 +176,8 @@ class ShardDataset:
                 parts = self._picture(sample_number, ordinal, pixels)
             except (ShardError, ImageError) as error:
                 parts = self._blank_parts
-                self._write_blank(pixels)
+                if pixels.numel():
+                    self.preprocessing.write_background(pixels.numpy())
                 bad.append(Bad(sample.position, ordinal, str(error)))
             sample.pixels[ordinal] = pixels
             for kind, part in parts.items():
@@ -195,7 +185,7 @@ class ShardDataset:
         return bad
 
     def _picture(self, sample_number: int, ordinal: int, pixels: Tensor) -> dict[str, Tensor]:
-        """Writes a picture to `pixels`, where they are wanted, and returns its parts. Raises ShardError, ImageError."""
+        """Writes a picture to `pixels`, if they have a size; returns its parts. Raises ShardError, ImageError."""
         stored, kinds = self.stored, self._blank_parts
         parts = {} if stored is None else {kind: stored.read(kind, sample_number, ordinal) for kind in kinds}
         if pixels.numel():
@@ -203,18 +193,13 @@ class ShardDataset:
             self.preprocessing.write_levels(picture, pixels.numpy())
         return parts
 
-    def _write_blank(self, pixels: Tensor) -> None:
-        if pixels.numel():
-            self.preprocessing.write_background(pixels.numpy())
-
     @property
     def pixel_shape(self) -> tuple[int, ...]:
-        """(3, H, W), or nothing where pixels are not wanted."""
         size = self.preprocessing.image_size
         return (3, size, size) if "pixels" in self._wanted else (0,)
 
     def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:
-        """Raises ConversationError when the record has no usable row, NothingLeft where the options are why."""
+        """Raises ConversationError when the record has no usable row, NothingLeft when the options leave nothing."""
         self.spec.bounds.require(num_images)
         tokenized = tokenize_conversation(record.get("conversations"), num_images, self.tokenizer, self.spec)
         self.spec.bounds.require(num_images, tokenized.text_tokens)
@@ -229,7 +214,7 @@ class ShardDataset:
 
 
 def skipped_sample(key: str, position: int, problem: str, is_bad: bool = False) -> Sample:
-    """An empty row that weighs nothing and says why."""
+    """An empty row with no weight, and the reason."""
     empty = torch.zeros(0, dtype=torch.int64)
     return Sample(key, position, empty, empty.clone(), problem=problem, is_bad=is_bad)
 

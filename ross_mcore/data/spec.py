@@ -1,4 +1,4 @@
-"""SampleSpec: what the tokens, labels and pixels of a sample depend on, beside its record, tokenizer and tower."""
+"""SampleSpec: the options that a sample's tokens, labels and pixels depend on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ UNCUT = 2**31 - 1
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How samples are read: options of options.py:DataOptions under the same names, with their defaults filled in.
+    """How samples are read: fields of options.py:DataOptions with the same names, defaults filled in.
 
-    training/start.py builds it from the options. It is saved in train_state.json and compared whole when a run is
-    resumed. `template` is "" where texts are not tokenized; `seq_length` is UNCUT where rows are not cut.
+    Built by training/start.py, saved in train_state.json, compared whole when a run resumes. `template` is "" if texts
+    are not tokenized; `seq_length` is UNCUT if rows are not cut.
     """
 
     template: str = ""
@@ -36,17 +36,17 @@ class SampleSpec:
 
     @property
     def bounds(self) -> SampleBounds:
-        """A sample over these is skipped."""
+        """Limits above which a sample is skipped."""
         return SampleBounds(self.max_images_per_sample, self.max_tokens_per_sample)
 
     @property
     def measured(self) -> SampleSpec:
-        """What the lengths in an index depend on: the template and the image markers. Rows are not cut."""
+        """The spec for the lengths in an index, which depend on template and image markers. Rows are not cut."""
         return SampleSpec(self.template, mm_use_im_start_end=self.mm_use_im_start_end)
 
 
 def merged(specs: Sequence[SampleSpec]) -> SampleSpec:
-    """One value for the data sets of a run: different templates or aspect ratios stand in it with commas between."""
+    """One spec for all data sets of a run; different templates or aspect ratios are joined with commas."""
     return replace(
         specs[0],
         template=_one_or_all([spec.template for spec in specs]),

@@ -1,6 +1,6 @@
 """Templates: conversations -> text -> token ids and labels, as in the reference.
 
-Behaviour: reference conversation.py:264-520 and train.py:620-893, confirmed token by token against recorded values.
+Reference: conversation.py:264-520 and train.py:620-893; tests compare every token with recorded values.
 Legend: L tokens of a row.
 """
 
@@ -35,15 +35,15 @@ HEADERS = {
 END_OF_TURN = "<|eot_id|>"
 
 Turn = tuple[str, str | None]
-"""(role, text) of a turn; the text is None where an answer is to be generated."""
+"""(role, text) of a turn; the text is None for an answer to be generated."""
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """input_ids [L] with one IMAGE_TOKEN_INDEX per image, labels [L], unshifted.
+    """input_ids [L] with one IMAGE_TOKEN_INDEX per image, labels [L], not shifted.
 
-    `mismatch`: the answers could not be located among the tokens, so that every label is IGNORE_INDEX; `text_tokens`:
-    ids without the images', before any cut.
+    `mismatch`: the answers could not be located among the tokens, so every label is IGNORE_INDEX; `text_tokens`: number
+    of ids without images, before any cut.
     """
 
     input_ids: list[int]
@@ -57,17 +57,17 @@ class Tokenized:
 
     @property
     def label_tokens(self) -> int:
-        """Labels that a loss can use: none for the first token, which nothing predicts, nor for an image."""
+        """Number of labels in a loss: not of the first token, which nothing predicts, nor of images."""
         return sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class Template:
-    """How turns are written out, and which function finds the answers among the tokens.
+    """How turns become text and labels.
 
-    `system` opens the prompt, `answer_start` stands before and `round_end` after every answer. `write` gives the text
-    of a conversation, `mask` its labels and whether they are a mismatch. A `round_end` that is not `tokenized` marks
-    where rounds end and is taken out of a conversation before that becomes tokens.
+    `system` opens the prompt, `answer_start` precedes and `round_end` follows every answer. `write` returns the text of
+    a conversation, `mask` its labels and whether they are a mismatch. If not `tokenized`, `round_end` is removed from
+    the text before it is tokenized.
     """
 
     system: str
@@ -79,9 +79,9 @@ class Template:
 
 
 def _write_caption(turns: list[Turn], style: Template) -> str:
-    """The pictures of the instruction, which keeps nothing else, and the caption, or text that may show pictures too.
+    """The instruction's pictures without its text, then the caption, which may show pictures too.
 
-    What a caption is generated from shows a picture in any case.
+    A prompt for generation always shows at least one picture.
     """
     pictures = IMAGE_PLACEHOLDER * (turns[0][1] or "").count(IMAGE_PLACEHOLDER)
     if turns[-1][1] is None:
@@ -92,14 +92,14 @@ def _write_caption(turns: list[Turn], style: Template) -> str:
 
 
 def _write_dialogue(turns: list[Turn], style: Template) -> str:
-    """`<system> USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon alone."""
+    """`<system> USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon."""
     ends = {"human": " ", "gpt": style.round_end}
     written = [f"{ROLES[role]}: {text}{ends[role]}" if text else f"{ROLES[role]}:" for role, text in _dialogue(turns)]
     return style.system + "".join(written)
 
 
 def _write_headers(turns: list[Turn], style: Template) -> str:
-    """A header, the text and `<|eot_id|>` for every turn; only an answer to be generated is its header alone."""
+    """A header, the text and `<|eot_id|>` for every turn; an answer to be generated is its header alone."""
     ends = {"human": END_OF_TURN, "gpt": END_OF_TURN + style.round_end}
     return style.system + "".join(
         HEADERS[role] if text is None else f"{HEADERS[role]}{text}{ends[role]}" for role, text in _dialogue(turns)
@@ -107,7 +107,7 @@ def _write_headers(turns: list[Turn], style: Template) -> str:
 
 
 def _dialogue(turns: list[Turn]) -> list[Turn]:
-    """The turns from the human's first on. Raises ConversationError unless they alternate."""
+    """The turns without a first one that is not the human's. Raises ConversationError unless they alternate."""
     turns = turns[1:] if turns[0][0] != "human" else turns
     if any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
         raise ConversationError("the turns do not alternate between human and gpt")
@@ -131,7 +131,7 @@ TEMPLATES = {
 """Reference conversation.py:264-520 and the dispatch of train.py:881-893."""
 
 TRAINING_TEMPLATES = tuple(name for name in TEMPLATES if name != "v1_qwen2")
-"""What to train with. The labels of v1_qwen2 are all ignored beyond one round; its prompts are those of qwen_2."""
+"""Templates for training. v1_qwen2 has no labels for more than one round, and the prompts of qwen_2."""
 
 
 def tokenize_conversation(
@@ -142,8 +142,8 @@ def tokenize_conversation(
 ) -> Tokenized:
     """Ids and labels of a LLaVA conversation, a list of {"from": "human" | "gpt", "value": text}.
 
-    `num_images` (not the text) says whether `<image>` means a picture. As in the reference, only rows without a picture
-    are cut to `spec.seq_length` here.
+    `<image>` is a picture if `num_images` is positive. As in the reference, only rows without a picture are cut to
+    `spec.seq_length` here.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
     style = TEMPLATES[spec.template]
@@ -163,15 +163,15 @@ def tokenize_prompt(
 ) -> list[int]:
     """Ids to generate from: a conversation whose last turn is the human's, with the answer's role written after it.
 
-    `plain` gives the images alone. In later rounds of `llama3` the reference leaves `<|eot_conversation|>` as text in
-    what it generates from, though not in what it trains on; so does this. Raises as `write_prompt`.
+    `plain` returns the images alone. Like the reference, later rounds of `llama3` keep `<|eot_conversation|>` as text
+    here, unlike in training. Raises as `write_prompt`.
     """
     text = write_prompt(conversations, num_images, spec, generation=True)
     return encode_text(text, _shows_image(text, num_images, spec.template), tokenizer)
 
 
 def write_prompt(conversations: Any, num_images: int, spec: SampleSpec, generation: bool = False) -> str:
-    """The text of a conversation, one `<image>` a picture; with `generation`, up to where the next answer begins.
+    """The text of a conversation, with one `<image>` per picture; with `generation`, up to the start of the answer.
 
     `spec.mm_use_im_start_end` puts the plain text `<im_start>` and `<im_end>` around every `<image>`.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
@@ -193,5 +193,5 @@ def write_prompt(conversations: Any, num_images: int, spec: SampleSpec, generati
 
 
 def _shows_image(text: str, num_images: int, template: str) -> bool:
-    """Whether `<image>` in a written conversation is a picture; in a caption it always is."""
+    """Whether `<image>` in the text is a picture; in a caption it always is."""
     return num_images > 0 or (template == "plain" and IMAGE_PLACEHOLDER in text)

@@ -1,4 +1,4 @@
-"""Loading a tokenizer so that it gives the reference's tokens (transformers 4.43, slow tokenizers)."""
+"""Loads a tokenizer that gives the reference's tokens (transformers 4.43, slow tokenizers)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-"""Of what the library may read in a tokenizer's folder."""
+"""Suffixes of the files that the library may read in a tokenizer's folder."""
 DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json")
 LLAMA3_END_OF_TEXT = "<|end_of_text|>"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local folder, padded on the right; nothing is downloaded and no code of the folder runs.
+    """Loads the tokenizer of a local folder, padded on the right, without downloads and without code of the folder.
 
-    A Llama tokenizer has no padding token: like the reference, it gets its unknown token, or, in Llama 3, the end of
-    text, since what ends its turns must not count as padding. Raises TokenizerError.
+    A Llama tokenizer has no padding token: as in the reference it gets its unknown token, or for Llama 3 the end of
+    text, because its end of turn must not count as padding. Raises TokenizerError.
     """
     from transformers import AutoTokenizer  # a second to import
 
     for handler in logging.getLogger("transformers").handlers:
-        handler.addFilter(_say_printably)
+        handler.addFilter(_make_printable)
     if not Path(folder).is_dir():
         raise TokenizerError(f"{folder} is not a folder; give the folder that holds tokenizer.json or tokenizer.model")
     try:
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 except (OSError, ValueError) as error:
                     raise ValueError(f"{path.name}: {checked.reason(error)}") from None
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises whatever its parsers raise
+    except Exception as error:  # the library passes on any exception of its parsers
         raise TokenizerError(
             f"{folder} holds no usable tokenizer: {checked.reason(error)}; copy tokenizer.json, tokenizer.model, "
             "vocab.json, merges.txt and tokenizer_config.json there again, as many of them as the model came with"
@@ -60,14 +60,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _say_printably(record: logging.LogRecord) -> bool:
-    """What the library logs may quote a file."""
+def _make_printable(record: logging.LogRecord) -> bool:
+    """A log filter that escapes control characters: the library's messages may quote a file."""
     record.msg, record.args = checked.printable(" ".join(record.getMessage().split())), None
     return True
 
 
 def _require_printable_keys(value: Any) -> None:
-    """Raises ValueError for a key that would steer a terminal: the library prints those of a token that it ignores."""
+    """Raises ValueError for a key with control characters, because the library prints the keys that it ignores."""
     for key in value if isinstance(value, dict) else ():
         if not key.isprintable():
             raise ValueError(f"it has the key {checked.shown(key)}")
@@ -76,11 +76,11 @@ def _require_printable_keys(value: Any) -> None:
 
 
 def _follow_sentencepiece(tokenizer: PreTrainedTokenizerBase, model_file: Path) -> None:
-    """Makes transformers 5's conversion of a SentencePiece file split text as SentencePiece (4.x, slow) itself does.
+    """Makes transformers 5's conversion of a SentencePiece file split text as SentencePiece (4.x, slow) does.
 
-    Two things differ. Merges go by score, where the conversion goes by id: not the same once pieces were appended to a
-    trained vocabulary. And the leading "▁" is written even before text that starts with a space. What stays different:
-    with legacy=False, text that starts with a space right after a special token gets one "▁" too many.
+    It orders merges by score instead of by id, which differ when tokens were appended to a trained vocabulary, and puts
+    "▁" even before text that starts with a space. One difference remains: with legacy=False, text that starts with a
+    space directly after a special token gets one "▁" too many.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Regex, normalizers
@@ -109,16 +109,16 @@ def _follow_sentencepiece(tokenizer: PreTrainedTokenizerBase, model_file: Path) 
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits that change with the vocabulary or with how a few awkward strings are split."""
+    """16 hex digits that change with the vocabulary or with the tokens of a few difficult strings."""
     probes = ["USER: 12 don't  x\n\n\ty", "Äé 猫😀", "a</s>USER b<|im_end|>USER c <unk>"]
     facts = [sorted(tokenizer.get_vocab().items()), [encode(probe, tokenizer) for probe in probes]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text, however long, with BOS where the tokenizer adds one."""
+    """The ids of a text of any length, with BOS if the tokenizer adds one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # what `tokenizer(text)` ends in; going there straight takes a fraction of the time
+    if backend is not None:  # `tokenizer(text)` calls it too; a direct call takes a fraction of the time
         ids: list[int] = backend.encode(text).ids
         return ids
     return list(tokenizer(text, verbose=False).input_ids)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ross_mcore.batch import Sample, blank_samples, is_blank
+from ross_mcore.batch import Sample, is_blank
 from ross_mcore.engine.step import StepSize, count_images, count_labels
 from ross_mcore.options import TrainingOptions
 from ross_mcore.parallel.collectives import sum_over_ranks
@@ -110,7 +110,7 @@ def micro_batch_weights(samples: list[Sample], size: StepSize, objective: Object
         blanks = size.blank_samples if objective.with_blank_samples else 0
         lm, vm = loss_weights(size.label_tokens, size.images, blanks)
     else:
-        blanks = len(blank_samples(samples)) if objective.with_blank_samples else 0
+        blanks = sum(map(is_blank, samples)) if objective.with_blank_samples else 0
         lm, vm = loss_weights(count_labels(samples), count_images(samples), blanks, count)
     return lm * objective.lm_scale, vm * objective.vm_scale
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from ross_mcore import platform
-from ross_mcore.batch import Row, Sample, Slots, blank_samples
+from ross_mcore.batch import Row, Sample, Slots, is_blank
 from ross_mcore.data.loader import Step
 from ross_mcore.errors import ShardReadError
 from ross_mcore.parallel.collectives import gather, gather_integers, on_all_ranks
@@ -92,7 +92,7 @@ def agree_on_step(
         len(step.bad),
         count_labels(counted),
         count_images(counted),
-        len(blank_samples(counted)),
+        sum(map(is_blank, counted)),
         sum(sample.tokens.numel() for sample in counted),
         sum(sample.problem is not None for sample in counted),
         sum(sample.problem is None and not sample.label_tokens for sample in counted),

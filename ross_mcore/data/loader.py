@@ -1,12 +1,12 @@
-"""Training steps from worker processes: the micro-batches of one data-parallel rank, in the global order.
+"""StepLoader: training steps from worker processes, the micro-batches of one data-parallel rank in the global order.
 
-Which samples share which row of which micro-batch is planned from the index alone (rows.py), on every rank, whether it
-reads data or not. A worker takes one planned micro-batch at a time: it reads the text of every row, then decodes this
-tensor-parallel rank's share of the micro-batch's pictures. The whole state is the plan's cursor.
+Every rank plans the rows of every micro-batch from the index alone (rows.py), also a rank that reads no data. A worker
+reads one planned micro-batch at a time: the text of every row, then this tensor-parallel rank's share of the pictures.
+The whole state is the plan's cursor.
 
-A rank reports what is bad in its part of a step; once all ranks have the reports of all, each puts the same other
-samples in (`StepLoader.replace`). Nobody waits for a rank that cannot read: it hands out a step that says so.
-Legend: J pictures decoded here, H W pixels.
+A rank reports the bad samples in its part of a step; when all ranks have all reports, each makes the same replacements
+(`StepLoader.replace`). A rank that cannot read returns a step with `failure`, so that no rank waits for it.
+Legend: J pictures decoded on this rank, H W pixels.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from ross_mcore.parallel.layout import EVERYTHING, DataShare, share_of
 PlannedMicroBatch = list[PlannedRow]
 
 PREFETCHED_MICRO_BATCHES = 2
-"""Of every worker."""
+"""Number of micro-batches that every worker reads ahead."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """How the stream of samples becomes steps: rows of a step over all ranks, rows of a micro-batch.
 
-    `packed`: a row holds as many samples as fit into the dataset's `seq_length`, otherwise one; `end`: the stream's
-    positions from here on are empty.
+    `packed`: a row holds as many samples as fit in the data set's `seq_length`, otherwise one; `end`: stream positions
+    from here on are empty.
     """
 
     global_batch_size: int
@@ -67,11 +67,10 @@ class StepPlan:
 class Step:
     """One training step.
 
-    `rows`: the planned rows of the *global* batch; `slots`: tokens that the rows of this rank's micro-batches reserve
-    for their samples, None where a row is one sample of any length; `micro_batches`: those rows read, None on a rank
-    that reads nothing; `bad`: what this rank found wrong with samples that are to be replaced; `cursor`: where the next
-    step begins; `failure`: why this rank could not read the step, which then has nothing; `quarantined`: by position,
-    what was replaced.
+    `rows`: the planned rows of the *global* batch; `slots`: tokens that this rank's rows reserve for their samples,
+    None if a row is one sample of any length; `micro_batches`: this rank's rows, None on a rank that reads no data;
+    `bad`: errors that this rank found in samples, which are to be replaced; `cursor`: of the next step; `failure`: why
+    this rank could not read the step, which is then empty; `quarantined`: replaced samples by position.
     """
 
     rows: list[PlannedRow]
@@ -85,9 +84,9 @@ class Step:
 
 @dataclass
 class _MicroBatch:
-    """A micro-batch on its way out of a worker, in few tensors: every tensor of its own would cost a descriptor.
+    """A micro-batch as a worker sends it: in few tensors, because each tensor costs a file descriptor.
 
-    tokens_and_labels [2, sum of lengths]; pixels [J, 3, H, W] and parts [J, ...] by kind (see Sample), for the (sample,
+    tokens_and_labels [2, sum of lengths]; pixels [J, 3, H, W] and parts [J, ...] by kind (see Sample), of the (sample,
     ordinal) pairs in `pictures`.
     """
 
@@ -102,7 +101,7 @@ class _MicroBatch:
 
     @classmethod
     def pack(cls, samples: list[Sample], row_sizes: list[int], bad: list[Bad], pixels: Tensor | None) -> _MicroBatch:
-        """`pixels` [J, 3, H, W] are those that the samples hold, in order."""
+        """`pixels` [J, 3, H, W]: those of the samples, in order."""
         pictures = [(r, i) for r, s in enumerate(samples) for i, p in enumerate(s.pixels) if p is not None]
         kinds = dict.fromkeys(kind for sample in samples for kind in sample.parts)
         parts = {kind: torch.stack([samples[row].parts[kind][i] for row, i in pictures]) for kind in kinds}  # type: ignore[misc]  # none is None
@@ -131,7 +130,7 @@ PAST_THE_END = "past the end, to fill the step"
 
 
 class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
-    """What a worker holds: a planned micro-batch -> the micro-batch read, or what the file system said."""
+    """A worker's data set: a planned micro-batch -> the micro-batch, or the error of the file system."""
 
     def __init__(self, dataset: SampleDataset, plan: StepPlan, share: DataShare) -> None:
         self.dataset, self.plan, self.share = dataset, plan, share
@@ -148,9 +147,9 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         return _MicroBatch.pack(samples, [row.samples.size for row in planned], bad + found, pixels)
 
     def replace(self, planned: PlannedMicroBatch, rows: list[Row], positions: Collection[int]) -> list[Bad]:
-        """Reads the samples planned at `positions` into `rows`, in place; returns what is wrong with them.
+        """Reads the samples planned at `positions` into `rows`, in place; returns their errors.
 
-        Other samples may have other pictures: each rank's share is decoded anew where it has changed.
+        This rank's share of the pictures may change with them; new pictures of the share are decoded.
         """
         numbers = [number for row in planned for number in row.samples.tolist()]
         for row, plan in zip(rows, planned, strict=True):
@@ -159,7 +158,7 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
                 if old.position in positions and number != EMPTY:
                     row[place] = self._text(number, old.position)
                 elif old.position in positions:
-                    row[place] = skipped_sample(old.key, old.position, "bad, and nothing could stand in for it")
+                    row[place] = skipped_sample(old.key, old.position, "bad, and no replacement was found")
         samples = [sample for row in rows for sample in row]
         bad = [
             Bad(sample.position, TEXT, sample.problem)
@@ -169,26 +168,26 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         return bad + self._decode_share(samples, numbers)[0]
 
     def _text(self, number: int, position: int) -> Sample:
-        """The sample without its pictures; a bad one where the index was wrong about its length.
+        """The sample without pictures; a bad one if its length is not that of the index.
 
-        Only one that is cut takes less than its room: it ends before a picture, where the index does not know of one.
+        A sample that is cut before a picture is shorter than its slot: the index does not have the picture's position.
         """
         if self.plan.end and position >= self.plan.end:
             return skipped_sample("", position, PAST_THE_END)
         if number == EMPTY:
-            return skipped_sample("", position, f"{ASKED_FOR}, and nothing could stand in for it")
+            return skipped_sample("", position, f"{ASKED_FOR}, and no replacement was found")
         sample = self.dataset.get(number, position)
         tokens, room = sample.tokens.numel(), int(self.dataset.row_lengths(np.array([number]))[0])
         is_cut = tokens < room == self.dataset.seq_length
         if self.plan.packed and sample.problem is None and tokens != room and not is_cut:
-            reason = f"the index says another length: {room} tokens, and it has {tokens}"
+            reason = f"the index has another length: {room} tokens, and it has {tokens}"
             return skipped_sample(sample.key, position, reason, is_bad=True)
         return sample
 
     def _decode_share(self, samples: list[Sample], numbers: list[int]) -> tuple[list[Bad], Tensor | None]:
-        """Makes this rank hold the pixels of its share of the pictures, and of no others.
+        """Decodes this rank's share of the pictures and drops the pixels of all others.
 
-        Returns what is wrong with pictures, and the pixels [n, 3, H, W] of those that were not held before.
+        Returns the errors of pictures, and the pixels [n, 3, H, W] of those decoded now.
         """
         pictures = [(place, ordinal) for place, sample in enumerate(samples) for ordinal in range(len(sample.pixels))]
         share = share_of(len(pictures), self.share.tp_rank, self.share.tp_size)
@@ -206,7 +205,7 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
 
 
 def _ignore_signals(_: int) -> None:
-    """The main process finishes its step on SIGINT or SIGTERM, and needs its workers for that."""
+    """On SIGINT or SIGTERM the main process finishes its step, for which it needs its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -214,12 +213,12 @@ def _ignore_signals(_: int) -> None:
 class StepLoader:
     """Endless iterator over training steps; `for step in loader` yields a `Step`.
 
-    Every rank that reads holds the complete text of its micro-batches; `Sample.pixels` is filled in for this
+    Every rank that reads data has the complete text of its micro-batches; `Sample.pixels` is filled for this
     tensor-parallel rank's share of each micro-batch's pictures. The stream of rows does not depend on `share`,
     micro_batch_size or num_workers. num_workers=0 reads in the calling process. `load_state_dict` and `skip_rows` set
-    where it starts. Call `close` (or use it in `with`) when done.
-    Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is over
-    other samples than the data set's, or than the first `plan.end` of them.
+    the start. Call `close` (or use it in `with`) when done.
+    Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is not over
+    the data set's samples, or the first `plan.end` of them.
     """
 
     def __init__(
@@ -261,7 +260,7 @@ class StepLoader:
         else:
             try:
                 read = self._read()
-            except Exception as error:  # whatever it is, a killed worker too: the other ranks must hear of it
+            except Exception as error:  # of any type, also for a killed worker: the other ranks must know of it
                 return Step([], None, None, [], self._cursor, error)
             step = self._planned.popleft()
             step.micro_batches = [micro_batch.unpack() for micro_batch in read]
@@ -270,7 +269,7 @@ class StepLoader:
         return step
 
     def _read(self) -> list[_MicroBatch]:
-        """The micro-batches of a step. Raises ShardReadError for what a worker could not read."""
+        """The micro-batches of a step. Raises the ShardReadError of a worker."""
         if self._stream is None:
             self._stream = self._open()
         found = [next(self._stream) for _ in range(self.num_microbatches)]
@@ -280,12 +279,12 @@ class StepLoader:
         return [micro_batch for micro_batch in found if isinstance(micro_batch, _MicroBatch)]
 
     def replace(self, step: Step, bad: Iterable[Bad]) -> None:
-        """Puts other samples in the places of bad ones: in the step's rows, and read where this rank reads them.
+        """Replaces bad samples in the step's rows, and reads the replacements that belong to this rank.
 
-        Every rank is to be given the same `bad`, what all ranks found. `step.bad` is then what is wrong with the
-        samples put in, for which this is to be called again.
+        `bad` must be the same on all ranks: the errors of all of them. Afterwards `step.bad` has the errors of the
+        replacements, for which this is called again.
         """
-        reasons = {found.position: found.reason for found in sorted(bad, reverse=True)}  # the first one's stays
+        reasons = {found.position: found.reason for found in sorted(bad, reverse=True)}  # keeps the first reason
         step.bad, changed = [], self._replan(step, reasons)
         if step.micro_batches is None:
             return
@@ -298,7 +297,7 @@ class StepLoader:
             step.failure = error
 
     def _replan(self, step: Step, reasons: dict[int, str]) -> set[int]:
-        """Plans other samples at the positions of `reasons`; the numbers of the rows that changed."""
+        """Plans other samples at the positions of `reasons`; returns the numbers of the changed rows."""
         changed = set()
         for number, row in enumerate(step.rows):
             places = [place for place, position in enumerate(row.positions.tolist()) if position in reasons]
@@ -311,10 +310,10 @@ class StepLoader:
         return changed
 
     def _substitute(self, step: Step, position: int, sample: int, reasons: dict[int, str]) -> int:
-        """Notes that `sample` is bad; the number of the next one to try in the place of the planned one."""
+        """Records that `sample` is bad; returns the number of the next sample to try instead of the planned one."""
         entry = step.quarantined.setdefault(position, Quarantined(position, sample, reasons[position]))
         if entry.reason == ASKED_FOR != reasons[position]:  # so that it is counted
-            entry.reason = f"{ASKED_FOR}, and what stood in for it is bad: {reasons[position]}"
+            entry.reason = f"{ASKED_FOR}, and its replacement is bad: {reasons[position]}"
         room = self._room(np.array([entry.sample]))[0]
         while entry.attempts < self.replacement.attempts:
             entry.replacement = substitute(
@@ -333,32 +332,32 @@ class StepLoader:
         return entry.replacement
 
     def _room(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens [P] that samples [P] reserve in their rows."""
+        """Tokens [P] that rows reserve for samples [P]."""
         if not self.plan.packed:
             return np.full(samples.size, self.dataset.seq_length)
         return self.dataset.row_lengths(samples)
 
     def keys(self, step: Step) -> list[str]:
-        """Ids of the samples trained in the step's whole global batch, in order; read from the index alone."""
+        """Keys of the samples in the step's global batch, in order; from the index alone."""
         samples = np.concatenate([row.samples for row in step.rows])
         return self.dataset.keys(samples[samples != EMPTY])
 
     def digest(self, step: Step) -> str:
-        """The step's `sample_digest`, over its whole global batch."""
+        """The `sample_digest` of the step's global batch."""
         return sample_digest(self.keys(step))
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor after the steps handed out so far; what workers have prefetched does not count."""
+        """The cursor after the steps returned so far, without steps that workers have prefetched."""
         return dict(self._cursor)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a cursor. Raises ValueError when it is no place in these rows."""
+        """Continues at a cursor. Raises ValueError when it does not fit these rows."""
         self.close()
         self._rows.load_state_dict(state)
         self._cursor = self._rows.state_dict()
 
     def skip_rows(self, count: int) -> None:
-        """Passes over the next `count` rows without reading them."""
+        """Skips the next `count` rows without reading them."""
         self.close()
         self._rows.skip(count)
         self._cursor = self._rows.state_dict()
@@ -366,7 +365,7 @@ class StepLoader:
     def close(self) -> None:
         """Ends the worker processes; iterating again starts new ones at the same place."""
         if isinstance(self._stream, _MultiProcessingDataLoaderIter):
-            self._stream._shutdown_workers()  # its __del__ does it too, but not while a traceback holds it
+            self._stream._shutdown_workers()  # its __del__ does this too, but not while a traceback refers to it
         self._stream = None
         self._planned = deque()
         self._rows.load_state_dict(self._cursor)
@@ -379,7 +378,7 @@ class StepLoader:
         self.close()
 
     def _plan(self) -> list[PlannedMicroBatch]:
-        """Plans one step ahead of those planned: this rank's micro-batches."""
+        """Plans one more step; returns this rank's micro-batches of it."""
         rows = self._rows.take(self.plan.global_batch_size)
         slots = None
         if self.plan.packed:
@@ -398,14 +397,14 @@ class StepLoader:
         return micro_batches(rows, self.plan.micro_batch_size, self.share.dp_rank, self.share.dp_size)
 
     def _micro_batches(self) -> Iterator[PlannedMicroBatch]:
-        """This rank's planned micro-batches, without end."""
+        """This rank's planned micro-batches, endless."""
         while True:
             yield from self._plan()
 
     def _open(self) -> Iterator[_MicroBatch | ShardReadError]:
         if not self.num_workers:
             return (self._source[planned] for planned in self._micro_batches())
-        # Workers ignore SIGTERM, by which Python would end them at exit; so they are ended before that, by close().
+        # Workers ignore SIGTERM, with which Python would end them at exit, so close() ends them before.
         atexit.register(self.close)
         return iter(
             DataLoader(

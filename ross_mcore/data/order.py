@@ -296,7 +296,7 @@ def micro_batch_positions(
 ) -> NDArray[np.int64]:
     """Stream positions [micro_batch_size] of micro-batch number `micro_batch` of a step on a data-parallel rank.
 
-    Any split of a global batch into ranks and micro-batches covers the same positions, consumed_samples onwards.
+    Every split of a global batch into ranks and micro-batches covers the same positions, from consumed_samples on.
     """
     start = consumed_samples + (micro_batch * dp_size + dp_rank) * micro_batch_size
     return np.arange(start, start + micro_batch_size, dtype=np.int64)
@@ -304,7 +304,9 @@ def micro_batch_positions(
 
 def evenly_spaced(num_samples: int, most: int) -> list[int]:
     """At most `most` sample numbers, evenly spaced from the first to the last of `num_samples`."""
-    return np.unique(np.linspace(0, num_samples - 1, min(num_samples, most)).round().astype(np.int64)).tolist()
+    spaced = np.linspace(0, num_samples - 1, min(num_samples, most)).round().astype(np.int64)
+    numbers: list[int] = np.unique(spaced).tolist()
+    return numbers
 
 
 def sample_digest(keys: Iterable[str]) -> str:

@@ -1,11 +1,11 @@
-"""What was computed of pictures beforehand: members of a tar beside the pictures, and what they were made with.
+"""Precomputed parts of pictures: members of a tar beside the pictures, and the source that made them.
 
     KEY.latents.safetensors     mean and logvar [n, C, h, w]: the VAE's posterior of the sample's n pictures
-    KEY.features.safetensors    features [n, N, D]: the frozen vision tower's
+    KEY.features.safetensors    features [n, N, D]: of the frozen vision tower
 
-Either says in its safetensors header what it was made with, a `PartSource`: another VAE, tower or preprocessing would
-give other numbers. `tools/precompute_latents.py` writes them. `blank.safetensors` beside the index holds the same of
-the picture of the mean colour.
+The safetensors header of both has a `PartSource`, because another VAE, tower or preprocessing gives other numbers.
+`tools/precompute_latents.py` writes them. `blank.safetensors` beside the index has the same parts of a picture of the
+mean colour.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class PartSource:
-    """What parts of one kind were made with.
+    """The model and settings that made parts of one kind.
 
-    weights: fingerprint of the VAE or the tower, its configuration included; reads: what of it was taken;
-    preprocessing: how pictures were brought to its input; shape: of one picture's tensor; dtype: as stored.
+    weights: fingerprint of the VAE or the tower, its configuration included; reads: the output taken from it;
+    preprocessing: of the pictures; shape: of one picture's tensor; dtype: as stored.
     """
 
     weights: str
@@ -51,7 +51,7 @@ class PartSource:
         object.__setattr__(self, "shape", tuple(self.shape))
 
     def difference(self, other: PartSource) -> str | None:
-        """What would make other numbers, with both values; the type they are stored in does not."""
+        """The first field that differs, with both values; the stored dtype may differ."""
         for name in (field.name for field in fields(self) if field.name != "dtype"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -62,7 +62,7 @@ class PartSource:
 def part_source(
     kind: str, weights: str, model: ModelConfig, preprocessing: ImagePreprocessing, dtype: str
 ) -> PartSource:
-    """The source of parts that `model`, whose VAE or tower has the fingerprint `weights`, makes of pictures."""
+    """The source of parts made by `model`, whose VAE or tower has the fingerprint `weights`."""
     if kind == "latents":
         size = model.decode_image_size
         return PartSource(weights, f"posterior at {size}x{size}", str(preprocessing), model.latent_shape, dtype)
@@ -73,20 +73,20 @@ def part_source(
 def pack_part(kind: str, tensors: Tensor, source: PartSource, picture_bytes: Sequence[int]) -> bytes:
     """The member of a sample: posteriors [n, 2, C, h, w] or features [n, N, D], as `source.dtype`.
 
-    picture_bytes [n] are the sizes of the encoded pictures, by which their sample is known where they are left out.
-    Raises ShardError for values that `source.dtype` cannot hold.
+    picture_bytes [n] are the sizes of the encoded pictures, which identify the sample if they are left out.
+    Raises ShardError for values that are not finite in `source.dtype`.
     """
     tensors = tensors.to(DTYPES[source.dtype])
     if not tensors.isfinite().all():
         raise ShardError(f"{kind} that are not finite as {source.dtype}; give another --dtype")
     split = (tensors[:, place] for place in range(2)) if kind == "latents" else (tensors,)
     named = {name: tensor.contiguous() for name, tensor in zip(MEMBERS[kind], split, strict=True)}
-    # one entry: safetensors writes several in an order of its own, and the same shard should be the same bytes
+    # one entry, because safetensors writes several in no fixed order, and equal shards should have equal bytes
     return save(named, {"precomputed": json.dumps({"source": asdict(source), "picture_bytes": list(picture_bytes)})})
 
 
 def unpack_part(kind: str, data: bytes, source: PartSource, num_pictures: int) -> Tensor:
-    """The inverse of `pack_part`. Raises ShardError for another thing than `source` and the index promise."""
+    """The inverse of `pack_part`. Raises ShardError for tensors that do not fit `source` and the number of pictures."""
     try:
         named = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -99,12 +99,12 @@ def unpack_part(kind: str, data: bytes, source: PartSource, num_pictures: int) -
 
 
 def pack_blank(parts: dict[str, Tensor]) -> bytes:
-    """The blank picture's posterior [2, C, h, w] and features [N, D], whichever there are, as BLANK holds them."""
+    """The bytes of BLANK: the blank picture's posterior [2, C, h, w], features [N, D], or both."""
     return save({kind: tensor.float().contiguous() for kind, tensor in parts.items()})
 
 
 class PrecomputedParts:
-    """Reads the parts of a data set's pictures; the last member read is kept, for samples of several pictures."""
+    """Reads the parts of a data set's pictures; keeps the last member, for samples of several pictures."""
 
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
@@ -113,8 +113,6 @@ class PrecomputedParts:
 
     def read(self, kind: str, number: int, ordinal: int) -> Tensor:
         """The posterior [2, C, h, w] or features [N, D] of a picture of a sample, as stored. Raises ShardError."""
-        if kind not in self.sources:
-            raise ShardError(f"{self.reader.folder} has no {kind}")
         if self._latest is None or self._latest[0] != (number, kind):
             pictures = int(self.reader.samples[number]["num_images"])
             data = self.reader.part_bytes(number, kind)
@@ -122,7 +120,7 @@ class PrecomputedParts:
         return self._latest[1][ordinal]
 
     def blank(self, kind: str) -> Tensor:
-        """The same of the picture of the mean colour. Raises ShardError."""
+        """The same parts of the picture of the mean colour. Raises ShardError."""
         if kind not in self.sources:
             raise ShardError(f"{self.reader.folder} has no {kind}")
         path = self.reader.folder / BLANK
@@ -140,7 +138,7 @@ class PrecomputedParts:
 
 
 def _source(reader: ShardReader, kind: str, about: dict[str, Any]) -> PartSource:
-    """What the index says all parts of a kind were made with. Raises ShardError unless all are there and alike."""
+    """The source of all parts of a kind, from the index. Raises ShardError unless all are there and have one source."""
     mend = f"make them with {TOOL} --data-path {reader.folder}, or train with --no-precomputed"
     try:
         held, pictured, sources = int(about["samples"]), int(about["of"]), about["sources"]

@@ -1,8 +1,9 @@
-"""Shards behind URLs: what identifies a version of one, and a bounded cache of whole shards on the local disk.
+"""Shards behind URLs: the version of a shard, and a bounded cache of whole shards on the local disk.
 
-The cache is a folder that the processes of a machine share, on a local disk (its locks are `flock`). A shard is fetched
-once, under a temporary name; when the bound is reached, those used longest ago go. A shard that is being read is kept,
-so the bound can be passed for the moment of a read. Whoever deletes the folder only causes shards to be fetched again.
+The processes of a machine share the cache, a folder on a local disk (its locks are `flock`). A shard is fetched once,
+under a temporary name; at the limit the least recently used ones are removed. A shard that is being read is kept, so
+the limit can be exceeded during a read. If the folder is deleted, shards are fetched again. fsspec's own caches have no
+limit.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from ross_mcore.errors import RemoteError
 DEFAULT_CACHE_BYTES = 64 << 30
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
-"""Before the second attempt to fetch a shard, twice as long before the third."""
+"""Pause before the second attempt to fetch a shard, doubled before the third."""
 STALE_SECONDS = 24 * 3600
-"""Age of an unfinished download that nobody will finish."""
+"""Age at which an unfinished download is removed."""
 
 
 def is_remote(location: str) -> bool:
@@ -36,13 +37,11 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
-def require_protocol(location: str) -> None:
-    """Raises RemoteError when no installed package reads URLs of this kind, naming the one to install."""
-    _file_system(location)
+def file_system(location: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URL, with credentials from the environment.
 
-
-def _file_system(location: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it) of a URL. Credentials are the environment's."""
+    Raises RemoteError, with the package to install, if no installed package reads this kind of URL.
+    """
     try:
         import fsspec
     except ImportError:
@@ -61,15 +60,15 @@ def _file_system(location: str) -> tuple[Any, str]:
 
 
 def identify(location: str) -> tuple[int, str | None]:
-    """(size in bytes, tag of this version of the content, None where the store has none). Raises RemoteError."""
-    files, path = _file_system(location)
+    """(size in bytes, tag of this version of the content or None if the store has none). Raises RemoteError."""
+    files, path = file_system(location)
     try:
         details = {str(name).lower(): value for name, value in files.info(path).items()}
-    except Exception as error:  # every store raises its own
+    except Exception as error:  # every store has its own types
         raise RemoteError(f"{location}: {type(error).__name__}: {error}") from None
     size = details.get("size")
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise RemoteError(f"{location}: the store does not say how large it is")
+    if type(size) is not int:
+        raise RemoteError(f"{location}: the store does not give its size")
     for name in ("etag", "md5hash", "crc32c", "content_md5", "mtime", "last_modified", "lastmodified", "created"):
         if details.get(name):
             return size, f"{name}={details[name]}"
@@ -77,8 +76,8 @@ def identify(location: str) -> tuple[int, str | None]:
 
 
 def list_shards(pattern: str) -> list[str]:
-    """The URLs of the tars that a URL with `*` or of a folder names, sorted. Raises RemoteError."""
-    files, path = _file_system(pattern)
+    """The sorted URLs of the tars that match a URL with `*` or are in a folder. Raises RemoteError."""
+    files, path = file_system(pattern)
     try:
         if "*" not in path and "?" not in path:
             if not files.isdir(path):
@@ -90,18 +89,18 @@ def list_shards(pattern: str) -> list[str]:
 
 
 class ShardCache:
-    """Whole shards in `folder`, at most `limit` bytes of them; picklable, and shared by any number of processes."""
+    """Whole shards in `folder`, at most `limit` bytes; any number of processes can share it."""
 
     def __init__(self, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
         self.folder, self.limit = folder, limit
 
     def path(self, location: str, tag: str | None) -> Path:
-        """Where a version of a shard is kept."""
+        """The local path of a version of a shard."""
         return self.folder / f"{hashlib.sha256(repr((location, tag)).encode()).hexdigest()[:32]}.tar"
 
     @contextmanager
     def open(self, location: str, size: int, tag: str | None) -> Iterator[int]:
-        """A descriptor of the shard's local copy, fetched if need be; while it is open the copy is kept.
+        """A descriptor of the shard's local copy, which is fetched if needed and kept while it is open.
 
         Raises RemoteError when the shard cannot be fetched, has changed or is larger than the cache.
         """
@@ -109,26 +108,26 @@ class ShardCache:
         descriptor = self._open(path, size)
         for _ in range(ATTEMPTS):
             if descriptor is None:
-                with contextlib.suppress(FileNotFoundError):  # the folder was deleted while the shard came
+                with contextlib.suppress(FileNotFoundError):  # the folder was deleted during the download
                     descriptor = self._fetch(path, location, size, tag)
         if descriptor is None:
-            raise RemoteError(f"{path} vanishes as soon as it is written: what deletes {self.folder}?")
+            raise RemoteError(f"{path} is deleted as soon as it is written; find out what deletes {self.folder}")
         try:
             yield descriptor
         finally:
             os.close(descriptor)
 
     def _open(self, path: Path, size: int) -> int | None:
-        """A descriptor, shared-locked, of a whole copy that is there."""
+        """A descriptor, with a shared lock, of a complete copy; None if there is none."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe is not waited for
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # does not wait for a pipe
         except FileNotFoundError:
             return None
         except OSError as error:
             raise RemoteError(f"{path} cannot be read: {error.strerror}; give another --data-cache-dir") from None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != size:  # somebody wrote into it
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:  # changed by another program
             os.close(descriptor)
             try:
                 path.unlink(missing_ok=True)
@@ -154,7 +153,7 @@ class ShardCache:
                 with self._locked("room.lock"):
                     self.make_room(size)
                     partial.touch()
-                    os.truncate(partial, size)  # so that others count it before it has come
+                    os.truncate(partial, size)  # so that other processes count its bytes from now on
                 _download(location, partial, size, tag)
                 partial.rename(path)
             finally:
@@ -163,7 +162,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Holds a lock of the folder; the system releases it when the process dies."""
+        """Holds a lock in the folder; the system releases it when the process ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -173,7 +172,7 @@ class ShardCache:
             os.close(lock)
 
     def make_room(self, size: int) -> None:
-        """Removes the copies used longest ago until `size` bytes more are within the limit; none that is open."""
+        """Removes the least recently used copies that are not open until `size` more bytes are within the limit."""
         kept, held = [], size
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -208,28 +207,28 @@ def _remove_unless_open(path: Path) -> bool:
 
 
 def _download(location: str, target: Path, size: int, tag: str | None) -> None:
-    """Copies the shard to `target`. Raises RemoteError after ATTEMPTS, or at once when it is another version."""
-    files, path = _file_system(location)
+    """Copies the shard to `target`. Raises RemoteError after ATTEMPTS, or at once for another version of it."""
+    files, path = file_system(location)
+    found_size, found_tag = identify(location)
+    if found_size != size or (tag is not None and found_tag != tag):
+        raise RemoteError(
+            f"{location} is not what was indexed: {found_size} bytes, {found_tag} instead of {size} bytes, {tag}; "
+            "index it again (python tools/index_shards.py)"
+        )
     for attempt in range(1, ATTEMPTS + 1):
-        found = identify(location) if attempt == 1 else None
-        if found is not None and (found[0] != size or (tag is not None and found[1] != tag)):
-            raise RemoteError(
-                f"{location} is not what was indexed: {found[0]} bytes, {found[1]} instead of {size} bytes, {tag}; "
-                "index it again (python tools/index_shards.py)"
-            )
         try:
             with files.open(path, "rb") as source, target.open("r+b") as copy:
                 shutil.copyfileobj(source, copy, 8 << 20)
-                came = copy.tell()
-            if came == size:
+                copied = copy.tell()
+            if copied == size:
                 return
-            problem = f"{came} of {size} bytes came"
+            problem = f"{copied} of {size} bytes came"
         except FileNotFoundError:
-            if not target.exists():  # the cache was deleted meanwhile, which is not the store's fault
+            if not target.exists():  # the cache was deleted during the download
                 raise
-            problem = "the store has it no more"
-        except Exception as error:  # every store raises its own
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # trying again is no use
+            problem = "the store no longer has it"
+        except Exception as error:  # every store has its own types
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RemoteError(f"{target.parent} is full: {error}; lower --data-cache-bytes") from None
             problem = f"{type(error).__name__}: {error}"
         if attempt < ATTEMPTS:

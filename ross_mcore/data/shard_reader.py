@@ -1,21 +1,20 @@
-"""Tar shards and their index: the format, and reading it by sample number straight through offsets.
+"""ShardReader: the format of tar shards and their index, and random access to samples.
 
 A data set is a folder:
 
     shard-00000.tar ...   members `<key>.json` and `<key>.jpg|jpeg|png|webp` (several: `<key>.0.jpg`, `<key>.1.jpg`);
-                          instead of the JSON there may be a caption, `<key>.txt`; what was computed of the pictures
-                          beforehand is in `<key>.latents.safetensors`, `<key>.features.safetensors` (precomputed.py)
-    index.json            format, version, counts, the shards' places and sizes, what the lengths were measured with
-    samples.npy           one SAMPLE_ROW a sample, memory-mapped
-    images.npy            one IMAGE_ROW a picture, in the order of the samples
-    parts.npy             one PART_ROW a sample, where there are precomputed parts
-    keys.txt              one key a line, memory-mapped
-    quarantine.jsonl      what was left out: one {"shard", "key", "reason"} a line
+                          instead of the JSON there may be a caption, `<key>.txt`; precomputed parts of the pictures are
+                          in `<key>.latents.safetensors` and `<key>.features.safetensors` (precomputed.py)
+    index.json            format, version, counts, places and sizes of the shards, source of the lengths
+    samples.npy           one SAMPLE_ROW per sample, memory-mapped
+    images.npy            one IMAGE_ROW per picture, in the order of the samples
+    parts.npy             one PART_ROW per sample, if there are precomputed parts
+    keys.txt              one key per line, memory-mapped
+    quarantine.jsonl      samples left out: one {"shard", "key", "reason"} per line
 
-The tars need not lie in the folder: the index names each by its name there, by an absolute path or by a URL. Nothing
-parses a tar at training time: a member is one `pread` at (shard, offset, size), of a shard from a URL in a local cache
-(remote.py). The tars are plain WebDataset shards, which any WebDataset reader reads without the index.
-`shard_writer.py` makes such tars, `indexing.py` and `index_writer.py` the index of any.
+The index has each tar's file name in the folder, absolute path or URL. Training does not parse tars: a member is one
+`pread` at (shard, offset, size), from the local cache for a URL (remote.py). The tars are WebDataset shards, which any
+WebDataset reader reads without the index. shards/writer.py writes the tars, shards/index_parts.py the index.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ross_mcore import checked
-from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, is_remote, require_protocol
+from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, file_system, is_remote
 from ross_mcore.errors import RemoteError, ShardError, ShardReadError
 
 INDEX_TOOL = "python tools/index_shards.py"
@@ -55,12 +54,12 @@ MAX_IMAGES = 65535
 MAX_SAMPLES = 2**40
 MAX_KEY_BYTES = 1024
 READ_PAUSES_SECONDS = (0.5, 1.0, 2.0)
-"""Before a read that the file system failed is tried again."""
+"""Pauses before the next attempts of a read that fails."""
 MAX_OPEN_SHARDS = 64
-"""Tar files a reader keeps open at a time, well under the usual limit of 1024 descriptors a process."""
+"""Maximum number of tar files that a reader keeps open, under the usual limit of 1024 descriptors per process."""
 UNKNOWN_LENGTH = -1
 RECORD, TURNS, CAPTION = range(3)
-"""Kinds of a sample's text: a LLaVA record, its conversation alone (both JSON), or a caption of its pictures."""
+"""Kinds of text: a LLaVA record, its list of turns alone (both JSON), or a caption of the pictures."""
 
 SAMPLE_ROW = np.dtype(
     [
@@ -70,33 +69,33 @@ SAMPLE_ROW = np.dtype(
         ("text_size", "<u4"),
         ("shard", "<u4"),
         ("text_words", "<u4"),  # words of all turns, see conversation.count_words
-        ("text_tokens", "<i4"),  # tokens of the row without its images; UNKNOWN_LENGTH when not measured
-        ("label_tokens", "<i4"),  # labels of the row, 0 when all are ignored; UNKNOWN_LENGTH when not measured
+        ("text_tokens", "<i4"),  # tokens of the row without its images, or UNKNOWN_LENGTH
+        ("label_tokens", "<i4"),  # labels of the row, 0 if all are ignored, or UNKNOWN_LENGTH
         ("kind", "u1"),  # RECORD, TURNS or CAPTION
         ("num_images", "<u2"),  # pictures in the tar
-        ("image_spans", "<u2"),  # image placeholders in the text: a row is text_tokens + image_spans * image_tokens
+        ("image_spans", "<u2"),  # pictures that the text shows: a row is text_tokens + image_spans * image_tokens
     ]
 )
 IMAGE_ROW = np.dtype([("offset", "<u8"), ("size", "<u4")])
-"""Of size 0 where the shard has the picture's precomputed parts and not the picture."""
+"""The size is 0 if the shard has the precomputed parts of a picture but not the picture."""
 PART_ROW = np.dtype(
     [("latents_offset", "<u8"), ("features_offset", "<u8"), ("latents_size", "<u4"), ("features_size", "<u4")]
 )
-"""Sizes are 0 where a sample has no such part."""
+"""A size is 0 if a sample has no part of this kind."""
 
 
 @dataclass(frozen=True)
 class LengthSource:
-    """What text_tokens and label_tokens were measured with: other tokens or another text make them worthless."""
+    """The source of text_tokens and label_tokens, which are valid for this source only."""
 
     tokenizer: str
     template: str
     mm_use_im_start_end: bool = False
     image_tokens: str = ""
-    """Fingerprint of what texts with pictures become (lengths.length_source): it changes with the program."""
+    """Fingerprint of tokenized examples with pictures (lengths.length_source)."""
 
     def difference(self, other: LengthSource) -> str | None:
-        """What differs between two sources, in words."""
+        """Description of the first field that differs."""
         names = {"tokenizer": "tokenizer", "template": "template", "mm_use_im_start_end": "mm_use_im_start_end"}
         names |= {"image_tokens": "treatment of pictures in the text"}
         return next((names[f.name] for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
@@ -105,8 +104,7 @@ class LengthSource:
 def as_record(data: bytes, kind: int, num_images: int) -> bytes:
     """A sample's text as the JSON of a LLaVA record. Raises ShardError for text that is not UTF-8.
 
-    A caption becomes the conversation that shows the pictures, but for those that the caption shows with `<image>`, and
-    answers with the caption, without the white space around it.
+    A caption becomes an answer, stripped, to a turn with the pictures that the caption itself does not show.
     """
     if kind == RECORD:
         return data
@@ -122,7 +120,7 @@ def as_record(data: bytes, kind: int, num_images: int) -> bytes:
 
 
 def _check_index(index: dict[str, Any]) -> None:
-    """Brings an index to the types that it is read with. Raises ValueError."""
+    """Checks an index and fills in what may be missing. Raises ValueError."""
     shards = index.get("shards")
     if not isinstance(shards, list) or not shards:
         raise ValueError(f"shards is {checked.shown(shards)}, expected a list of them")
@@ -141,26 +139,25 @@ def _check_index(index: dict[str, Any]) -> None:
         raise ValueError(f"the shards' samples do not add up to num_samples={index['num_samples']}")
     if not isinstance(index.get("fingerprint"), str) or len(index["fingerprint"]) > 64:
         raise ValueError(f"fingerprint is {checked.shown(index.get('fingerprint'))}")
-    if index.get("lengths") is not None:
-        index["lengths"] = checked.build(LengthSource, index["lengths"], "lengths")
-    index["lengths"] = index.get("lengths")
+    lengths = index.get("lengths")
+    index["lengths"] = None if lengths is None else checked.build(LengthSource, lengths, "lengths")
     checked.mapping(index.setdefault("precomputed", {}), "precomputed")
-    checked.switch(index, "pictures_left_out", False)
+    index["pictures_left_out"] = checked.switch(index, "pictures_left_out", False)
 
 
 class ShardReader:
-    """Random access to a data set by sample number; a few open files and memory maps are its whole state.
+    """Random access to a data set by sample number; its state is open files and memory maps.
 
-    `fingerprint` names the content: the same samples in the same order have the same one, however they are sharded.
-
-    A shard behind a URL is fetched whole into `cache_folder`, which holds at most `cache_bytes` of them.
+    `fingerprint` identifies the samples and their order, independent of the sharding. A shard behind a URL is fetched
+    whole into `cache_folder`, which holds at most `cache_bytes`.
 
     Safe in forked worker processes (`pread` moves no shared file position) and picklable for spawned ones.
-    Raises ShardError when the folder is not a data set, or an index and its shards do not belong together.
+    Raises ShardError when the folder is not a data set, or the index does not fit its shards.
     """
 
     def __init__(self, folder: Path, cache_folder: Path | None = None, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.folder = Path(folder)
+        self._arguments = folder, cache_folder, cache_bytes
         self.index = self._read_index()
         self.num_samples, self.num_images = self.index["num_samples"], self.index["num_images"]
         self.fingerprint: str = self.index["fingerprint"]
@@ -168,26 +165,25 @@ class ShardReader:
         self.quarantined: int = self.index["quarantined"]
         self.samples = self._map("samples.npy", SAMPLE_ROW, self.num_samples)
         self.images = self._map("images.npy", IMAGE_ROW, self.num_images)
-        self.precomputed: dict[str, Any] = self.index.get("precomputed", {})
-        self.pictures_left_out: bool = self.index.get("pictures_left_out", False)
+        self.precomputed: dict[str, Any] = self.index["precomputed"]
+        self.pictures_left_out: bool = self.index["pictures_left_out"]
         self.parts = self._map("parts.npy", PART_ROW, self.num_samples) if self.precomputed else None
         try:
             checked.require_regular(self.folder / "keys.txt", self.num_samples * (MAX_KEY_BYTES + 1))
             self._keys = np.memmap(self.folder / "keys.txt", np.uint8, "r")
         except (OSError, ValueError) as error:
             raise ShardError(
-                f"{self.folder / 'keys.txt'} cannot be read: {checked.reason(error)}; make the index again: "
-                f"{INDEX_TOOL} --data-path {self.folder}"
+                f"{self.folder / 'keys.txt'} cannot be read: {checked.reason(error)}; {self._remedy}"
             ) from None
         self.max_open_shards = MAX_OPEN_SHARDS
         self._handles: OrderedDict[int, int] = OrderedDict()
         self._cache = None if cache_folder is None else ShardCache(Path(cache_folder), cache_bytes)
         remote = next((shard for shard in self.index["shards"] if is_remote(shard["name"])), None)
         if remote is not None and self._cache is None:
-            raise ShardError(f"{remote['name']} is not a local file: say with --data-cache-dir where to keep shards")
+            raise ShardError(f"{remote['name']} is not a local file: give a folder for shards with --data-cache-dir")
         if remote is not None:
             try:
-                require_protocol(remote["name"])
+                file_system(remote["name"])
             except RemoteError as error:
                 raise ShardError(str(error)) from None
 
@@ -206,7 +202,7 @@ class ShardReader:
         return keys
 
     def find(self, keys: Iterable[str]) -> dict[str, list[int]]:
-        """The numbers of the samples with each of these keys: more than one when shards share keys."""
+        """The numbers of the samples with each of these keys, several if shards have equal keys."""
         found: dict[str, list[int]] = {key: [] for key in keys}
         wanted = {f"{key}\n".encode(): numbers for key, numbers in found.items()}
         for number, line in enumerate(itertools.islice(io.BytesIO(self._keys.tobytes()), len(self))):
@@ -215,17 +211,17 @@ class ShardReader:
         return found
 
     def shard_name(self, shard: int) -> str:
-        """The name of a shard by its number; of one that a damaged samples.npy makes up, that it is none."""
+        """The name of a shard by its number, which may be invalid in a damaged samples.npy."""
         shards = self.index["shards"]
         return shards[shard]["name"] if shard < len(shards) else f"no shard {shard}"
 
     def record_bytes(self, number: int) -> bytes:
-        """The LLaVA record of a sample as JSON. Raises ShardError when it cannot be read whole."""
+        """The LLaVA record of a sample as JSON. Raises ShardError when it cannot be read completely."""
         row = self.samples[number]
         return as_record(self.text_bytes(number), int(row["kind"]), int(row["num_images"]))
 
     def text_bytes(self, number: int) -> bytes:
-        """The member that is a sample's text, whatever its kind. Raises ShardError when it cannot be read whole."""
+        """The member with a sample's text, of any kind. Raises ShardError when it cannot be read completely."""
         row = self.samples[number]
         return self._read(row, int(row["text_offset"]), int(row["text_size"]), MAX_RECORD_BYTES)
 
@@ -250,12 +246,8 @@ class ShardReader:
         while self._handles:
             os.close(self._handles.popitem()[1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        cache = {} if self._cache is None else {"cache_folder": self._cache.folder, "cache_bytes": self._cache.limit}
-        return {"folder": self.folder, **cache}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # of this very class
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, Path | None, int]]:
+        return ShardReader, self._arguments
 
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
@@ -273,39 +265,40 @@ class ShardReader:
             try:
                 with self._cache.open(name, total, self.index["shards"][shard].get("tag")) as handle:
                     data = os.pread(handle, size, offset)
-            except OSError as error:  # the cache has tried several times
+            except OSError as error:  # the cache has made several attempts
                 raise ShardReadError(f"{name}: {error}") from None
-            return self._whole(data, size, offset, name)
-        return self._whole(self._read_local(shard, name, size, offset), size, offset, str(self.folder / name))
+        else:
+            name = str(self.folder / name)
+            data = self._read_local(shard, name, size, offset)
+        if len(data) != size:
+            raise ShardError(f"{name} is truncated: {len(data)} of {size} bytes at {offset}")
+        return data
 
-    def _read_local(self, shard: int, name: str, size: int, offset: int) -> bytes:
+    def _read_local(self, shard: int, path: str, size: int, offset: int) -> bytes:
         for pause in (*READ_PAUSES_SECONDS, None):
             try:
                 if shard not in self._handles:
                     if len(self._handles) >= self.max_open_shards:
                         os.close(self._handles.popitem(last=False)[1])
-                    self._handles[shard] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+                    self._handles[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._handles.move_to_end(shard)
                 return os.pread(self._handles[shard], size, offset)
             except OSError as error:
-                if shard in self._handles:  # of a mount that may be another one by now
+                if shard in self._handles:  # its mount may have changed
                     with contextlib.suppress(OSError):
                         os.close(self._handles.pop(shard))
                 if pause is None:
                     attempts = len(READ_PAUSES_SECONDS) + 1
-                    raise ShardReadError(f"{self.folder / name}: {error}, {attempts} times in a row") from None
+                    raise ShardReadError(f"{path}: {error}, {attempts} times in a row") from None
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    @staticmethod
-    def _whole(data: bytes, size: int, offset: int, name: str) -> bytes:
-        if len(data) != size:
-            raise ShardError(f"{name} is truncated: {len(data)} of {size} bytes at {offset}")
-        return data
+    @property
+    def _remedy(self) -> str:
+        return f"make the index again: {INDEX_TOOL} --data-path {self.folder}"
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / "index.json"
-        again = f"make it again from the shards: {INDEX_TOOL} --data-path {self.folder}"
         try:
             index = checked.read_json(path)
         except FileNotFoundError:
@@ -314,42 +307,40 @@ class ShardReader:
                 f"{INDEX_TOOL} --data-path {self.folder}"
             ) from None
         except ValueError as error:
-            raise ShardError(f"{path} cannot be read: {error}; {again}") from None
+            raise ShardError(f"{path} cannot be read: {error}; {self._remedy}") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise ShardError(f"{path} is not the index of a data set; make one: {INDEX_TOOL} --data-path {self.folder}")
+            raise ShardError(f"{path} is not the index of a data set; {self._remedy}")
         if index.get("version") != FORMAT_VERSION:
             raise ShardError(
                 f"{path} is a version {checked.shown(index.get('version'))} index and this program reads version "
-                f"{FORMAT_VERSION}; {again}"
+                f"{FORMAT_VERSION}; {self._remedy}"
             )
         try:
             _check_index(index)
         except ValueError as error:
-            raise ShardError(f"{path} is malformed: {error}; {again}") from None
+            raise ShardError(f"{path} is malformed: {error}; {self._remedy}") from None
         for shard in index["shards"]:
             if not is_remote(shard["name"]):
                 self._require_shard(path, shard["name"], shard["bytes"])
         return index
 
     def _require_shard(self, index: Path, name: str, size: int) -> None:
-        """Raises ShardError unless a local shard is what the index says."""
+        """Raises ShardError unless a local shard has the name and size of the index."""
         if Path(name).name != name and (not Path(name).is_absolute() or ".." in Path(name).parts):
             raise ShardError(
-                f"{index}: shard name {checked.shown(name)} is no plain file name, absolute path or URL; make the "
-                f"index again: {INDEX_TOOL} --data-path {self.folder}"
+                f"{index}: shard name {checked.shown(name)} is no plain file name, absolute path or URL; {self._remedy}"
             )
         try:
             status = (self.folder / name).stat()
         except OSError as error:
             raise ShardError(
-                f"{index} names the shard {checked.shown(name)}, which cannot be read: "
-                f"{error.strerror}; put it there, or index the shards that are there: {INDEX_TOOL} --data-path "
-                f"{self.folder}"
+                f"{index} names the shard {checked.shown(name)}, which cannot be read: {error.strerror}; put it there, "
+                f"or {self._remedy}"
             ) from None
         if not stat.S_ISREG(status.st_mode) or status.st_size != size:
             raise ShardError(
-                f"{self.folder / name} has not the {size} bytes of the index; copy it again, or, if it was "
-                f"changed, index it again: {INDEX_TOOL} --data-path {self.folder}"
+                f"{self.folder / name} has not the {size} bytes of the index; copy it again, or, if it was changed, "
+                f"{self._remedy}"
             )
 
     def _map(self, name: str, row: np.dtype[np.void], count: int) -> NDArray[np.void]:
@@ -357,15 +348,11 @@ class ShardReader:
         try:
             checked.require_regular(path)
             table: NDArray[np.void] = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
-        except Exception as error:  # numpy evaluates the header as Python, and says so when it cannot
-            raise ShardError(
-                f"{path} cannot be read: {checked.reason(error)}; make the index again: {INDEX_TOOL} --data-path "
-                f"{self.folder}"
-            ) from None
+        except Exception as error:  # numpy passes on any exception of its header parser
+            raise ShardError(f"{path} cannot be read: {checked.reason(error)}; {self._remedy}") from None
         if table.dtype != row or table.shape != (count,):
             raise ShardError(
                 f"{path} holds {'x'.join(map(str, table.shape))} rows"
-                f"{'' if table.dtype == row else ' of another kind'}, index.json says {count}; make the index again: "
-                f"{INDEX_TOOL} --data-path {self.folder}"
+                f"{'' if table.dtype == row else ' of another kind'}, index.json says {count}; {self._remedy}"
             )
         return table

@@ -1,7 +1,7 @@
-"""What a run reads: one folder of shards, or a YAML file that lists several data sets and their shares.
+"""The data sets of a run: one folder of shards, or a YAML file that lists several of them and their shares.
 
     datasets:                       # or the list alone
-      - path: shards/captions       # from the folder of this file
+      - path: shards/captions       # relative to the folder of this file
         weight: 1                   # a share of the samples; or epochs: passes over it in an epoch of the mixture
         template: plain             # default: --template
       - path: shards/instructions
@@ -9,7 +9,7 @@
         image_aspect_ratio: pad     # default: --image-aspect-ratio
         name: llava                 # in logs and metrics; default: the folder's name
 
-Legend: P samples asked for, D data sets.
+Legend: P requested samples, D data sets.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from ross_mcore.errors import ShardError
 
 SUFFIXES = (".yaml", ".yml")
 MAX_OPEN_SHARDS = 384
-"""Of all data sets: what trains and what is held out stay under the usual limit of 1024 descriptors together."""
+"""Of all data sets together, so that training and validation stay under the usual limit of 1024 descriptors."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a run. `weight` and `epochs` exclude each other; None leaves the choice to the run's options."""
+    """One data set of a run. `weight` and `epochs` exclude each other; a None is given by the run's options."""
 
     path: Path
     name: str
@@ -53,7 +53,7 @@ class Source:
     image_aspect_ratio: ImageAspectRatio | None = None
 
     def spec(self, common: SampleSpec) -> SampleSpec:
-        """How this data set is read: as all of them, unless its entry gives another template or aspect ratio."""
+        """How this data set is read: `common`, with its own template and aspect ratio if it has them."""
         return replace(
             common,
             template=self.template or common.template,
@@ -64,7 +64,7 @@ class Source:
 def read_sources(path: Path) -> list[Source]:
     """The data sets of `path`: the folder itself, or those of a YAML file.
 
-    Raises ShardError, with the file, the data set and the key, for a file that does not say what to read.
+    Raises ShardError, with the file, the data set and the key, for a malformed file.
     """
     if path.suffix not in SUFFIXES or path.is_dir():
         return [Source(path, path.name)]
@@ -86,9 +86,9 @@ def read_sources(path: Path) -> list[Source]:
 
 
 def epoch_counts(sources: Sequence[Source], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Samples [D] that an epoch takes of data sets of `sizes` [D]; one pass over each where nothing is said.
+    """Samples [D] in an epoch of data sets of `sizes` [D]; one pass over each by default.
 
-    Raises ValueError for what leaves a data set without any.
+    Raises ValueError if a data set has no samples in it.
     """
     names = [f"{source.name!r} ({source.path})" for source in sources]
     if sources[0].weight is not None:
@@ -160,10 +160,9 @@ def _hint(value: object, known: Iterable[str]) -> str:
 
 
 class MixtureDataset:
-    """The data sets of a run as one: sample n of data set d is number `offsets[d]` + n. One alone is a mixture as well.
+    """A SampleDataset: one or more data sets as one. Sample n of data set d is number `offsets[d]` + n.
 
-    `counts` [D] are the samples that an epoch takes of each. Samples know their data set (`Sample.source`); otherwise
-    this is to a loader what a ShardDataset is (`SampleDataset`).
+    `counts` [D] are the samples of each in an epoch. `Sample.source` is the number of a sample's data set.
     """
 
     def __init__(self, names: Sequence[str], parts: Sequence[ShardDataset], counts: Sequence[int]) -> None:
@@ -180,9 +179,9 @@ class MixtureDataset:
 
     @classmethod
     def open(cls, path: Path, open_part: Callable[[Source], ShardDataset]) -> MixtureDataset:
-        """The data sets that `path` names (read_sources), each opened by `open_part`.
+        """The data sets of `path` (read_sources), each opened by `open_part`.
 
-        Raises ShardError for a list that cannot be used, and what `open_part` raises.
+        Raises ShardError for a malformed list, and the errors of `open_part`.
         """
         sources = read_sources(path)
         parts = []
@@ -206,12 +205,12 @@ class MixtureDataset:
 
     @property
     def passes_once(self) -> bool:
-        """Whether an epoch takes every sample exactly once."""
+        """Whether an epoch has every sample exactly once."""
         return list(self.counts) == self.sizes
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: data sets and shares. That of the data set itself where there is one, passed once."""
+        """Identifies the content: data sets and shares. A single data set passed once has its own fingerprint."""
         content = [(part.reader.fingerprint, count) for part, count in zip(self.parts, self.counts)]
         if len(content) == 1 and self.passes_once:
             return content[0][0]
@@ -223,7 +222,6 @@ class MixtureDataset:
         return merged([part.spec for part in self.parts])
 
     def keys(self, sample_numbers: Sequence[int] | NDArray[np.int64]) -> list[str]:
-        """The samples' keys in their data sets, from the index alone."""
         return [self.parts[which].keys([local])[0] for which, local in map(self.place, sample_numbers)]
 
     def find(self, keys: Sequence[str]) -> dict[str, list[int]]:
@@ -235,14 +233,13 @@ class MixtureDataset:
         return found
 
     def get(self, sample_number: int, position: int) -> Sample:
-        """The sample at stream position `position`; its pixels are all None."""
         which, local = self.place(sample_number)
         sample = self.parts[which].get(local, position)
         sample.source = which
         return sample
 
     def shard(self, sample_number: int) -> str:
-        """As ShardDataset.shard; with the data set's name where there are several."""
+        """The name of a sample's shard, with the data set's name if there are several."""
         which, local = self.place(sample_number)
         shard = self.parts[which].shard(local)
         return shard if len(self.parts) == 1 else f"{self.names[which]}/{shard}"
@@ -254,16 +251,13 @@ class MixtureDataset:
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
-        """As ShardDataset.pixel_shape, the same in all parts."""
         return self.parts[0].pixel_shape
 
     def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
-        """As ShardDataset.decode."""
         which, local = self.place(sample_number)
         return self.parts[which].decode(sample, local, ordinals)
 
     def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """As ShardDataset.row_lengths [P]."""
         lengths = np.empty(len(sample_numbers), np.int64)
         owners = np.searchsorted(self.offsets, sample_numbers, side="right") - 1
         for which, part in enumerate(self.parts):
@@ -272,7 +266,7 @@ class MixtureDataset:
         return lengths
 
     def first_picture(self, searched: int) -> int | None:
-        """The first sample with a picture among the first `searched` of each data set, by the indexes."""
+        """The first sample with a picture among the first `searched` of each data set, from the indexes."""
         for offset, part in zip(self.offsets, self.parts):
             has_picture = part.reader.samples["num_images"][:searched] > 0
             if has_picture.any():
@@ -280,7 +274,7 @@ class MixtureDataset:
         return None
 
     def modality_lengths(self) -> NDArray[np.int64]:
-        """As ShardDataset.modality_lengths, of all samples."""
+        """ShardDataset.modality_lengths of all data sets, one after the other."""
         return np.concatenate([part.modality_lengths() for part in self.parts])
 
     def require_lengths(self) -> None:
@@ -289,6 +283,6 @@ class MixtureDataset:
             part.require_lengths()
 
     def place(self, sample_number: int) -> tuple[int, int]:
-        """The data set of a sample, and its number there."""
+        """The data set of a sample, and its number in it."""
         which = int(np.searchsorted(self.offsets, sample_number, side="right")) - 1
         return which, int(sample_number - self.offsets[which])

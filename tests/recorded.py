@@ -36,7 +36,7 @@ def recorded_checkpoint(family: str, root: Path) -> Checkpoint:
 
 
 def tied_source(folder: Path) -> Path:
-    """The recorded Qwen2 model with its output matrix tied to the embedding (no recorded values exist for it)."""
+    """The recorded Qwen2 model with its output matrix tied to the embedding; no recorded values exist for it."""
 
     def tie(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         config["tie_word_embeddings"] = True
@@ -46,7 +46,7 @@ def tied_source(folder: Path) -> Path:
 
 
 def deep_source(folder: Path) -> Path:
-    """The recorded Qwen2 model with its decoder layers twice, one copy after the other (no recorded values either)."""
+    """The recorded Qwen2 model with its decoder layers repeated; no recorded values exist for it."""
 
     def repeat(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         layers = config["num_hidden_layers"]
@@ -56,6 +56,19 @@ def deep_source(folder: Path) -> Path:
             tensors[f"model.layers.{int(number) + layers}.{rest}"] = tensors[name].clone()
 
     return _changed_source(folder, repeat)
+
+
+def one_key_value_head_source(folder: Path) -> Path:
+    """The recorded Qwen2 model with the first of its two key-value heads; no recorded values exist for it."""
+
+    def keep_first_head(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config["num_key_value_heads"] = 1
+        rows = config["hidden_size"] // config["num_attention_heads"]
+        for name in tensors:
+            if name.startswith("model.layers.") and name.split(".")[4] in ("k_proj", "v_proj"):
+                tensors[name] = tensors[name][:rows].clone()
+
+    return _changed_source(folder, keep_first_head)
 
 
 def _changed_source(folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
@@ -72,12 +85,12 @@ CHANGED = {"tied": tied_source, "deep": deep_source}
 
 
 def changed_checkpoint(kind: str, root: Path) -> Checkpoint:
-    """What `CHANGED[kind]` makes, converted into `root`."""
+    """The model of `CHANGED[kind]`, converted into `root`."""
     source = CHANGED[kind](root.with_name(root.name + "_source"))
     return import_ross(root, source, tokenizer=GOLDEN / "data" / TOKENIZERS["qwen2_siglip"], base=GOLDEN)
 
 
 def recorded_tensors(family: str) -> dict[str, torch.Tensor]:
-    """oracle.safetensors; floats that were stored as fp16 come back as float32."""
+    """oracle.safetensors; floats stored as float16 are returned as float32."""
     tensors = load_file(GOLDEN / f"model_{family}" / "oracle.safetensors")
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}

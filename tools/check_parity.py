@@ -1,7 +1,7 @@
 """Compares this trainer with recorded values of the reference implementation, one row per quantity.
 
-The folder is read as it is: every recorded part, model, tokenizer, template and picture found there is compared, in
-float32. What the folder may hold is said in tools/parity/golden.py, what each row means in docs/parity.md.
+Every part, model, tokenizer, template and picture found in the folder is compared, in float32. tools/parity/golden.py
+describes the folder, docs/parity.md the rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ EXAMPLE = """examples:
   torchrun --nproc-per-node 4 tools/check_parity.py --golden tests/golden \\
       --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
-Every row has our value, the recorded one, the largest absolute and relative difference (of the largest recorded
-magnitude), the tolerance, and ok or FAIL. Counted apart, never as ok: `instead`, where the reference raised or gave NaN
-and the row says what happens here; `unsupported`, recorded behaviour that is outside this trainer (docs/parity.md);
-`not recorded`, what the folder lacks a value for.
-Under torchrun the rows of whole models are made at the given layout; the others need no layout and are left out.
-Exit status: 0 when no row fails, 1 when one does, 2 when the folder or the layout cannot be used."""
+Each row shows our value, the recorded value, the largest absolute difference, the largest relative difference (relative
+to the largest recorded magnitude), the tolerance, and ok or FAIL. Four kinds of rows are counted apart, never as ok:
+  instead         the reference raised or returned NaN; the row describes what this trainer does
+  unsupported     recorded behaviour that this trainer does not implement (docs/parity.md)
+  not recorded    the folder lacks a value that the row needs
+  not comparable  the layout cannot host this model; the row gives the reason, and the other models are compared
+Under torchrun only whole models are compared, at the given layout; the other rows need no layout and are skipped.
+Exit status: 0 when no row fails, 1 when a row fails, 2 when the folder cannot be used or no model fits the layout."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +77,8 @@ def main() -> int:
         return 2
     if not any(row.status in ("ok", "FAIL") for row in rows):
         if first:
-            print(f"check_parity: {options.golden} holds nothing to compare at this layout", file=sys.stderr)
+            reasons = "".join(f"; {row.name}: {row.ours}" for row in rows if row.status == "not comparable")
+            print(f"check_parity: {options.golden} holds nothing to compare at this layout{reasons}", file=sys.stderr)
         return 2
     if first:
         print(summary(rows))

@@ -1,6 +1,6 @@
-"""Rows of the whole model, at any layout: features, states, losses, gradients, edge cases, generation, training.
+"""Rows of whole models, at any layout: features, states, losses, gradients, edge cases, generation, training.
 
-Every rank runs everything; rows are made on all ranks from values that were brought together, and rank 0 prints them.
+All ranks make all rows, from gathered values; the tool prints those of rank 0.
 """
 
 from __future__ import annotations
@@ -16,9 +16,19 @@ from torch import Tensor
 
 from parity.components import SINUSOID_PARAMETER, SINUSOID_TOLERANCE
 from parity.golden import Golden, GoldenError, NotRecorded, Tensors, where_recorded
-from parity.rows import TOLERANCE, Row, compare, compare_exactly, compare_sets, instead
+from parity.rows import TOLERANCE, Row, compare, compare_exactly, compare_sets, instead, not_comparable
 from parity.training import curve_rows, optimizer_rows
-from parity.trial import STAGES, Layout, Trial, import_model, prepare, recorded_rows, replayed, shared_folder
+from parity.trial import (
+    STAGES,
+    Layout,
+    Trial,
+    configuration,
+    import_model,
+    prepare,
+    recorded_rows,
+    replayed,
+    shared_folder,
+)
 from ross_mcore.batch import Sample
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
@@ -26,21 +36,27 @@ from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.table import Entry, convert_out, match
 from ross_mcore.data.conversation import expand_images
 from ross_mcore.engine.losses import Losses
-from ross_mcore.errors import ConversationError
+from ross_mcore.errors import ConversationError, LayoutError
 from ross_mcore.models.diffusion import Draws
+from ross_mcore.training.start import place
 
 ROUNDING = 1e-7
-"""Of the largest norm beside it: a gradient this much smaller than its neighbours is their rounding (eps is 1.2e-7)."""
+"""Relative to the largest norm of the same step: a smaller gradient is rounding (eps is 1.2e-7)."""
 
 
 def model_rows(golden: Golden, layout: Layout) -> Iterator[Row]:
-    """Every recorded model in turn. Collective."""
+    """Rows of each recorded model. A model that the layout cannot host gives one row with the reason. Collective."""
     for name in golden.models:
         with shared_folder() as folder:
             if dist.get_rank() == 0:
                 import_model(golden, name, folder)
             dist.barrier()
             checkpoint = Checkpoint(folder / "iter_0000000", 0)
+            try:
+                place(configuration(layout, STAGES[1]), checkpoint.model_config())
+            except LayoutError as error:
+                yield not_comparable("model", name, str(error))
+                continue
             yield from _oracle_rows(golden, name, checkpoint, layout)
             yield from optimizer_rows(golden, name, checkpoint, layout)
             for stage in STAGES:
@@ -53,8 +69,8 @@ def _oracle_rows(golden: Golden, name: str, checkpoint: Checkpoint, layout: Layo
     for file in ("oracle.json", "oracle.safetensors"):
         if not golden.has(f"{name}/{file}"):
             raise GoldenError(
-                f"{golden.folder / name} has no {file}: there is nothing to compare this model with; record it, or "
-                "remove the model"
+                f"{golden.folder / name} has no {file}, so this model has no recorded values; record it, or remove "
+                "the model"
             )
     tensors, _ = golden.tensors(f"{name}/oracle.safetensors")
     oracle = golden.json(f"{name}/oracle.json")
@@ -121,13 +137,13 @@ def _gradient_tolerance(parameter: str) -> float:
 
 
 def _checkpoint_rows(name: str, checkpoint: Checkpoint, oracle: dict[str, Any]) -> Iterator[Row]:
-    """What the import kept: every recorded key, under its own name and shape again on the way out.
+    """Every recorded key comes back from import and export under its name and shape.
 
-    But for constants, and for a tied model's output matrix, which repeats the embedding and is not saved.
+    Exceptions: constants, and the output matrix of a tied model, which repeats the embedding and is not saved.
     """
     model_config = checkpoint.model_config()
     table = ross_table(model_config)
-    left = [row.name for row in table if not isinstance(row, Entry)]
+    left = [entry.name for entry in table if not isinstance(entry, Entry)]
     recorded = {
         (key, tuple(shape))
         for key, shape in oracle["all_keys"].items()
@@ -175,7 +191,7 @@ def _state_rows(name: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any
 
 
 def _edge_rows(title: str, case: str, trial: Trial, tensors: Tensors, oracle: dict[str, Any]) -> Iterator[Row]:
-    """Text only, pictures only, cut rows, nothing supervised; and what the reference cannot do.
+    """Text only, pictures only, cut rows, nothing supervised; and cases that the reference cannot run.
 
     A case without a batch of its own has the model's; where the reference raised, that is an example.
     """

@@ -26,19 +26,20 @@ PARTS = {
     "sampler": data.order_rows,
     "learning rate": schedule_rows,
 }
-"""What needs no layout."""
+"""Families of rows that need no layout."""
 
 
 def all_rows(folder: Path, layout: Layout) -> Iterator[Row]:
-    """Rows of every kind in one process; of the whole model alone on several ranks. Collective.
+    """All rows in one process; only rows of whole models on several ranks. Collective; needs a process group.
 
-    Needs a process group. Raises GoldenError naming a damaged file, LayoutError for a layout that does not fit.
+    A model that the layout cannot host gives one row, `not comparable`. Raises GoldenError naming a damaged file,
+    LayoutError for another number of processes than the layout needs.
     """
     golden, ranks = Golden(folder), layout.tensor_parallel * layout.pipeline_parallel
     if dist.get_world_size() != ranks:
         raise LayoutError(
-            f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} is compared in {ranks} processes, "
-            f"not in {dist.get_world_size()}: start it with torchrun --nproc-per-node {ranks}"
+            f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} needs {ranks} processes, "
+            f"not {dist.get_world_size()}: start it with torchrun --nproc-per-node {ranks}"
         )
     if dist.get_world_size() == 1:
         for family, part in PARTS.items():

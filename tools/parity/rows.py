@@ -1,4 +1,4 @@
-"""PURE: one compared quantity is one row. How values are compared, printed and counted."""
+"""One compared quantity is one row. How values are compared, printed and counted. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Status = Literal["ok", "FAIL", "instead", "unsupported", "not recorded"]
+Status = Literal["ok", "FAIL", "instead", "unsupported", "not recorded", "not comparable"]
 
 TOLERANCE = 1e-5
-"""Of a tensor's largest recorded magnitude. What float32 sums in another order leave: eps is 1.2e-7, and a network a
-few layers deep adds up some tens of terms of it. A wrong constant, order or layout is off by 1e-3 at the least."""
+"""Relative to a tensor's largest recorded magnitude. Float32 sums in another order differ by some tens of eps (1.2e-7)
+in a network of a few layers; a wrong constant, order or layout differs by at least 1e-3."""
 
 
 _COLUMNS = "{:<16} {:<90} {:>22} {:>22} {:>9} {:>9} {:>9}  {}"
@@ -24,9 +24,12 @@ HEADER = _COLUMNS.format("family", "quantity", "ours", "recorded", "absolute", "
 
 @dataclass(frozen=True)
 class Row:
-    """`instead`: the reference raised or gave NaN here, and `ours` says what this trainer does. `unsupported`:
-    recorded, but outside what this trainer implements. `not recorded`: the folder lacks what the row needs. None of
-    them is counted as ok."""
+    """Statuses other than ok and FAIL are counted apart.
+
+    `instead`: the reference raised or returned NaN; `ours` describes the behaviour of this trainer. `unsupported`:
+    recorded, but not implemented here. `not recorded`: the folder lacks a value that the row needs. `not comparable`:
+    the layout cannot host the model. Of the last three, `ours` is the reason.
+    """
 
     family: str
     name: str
@@ -40,17 +43,17 @@ class Row:
     def __str__(self) -> str:
         if self.status == "instead":
             return f"{self.family:<16} {self.name:<90} instead: recorded {self.recorded}; here {self.ours}"
-        if self.status in ("unsupported", "not recorded"):
+        if self.status in ("unsupported", "not recorded", "not comparable"):
             return f"{self.family:<16} {self.name:<90} {self.status}: {self.ours}"
         figures = ("-" if v is None else f"{v:.1e}" for v in (self.absolute, self.relative, self.tolerance))
         return _COLUMNS.format(self.family, self.name, self.ours, self.recorded, *figures, self.status)
 
 
 def compare(family: str, name: str, ours: Any, recorded: Any, tolerance: float = TOLERANCE, floor: float = 0.0) -> Row:
-    """Two numbers or two tensors. Relative is the largest difference over the largest recorded magnitude.
+    """Compares two numbers or two tensors of one shape. A tensor is shown by its L2 norm.
 
-    It must stay within `tolerance`, or the absolute one within `floor`. A tensor is shown by its L2 norm. Other shapes,
-    nothing at all, and NaN on either side, fail.
+    ok when the largest difference is within `tolerance` of the largest recorded magnitude, or within `floor`. Different
+    shapes, empty tensors and NaN on either side fail.
     """
     mine, theirs = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (ours, recorded))
     if mine.shape != theirs.shape:
@@ -69,7 +72,7 @@ def _show(value: Tensor) -> str:
 
 
 def compare_exactly(family: str, name: str, ours: Sequence[Any], recorded: Sequence[Any], unit: str = "values") -> Row:
-    """Two sequences, which must be equal; the absolute difference counts the places where they are not."""
+    """Compares two sequences; the absolute difference is the number of places where they differ."""
     mine, theirs = list(ours), list(recorded)
     differ = sum(a != b for a, b in zip(mine, theirs)) + abs(len(mine) - len(theirs))
     shown = f"{len(mine)} {unit}", f"{len(theirs)} {unit}"
@@ -77,7 +80,7 @@ def compare_exactly(family: str, name: str, ours: Sequence[Any], recorded: Seque
 
 
 def compare_sets(family: str, name: str, ours: Iterable[Any], recorded: Iterable[Any], unit: str = "values") -> Row:
-    """Two collections in any order; the absolute difference counts what only one side has."""
+    """Compares two collections in any order; the absolute difference is the number of values that only one has."""
     mine, theirs = set(ours), set(recorded)
     status: Status = "FAIL" if mine ^ theirs else "ok"
     return Row(
@@ -86,7 +89,7 @@ def compare_sets(family: str, name: str, ours: Iterable[Any], recorded: Iterable
 
 
 def instead(family: str, name: str, ours: str, recorded: str) -> Row:
-    """Where the reference raised, or gave NaN."""
+    """The reference raised, or returned NaN."""
     return Row(family, name, ours, recorded, None, None, None, "instead")
 
 
@@ -95,17 +98,22 @@ def unsupported(family: str, name: str, reason: str) -> Row:
 
 
 def not_recorded(family: str, name: str, reason: str) -> Row:
-    """A row, or several, that cannot be made of what the folder holds."""
+    """One row in place of one or more that need values the folder lacks."""
     return Row(family, name, reason, "-", None, None, None, "not recorded")
 
 
+def not_comparable(family: str, name: str, reason: str) -> Row:
+    """One row in place of all rows of a model that the layout cannot host."""
+    return Row(family, name, reason, "recorded", None, None, None, "not comparable")
+
+
 def failed(family: str, name: str, reason: str, recorded: str = "a value") -> Row:
-    """Where this trainer raised although the reference did not."""
+    """This trainer raised, and the reference did not."""
     return Row(family, name, reason, recorded, None, None, None, "FAIL")
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Rows and largest differences by family, and the closing count."""
+    """Row counts and largest differences by family, and the totals."""
     lines = [f"{'family':<17} {'rows':>5} {'ok':>5} {'fail':>5} {'largest relative':>17} {'largest absolute':>17}"]
     for family in dict.fromkeys(row.family for row in rows):
         mine = [row for row in rows if row.family == family]
@@ -124,9 +132,11 @@ def summary(rows: Sequence[Row]) -> str:
     compared = count["ok"] + count["FAIL"]
     lines.append(
         f"{compared} rows compared: {count['ok']} ok, {count['FAIL']} failed. Apart from them: {count['instead']} "
-        "where the reference raised or gave NaN (the row says what happens here), "
+        "where the reference raised or gave NaN (the row describes what this trainer does), "
         f"{count['unsupported']} not supported."
     )
     if count["not recorded"]:
         lines.append(f"{count['not recorded']} comparisons could not be made, because the folder lacks their values.")
+    if count["not comparable"]:
+        lines.append(f"Models that do not fit this layout and were not compared: {count['not comparable']}.")
     return "\n".join(lines)

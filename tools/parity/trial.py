@@ -1,4 +1,4 @@
-"""A recorded model, ready to train at any layout, and recorded batches as its input. Every rank runs everything."""
+"""A recorded model built for training at any layout, and recorded batches as its input. Collective throughout."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ REFERENCE = {
     "clip_grad": 0.0,
     "weight_decay": 0.0,
 }
-"""The reference's arithmetic, in flags of this trainer."""
+"""Options of this trainer that give the reference's arithmetic."""
 STAGES = {1: "pretrain", 2: "finetune"}
 """Training stages of the reference, by the names of this trainer."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the flags of the tool say."""
+    """The layout given by the flags of the tool."""
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -98,7 +98,7 @@ class Trial:
         return found[0].view(len(rows), -1, found[0].shape[-1]) if self.groups.stage.is_last else None
 
     def logits(self, states: Tensor | None) -> Tensor | None:
-        """States [N, D] -> logits [N, vocabulary] where they are, None elsewhere."""
+        """States [N, D] -> logits [N, vocabulary]; None on ranks that have no states."""
         if states is None:
             return None
         with torch.no_grad():
@@ -107,13 +107,13 @@ class Trial:
         return whole[:, : self.model_config.language.vocab_size]
 
     def everywhere(self, value: T | None) -> T:
-        """What the first rank that has a value (not None) has, on every rank. Collective."""
+        """The value of the first rank where it is not None, on every rank. Collective."""
         return next(found for found in gather(value) if found is not None)
 
     def by_their_names(self, tensors: dict[str, Tensor]) -> Tensors:
-        """Tensors of this rank, by parameter name -> whole ones of all ranks, under the reference's names. Collective.
+        """This rank's pieces by parameter name -> whole tensors under the reference's names. Collective.
 
-        They take the way of a checkpoint: saved in pieces, read whole, converted out.
+        They go through a checkpoint: saved in pieces, read whole, converted out.
         """
         state = self.model.first.sharded_state_dict(metadata=sharding_metadata())
         for name in list(state):
@@ -139,7 +139,7 @@ class Trial:
 
 
 class shared_folder:
-    """A temporary folder that rank 0 makes and removes, and all ranks see. Collective."""
+    """A temporary folder that rank 0 makes and removes, and all ranks use. Collective."""
 
     def __enter__(self) -> Path:
         self._path = Path(from_first_rank(tempfile.mkdtemp))
@@ -152,7 +152,7 @@ class shared_folder:
 
 
 def share_of_pixels(rows: list[Sample], groups: Groups) -> list[Sample]:
-    """The rows with the pixels of this tensor-parallel rank's share of the pictures, as the loader gives them."""
+    """The rows with only this tensor-parallel rank's share of the pictures' pixels, as the loader gives them."""
     pictures = [(row, place) for row, sample in enumerate(rows) for place in range(len(sample.pixels))]
     mine = {pictures[index] for index in share_of(len(pictures), groups.tensor_rank, groups.tensor.size())}
     return [
@@ -162,7 +162,7 @@ def share_of_pixels(rows: list[Sample], groups: Groups) -> list[Sample]:
 
 
 def import_model(golden: Golden, name: str, root: Path) -> Checkpoint:
-    """The recorded checkpoint as ours. Its tokenizer is not recorded and not used: any of the folder's will do."""
+    """Converts the recorded checkpoint. Its tokenizer is neither recorded nor used, so any tokenizer serves."""
     source = golden.folder / name / "hf_checkpoint"
     with tempfile.TemporaryDirectory() as none_recorded:
         (Path(none_recorded) / "tokenizer.json").write_text("{}", encoding="utf-8")
@@ -170,15 +170,20 @@ def import_model(golden: Golden, name: str, root: Path) -> Checkpoint:
         return import_ross(root, source, tokenizer=tokenizers[0], base=golden.folder)
 
 
-def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, *, train_iters: int = 1, **flags: Any) -> Trial:
-    """Builds the model at the layout for a training stage. Collective."""
-    config = Config.from_flat(
+def configuration(layout: Layout, stage: str, **flags: Any) -> Config:
+    """The reference's arithmetic at the layout, for a training stage."""
+    return Config.from_flat(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         sequence_parallel=layout.sequence_parallel,
         training_stage=stage,
         **(REFERENCE | flags),
     )
+
+
+def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, *, train_iters: int = 1, **flags: Any) -> Trial:
+    """Builds the model at the layout for a training stage. Collective. Raises LayoutError where it does not fit."""
+    config = configuration(layout, stage, **flags)
     model_config = checkpoint.model_config()
     groups = process_groups.initialize(place(config, model_config), config.training.seed, timeout_minutes=10)
     engine = build_engine(config, model_config, groups, checkpoint, span=Span(train_iters))
@@ -188,9 +193,9 @@ def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, *, train_iters: 
 
 
 def recorded_rows(tensors: Tensors, prefix: str, vision: VisionConfig, max_length: int | None = None) -> list[Sample]:
-    """A recorded batch as samples, cut to `max_length`; pictures that are not recorded are zero.
+    """A recorded batch as samples, cut to `max_length` tokens; pictures that are not recorded are zero.
 
-    Raises ConversationError when the cut goes through a picture.
+    Raises ConversationError where the cut goes through a picture.
     """
     samples = []
     blank = torch.zeros(3, vision.image_size, vision.image_size)
@@ -207,7 +212,7 @@ def recorded_rows(tensors: Tensors, prefix: str, vision: VisionConfig, max_lengt
 
 
 def replayed(tensors: Tensors, prefix: str, rows: list[Sample]) -> Draws:
-    """The recorded tape of a batch, pictures first and then blank rows. The reference tiles it draw after draw."""
+    """The recorded draws of a batch, rows with pictures first. The reference stores them draw after draw."""
     noise = tensors[f"{prefix}posterior_noise"]
     order = sorted(range(len(rows)), key=lambda row: not rows[row].image_starts)
 

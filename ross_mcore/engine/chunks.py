@@ -93,7 +93,7 @@ class ModelChunks(nn.ModuleList):
             part.load_state_dict(loaded[str(number)])
             prefix = LANGUAGE_MODEL.weight("")
             own = {name.removeprefix(prefix): value for name, value in loaded[str(number)].items()}
-            part.language_model.took_weights(own)
+            part.language_model.reset_fp8_weights(own)
 
     def copy_masters(self, optimizer: MegatronOptimizer) -> None:
         """Sets the weights from the optimizer's fp32 masters, as a step does. Collective."""

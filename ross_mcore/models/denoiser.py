@@ -1,4 +1,4 @@
-"""The denoiser: a small diffusion transformer conditioned, token by token, on the language model's hidden states.
+"""The denoiser: a small diffusion transformer with a condition per token, the language model's hidden states.
 
 Legend: I images, k draws of an image, M = I * k noisy latents, C latent channels, g side of the latent grid,
 N = g * g tokens, W width of the transformer, Dc width of the condition. Source: reference denoiser_dit.py:101-268
@@ -23,14 +23,14 @@ MAX_PERIOD = 10000.0
 
 
 class Float32Linear(nn.Linear):
-    """A Linear that computes in float32 whatever dtype its weights are stored in."""
+    """A Linear that computes in float32 for weights of any dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.float(), self.bias.float())
 
 
 def grid_position_embedding(width: int, grid: int) -> Tensor:
-    """[1, grid * grid, width] float32: sin-cos of the column in the first half of the channels, of the row after it.
+    """[1, grid * grid, width] float32: first half of the channels: sin-cos of the column; second half: of the row.
 
     Each half is [sin | cos] over width / 4 frequencies; computed in float64 (reference denoiser_dit.py:276-323).
     """
@@ -56,12 +56,12 @@ def layer_norm(x: Tensor, epsilon: float) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalised x [M, N, W], then scaled and shifted token by token."""
+    """Normalises x [M, N, W], then scales and shifts each token."""
     return layer_norm(x, BLOCK_NORM_EPSILON) * (1 + scale) + shift
 
 
 class PointConvolution(nn.Conv2d):
-    """A 1x1 convolution as a matrix product, because cuDNN would run it in TF32: [M, C, g, g] -> [M, N, W] float32."""
+    """A 1x1 convolution as a matrix product, because cuDNN uses TF32: [M, C, g, g] -> [M, N, W] float32."""
 
     bias: nn.Parameter
 
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        # Without latents no kernel is asked to run on nothing; the three are one tensor, so the graph stays whole.
+        # without latents no kernel runs; query and key are views of the same tensor as value, so gradients stay defined
         attended = F.scaled_dot_product_attention(query, key, value) if len(x) else value
         return self.proj(attended.transpose(1, 2).flatten(2))
 
@@ -120,7 +120,7 @@ class FeedForward(nn.Module):
 
 
 class DenoiserBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition of its token (adaLN-zero)."""
+    """Attention and MLP; the condition of each token shifts, scales and gates them (adaLN-zero)."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ class FinalLayer(nn.Module):
 class Denoiser(nn.Module):
     """Predicts the noise in latents; state-dict names are those inside the reference's `mm_inv_projector.net.`.
 
-    It computes in float32 whatever the dtype of its inputs and weights, also under autocast. `pos_embed` is a fixed
-    table by default; the reference trains it in stage 1 (`pos_embed.requires_grad_(True)` does the same).
+    Computes in float32 for inputs and weights of any dtype, also under autocast. `pos_embed` is a fixed table by
+    default; the reference trains it in stage 1 (`pos_embed.requires_grad_(True)` does the same).
     """
 
     def __init__(self, config: DenoiserConfig, in_channels: int, condition_size: int, grid: int) -> None:
@@ -172,11 +172,11 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws the initial weights: the prediction is 0, and no gradient reaches the condition before the first step.
+        """Draws the initial weights, with which the prediction and the gradient of the condition are 0.
 
         Biases are 0, matrices Xavier-uniform; the embedders of condition and timestep are N(0, 0.02); the modulations
-        and the last layer are 0 (reference denoiser_dit.py:139-173). The numbers are drawn in float32 on the
-        generator's device (the CPU's default generator when None), in an order fixed by the architecture.
+        and the last layer are 0 (reference denoiser_dit.py:139-173). Numbers are drawn in float32 on the generator's
+        device (default: the CPU's default generator), in an order fixed by the architecture.
         """
         generator = generator or torch.default_generator
         self.pos_embed.copy_(grid_position_embedding(self.config.width, self.grid))
@@ -188,16 +188,16 @@ class Denoiser(nn.Module):
                 pass
             elif name.startswith(("t_embedder", "z_embedder")):
                 value.normal_(std=0.02, generator=generator)
-            else:  # flattened, because a 1x1 convolution counts as the matrix it is
+            else:  # a 1x1 convolution is a matrix once flattened
                 nn.init.xavier_uniform_(value.flatten(1), generator=generator)
             parameter.copy_(value)
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """x [M, C, g, g], timesteps [M] int64, condition [I, N, Dc] -> predicted noise [M, C, g, g] float32.
 
-        M is a multiple k of I: latents i * k to i * k + k - 1 are draws of image i and share its condition, which is
-        embedded once. The condition is the raw hidden state: the LayerNorm before it (the reference's `ln_pre`) is
-        applied here. Raises ValueError when counts or shapes disagree.
+        M = I * k: latents i * k to i * k + k - 1 are the draws of image i and share its condition, which is embedded
+        once. The condition is the hidden state before the reference's `ln_pre`, a LayerNorm that is applied here.
+        Raises ValueError when counts or shapes disagree.
         """
         num_images = len(condition)
         draws = len(x) // num_images if num_images else 0
@@ -223,7 +223,7 @@ class Denoiser(nn.Module):
 
 
 def weight_shapes(config: DenoiserConfig, in_channels: int, condition_size: int, grid: int) -> Shapes:
-    """Of a Denoiser."""
+    """Shapes of the weights of a Denoiser."""
     width = config.width
     shapes: Shapes = {"pos_embed": (1, grid**2, width)}
     shapes |= conv("x_embedder.proj", width, in_channels, kernel=1)

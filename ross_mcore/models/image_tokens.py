@@ -1,7 +1,7 @@
-"""Where images and labels lie in the sequence: splice image features in, gather hidden states out.
+"""Images and labels in the token sequence: splices image features in, gathers hidden states at images and labels.
 
-Legend: T positions of a micro-batch, D width, I images, N tokens an image takes, L supervised positions. Hidden states
-are [T, 1, D], sequence first as in Megatron-Core; an image occupies the N positions from its start.
+Legend: T positions of a micro-batch, D width, I images, N tokens per image, L supervised positions. Hidden states are
+[T, 1, D], sequence first as in Megatron-Core; an image has the N positions from its start.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ def image_indices(image_starts: Tensor, image_tokens: int) -> Tensor:
 def splice(embeddings: Tensor, features: Tensor, image_starts: Tensor) -> Tensor:
     """embeddings [T, 1, D], features [I, N, D] -> [T, 1, D] with each image's features at its positions.
 
-    Out of place and differentiable in both; gradients of the embeddings that were replaced are zero. Without images
-    the features, however empty, stay in the graph. Raises ValueError when the number of images or the width of the
-    features disagrees, and IndexError (on CPU) for an image that reaches past the sequence.
-    Source: reference ross_arch.py:215-419, which splices one row after the other.
+    Out of place and differentiable in both; gradients of replaced embeddings are zero. Empty features of no images stay
+    in the autograd graph. Raises ValueError when the numbers of images or the widths differ, and IndexError (on CPU)
+    for an image that ends after the sequence. Source: reference ross_arch.py:215-419, which splices row by row.
     """
     if len(features) != image_starts.numel():
         raise ValueError(f"features of {len(features)} images, but {image_starts.numel()} images in the batch")
@@ -41,17 +40,17 @@ def splice(embeddings: Tensor, features: Tensor, image_starts: Tensor) -> Tensor
 def gather(hidden: Tensor, image_starts: Tensor, image_tokens: int) -> Tensor:
     """hidden [T, 1, D] -> [I, N, D], the hidden states at each image's positions; differentiable.
 
-    Raises IndexError (on CPU) for an image that reaches past the sequence.
+    Raises IndexError (on CPU) for an image that ends after the sequence.
     """
     indices = image_indices(image_starts, image_tokens)
     return hidden.index_select(0, indices).view(image_starts.numel(), image_tokens, hidden.shape[-1])
 
 
 class SupervisedPositions(NamedTuple):
-    """The L positions of a batch that carry a label.
+    """The L positions of a batch that have a label.
 
-    index [L]: their positions; targets [L] int64: the label; weights [L] float32: 1, or 0 for the one dummy position
-    (with target 0) of a batch without labels.
+    index [L]: positions; targets [L] int64: labels; weights [L] float32: 1. A batch without labels has one dummy
+    position with target 0 and weight 0.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not used
@@ -64,9 +63,9 @@ class SupervisedPositions(NamedTuple):
 
 
 def samples_at(positions: Tensor, sample_starts: Tensor) -> Tensor:
-    """positions [L], rising sample_starts [N] -> which sample [L] each position lies in.
+    """positions [L], sorted sample_starts [N] -> index of the sample at each position, [L].
 
-    Of samples that begin together, all but the last are empty.
+    Of samples with the same start, all but the last are empty.
     """
     return torch.searchsorted(sample_starts, positions, right=True) - 1
 
@@ -74,8 +73,8 @@ def samples_at(positions: Tensor, sample_starts: Tensor) -> Tensor:
 def supervised_positions(labels: Tensor) -> SupervisedPositions:
     """labels [T] -> the positions whose label is not IGNORE_INDEX.
 
-    A batch without any gets position 0 with weight 0, so that every parameter stays in the autograd graph and every
-    rank takes part in the same communication.
+    A batch without labels gets position 0 with weight 0, so that all parameters stay in the autograd graph and all
+    ranks take part in the same collectives.
     """
     index = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
     if not index.numel():

@@ -1,6 +1,6 @@
-"""Every tensor of a model's checkpoint, name -> shape, from the architecture alone.
+"""Names and shapes of all tensors of a model's checkpoint, computed from its architecture.
 
-What a conversion must fill, no more and no less; also how many parameters a model has before anything is built.
+A conversion must fill exactly these. Also counts parameters without building anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ross_mcore.shapes import Shapes, within
 
 
 def inventory(model: ModelConfig) -> Shapes:
-    """All tensors of a checkpoint's model part. Raises KeyError for a key that a library's configuration lacks."""
+    """All weights of a model. Raises KeyError for a key that a library's configuration lacks."""
     tower, width = model.vision, model.language.hidden_size
     shapes = within(LANGUAGE_MODEL.weight(""), language_weights.weight_shapes(model.language))
     shapes |= within(VISION_TOWER.weight("tower."), vision.weight_shapes(tower))

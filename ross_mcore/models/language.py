@@ -1,6 +1,7 @@
-"""The language model: Qwen2 or Llama as mcore GPT layers, on the `local` or the Transformer Engine layer spec.
+"""The language model: Qwen2 or Llama as mcore GPT layers, with mcore's local or Transformer Engine layer spec.
 
-Legend: T tokens of a micro-batch, D hidden size, N selected positions, V padded vocabulary.
+Legend: T tokens of a micro-batch, D hidden size, N selected positions, V padded vocabulary, V/T that of one
+tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ross_mcore.parallel.layout import Chunk
 
 @dataclass(frozen=True)
 class Fp8:
-    """FP8 in the linear layers of the decoder, in mcore's terms (transformer_config.py, "fp8 related")."""
+    """FP8 in the decoder's linear layers; fields as in mcore's transformer_config.py, "fp8 related"."""
 
     format: Literal["e4m3", "hybrid"]
     recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
@@ -45,7 +46,7 @@ class Fp8:
     amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     param: bool = False
     layers_in_bf16: tuple[int, int] | None = None
-    """How many first and last layers stay in bf16."""
+    """Numbers of first and last layers that stay in bf16."""
 
     def megatron(self) -> dict[str, Any]:
         """The fields of a TransformerConfig."""
@@ -65,7 +66,7 @@ class Fp8:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the model is computed, as against what it is: precision, kernels, memory."""
+    """How the model is computed: precision, kernels, recomputation, communication."""
 
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     dtype: torch.dtype = torch.float32
@@ -79,10 +80,10 @@ class Execution:
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that sequence parallelism knows about (mcore's WrappedTorchNorm refuses it, torch_norm.py:32).
+    """RMSNorm that supports sequence parallelism; mcore's WrappedTorchNorm does not (torch_norm.py:32).
 
-    Under sequence parallelism each rank normalises its part of the sequence, so the weight's gradient is a part as
-    well: the `sequence_parallel` mark makes mcore sum it over the tensor-parallel group.
+    Under sequence parallelism each rank normalises its piece of the sequence and has one term of the weight's gradient.
+    mcore sums marked weights over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -96,17 +97,17 @@ class RMSNorm(nn.Module):
 
 
 def packed_sequence(segments: Sequence[int]) -> PackedSeqParams:
-    """What mcore and Transformer Engine need to know of a micro-batch whose tokens see each other within segments."""
+    """mcore's description of a micro-batch whose tokens attend to each other within segments of these lengths."""
     ends = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=platform.device())
     longest = max(segments)
     return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 class SDPACoreAttention(nn.Module):
-    """Causal core attention within segments, through torch's scaled_dot_product_attention, with grouped queries.
+    """Causal core attention within segments, by torch's scaled_dot_product_attention, with grouped queries.
 
-    Every segment is a call of its own, so that nothing is computed between segments; as long as all have one length
-    (rows of one sample each) one call does them all.
+    Each segment is a separate call, so that nothing is computed between segments; segments of one length (rows of one
+    sample each) are one call.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -132,7 +133,7 @@ class SDPACoreAttention(nn.Module):
         return torch.cat([self._attend(q, k, v, length) for q, k, v, length in parts])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
-        """Segments of one length, [n * length, heads, head_dim] -> [n * length, heads * head_dim]."""
+        """n segments of one length: [n * length, heads, head_dim] -> [n * length, heads * head_dim]."""
         q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -174,12 +175,12 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
         overlap_p2p_comm=interleaved and execution.overlap_p2p_communication,
         batch_p2p_comm=not (interleaved and execution.overlap_p2p_communication),
         sequence_parallel=execution.sequence_parallel and layout.tensor_parallel > 1,
-        # both losses carry their own global denominators: DDP must sum, the schedule must not divide
+        # losses are divided by the step's labels and images: DDP must sum, the schedule must not divide
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not platform.has_gpu(),
         deallocate_pipeline_outputs=True,
-        # fusions of the local layers need Apex's kernels; Transformer Engine's layers bring their own
+        # fusions of the local layers need Apex's kernels; Transformer Engine's layers have their own
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -206,10 +207,10 @@ def layer_spec(execution: Execution, num_layers: int) -> TransformerBlockSubmodu
 
 
 def _mark_sharded_weights(module: nn.Module) -> None:
-    """Sets the attributes that tell sharded weights from replicated ones.
+    """Marks sharded weights for mcore.
 
-    mcore sets them as a side effect of random initialisation (tensor_parallel/layers.py), which is off here because
-    weights always come from a checkpoint. Without them the gradient norm would count one rank's shards only.
+    mcore sets the marks as a side effect of random initialisation (tensor_parallel/layers.py), which is off because
+    weights always come from a checkpoint. Without marks the gradient norm counts one rank's shards only.
     """
     sharded_dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for part in module.modules():
@@ -219,10 +220,10 @@ def _mark_sharded_weights(module: nn.Module) -> None:
 
 
 class LanguageModel(GPTModel):
-    """GPTModel whose last stage returns hidden states, so that the denoiser and the vocabulary can share them.
+    """GPTModel whose last stage returns hidden states, the input of both the output layer and the denoiser.
 
-    ROSS conditions its denoiser on what the output layer sees: the states after the final norm. Logits are made only
-    at the positions a caller asks for, because image positions (most of a sequence) never have a label.
+    They are the states after the final norm. Logits are computed only at the positions a caller selects, because image
+    positions, most of a sequence, never have a label.
     """
 
     def __init__(
@@ -245,33 +246,33 @@ class LanguageModel(GPTModel):
         self.real_vocab_size = language.vocab_size
         self.tensor_group = groups.tensor
         if chunk.is_last:
-            # the rows given to the output layer are already gathered over the sequence
+            # the input of the output layer is already gathered over the sequence
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = groups.tensor.size() > 1
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The last-stage hook (gpt_model.py:_postprocess): hidden states instead of logits or a loss."""
+        """Overrides the last stage's hook (gpt_model.py:_postprocess) to return hidden states."""
         return hidden_states
 
     def fp8_state(self) -> dict[str, Tensor]:
-        """What FP8 layers keep from step to step beside their weights, see transformer_engine.fp8_state."""
+        """State of FP8 layers beside their weights, see transformer_engine.fp8_state."""
         if self.config.fp8 is None:
             return {}
         from ross_mcore.models import transformer_engine
 
         return transformer_engine.fp8_state(self.decoder)
 
-    def took_weights(self, loaded: dict[str, Any]) -> None:
-        """Call when weights have been loaded, see transformer_engine.took_weights."""
+    def reset_fp8_weights(self, loaded: dict[str, Any]) -> None:
+        """Call after weights are loaded, see transformer_engine.reset_fp8_weights."""
         if self.config.fp8_param:
             from ross_mcore.models import transformer_engine
 
-            transformer_engine.took_weights(self, loaded)
+            transformer_engine.reset_fp8_weights(self, loaded)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """rows [N, D], whole on every rank -> this rank's columns of the logits [N, V/T], fp32, -inf at padding."""
+    def logits(self, states: Tensor) -> Tensor:
+        """states [N, D], equal on all ranks -> this rank's columns of the logits [N, V/T], fp32, -inf at padding."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(rows, weight=weight)
+        logits, _ = self.output_layer(states, weight=weight)
         columns = logits.shape[-1]
         first = self.tensor_group.rank() * columns
         logits = logits.float()
@@ -280,6 +281,6 @@ class LanguageModel(GPTModel):
             logits = logits.masked_fill(padding, float("-inf"))
         return logits
 
-    def token_losses(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """rows [N, D] and labels [N] -> cross-entropy of each row [N] in fp32, over the real vocabulary."""
-        return tensor_parallel.vocab_parallel_cross_entropy(self.logits(rows), labels)
+    def token_losses(self, states: Tensor, labels: Tensor) -> Tensor:
+        """states [N, D], labels [N] -> cross-entropies [N] fp32 over the real vocabulary."""
+        return tensor_parallel.vocab_parallel_cross_entropy(self.logits(states), labels)

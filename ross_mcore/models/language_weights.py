@@ -1,7 +1,7 @@
-"""PURE: the weights of the language model, apart from its module, which needs megatron.
+"""Shapes of the language model's weights, without megatron.
 
-Names are those in a checkpoint: mcore stores the norms before attention and MLP under the names of the Transformer
-Engine layers that they are fused into.
+Names are those in a checkpoint: mcore names the norms before attention and MLP after the Transformer Engine layers that
+they are fused into.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ross_mcore.shapes import Shapes, within
 
 
 def weight_shapes(config: LanguageConfig) -> Shapes:
-    """Qwen2 or Llama on mcore's GPTModel, the vocabulary padded."""
+    """Shapes of Qwen2 or Llama as mcore's GPTModel, with the padded vocabulary."""
     hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
     qkv = width + 2 * config.num_key_value_heads * config.head_dim
     shapes: Shapes = {"embedding.word_embeddings.weight": (config.padded_vocab_size, hidden)}

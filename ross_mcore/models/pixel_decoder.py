@@ -1,4 +1,4 @@
-"""The frozen VAE: an image becomes the latent tokens that the denoiser reconstructs, and latent tokens become an image.
+"""The frozen VAE: encodes images into the latent tokens that the denoiser reconstructs, and decodes latent tokens.
 
 Legend: J images, H W pixels of the tower's input, Hd side at which the VAE sees an image, C latent channels, h = w side
 of the VAE's latent, g = h / 2 side of the grid of latent tokens (4C channels each). Source: reference
@@ -23,7 +23,7 @@ from ross_mcore.shapes import Shapes, conv, linear, norm, within
 def group_latents(latents: Tensor) -> Tensor:
     """[J, C, h, w] -> latent tokens [J, 4C, g, g]: channel c * 4 + dy * 2 + dx holds pixel (dy, dx) of a 2x2 block."""
     images, channels, height, width = latents.shape
-    if not images:  # of which pixel_unshuffle leaves the shape as it is
+    if not images:  # pixel_unshuffle does not change the shape of an empty tensor
         return latents.new_zeros(0, 4 * channels, height // 2, width // 2)
     return F.pixel_unshuffle(latents, 2)
 
@@ -36,7 +36,7 @@ def ungroup_latents(latent_tokens: Tensor) -> Tensor:
 def sample_latents(posteriors: Tensor, noise: Tensor | None, config: PixelDecoderConfig) -> Tensor:
     """posteriors [J, 2, C, h, w] (mean, log-variance), noise [J, C, h, w] -> latent tokens [J, 4C, g, g] float32.
 
-    Without noise, those of the mean. The arithmetic of diffusers' DiagonalGaussianDistribution.
+    Without noise the mean is used. The arithmetic is that of diffusers' DiagonalGaussianDistribution.
     """
     latents, log_variance = posteriors.float().unbind(1)
     if noise is not None:
@@ -45,10 +45,10 @@ def sample_latents(posteriors: Tensor, noise: Tensor | None, config: PixelDecode
 
 
 class PixelDecoder(nn.Module):
-    """A diffusers `AutoencoderKL` under `autoencoder`, whose state-dict names are those of its library.
+    """A diffusers `AutoencoderKL` under `autoencoder`, with the library's state-dict names.
 
-    Always frozen, in evaluation mode and in float32: a cast of the surrounding model to another dtype passes it by,
-    autocast is off inside. Weights are random until a state dict is loaded.
+    Always frozen, in evaluation mode and in float32: casts of the surrounding model and autocast have no effect.
+    Weights are random until a state dict is loaded.
     """
 
     image_mean: Tensor
@@ -62,9 +62,10 @@ class PixelDecoder(nn.Module):
         decode_image_size: int,
         encode_batch_size: int = 8,
     ) -> None:
-        """image_mean and image_std are the tower's; `encode_batch_size` images go through the VAE at a time.
+        """image_mean and image_std are the tower's; the VAE runs `encode_batch_size` images at a time.
 
-        Raises ValueError when `decode_image_size` does not give whole latent tokens.
+        Raises ValueError when `decode_image_size` is not a whole number of latent tokens, ArchitectureError when
+        diffusers refuses the configuration.
         """
         super().__init__()
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -98,11 +99,11 @@ class PixelDecoder(nn.Module):
         return self.config.latent_channels, 2 * self.grid, 2 * self.grid
 
     def train(self, mode: bool = True) -> PixelDecoder:
-        """Stays in evaluation mode whatever is asked."""
+        """Stays in evaluation mode."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelDecoder:
-        """Follows moves between devices, not casts: half a precision would be lost in the target of the loss."""
+        """Follows moves between devices but not casts, which would round the target of the loss."""
         moved = fn(torch.empty(0, dtype=torch.float32, device=self.image_mean.device))
         if moved.dtype == torch.float32:
             return super()._apply(fn, recurse)
@@ -118,8 +119,8 @@ class PixelDecoder(nn.Module):
     def encode(self, pixels: Tensor, posterior_noise: Tensor | None) -> Tensor:
         """pixels [J, 3, H, W] in the tower's normalisation -> latent tokens [J, 4C, g, g] float32.
 
-        posterior_noise [J, C, h, w] makes a sample of the VAE's posterior; None takes its mode. Without images nothing
-        is computed. Raises ValueError when there is not one noise of the right shape for every image.
+        With posterior_noise [J, C, h, w] the VAE's posterior is sampled, with None its mode is used. Without images
+        nothing is computed. Raises ValueError when the shape of the noise is wrong.
         """
         shape = (len(pixels), *self.latent_shape)
         if posterior_noise is not None and tuple(posterior_noise.shape) != shape:
@@ -140,7 +141,7 @@ class PixelDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latent_tokens: Tensor) -> Tensor:
-        """Latent tokens [J, 4C, g, g] -> images [J, 3, Hd, Hd] float32 in [0, 1]; of none, nothing is computed."""
+        """Latent tokens [J, 4C, g, g] -> images [J, 3, Hd, Hd] float32 in [0, 1]; computes nothing without images."""
         if not len(latent_tokens):
             size = self.decode_image_size
             return torch.zeros(0, 3, size, size, device=latent_tokens.device)
@@ -151,7 +152,7 @@ class PixelDecoder(nn.Module):
 
 
 def weight_shapes(config: PixelDecoderConfig) -> Shapes:
-    """Of a diffusers AutoencoderKL of plain down and up blocks (FLUX, SDXL, SD)."""
+    """Shapes of the weights of a diffusers AutoencoderKL with plain down and up blocks (FLUX, SDXL, SD)."""
     vae = config.diffusers
     blocks = [int(width) for width in vae["block_out_channels"]]
     layers, latent = int(vae.get("layers_per_block", 1)), config.latent_channels
@@ -179,7 +180,7 @@ def weight_shapes(config: PixelDecoderConfig) -> Shapes:
 
 
 def _middle(width: int, attention: bool, out_channels: int, out_width: int) -> Shapes:
-    """The middle block of encoder or decoder, and its last norm and convolution."""
+    """The middle block of an encoder or decoder, and the last norm and convolution."""
     middle = _resnets([width, width], width)
     if attention:
         middle |= norm("attentions.0.group_norm", width)
@@ -190,7 +191,7 @@ def _middle(width: int, attention: bool, out_channels: int, out_width: int) -> S
 
 
 def _resnets(inputs: list[int], width: int) -> Shapes:
-    """Residual blocks of one level, by the number of channels that each reads."""
+    """Residual blocks of one level; `inputs` are their input channels."""
     shapes: Shapes = {}
     for index, channels in enumerate(inputs):
         resnet = norm("norm1", channels) | conv("conv1", width, channels, 3)

@@ -1,4 +1,4 @@
-"""The MLP that carries vision features into the language model's embedding space."""
+"""The MLP that projects vision features into the language model's embedding space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ross_mcore.shapes import Shapes, linear
 
 
 class VisionProjection(nn.Sequential):
-    """Linear, then (depth - 1) times exact GELU and Linear, all with bias.
+    """A Linear, then (depth - 1) pairs of exact GELU and Linear, all with bias.
 
     State-dict keys are those of the reference's `mm_projector`: `0.weight`, `0.bias`, `2.weight`, ... Source: reference
     multimodal_projector/builder.py:20-38.
@@ -26,8 +26,8 @@ class VisionProjection(nn.Sequential):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws PyTorch's default initialisation of a Linear, U(-b, b) with b = in_features^-0.5, from `generator`.
 
-        The numbers are drawn in float32 on the generator's device (the CPU's default generator when None), so they do
-        not depend on where or in which dtype the parameters live.
+        Numbers are drawn in float32 on the generator's device (default: the CPU's default generator), so they do not
+        depend on device and dtype of the parameters.
         """
         generator = generator or torch.default_generator
         for layer in self:
@@ -43,7 +43,7 @@ class VisionProjection(nn.Sequential):
 
 
 def weight_shapes(config: ProjectorConfig, in_size: int, out_size: int) -> Shapes:
-    """Of a VisionProjection."""
+    """Shapes of the weights of a VisionProjection."""
     shapes = linear("0", out_size, in_size)
     for index in range(1, config.depth):
         shapes |= linear(str(2 * index), out_size, out_size)

@@ -1,8 +1,8 @@
-"""The whole model, of which each rank builds only its pipeline stage's parts.
+"""The whole model; each rank builds only the parts of its pipeline stage.
 
 Legend: T tokens of the micro-batch, its rows one after the other, N samples in them, D hidden size, I images, J images
-of this tensor-parallel rank's share, K blank samples. Hidden states travel as [T, 1, D], or as this rank's
-part of the T tokens under sequence parallelism.
+of this tensor-parallel rank's share, K blank samples. Hidden states are [T, 1, D], or this rank's piece of the T tokens
+under sequence parallelism.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from ross_mcore.parallel.layout import Chunk, share_of
 from ross_mcore.parts import PARTS
 
 LATENT_BOUND = 4.0
-"""Standard deviations within which sampled latents are kept; the VAE's scaling makes them of unit variance."""
+"""Limit of sampled latents in standard deviations; the VAE's scaling gives latents unit variance."""
 
 
 @dataclass(frozen=True)
 class RossOptions:
-    """How a model is built and computed beside its architecture.
+    """Options of a model that are not in its architecture.
 
-    seed: keys the denoiser's random draws (see diffusion.keyed_draws); train_vision: whether the tower trains;
-    precomputed: parts whose output comes in `Batch.parts`, so that their modules are not built; blank_posterior
-    [2, C, h, w]: of the blank picture, for blank samples with precomputed latents; decodes: the VAE is built in any
-    case, for `RossModel.reconstruct`.
+    seed: of the denoiser's random draws (diffusion.keyed_draws); train_vision: whether the tower trains; precomputed:
+    parts whose outputs come in `Batch.parts`, so their modules are not built; blank_posterior [2, C, h, w]: of the
+    blank picture, for blank samples with precomputed latents; decodes: build the VAE in any case, for
+    `RossModel.reconstruct`.
     """
 
     seed: int = 0
@@ -57,10 +57,10 @@ class RossOptions:
 class RossModel(MegatronModule):
     """Vision tower and projector on the first stage, decoder layers on all, denoiser and VAE on the last.
 
-    `forward` returns what the pipeline passes on, and on the last stage what was asked for: with `output="losses"` sums
-    [N, 2] of every sample, (cross-entropy over its labels, reconstruction loss over its images), in float64, so that
-    adding them up in another order changes nothing; with `output="hidden"` the hidden states [T, 1, D] after the final
-    norm, whole on every tensor-parallel rank.
+    `forward` returns the hidden states for the next stage. On the last stage it returns, with `output="losses"`, the
+    sums [N, 2] of every sample, (cross-entropy over its labels, reconstruction loss over its images), in float64 so
+    that the order in which they are added does not matter; with `output="hidden"`, the hidden states [T, 1, D] after
+    the final norm, all of them on every tensor-parallel rank.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class RossModel(MegatronModule):
         """Builds the parts of `chunk`, on this process's device."""
         super().__init__(config=transformer_config(model.language, groups, execution))
         self.model, self.groups, self.options = model, groups, options
-        self.model_type = ModelType.encoder_or_decoder  # what mcore's schedules ask for
+        self.model_type = ModelType.encoder_or_decoder  # read by mcore's schedules
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         width = model.language.hidden_size
         precomputed = options.precomputed
-        # parts in the order of the forward pass, in which their weights are gathered and their gradients reduced
+        # in the order of the forward pass, which is the order in which mcore gathers weights and reduces gradients
         if chunk.is_first:
             if not precomputed.features:
                 self.vision_model = VisionModel(model.vision, options.train_vision, execution.dtype)
@@ -88,7 +88,7 @@ class RossModel(MegatronModule):
             )
         self.language_model = LanguageModel(model.language, self.config, groups, execution, chunk)
         if chunk.is_last and model.denoiser and model.pixel_decoder:
-            # stored like the rest, with fp32 masters under bf16, but computed in fp32 (reference ross_arch.py:466-512)
+            # stored like the other parts, but computed in fp32 (reference ross_arch.py:466-512)
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
             self.denoiser.to(execution.dtype)
             self.schedule = diffusion.Schedule.cosine()
@@ -104,7 +104,7 @@ class RossModel(MegatronModule):
                 split.average_over_tensor_group(getattr(self, part.prefix))
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Takes the previous stage's hidden states (called by mcore's schedules)."""
+        """Sets the hidden states of the previous stage; called by mcore's schedules."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -113,7 +113,7 @@ class RossModel(MegatronModule):
 
     @property
     def decoder(self) -> TransformerBlock:
-        """The decoder layers (mcore's schedules number their micro-batches through it)."""
+        """The decoder layers; mcore's schedules set the number of the micro-batch on them."""
         return self.language_model.decoder
 
     def forward(
@@ -124,11 +124,11 @@ class RossModel(MegatronModule):
         draws: Draws | None = None,
         draw_seed: int | None = None,
     ) -> Tensor:
-        """One micro-batch through this stage; middle stages take no batch.
+        """Runs one micro-batch through this stage; middle stages take no batch.
 
-        `segments` are the lengths of the stretches of tokens that see each other (batch.segments). `draws` replays
-        recorded randomness for the I images and then the K blank samples, the same on every tensor-parallel rank; by
-        default it is keyed (`keyed_draws`) by `draw_seed`, or else the model's seed.
+        `segments`: lengths of the runs of tokens that attend to each other (batch.segments). `draws`: random numbers of
+        the I images and then the K blank samples, the same on all tensor-parallel ranks; by default `keyed_draws` with
+        `draw_seed`, or with the model's seed when that is None. Raises ValueError when a batch is missing.
         """
         if (self.pre_process or self.post_process) and batch is None:
             raise ValueError("the first and the last pipeline stage need the batch")
@@ -142,15 +142,15 @@ class RossModel(MegatronModule):
         if not self.post_process or batch is None:
             return hidden
         if self.config.sequence_parallel:
-            # what follows yields a whole gradient on every rank, so backward only cuts it
+            # the gradient is complete on every rank, so backward takes this rank's piece without a reduction
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if output == "hidden":
             return hidden
         return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch, draws, draw_seed)], dim=1)
 
     def _embed(self, batch: Batch) -> Tensor:
-        """Token embeddings with image features spliced in, [T, 1, D] or this rank's part of it."""
-        # tower and projector also run without images: then their gradients are zero, not missing
+        """Token embeddings with image features spliced in: [T, 1, D], or this rank's piece of it."""
+        # without images tower and projector run too, so that their gradients are zero and not missing
         projected = self.vision_projection(self._features(batch, self.config.params_dtype))
         embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None)
         projected = split.gather_shares(projected, batch.num_images, self.groups.tensor)
@@ -172,7 +172,7 @@ class RossModel(MegatronModule):
         return batch.parts["features"].to(dtype)
 
     def _latents(self, batch: Batch, blanks: int, noise: Tensor | None) -> Tensor:
-        """Latent tokens of this rank's share of the images and then of `blanks` pictures of the mean colour."""
+        """Latent tokens of this rank's images, followed by those of `blanks` pictures of the mean colour."""
         if not self.options.precomputed.latents:
             pixels = self._pixels(batch)
             pixels = torch.cat([pixels, pixels.new_zeros(blanks, *pixels.shape[1:])])
@@ -185,27 +185,22 @@ class RossModel(MegatronModule):
         return sample_latents(posteriors, noise, self.autoencoder_config)
 
     def _posteriors(self, batch: Batch) -> Tensor:
-        """Precomputed, [J, 2, C, h, w] float32."""
+        """Precomputed posteriors [J, 2, C, h, w] float32."""
         empty = torch.zeros(0, 2, *self.model.latent_shape, device=batch.pixels.device)
         return batch.parts.get("latents", empty).float()
 
     def _lm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Sums [N] of the cross-entropies over the labels of each sample.
-
-        The vocabulary projection runs at labelled positions only.
-        """
+        """Sum of the cross-entropies over the labels of each sample, [N]; logits are computed at labels only."""
         supervised = image_tokens.supervised_positions(batch.labels)
         losses = self.language_model.token_losses(supervised.select(hidden), supervised.targets)
         owners = image_tokens.samples_at(supervised.index, batch.sample_starts)
         return _sums_by_sample(losses * supervised.weights, owners, batch)
 
     def _vm_sums(self, hidden: Tensor, batch: Batch, draws: Draws | None, draw_seed: int | None) -> Tensor:
-        """Sums [N] of the reconstruction losses over the images of each sample, or over itself where it is blank.
+        """Sum of the reconstruction losses over the images of each sample, [N], equal on all tensor-parallel ranks.
 
-        Each tensor-parallel rank computes its share, and all of them have the result.
-
-        A blank sample is a picture of the mean colour (zero in normalised space) under a zero condition, as in the
-        reference (ross_arch.py:466-512).
+        Each tensor-parallel rank computes its share of the images. A blank sample counts as one picture of the mean
+        colour (zero in normalised space) with condition zero, as in the reference (ross_arch.py:466-512).
         """
         if self.model.denoiser is None:
             return hidden.new_zeros(batch.num_samples, dtype=torch.float64)
@@ -226,7 +221,7 @@ class RossModel(MegatronModule):
             draws = draws[[*share, *(batch.num_images + place for place in blank)]]
         draws = draws.to(hidden.device)
         latents = self._latents(batch, len(blank), draws.posterior_noise)
-        # a rank without images runs the denoiser on nothing: gradients are then zero, and no rank waits for another
+        # a rank without images runs the denoiser on an empty batch: its gradients are zero, and no rank waits
         hidden = split.enter_share(hidden, self.groups.tensor)
         condition = image_tokens.gather(hidden, batch.image_starts[mine], self.model.vision.image_tokens)
         condition = torch.cat([condition, condition.new_zeros(len(blank), *condition.shape[1:])])
@@ -238,11 +233,11 @@ class RossModel(MegatronModule):
     def reconstruct(
         self, hidden: Tensor, batch: Batch, *, steps: int = 50, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """What the image states of this rank's share of the images show, on the last stage.
+        """Reconstructs this rank's images from their hidden states, on the last stage.
 
-        hidden [T, 1, D] from `forward(output="hidden")` -> (originals, reconstructions), both [J, 3, Hd, Hd] in [0, 1]:
-        latents are sampled from the denoiser in `steps` steps of the respaced process and decoded by the VAE. Every
-        image's noise follows from (seed, position, ordinal), so a picture is the same in every layout.
+        hidden [T, 1, D] from `forward(output="hidden")` -> (originals, reconstructions), both [J, 3, Hd, Hd] in [0, 1].
+        The denoiser samples latents in `steps` steps, and the VAE decodes them. The noise of an image depends on (seed,
+        position, ordinal) only, so its reconstruction is the same in every layout.
         """
         share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
         mine = slice(share.start, share.stop)
@@ -266,7 +261,7 @@ class RossModel(MegatronModule):
             temperature=temperature,
             clip=LATENT_BOUND,
         )
-        if self.options.precomputed.latents:  # the picture itself may not be there: what the VAE keeps of it is
+        if self.options.precomputed.latents:  # pixels may not be read; the VAE decodes the stored mean
             means = sample_latents(self._posteriors(batch), None, self.autoencoder_config)
             return self.pixel_decoder.decode(means), self.pixel_decoder.decode(latents)
         originals = self.pixel_decoder.images_for_encoder(self._pixels(batch)) / 2 + 0.5
@@ -274,5 +269,5 @@ class RossModel(MegatronModule):
 
 
 def _sums_by_sample(losses: Tensor, owners: Tensor, batch: Batch) -> Tensor:
-    """losses [M], each of sample owners [M] of the batch -> float64 sums [N]; differentiable."""
+    """losses [M], owners [M] (the sample of each loss) -> float64 sums [N]; differentiable."""
     return losses.new_zeros(batch.num_samples, dtype=torch.float64).index_add(0, owners, losses.double())

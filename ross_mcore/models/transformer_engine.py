@@ -1,6 +1,6 @@
-"""The decoder layers on Transformer Engine. Imported only where it is installed and asked for.
+"""Decoder layers on Transformer Engine. Imported only when --transformer-impl selects it.
 
-Legend: T tokens of a micro-batch, h heads and g groups of this rank.
+Legend: T tokens of a micro-batch, h heads and g query groups of this rank.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ross_mcore.parallel.groups import Groups
 class CoreAttention(TEDotProductAttention):
     """Transformer Engine's attention within segments.
 
-    Segments of one length (rows of one sample each) go to it as a batch (`bshd`), which every backend takes in every
-    precision; segments of several lengths as packed sequences (`thd`), for which it has 16-bit kernels alone.
+    Segments of one length (rows of one sample each) are passed as a batch (`bshd`), which every backend supports in
+    every precision; segments of several lengths as packed sequences (`thd`), for which it has 16-bit kernels only.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,17 +55,17 @@ class CoreAttention(TEDotProductAttention):
 
 
 def layer_spec() -> ModuleSpec:
-    """mcore's Transformer Engine layer with that attention."""
+    """mcore's Transformer Engine layer with CoreAttention."""
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.submodules.core_attention = CoreAttention
     return spec
 
 
 def fp8_state(decoder: TransformerBlock) -> dict[str, Tensor]:
-    """Scales and amax histories of delayed FP8 scaling, by layer and module; nothing with another recipe.
+    """Scales and amax histories of delayed FP8 scaling, by layer and module; empty with another recipe.
 
-    The tensors are the layers' own: copying into them sets the state. Transformer Engine makes them in the first pass,
-    or here when that has not been. It would save them inside a pickle per module (`get_extra_state`).
+    The tensors are not copies: copying into them sets the state. Before the first forward pass they are created here.
+    Transformer Engine's own `get_extra_state` would pickle them per module.
     """
     recipe = get_fp8_recipe(decoder.config) if decoder.config.fp8 else None
     if recipe is None or not recipe.delayed():
@@ -87,9 +87,9 @@ def fp8_state(decoder: TransformerBlock) -> dict[str, Tensor]:
 
 
 def start_overlap(tokens: int, hidden_size: int, groups: Groups, execution: Execution) -> None:
-    """Makes the buffers of --tp-comm-overlap, for micro-batches of that many tokens. Collective; once in a process.
+    """Creates the buffers of --tp-comm-overlap for micro-batches of `tokens` tokens. Collective; once per process.
 
-    Tensor-parallel ranks are neighbours, as Transformer Engine takes them to be.
+    Transformer Engine assumes that tensor-parallel ranks are neighbours, and they are.
     """
     from transformer_engine.pytorch.module import base
 
@@ -105,15 +105,15 @@ def start_overlap(tokens: int, hidden_size: int, groups: Groups, execution: Exec
     )
 
 
-def took_weights(module: nn.Module, loaded: dict[str, Any]) -> None:
-    """Makes weights that are kept in FP8 forget what they were before these were loaded, which was no weight at all.
+def reset_fp8_weights(module: nn.Module, loaded: dict[str, Any]) -> None:
+    """Replaces the values that FP8 weights keep from before loading, which are uninitialised memory.
 
-    mcore takes the masters of a new optimizer from what Transformer Engine keeps of a weight
-    before the first cast (distrib_optimizer.py:385), and delayed scaling takes scales from the maxima seen.
+    mcore copies a new optimizer's masters from the value that Transformer Engine keeps of a weight before its first
+    cast (distrib_optimizer.py:385), and delayed scaling computes scales from the largest values seen.
     """
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
-    weights: Iterable[tuple[str, Any]] = module.named_parameters()  # tensors of Transformer Engine's types among them
+    weights: Iterable[tuple[str, Any]] = module.named_parameters()  # some have Transformer Engine's types
     for name, weight in weights:
         if is_float8tensor(weight):
             weight._high_precision_init_val = loaded[name]

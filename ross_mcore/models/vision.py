@@ -1,4 +1,4 @@
-"""The vision tower: a Hugging Face SigLIP or CLIP vision transformer, read at the layer that ROSS uses.
+"""The vision tower: a Hugging Face SigLIP or CLIP vision transformer up to the layer whose output ROSS uses.
 
 Legend: J images, H W pixels, N patches of an image, D width of the tower.
 """
@@ -23,9 +23,9 @@ from ross_mcore.shapes import Shapes, linear, norm, within
 class VisionModel(nn.Module):
     """Image -> patch features: `hidden_states[select_layer]` of the tower, without post-norm, CLS token dropped.
 
-    Layers after the selected one, the post-norm and SigLIP's pooling head hold weights, so that an exported tower is
-    whole, but are never run and never train. A frozen tower (`trainable=False`) stays in evaluation mode and runs
-    without autograd. Weights are random until a state dict is loaded; `tower.*` has the names of transformers 5.
+    Layers after the selected one, the post-norm and SigLIP's pooling head never run and never train; they exist so that
+    an exported tower is complete. A frozen tower (`trainable=False`) stays in evaluation mode and runs without
+    autograd. Weights are random until a state dict is loaded; names in `tower.*` are those of transformers 5.
     Source: reference multimodal_encoder/clip_encoder.py:42-74 and siglip_encoder.py.
     """
 
@@ -34,7 +34,7 @@ class VisionModel(nn.Module):
         self.config = config
         self.trainable = trainable
         self.num_layers_run = config.num_layers + 1 + config.select_layer
-        self.tower: Any = _build_tower(config, dtype)  # which of the two decides what it has
+        self.tower: Any = _build_tower(config, dtype)  # SigLIP and CLIP have different attributes
         self.requires_grad_(False)
         if trainable:
             for part in self._parts_run():
@@ -56,9 +56,8 @@ class VisionModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [J, 3, H, W] in the tower's normalisation, any dtype -> features [J, N, D] in the tower's dtype.
 
-        With no images and a frozen tower nothing is computed; a trainable tower then runs one blank image, whose
-        features it drops, so that its parameters get zero gradients rather than none. Raises ValueError when the pixels
-        are not of the tower's image size.
+        Without images a frozen tower computes nothing; a trainable tower runs one blank image and drops its features,
+        so that gradients are zero and not missing. Raises ValueError when pixels do not have the tower's image size.
         """
         size = self.config.image_size
         if tuple(pixels.shape[1:]) != (3, size, size):
@@ -78,13 +77,13 @@ class VisionModel(nn.Module):
 
 
 def attention_of(dtype: torch.dtype, libraries: Libraries) -> str:
-    """PURE: what computes the tower's attention, in transformers' terms: flash-attn where it can, SDPA otherwise."""
+    """transformers' name of the tower's attention: flash-attn on a GPU in 16 bits if installed, SDPA otherwise."""
     flash = libraries.gpu and libraries.flash_attention and dtype in (torch.bfloat16, torch.float16)
     return "flash_attention_2" if flash else "sdpa"
 
 
 def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
-    """The transformer inside HF's vision model; only the modelling file of this one model is imported."""
+    """Builds HF's vision model; imports the modelling file of this model only."""
     configuration: Any
     model: Any
     if config.model_type == "clip_vision_model":
@@ -101,7 +100,7 @@ def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
 
     fields = {name: value for name, value in config.huggingface.items() if name in VISION_KEYS}
     try:
-        installed = platform.libraries()  # and transformers refuses a flash-attn that is too old or does not load
+        installed = platform.libraries()  # transformers also refuses a flash-attn that is too old or does not load
         usable = replace(installed, flash_attention=installed.flash_attention and is_flash_attn_2_available())
         attention = attention_of(dtype, usable)
         tower: nn.Module = model(configuration(**fields | {"attn_implementation": attention, "dtype": dtype}))
@@ -113,7 +112,7 @@ def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def weight_shapes(config: VisionConfig) -> Shapes:
-    """Of a whole tower under the names of transformers 5, with what ROSS never runs (last layers, post-norm, head)."""
+    """Shapes of a whole tower by the names of transformers 5, including parts that never run."""
     tower = config.huggingface
     hidden, patch, channels = config.hidden_size, int(tower["patch_size"]), int(tower.get("num_channels", 3))
     intermediate = int(tower["intermediate_size"])

@@ -1,7 +1,7 @@
-"""What ranks tell each other in small Python values: gathering, agreeing, and acting so that all succeed or all fail.
+"""Collectives for small Python values: gather, agree, and run an action that succeeds on all ranks or fails on all.
 
-Every function is collective: all ranks (or all ranks of its group) call it, in the same order. Tensors of the model
-travel elsewhere (split.py).
+All ranks (or all ranks of the group) must call each function, in the same order. Collectives for tensors of the model
+are in split.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gather_on_first_rank(value: T) -> list[T]:
 
 
 def gather_integers(values: list[int], device: torch.device) -> Tensor:
-    """N integers of every rank -> int64 [ranks, N]. One collective without pickling, for every step of training."""
+    """N integers of every rank -> int64 [ranks, N]. One collective without pickling, fast enough for every step."""
     found = torch.empty(dist.get_world_size(), len(values), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(found, torch.tensor([values], dtype=torch.int64, device=device))
     return found
@@ -49,7 +49,7 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 def agree(value: int, group: ProcessGroup, device: torch.device) -> bool:
-    """Whether every rank of a group has the same 64-bit integer."""
+    """Whether all ranks of a group have the same 64-bit integer."""
     extremes = torch.tensor([value, ~value], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     found: list[int] = extremes.tolist()
@@ -58,16 +58,16 @@ def agree(value: int, group: ProcessGroup, device: torch.device) -> bool:
 
 
 def same_on_all_ranks(value: object) -> bool:
-    """Whether every rank has an equal value."""
+    """Whether all ranks have equal values."""
     return all(other == value for other in gather(value))
 
 
 def all_or_none(action: Callable[[], T], as_error: type[Exception] | None = None) -> T:
-    """Runs `action` on every rank; when it fails on any, raises on all, after all have tried.
+    """Runs `action` on every rank; when it fails on any rank, raises on all, after all have finished.
 
-    Without `as_error` a rank raises its own error where it has one, RankError with the message of the first rank that
-    failed otherwise. With it, every rank raises the same `as_error`, which holds the messages of all ranks that failed.
-    An action that communicates must fail only after its last collective call.
+    Without `as_error` a rank that failed raises its own error, and the others RankError with the message of the first
+    rank that failed. With it, all ranks raise the same `as_error` with the messages of all ranks that failed. An action
+    that communicates may fail only after its last collective.
     """
     problem: Exception | None = None
     try:
@@ -89,16 +89,16 @@ def _message(error: Exception) -> str:
 
 
 def from_first_rank(action: Callable[[], T]) -> T:
-    """What `action` returns on the first rank, which alone runs it. Raises as `all_or_none` does."""
+    """Runs `action` on the first rank only, and returns its result on all. Raises as `all_or_none` does."""
     return cast(T, gather(all_or_none(lambda: action() if dist.get_rank() == 0 else None))[0])
 
 
 def on_all_ranks(error: E) -> E:
-    """`error`, marked as one that every rank raises: after it, ranks can still communicate."""
+    """Marks `error` as raised by all ranks, after which they can still communicate, and returns it."""
     vars(error)["on_all_ranks"] = True
     return error
 
 
 def is_on_all_ranks(error: Exception) -> bool:
-    """Whether ranks can still communicate after an error: where one rank fails alone, others wait in a collective."""
+    """Whether ranks can still communicate after an error; when only one rank fails, others wait in a collective."""
     return getattr(error, "on_all_ranks", False) or dist.get_world_size() == 1

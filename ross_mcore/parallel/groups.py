@@ -1,4 +1,4 @@
-"""Process groups of a run. The only reader of mcore's `parallel_state`."""
+"""Process groups of a run. Only this file reads mcore's `parallel_state`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ross_mcore.parallel.layout import DataShare, Layout, Stage
 
 @dataclass(frozen=True)
 class Groups:
-    """This process's place in a layout, and the groups it talks to.
+    """The position of this process in a layout, and its process groups.
 
-    `embedding`: the first and the last stage of a pipeline, which share a tied embedding; None on the others.
+    `embedding`: first and last stage of its pipeline, which share a tied embedding; None on middle stages.
     """
 
     layout: Layout
@@ -36,7 +36,7 @@ class Groups:
 
     @property
     def data_share(self) -> DataShare:
-        """What this rank reads of every step."""
+        """The part of every step that this rank reads."""
         layout = self.layout
         return DataShare(
             self.data_rank, layout.data_parallel, self.tensor_rank, layout.tensor_parallel, self.stage.reads_data
@@ -44,12 +44,12 @@ class Groups:
 
     @property
     def is_logging_rank(self) -> bool:
-        """Whether this rank writes the log: the first of the ranks that compute the losses."""
+        """Whether this rank writes the log: it is the first rank that computes the losses."""
         return self.stage.is_last and self.tensor_rank == 0 and self.data_rank == 0
 
 
 def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
-    """Creates the process groups of `layout` and seeds the tensor-parallel random states."""
+    """Creates the process groups of `layout` and seeds mcore's tensor-parallel random states."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -73,24 +73,24 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
 
 @contextmanager
 def left_as_found() -> Iterator[None]:
-    """Leaves every group when the body succeeds, unless this process was in groups before: those of a loaded model."""
-    was_joined = dist.is_initialized()
+    """Destroys all groups when the body succeeds, unless groups existed before it, such as those of a loaded model."""
+    had_groups = dist.is_initialized()
     yield
-    if not was_joined:
+    if not had_groups:
         destroy()
 
 
 def destroy() -> None:
-    """Leaves every group; safe to call twice."""
+    """Destroys all groups; safe to call twice."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def last_collective() -> tuple[str, bool]:
-    """The collective that this rank entered last, and whether it is unfinished; ("", False) when torch knows none.
+    """The latest collective of this rank, and whether it is unfinished; ("", False) when none is recorded.
 
-    It is in torch's flight recorder, which takes note of every collective anyway; the device is not asked.
+    Read from torch's flight recorder, without a call to the device.
     """
     recorder = platform.flight_recorder()
     entries = recorder.get("entries", [])

@@ -1,7 +1,7 @@
-"""PURE: the memory of a rank, by pipeline stage: weights, gradients and optimizer counted, activations estimated.
+"""Memory of a rank of each pipeline stage: weights, gradients and optimizer counted, activations estimated.
 
-Counted are the tensors that a stage hosts (`shapes`: those of the whole model by their names in a checkpoint, as
-models/inventory.py lists them). tests/end_to_end/test_recipes.py compares with models that are built.
+Pure functions of the shapes of the whole model's tensors (models/inventory.py). tests/end_to_end/test_recipes.py
+compares them with models that are built.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ross_mcore.parallel.layout import Layout, Stage, share_of
 from ross_mcore.parts import is_sharded, part_of, place_of, trains
 
 LABELLED = 4
-"""One token in so many has a label, as stage balance assumes."""
+"""One token in this many has a label, as stage balance assumes."""
 DENOISER_VALUES = 20
-"""Numbers of a denoiser block's width that its backward reads for a token: norms, qkv, attention, MLP, modulation."""
+"""Vectors of the denoiser's width that a block's backward reads per token: norms, qkv, attention, MLP, modulation."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What memory depends on beside model and layout.
+    """The options that memory depends on.
 
-    rows, tokens: of a micro-batch, tokens of each row; micro_batches: of a step and rank; recompute: `full`, or
-    anything else for activations that are kept.
+    rows: per micro-batch; tokens: per row; micro_batches: per step and rank; recompute: "full", or anything else to
+    keep activations.
     """
 
     rows: int
@@ -41,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank. weights, gradients, optimizer: counted; activations: estimated, at the worst of a step."""
+    """Bytes of a rank: weights, gradients and optimizer counted, the peak of activations estimated."""
 
     weights: float
     gradients: float
@@ -56,10 +56,10 @@ class Memory:
 def stage_memory(
     model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], layout: Layout, stage: Stage, plan: Plan
 ) -> Memory:
-    """The memory of a rank of `stage`.
+    """Memory of a rank of `stage`; `shapes` has the tensors of the whole model.
 
-    Gradients are in fp32. With bf16 the optimizer keeps a master and two moments of each trained parameter in fp32,
-    else the moments alone; with the distributed optimizer a data-parallel rank has its share of them.
+    Gradients are fp32. The optimizer keeps two fp32 moments of each trained parameter, and with bf16 an fp32 master;
+    with the distributed optimizer each data-parallel rank holds its share of them.
     """
     size, weights, trained = (2 if plan.bf16 else 4), 0.0, 0.0
     for name, shape in shapes.items():
@@ -75,26 +75,26 @@ def stage_memory(
 
 
 def hosted(name: str, stage: Stage, tied: bool) -> bool:
-    """Whether a stage has a tensor of the checkpoint. Raises ValueError for what is no part of the model."""
+    """Whether a stage hosts a tensor of the checkpoint. Raises ValueError for a name that belongs to no part."""
     place = place_of(name)
     if place is None:
-        raise ValueError(f"{name} is no weight of any part of the model")
+        raise ValueError(f"{name} is not a weight of any part of the model")
     if place.section.stage == "of its layer":
         return place.layer in stage.layers
-    is_there = stage.is_first if place.section.stage == "first" else stage.is_last
-    return is_there or (tied and place.section.last_when_tied and stage.is_last)
+    is_hosted = stage.is_first if place.section.stage == "first" else stage.is_last
+    return is_hosted or (tied and place.section.last_when_tied and stage.is_last)
 
 
 def micro_batches_in_flight(layout: Layout, stage: Stage, micro_batches: int) -> float:
-    """How many micro-batches' activations of its layers a stage holds at the worst.
+    """The most micro-batches whose activations of its layers a stage holds at a time.
 
-    1F1B: as many as there are stages from here on (Narayanan et al. 2021, section 2.2). Interleaved: the warm-up of
-    mcore's schedules.py, of chunks, plus the one that computes.
+    1F1B: the number of stages from this one to the last (Narayanan et al. 2021, section 2.2). Interleaved: the warm-up
+    in mcore's schedules.py, counted in chunks, plus the current one.
     """
-    to_the_end = layout.pipeline_parallel - stage.index
+    remaining = layout.pipeline_parallel - stage.index
     if layout.virtual_stages == 1:
-        return min(to_the_end, micro_batches)
-    chunks = 2 * (to_the_end - 1) + (layout.virtual_stages - 1) * layout.pipeline_parallel + 1
+        return min(remaining, micro_batches)
+    chunks = 2 * (remaining - 1) + (layout.virtual_stages - 1) * layout.pipeline_parallel + 1
     return min(chunks, micro_batches * layout.virtual_stages) / layout.virtual_stages
 
 
@@ -105,14 +105,16 @@ def bubble(layout: Layout, micro_batches: int) -> float:
 
 
 def _activations(model: ModelConfig, layout: Layout, stage: Stage, plan: Plan) -> float:
-    """Of the decoder layers: what backward reads of them, or their inputs and one layer's under full recomputation;
-    beside them, on the last stage, logits at the labelled positions and the denoiser, and nothing else."""
+    """Tensors that backward reads: of the decoder layers, and on the last stage of logits and denoiser.
+
+    With full recomputation the inputs of all decoder layers, and everything of one.
+    """
     language, tensor = model.language, layout.tensor_parallel
     size, tokens = (2 if plan.bf16 else 4), plan.rows * plan.tokens
     split = tensor if plan.sequence_parallel else 1
     query, key = (heads * language.head_dim for heads in (language.num_attention_heads, language.num_key_value_heads))
     entry = tokens * language.hidden_size * size / split
-    # inputs and outputs of two norms; queries, keys, values and the attention's output; gate, up and their product
+    # inputs and outputs of two norms; queries, keys, values and output of the attention; gate, up and their product
     inside = 4 * entry + tokens * size * (2 * query + 2 * key + 3 * language.intermediate_size) / tensor
     layers, flight = len(stage.layers), micro_batches_in_flight(layout, stage, plan.micro_batches)
     kept = layers * flight * entry + inside if plan.recompute == "full" else layers * flight * inside

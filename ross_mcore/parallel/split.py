@@ -1,16 +1,17 @@
-"""Splitting images over a tensor-parallel group: every rank runs its share, results and gradients are combined.
+"""Splits images over a tensor-parallel group: each rank computes its share; results and gradients are combined.
 
 The vision tower, the projector, the VAE and the denoiser are replicated over the tensor-parallel group; each rank
 computes its contiguous share of a micro-batch's images (`layout.share_of`). Parameters of such modules are marked so
 that mcore *averages* their gradients over the group (distributed/finalize_model_grads.py:342), whether or not sequence
-parallelism is on. An average of shares is too small by the group's size, so the size is multiplied back on the way
-into those modules' parameters, and nowhere else:
+parallelism is on. But their true gradient is the sum over the shares, so gradients are multiplied by the group's size
+before they reach those modules' parameters:
 
     gather_shares      forward: concatenate the shares      backward: own slice of the gradient, times the size
     sum_shares         forward: sum of the ranks' values    backward: the gradient, times the size
     enter_share        forward: identity                    backward: sum over the ranks, divided by the size
 
-A path through `enter_share` and `sum_shares` multiplies and divides once each, so what leaves it is a true sum.
+A path through `enter_share` and `sum_shares` multiplies and divides once each, so the gradient before it is the true
+sum.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ross_mcore.parallel.layout import share_of
 
 
 def average_over_tensor_group(module: nn.Module) -> None:
-    """Marks the parameters of a replicated module whose work is split over the tensor-parallel group."""
+    """Marks the parameters of a replicated module whose images are split over the tensor-parallel group."""
     for parameter in module.parameters():
         parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]  # a mark for mcore
 
@@ -78,7 +79,7 @@ class _EnterShare(torch.autograd.Function):
 def gather_shares(local: Tensor, count: int, group: ProcessGroup) -> Tensor:
     """[J, ...] of every rank -> [count, ...] on every rank, in order; each rank's J is its `share_of(count)`.
 
-    The gradient of the result must be whole and equal on every rank (it is, before a tensor-parallel layer). Raises
+    The gradient of the result must be complete and equal on all ranks, as it is before a tensor-parallel layer. Raises
     ValueError when this rank's share has another length.
     """
     expected = len(share_of(count, group.rank(), group.size()))
@@ -88,10 +89,10 @@ def gather_shares(local: Tensor, count: int, group: ProcessGroup) -> Tensor:
 
 
 def sum_shares(local: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum over the group of a value each rank computed from its share."""
+    """Sum over the group of a value that each rank computes from its share."""
     return local if group.size() == 1 else _SumShares.apply(local, group)
 
 
 def enter_share(whole: Tensor, group: ProcessGroup) -> Tensor:
-    """Marks where a tensor that every rank holds whole begins to be used for a share of the work only."""
+    """Identity; from here on, each rank uses a tensor that is equal on all ranks for its share of the images only."""
     return whole if group.size() == 1 else _EnterShare.apply(whole, group)

@@ -1,7 +1,7 @@
-"""What a ROSS model is made of: the frozen dataclasses behind a checkpoint's `config.json`.
+"""The architecture of a ROSS model: frozen dataclasses, stored as a checkpoint's `config.json`.
 
-Nothing here imports torch, so that `--help` and every start-up check are instant. The vision tower and the VAE keep
-the configuration dictionary of their library word for word; the language model keeps Hugging Face's field names.
+Imports no torch, so that `--help` and checks of options are fast. Vision tower and VAE keep their library's
+configuration dictionary unchanged; the language model keeps Hugging Face's field names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ross_mcore.library_configs import MOST_LAYERS
 FORMAT = "ross_mcore"
 FORMAT_VERSION = 1
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded once, at conversion, so that one checkpoint fits every tensor-parallel degree dividing it.
+"""The vocabulary is padded once, at conversion, so that a checkpoint fits every tensor-parallel degree that divides it.
 """
 
 DENOISER_WIDTHS = {8: 1280, 12: 1536}
@@ -31,7 +31,7 @@ DENOISER_WIDTHS = {8: 1280, 12: 1536}
 
 @contextmanager
 def _malformed(what: str) -> Iterator[None]:
-    """What is wrong with a value, as an ArchitectureError."""
+    """Turns a ValueError of the body into an ArchitectureError about `what`."""
     try:
         yield
     except ArchitectureError:
@@ -80,8 +80,8 @@ class LanguageConfig:
     def from_huggingface(cls, config: dict[str, Any]) -> LanguageConfig:
         """Reads the dictionary of an HF `config.json` (transformers 4.x and 5.x spellings of rope).
 
-        Raises ArchitectureError for a family or a feature (rope scaling, sliding window in use, attention bias on the
-        output projection) that is not implemented, and for a value that is none.
+        Raises ArchitectureError for a family or a feature (rope scaling, sliding window, attention bias on the output
+        projection) that is not implemented, and for a missing or malformed value.
         """
         family = str(config.get("model_type", "")).removeprefix("ross_")
         if family not in ("qwen2", "llama"):
@@ -125,7 +125,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A SigLIP or CLIP vision tower: its HF vision configuration, word for word, and how ROSS reads it."""
+    """A SigLIP or CLIP vision tower: its unchanged HF configuration, and how ROSS uses it."""
 
     huggingface: dict[str, Any]
     image_mean: tuple[float, float, float]
@@ -171,7 +171,7 @@ class VisionConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens an image takes in the language model's sequence (`image_embed_len`): 576 or 729 at full size."""
+        """Tokens per image in the language model's sequence (`image_embed_len`): 576 or 729 at full size."""
         return self.grid**2
 
 
@@ -197,13 +197,13 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """The DiT that denoises latents (reference denoiser_dit.py); the condition is the language model's hidden state."""
+    """The DiT that denoises latents, conditioned on the language model's hidden states (reference denoiser_dit.py)."""
 
     depth: int = 3
     width: int = 1024
     num_heads: int = 16
     draws: int = 4
-    """(timestep, noise) draws per image and step: the reference tiles its batch four times."""
+    """(timestep, noise) draws per image and step; the reference tiles its batch four times."""
 
     def __post_init__(self) -> None:
         with _malformed("the denoiser"):
@@ -224,7 +224,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class PixelDecoderConfig:
-    """The frozen diffusers `AutoencoderKL`: its configuration, word for word."""
+    """The frozen diffusers `AutoencoderKL`: its unchanged configuration."""
 
     diffusers: dict[str, Any]
 
@@ -243,28 +243,28 @@ class PixelDecoderConfig:
 
     @property
     def token_channels(self) -> int:
-        """Channels of one latent token: 2x2 latent pixels grouped (`mm_inv_hidden_size`, 64 for FLUX)."""
+        """Channels of a latent token, a group of 2x2 latent pixels (`mm_inv_hidden_size`, 64 for FLUX)."""
         return 4 * self.latent_channels
 
     @property
     def scaling_factor(self) -> float:
-        """What latents are multiplied by, to be of unit variance; the default is diffusers' own."""
+        """Factor that gives latents unit variance, applied after the shift; the default is diffusers'."""
         return float(self.diffusers.get("scaling_factor", 0.18215))
 
     @property
     def shift_factor(self) -> float:
-        """What is subtracted from latents before that."""
+        """Subtracted from latents before they are scaled."""
         return float(self.diffusers.get("shift_factor") or 0.0)
 
 
 @dataclass(frozen=True)
 class Precomputed:
-    """What a run reads from its shards instead of computing it from pictures at every step."""
+    """Outputs of frozen parts that a run reads from its shards instead of computing them at every step."""
 
     features: bool = False
-    """The frozen vision tower's features: the tower is not built."""
+    """Features of the vision tower, which is then not built."""
     latents: bool = False
-    """The VAE's posterior, mean and log-variance: the VAE is not run."""
+    """Mean and log-variance of the VAE's posterior; the VAE does not run."""
 
 
 NOTHING_PRECOMPUTED = Precomputed()
@@ -272,7 +272,7 @@ NOTHING_PRECOMPUTED = Precomputed()
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model. Without `denoiser` and `pixel_decoder` it is plain LLaVA, trained on lm_loss alone."""
+    """A model. Without `denoiser` and `pixel_decoder` it is a plain LLaVA model, trained on lm_loss only."""
 
     language: LanguageConfig
     vision: VisionConfig
@@ -282,13 +282,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if (self.denoiser is None) != (self.pixel_decoder is None):
-            raise ArchitectureError("denoiser and pixel_decoder come together: one is given, the other is missing")
+            raise ArchitectureError("a model needs both denoiser and pixel_decoder, or neither; one is missing")
 
     @property
     def decode_image_size(self) -> int:
-        """Side in pixels at which an image is encoded so that it has one latent token per image token.
+        """Side in pixels of images for the VAE, such that there is one latent token per image token.
 
-        Source: reference ross_arch.py:95.
+        Raises ArchitectureError for a model without a pixel decoder. Source: reference ross_arch.py:95.
         """
         if self.pixel_decoder is None:
             raise ArchitectureError("this model has no pixel decoder, so it cannot encode or reconstruct pictures")
@@ -296,7 +296,7 @@ class ModelConfig:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one picture's latents: 2x2 latent pixels to an image token."""
+        """(C, h, w) of one picture's latents: 2x2 latent pixels per image token. Raises ArchitectureError."""
         if self.pixel_decoder is None:
             raise ArchitectureError("this model has no pixel decoder, so its pictures have no latents")
         return self.pixel_decoder.latent_channels, 2 * self.vision.grid, 2 * self.vision.grid

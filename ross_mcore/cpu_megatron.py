@@ -1,8 +1,8 @@
-"""What megatron-core 0.16.1 needs on a machine without a GPU: PATCHES, which megatron_hook.py applies.
+"""PATCHES that megatron-core 0.16.1 needs on a machine without a GPU; megatron_hook.py applies them.
 
-mcore names CUDA in places that no argument reaches: `device="cuda"`, `torch.cuda.current_device()`, `tensor.cuda()`,
-`tensor.type() == "torch.cuda.FloatTensor"`. A patch changes the code of the mcore functions that run here, and nothing
-outside megatron.core: `torch` stays as it is. What fails without each patch: tests/end_to_end/test_cpu_megatron.py.
+mcore names CUDA in places that no argument can change: `device="cuda"`, `torch.cuda.current_device()`, `tensor.cuda()`,
+`tensor.type() == "torch.cuda.FloatTensor"`. Patches change functions of mcore only, never `torch`.
+tests/end_to_end/test_cpu_megatron.py shows what fails without each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Patch = Callable[[Any], None]
 
 
 def function_of(module: Any, name: str) -> Any:
-    """The plain function behind `name`, such as `Class.method`: without decorators and binding."""
+    """The function behind `name`, such as `Class.method`, without decorators and binding."""
     function = inspect.unwrap(operator.attrgetter(name)(module))
     return getattr(function, "__func__", function)
 
@@ -45,7 +45,7 @@ def without_cuda(code: CodeType, name: str) -> CodeType:
 
 
 class OnCpu:
-    """A patch: in these functions `cuda` reads `cpu` (or `name`); torch.cpu has what they ask of torch.cuda."""
+    """A patch that replaces `cuda` by `cpu` (or `name`) in functions; torch.cpu has all they use of torch.cuda."""
 
     def __init__(self, *functions: str, name: str = "cpu") -> None:
         self.functions = functions
@@ -58,9 +58,9 @@ class OnCpu:
 
 
 def never_compile(jit: Any) -> None:
-    """The fuser is torch.compile, which costs seconds per fused function and needs a C++ compiler.
+    """Turns off mcore's fuser, torch.compile, which takes seconds per function and needs a C++ compiler.
 
-    Where megatron.core is loaded before this package, its compiled functions are replaced by their originals.
+    If megatron.core is loaded before this package, its compiled functions are replaced by their originals.
     """
     jit.disable_jit_fuser()
     modules = [module for name, module in sys.modules.items() if name.startswith("megatron.core")]
@@ -71,8 +71,10 @@ def never_compile(jit: Any) -> None:
 
 
 def use_the_only_generator(random: Any) -> None:
-    """mcore reads and sets the GPU's generator through C++ names and hooks of CUDA. A CPU has one generator, so that
-    mcore's warning that it changed within a region of the tracker is always given, and hidden here."""
+    """Makes mcore read and set the CPU's generator where it uses CUDA's.
+
+    A CPU has one generator only, so mcore's warning that it changed inside a region of the tracker is hidden.
+    """
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
@@ -81,10 +83,10 @@ def use_the_only_generator(random: Any) -> None:
 def keep_what_gloo_sends(p2p: Any) -> None:
     """Makes mcore's unbatched pipeline sends (the interleaved schedule's) safe on gloo.
 
-    gloo reads a tensor's memory until its request completes, and drops a send whose request nobody holds. The schedule
-    frees what it has sent before it waits (schedules.py:deallocate_output_tensor), which NCCL's stream order allows,
-    and never waits for its last request. So an alias is sent, which keeps the memory as long as the request lives, and
-    the newest request of either direction is kept.
+    gloo reads a tensor's memory until its request completes, and cancels a send when its request is deleted. The
+    schedule frees a tensor before it waits for the send (schedules.py:deallocate_output_tensor), which NCCL's stream
+    order allows, and never waits for its last request. So an alias is sent, which keeps the memory while the request
+    exists, and the newest request of each direction is kept.
     """
     plain, newest = p2p._p2p_ops, {}
 
@@ -99,10 +101,10 @@ def keep_what_gloo_sends(p2p: Any) -> None:
 
 
 def send_element_types_apart(parallel: Any) -> None:
-    """Makes mcore gather and reduce weights of one element type at a time.
+    """Makes mcore gather and reduce weights of different element types in separate calls.
 
-    With --fp8-param-gather it does those of bytes and those of bf16 in one go (param_and_grad_buffer.py:
-    partition_buckets), which NCCL does one by one, and gloo as one tensor of one type.
+    With --fp8-param-gather it puts bytes and bf16 into one call (param_and_grad_buffer.py:partition_buckets), which
+    NCCL runs tensor by tensor, but gloo as one tensor of one type.
     """
     plain = parallel.partition_buckets
 
@@ -121,7 +123,7 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
     ),
     "megatron.core.tensor_parallel.random": (
         use_the_only_generator,
-        # torch.cuda.manual_seed does nothing here and says nothing; torch.random has the same functions for the CPU
+        # torch.cuda.manual_seed silently does nothing without a GPU; torch.random has the functions of the CPU
         OnCpu("CudaRNGStatesTracker.add", "model_parallel_cuda_manual_seed", name="random"),
     ),
     "megatron.core.tensor_parallel.mappings": (
@@ -149,7 +151,7 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
     "megatron.core.pipeline_parallel.p2p_communication": (
-        # what is received, and a wait for the device
+        # buffers to receive into, and a wait for the device
         OnCpu("P2PCommunicator._communicate"),
         keep_what_gloo_sends,
     ),
@@ -180,4 +182,4 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
         OnCpu("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"),
     ),
 }
-"""Module of mcore -> the patches that are applied to it once it is loaded."""
+"""Module of mcore -> the patches applied to it after it is loaded."""

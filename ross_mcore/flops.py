@@ -1,6 +1,6 @@
-"""PURE: forward floating-point operations of every part of a model, the base of stage balance and of the MFU figure.
+"""Forward floating-point operations of every part of a model, for stage balance and MFU. Pure functions.
 
-One multiply-add counts as two operations. Norms, activations and rotary embeddings are left out (under 1%).
+One multiply-add counts as two operations. Norms, activations and rotary embeddings are not counted (under 1%).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 
 TRAINED, PASSED_THROUGH, BEFORE_GRADIENT = 3, 2, 1
-"""Forwards that a part's step costs: one forward and two in backward; one in backward where it is frozen but lets the
-gradient through; none where it is frozen and no gradient passes (tower, VAE)."""
+"""Cost of a part's step in forward passes: one forward, and in backward two if it trains, one if it is frozen and
+passes the gradient on, none if no gradient reaches it (frozen tower, VAE)."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ def forward_flops(
 ) -> ForwardFlops:
     """Operations of one sample of `tokens` tokens (image tokens included) and `images` images.
 
-    Parts that are read from the shards cost nothing.
-    Causal attention counts the half of the score matrix that is computed by a causal kernel. The vocabulary
-    projection runs at `labelled_tokens` positions only.
+    Precomputed parts cost nothing. Causal attention counts half of the score matrix, as a causal kernel computes it.
+    The output layer runs at `labelled_tokens` positions only.
     """
     language, vision = model.language, model.vision
     width, head_width = language.hidden_size, language.head_dim
@@ -63,13 +62,13 @@ def forward_flops(
 
 
 def step_flops(parts: ForwardFlops, num_layers: int, llm_trains: bool, vision_trains: bool) -> float:
-    """Operations of one sample's step (recomputation not counted), given its forward operations."""
+    """Operations of one sample's step, without recomputation, from its forward operations."""
     first, layer, last = stage_flops(parts, llm_trains, vision_trains)
     return first + num_layers * layer + last
 
 
 def stage_flops(parts: ForwardFlops, llm_trains: bool, vision_trains: bool) -> tuple[float, float, float]:
-    """A step's operations of one sample: beside layers on the first stage, of one layer, beside layers on the last."""
+    """Operations of one sample's step: first stage without decoder layers, one layer, last stage without layers."""
     language = TRAINED if llm_trains else PASSED_THROUGH
     first = parts.vision_model * (TRAINED if vision_trains else BEFORE_GRADIENT) + TRAINED * parts.vision_projection
     last = language * parts.output_layer + BEFORE_GRADIENT * parts.pixel_decoder + TRAINED * parts.denoiser
@@ -77,12 +76,12 @@ def stage_flops(parts: ForwardFlops, llm_trains: bool, vision_trains: bool) -> t
 
 
 def _denoiser_flops(model: ModelConfig) -> float:
-    """Forward operations of the denoiser for one image: every draw, the condition embedded once."""
+    """Forward operations of the denoiser for one image: all draws; the condition is embedded once."""
     denoiser, pixels = model.denoiser, model.pixel_decoder
     if denoiser is None or pixels is None:
         raise ValueError("the model has no denoiser")
     width, tokens = denoiser.width, model.vision.image_tokens
-    # qkv + projection (4), MLP of ratio 4 (8), adaptive norm to six vectors (6), all width x width per token
+    # matrices of width x width per token: qkv and projection 4, MLP of ratio 4 8, modulation with six vectors 6
     block = 2 * tokens * width * width * 18 + 4 * tokens**2 * width
     ends = 2 * tokens * width * (2 * pixels.token_channels + 2 * width)
     return denoiser.draws * (denoiser.depth * block + ends) + 2 * tokens * model.language.hidden_size * width

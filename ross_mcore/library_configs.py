@@ -1,7 +1,6 @@
-"""PURE: the configuration dictionaries of transformers and diffusers, kept word for word: which keys are used, checked.
+"""Checks of the configuration dictionaries of transformers and diffusers, and the keys in them that are used.
 
-A tower and a VAE are built from these keys alone, so that whatever else stands in a file has no effect. Raises
-ValueError with the key.
+Tower and VAE are built from these keys only; others have no effect. Pure functions that raise ValueError with the key.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 from ross_mcore import checked
 
 MOST_LAYERS = 4096
-"""Of any part: a description that says more is damaged, and would take all memory before that shows."""
+"""Limit for every part; a damaged file with more would fill the memory before it is noticed."""
 MOST_WIDTH = 1 << 20
 
 VISION_SIZES = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
@@ -32,7 +31,7 @@ VAE_KEYS = (
 
 
 def check_vision(tower: dict[str, Any]) -> None:
-    """Of a SigLIP or CLIP vision tower."""
+    """Checks the configuration of a SigLIP or CLIP vision tower."""
     for key in VISION_SIZES + tuple(key for key in VISION_COUNTS if key in tower):
         checked.count(tower, key, most=MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH)
     checked.real(tower, "layer_norm_eps", 1e-6, above=0)
@@ -43,11 +42,13 @@ def check_vision(tower: dict[str, Any]) -> None:
     if tower.get("num_channels", 3) != 3:
         raise ValueError(f"num_channels is {tower['num_channels']}; pictures have 3")
     if tower["hidden_size"] % tower.get("num_attention_heads", 1):
-        raise ValueError(f"hidden_size {tower['hidden_size']} is no multiple of {tower['num_attention_heads']} heads")
+        raise ValueError(
+            f"hidden_size {tower['hidden_size']} is not a multiple of {tower['num_attention_heads']} heads"
+        )
 
 
 def check_autoencoder(vae: dict[str, Any]) -> None:
-    """Of a diffusers AutoencoderKL."""
+    """Checks the configuration of a diffusers AutoencoderKL."""
     blocks = vae.get("block_out_channels")
     if not isinstance(blocks, list) or not 0 < len(blocks) <= 16:
         raise ValueError(f"block_out_channels is {checked.shown(blocks)}, expected a list of up to 16 whole numbers")
@@ -55,7 +56,7 @@ def check_autoencoder(vae: dict[str, Any]) -> None:
     for width in blocks:
         checked.count({"block_out_channels": width}, "block_out_channels", most=MOST_WIDTH)
         if width % groups and "norm_num_groups" in vae:
-            raise ValueError(f"block_out_channels has {width}, no multiple of norm_num_groups {groups}")
+            raise ValueError(f"block_out_channels has {width}, not a multiple of norm_num_groups {groups}")
     for key, default in VAE_COUNTS.items():
         checked.count(vae, key, default, most=MOST_WIDTH)
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):

@@ -1,8 +1,8 @@
-"""Adapts megatron.core to this machine while it is imported, so that callers need no preparation of their own.
+"""An import hook that adapts megatron.core to this machine when it is first imported.
 
-`ross_mcore/__init__.py` runs before every module of the package and installs the hook. The hook acts when megatron.core
-is imported for the first time, by whatever module. On a CPU it then runs the patches of cpu_megatron.py, each as soon
-as the mcore module that it changes is loaded. With a GPU it patches nothing.
+`ross_mcore/__init__.py`, which runs before every module of the package, installs the hook. On a CPU the hook applies
+the patches of cpu_megatron.py, each right after the mcore module that it changes is loaded. With a GPU it patches
+nothing.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 PACKAGE = "megatron.core"
 
 HIDDEN_WARNINGS = (
-    # on import: what is not installed, which engine/precision.py checks where an option needs it
+    # on import, about optional libraries; engine/precision.py checks them when an option needs them
     (UserWarning, r"(Transformer Engine and )?Apex (are|is) not installed\. Falling back to ", ""),
     # from mcore's own default of an option (transformer_config.py)
     (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_scope", ""),
-    # without a GPU too (layers.py); with one, see platform.Libraries.ordered_kernels
+    # layers.py, even without a GPU; with one see platform.Libraries.ordered_kernels
     (UserWarning, r"When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS", ""),
-    # mcore looks for a gradient where its distributed optimizer has none (optimizer.py)
+    # optimizer.py reads gradients that its distributed optimizer does not have
     (
         UserWarning,
         r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
         r"megatron\.core\.optimizer",
     ),
-    # mcore calls collectives by names that newer torch calls deprecated
+    # mcore uses names of collectives that are deprecated in newer torch
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed\.", ""),
 )
-"""Category, text and module of the warnings that mcore 0.16.1 causes in every run and on which nobody can act."""
+"""Category, text and module of warnings that mcore 0.16.1 causes in every run and that users cannot fix."""
 
 
 class Hook:
-    """A finder of `sys.meta_path` for the modules of megatron.core."""
+    """A finder for `sys.meta_path` that patches modules of megatron.core."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         if name != PACKAGE and not name.startswith(f"{PACKAGE}."):
@@ -58,7 +58,7 @@ class Hook:
 
 @functools.cache
 def prepared() -> Mapping[str, Sequence[Callable[[Any], None]]]:
-    """Sets what megatron.core reads when it starts; returns the patches that this machine needs, by module."""
+    """Prepares the process for the import of megatron.core; returns the patches for this machine, by module."""
     from ross_mcore import platform
 
     hide_warnings()

@@ -1,7 +1,7 @@
-"""PURE: the parts of the model, one entry each, and what follows from the name of a weight.
+"""Table of the model's parts, and pure functions that look up a weight's part by its name.
 
-The name of a weight begins with the prefix of its part, in the model and in checkpoints. Freezing, learning rates,
-placement, memory, diagnosis, conversion and what a run may leave out all follow from this table.
+The name of a weight starts with the prefix of its part, in the model and in checkpoints. Freezing, learning rates,
+placement, memory, diagnosis, conversion and pass-through weights are all derived from this table.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Section:
     stage: Literal["first", "last", "of its layer"]
     """The pipeline stage that hosts it; "of its layer": the one with the decoder layer whose number follows."""
     last_when_tied: bool = False
-    """Whether the last stage hosts it as well when the output matrix is the embedding."""
+    """Whether the last stage hosts it too when the output layer is tied to the embedding."""
     sharded: str = "(?!)"
-    """Pattern of the names, after `prefix`, of weights of which a tensor-parallel rank holds a share, not all."""
+    """Regular expression, after `prefix`, of the weights that are sharded over the tensor-parallel group."""
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,32 @@ class Part:
     label: str
     """Its name in messages."""
     trains: Literal["always", "in finetune", "with a rate of its own", "never"]
-    """When it trains; see `trains` for the weights that are an exception."""
+    """When it trains; exceptions for single weights are in the function `trains`."""
     sections: tuple[Section, ...]
-    """In the order in which data runs through them."""
+    """In the order of the forward pass."""
     splits_images: bool
-    """Whether every tensor-parallel rank holds all of it and computes a share of the images."""
+    """Whether every tensor-parallel rank has all its weights and computes a share of the images."""
     reference: str
-    """What the names of its weights begin with in a checkpoint of the reference implementation."""
+    """Prefix of its weights in a checkpoint of the reference implementation."""
     rate_option: str | None = None
-    """The option that holds its peak learning rate; None: --lr."""
+    """The option with its peak learning rate; None: --lr."""
     optimizer_tag: float = 1.0
     """`lr_mult` of its parameter groups, see engine/optimizer.py."""
     converted_in_float32: bool = False
-    """Whether conversions store it in float32 whatever --dtype says."""
+    """Whether conversions store it in float32 for every --dtype."""
     runs_in_float32: bool = False
     """Whether its weights are float32 in a bf16 run."""
     precomputed_as: Literal["features", "latents"] | None = None
-    """The field of Precomputed that makes a run leave it out; its weights are then passed through to checkpoints."""
+    """The field of Precomputed with which it is not built; its weights are then passed through to checkpoints."""
     library_config: Callable[[ModelConfig], dict[str, Any]] | None = None
-    """Its library's configuration, part of its fingerprint."""
+    """Returns its library's configuration, which enters its fingerprint."""
 
     def weight(self, name: str) -> str:
         """The full name of its weight `name`."""
         return f"{self.prefix}.{name}"
 
     def own(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that are names of its weights."""
+        """The names in `names` that are its weights."""
         return [name for name in names if name.startswith(f"{self.prefix}.")]
 
 
@@ -140,41 +140,44 @@ VAE = Part(
 )
 
 PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, DENOISER, VAE)
-"""In the order in which data runs through the model."""
+"""In the order of the forward pass."""
 
 DENOISER_POSITIONS = DENOISER.weight("pos_embed")
-"""The denoiser's position table, which the reference trains in its pretraining alone (ROSS train.py:1170-1206)."""
+"""The denoiser's position table; the reference trains it in pretraining only (ROSS train.py:1170-1206)."""
 
 TRANSFORMERS_4_TOWER = "vision_model."
-"""What transformers 4 and the hub put before the names of a tower's weights; transformers 5 leaves it out."""
+"""Prefix of a tower's weights in transformers 4 and on the hub; transformers 5 has none."""
 
 _PART = re.compile(rf"(?:^|\.)({'|'.join(part.prefix for part in PARTS)})\.(.*)")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the model a weight is. number: of the section, in the order of the data; layer: -1 outside layers."""
+    """A weight's section in the model.
+
+    number: of the section, in the order of the forward pass; layer: of the decoder layer, -1 in other sections.
+    """
 
     number: int
     layer: int
     section: Section
     rest: str
-    """What follows the section's prefix."""
+    """The name after the section's prefix."""
 
 
 _SECTIONS = [(part, section) for part in PARTS for section in part.sections]
 
 
 def part_of(name: str) -> Part:
-    """The part of a weight, or of its moments, whose names have more before the prefix. Raises ValueError."""
+    """The part of a weight or of its moments, whose names continue before the prefix. Raises ValueError for others."""
     found = _PART.search(name)
     if found is None:
-        raise ValueError(f"{name} is no weight of any part of the model")
+        raise ValueError(f"{name} is not a weight of any part of the model")
     return next(part for part in PARTS if part.prefix == found[1])
 
 
 def place_of(name: str) -> Place | None:
-    """Where a weight, or its moments, are; None for what is in no section of a part."""
+    """The section of a weight or of its moments; None for other names."""
     found = _PART.search(name)
     for number, (part, section) in enumerate(_SECTIONS):
         if found and part.prefix == found[1] and found[2].startswith(section.prefix):
@@ -185,13 +188,13 @@ def place_of(name: str) -> Place | None:
 
 
 def order_of(name: str) -> tuple[int, int]:
-    """Sorts weights in the order in which data runs through the model; what is in no section comes last."""
+    """Sort key for names of weights: the order of the forward pass; other names come last."""
     place = place_of(name)
     return (len(_SECTIONS), -1) if place is None else (place.number, place.layer)
 
 
 def label_of(name: str) -> str:
-    """What a weight belongs to, in messages; a decoder layer with its number, from 0."""
+    """Name for messages of a weight's section; decoder layers with their number, from 0."""
     place = place_of(name)
     if place is None:
         return "model"
@@ -199,7 +202,7 @@ def label_of(name: str) -> str:
 
 
 def is_sharded(name: str) -> bool:
-    """Whether a tensor-parallel rank holds a share of a weight and not all of it."""
+    """Whether a weight is sharded over the tensor-parallel group."""
     place = place_of(name)
     return place is not None and re.fullmatch(place.section.sharded, place.rest) is not None
 
@@ -207,7 +210,7 @@ def is_sharded(name: str) -> bool:
 def trains(name: str, llm_trains: bool, vision_trains: bool) -> bool:
     """Whether a weight trains, as in the reference (ROSS train.py:1170-1206).
 
-    llm_trains: in fine-tuning; vision_trains: when the tower has a rate.
+    llm_trains: true in fine-tuning; vision_trains: true when --vision-lr is given.
     """
     if name == DENOISER_POSITIONS and llm_trains:
         return False
@@ -220,5 +223,5 @@ def trains(name: str, llm_trains: bool, vision_trains: bool) -> bool:
 
 
 def precomputed_part(kind: str) -> Part:
-    """The part that makes the "features" or the "latents" of a picture."""
+    """The part that computes the "features" or the "latents" of a picture."""
     return next(part for part in PARTS if part.precomputed_as == kind)

@@ -1,4 +1,4 @@
-"""Which device this process uses: with cpu_megatron.py the only file that names cuda, nccl or gloo."""
+"""The device of this process. Only this file and cpu_megatron.py name cuda, nccl or gloo."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ import torch
 from ross_mcore.errors import PlatformError
 
 RECORDED_COLLECTIVES = 64
-"""How many torch's flight recorder keeps, from which the last is read; its own default makes reading it slow."""
-
+"""Length of torch's flight recorder, of which the last entry is read; with its default length reading is slow."""
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 BLACKWELL = (10, 0)
-"""Its compute capability."""
+"""Compute capability."""
 
 
 @functools.cache
@@ -35,20 +34,20 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: its own GPU, or the CPU; under `with torch.device("meta")` none, for shapes alone."""
+    """The GPU of this process, or the CPU; under `with torch.device("meta")` the meta device, for shapes only."""
     if torch.get_default_device().type == "meta":
         return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def backend() -> str:
-    """The collective library for that device."""
+    """torch's name of the collective library for the device."""
     return "nccl" if has_gpu() else "gloo"
 
 
 @dataclass(frozen=True)
 class Libraries:
-    """What is installed beside this package's requirements, and whether there is a GPU for it."""
+    """Optional libraries that are installed, and properties of the device."""
 
     gpu: bool
     transformer_engine: bool
@@ -56,8 +55,8 @@ class Libraries:
     gradient_fusion: bool
     """Apex's fused_weight_gradient_mlp_cuda."""
     ordered_kernels: bool
-    """Kernels start in the order they are issued, which overlap of tensor-parallel communication relies on (mcore's
-    tensor_parallel/layers.py:526): before Blackwell only with CUDA_DEVICE_MAX_CONNECTIONS=1."""
+    """Whether kernels start in the order of their launch, which overlap of tensor-parallel communication needs (mcore's
+    tensor_parallel/layers.py:526); before Blackwell only with CUDA_DEVICE_MAX_CONNECTIONS=1."""
 
 
 def libraries() -> Libraries:
@@ -76,7 +75,7 @@ def libraries() -> Libraries:
 
 
 def fp8_refusal(recipe: str) -> str | None:
-    """Why Transformer Engine, which is installed, cannot compute this FP8 recipe here; None where it can."""
+    """The reason why Transformer Engine cannot compute this FP8 recipe on this device; None if it can."""
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
     asked = {
@@ -88,21 +87,20 @@ def fp8_refusal(recipe: str) -> str | None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held so far: on its GPU, as torch allocated it, or in RAM where it has none."""
+    """Peak memory of this process so far: allocated by torch on its GPU, or resident in RAM without a GPU."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # Linux; getrusage's figure starts with that of the process which started this one
+    if status.exists():  # Linux; getrusage's peak includes that of the parent process before exec
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def compute_fp32_exactly() -> None:
-    """Turns TensorFloat-32 off, which rounds the factors of fp32 products to 10 bits; without a GPU there is none.
+    """Turns off TensorFloat-32, in which GPUs round the factors of fp32 products to 10 bits.
 
-    For comparisons with values that were computed in fp32. torch has it on for convolutions, and for matrix products
-    where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1, against which only the libraries' own variable helps: call this before
-    anything computes.
+    For comparisons with values computed in fp32. torch uses TF32 for convolutions, and for matrix products when
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1, which only NVIDIA_TF32_OVERRIDE can undo. Call before the first computation.
     """
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -110,19 +108,22 @@ def compute_fp32_exactly() -> None:
 
 
 def synchronize() -> None:
-    """Waits for the device, so that a clock read afterwards is true."""
+    """Waits until the device has finished, so that a time measured afterwards includes its work."""
     if has_gpu():
         torch.cuda.synchronize()
 
 
 def order_kernels() -> None:
-    """Asks CUDA for one queue of kernels (see Libraries.ordered_kernels); too late once the GPU is in use."""
+    """Makes CUDA use one queue of kernels (Libraries.ordered_kernels); no effect once the GPU is in use."""
     if not torch.cuda.is_initialized():
         os.environ.setdefault(CONNECTIONS, "1")
 
 
 def initialize_process_group(timeout_minutes: float) -> None:
-    """Joins the processes that torchrun started, or makes a group of one when started by hand."""
+    """Creates the process group of all processes that torchrun started, or of this process without torchrun.
+
+    Raises PlatformError when a machine has more processes than GPUs.
+    """
     if torch.distributed.is_initialized():
         return
     if has_gpu():
@@ -143,42 +144,43 @@ def initialize_process_group(timeout_minutes: float) -> None:
 
 
 def _store_of_this_start(shared: Any, rank: int, world_size: int) -> Any:
-    """A part of the launcher's store in which nothing is left of processes that torchrun has started before.
+    """The launcher's store under a prefix of this start, without keys of earlier starts.
 
-    torchrun keeps its store when it starts ranks again, with the addresses of the dead in it, and its count of restarts
-    differs between machines. So the first rank draws a name for this start, and gives it to whoever asks under a name
-    drawn for the question; it hears from each that the answer arrived. Questions of the dead are answered too.
+    torchrun keeps its store when it restarts ranks, with the addresses of ended processes in it, and its count of
+    restarts differs between machines. So rank 0 draws a random prefix for this start. Every other rank sends a request
+    with a random id, gets the prefix under this id, and confirms that it arrived. Requests of ended processes are
+    answered too.
     """
     name = uuid.uuid4().hex
     if rank:
-        shared.set(f"start/asks/{rank}", name)
-        start = shared.get(f"start/answer/{name}").decode()
-        shared.set(f"start/heard/{start}/{rank}", "")
+        shared.set(f"start/request/{rank}", name)
+        start = shared.get(f"start/reply/{name}").decode()
+        shared.set(f"start/confirmed/{start}/{rank}", "")
         return torch.distributed.PrefixStore(f"start/{start}", shared)
     waiting = set(range(1, world_size))
     while waiting:
         for other in list(waiting):
-            if shared.check([f"start/asks/{other}"]):
-                shared.set(f"start/answer/{shared.get(f'start/asks/{other}').decode()}", name)
-            if shared.check([f"start/heard/{name}/{other}"]):
+            if shared.check([f"start/request/{other}"]):
+                shared.set(f"start/reply/{shared.get(f'start/request/{other}').decode()}", name)
+            if shared.check([f"start/confirmed/{name}/{other}"]):
                 waiting.remove(other)
         time.sleep(0.01)
     return torch.distributed.PrefixStore(f"start/{name}", shared)
 
 
 def flight_recorder() -> dict[str, Any]:
-    """What torch recorded of this process's latest collectives; {} where this version records none."""
+    """torch's record of this process's latest collectives; {} if this version of torch has none."""
     library = torch._C._distributed_c10d
     dump = getattr(library, "_dump_nccl_trace_json" if has_gpu() else "_dump_fr_trace_json", None)
     return {} if dump is None else json.loads(dump(True, False))
 
 
 def is_collective_failure(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that other ranks could not be reached."""
+    """Whether an error, or one of its causes, is a failed communication with other ranks."""
     while error is not None:
         if isinstance(error, torch.distributed.DistError):
             return True
         if isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "gloo::" in str(error)):
-            return True  # gloo raises plain RuntimeErrors, which name its source file
+            return True  # gloo raises plain RuntimeErrors that name its source file
         error = error.__cause__ or error.__context__
     return False

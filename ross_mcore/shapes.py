@@ -1,9 +1,8 @@
-"""PURE: named shapes of tensors: how modules describe theirs, and how two sets of them differ.
+"""Named shapes of tensors, and the differences between two sets of them.
 
-Each file of a module has a function `weight_shapes`, which is arithmetic and builds nothing: config.json is compared
-with a checkpoint before anything of the sizes it gives is built, and a damaged one may give 4,096 layers, which take
-over 20 seconds to build on the meta device, or products of sizes that overflow there. Tests compare every description
-with the module.
+Each module's file has a function `weight_shapes` that computes its shapes without building it. So config.json is
+compared with a checkpoint before anything is built: a damaged one may ask for 4,096 layers, which take over 20 seconds
+to build on the meta device, or for sizes that overflow there. Tests compare the shapes with the modules.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ def within(prefix: str, shapes: Shapes) -> Shapes:
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that two sets of shapes do not agree on; None where a set lacks it."""
+    """A tensor whose shape differs between two sets; None: the set lacks it."""
 
     name: str
     expected: Shape | None
     found: Shape | None
 
     def in_words(self, source: str) -> str:
-        """source: what the expected shapes come from."""
+        """A line for people; `source` names the origin of the expected shapes."""
         if self.found is None:
             return f"tensor {self.name} is missing"
         if self.expected is None:
@@ -50,6 +49,6 @@ class Difference:
 
 
 def differences(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[Difference]:
-    """The tensors that are missing, unexpected or of another shape, by name."""
+    """The missing and unexpected tensors, and those of another shape, sorted by name."""
     compared = [Difference(name, expected.get(name), found.get(name)) for name in sorted(expected.keys() | found)]
     return [one for one in compared if one.expected != one.found]

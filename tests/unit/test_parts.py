@@ -37,7 +37,7 @@ def test_names_of_moments_and_of_nothing() -> None:
     assert part_of(moments).label == "language model" and not is_sharded("blank_posterior")
     assert label_of("blank_posterior") == label_of("language_model.rotary_pos_emb.inv_freq") == "model"
     assert max(map(order_of, ORDER)) < order_of("blank_posterior")
-    with pytest.raises(ValueError, match="blank_posterior is no weight of any part"):
+    with pytest.raises(ValueError, match="blank_posterior is not a weight of any part"):
         part_of("blank_posterior")
 
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_mcore.architecture import (
@@ -49,6 +49,7 @@ def test_shares_partition_the_items(count: int, size: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(0, 5), st.floats(0, 4), st.floats(0, 4))
 def test_balance_is_optimal(stages: int, more: int, first: float, last: float) -> None:
     """Against every possible placement."""

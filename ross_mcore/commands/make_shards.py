@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.lengths import length_source
     from ross_mcore.data.spec import SampleSpec
     from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import load_tokenizer
@@ -79,19 +78,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         max_tokens_per_sample=options.max_tokens_per_sample,
     )
     try:
-        tokenizer = source = None
+        tokenizer = None
         if options.template is not None:
             if options.template not in TRAINING_TEMPLATES:
                 raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
             tokenizer = load_tokenizer(options.tokenizer)
-            source = length_source(tokenizer, spec)
+        measure = Measure(tokenizer, spec)
         count, records = read_records(options.data)
         columns = TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         writer = ShardWriter(
             options.out,
             max_samples=options.shard_size,
             max_bytes=options.max_shard_bytes,
-            length_source=source,
+            length_source=measure.source,
             overwrite=options.overwrite,
         )
         with writer, Progress(*columns, console=console) as bar:
@@ -100,7 +99,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
                 records,
                 options.image_folder,
                 writer,
-                Measure(tokenizer, spec),
+                measure,
                 follow_links=options.follow_links,
                 num_workers=options.num_workers,
                 progress=lambda: bar.advance(task),

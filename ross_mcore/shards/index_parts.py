@@ -1,7 +1,7 @@
-"""What an index is written from, one part a shard, and the writing of it.
+"""Writes an index from parts, one per shard (format: data/shard_reader.py).
 
-Parts are made in any process and kept in `index.parts/`, so that only shards that changed are read again; `write_index`
-puts them together. shards.py says what an index is, indexing.py makes the parts.
+Any process can make a part (shards/measure.py). Parts are kept in `index.parts/`, so that only changed shards are read
+again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ross_mcore.errors import ShardError, ShardReadError
 from ross_mcore.shards.tars import TarSample
 
 PARTS = "index.parts"
-"""Folder of an index with a part for every shard, of which only those are made again that changed."""
+"""Subfolder with one part for every shard of an index."""
 DIGEST_BYTES = 16
 
 
 def content_digest(key: str, text: bytes, picture_sizes: Iterable[int]) -> bytes:
-    """What a sample adds to the fingerprint of a data set: its key, its text, and the sizes of its pictures."""
+    """A sample's contribution to the fingerprint of a data set: a hash of its key, text, and sizes of its pictures."""
     digest = hashlib.sha256()
     for part in (key.encode(), text, *(str(size).encode() for size in picture_sizes)):
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -40,12 +40,12 @@ def content_digest(key: str, text: bytes, picture_sizes: Iterable[int]) -> bytes
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard's part of an index: rows whose `shard`, `key_offset` and `first_image` count from this shard.
+    """One shard's part of an index, whose `shard`, `key_offset` and `first_image` count from the start of the shard.
 
-    samples [N] of SAMPLE_ROW, images of IMAGE_ROW, parts [N] of PART_ROW, keys: one a line, digests [N, DIGEST_BYTES];
-    quarantine: (key, reason) of what was left out, without a key where the shard itself is damaged; lost_bytes: bytes
-    that belong to no member; others: members that belong to no sample; part_sources: what the precomputed parts of a
-    kind were made with, each once.
+    samples [N] of SAMPLE_ROW, images of IMAGE_ROW, parts [N] of PART_ROW, keys: one per line, digests
+    [N, DIGEST_BYTES]; quarantine: (key, reason) of samples left out, without a key if the shard itself is damaged;
+    lost_bytes: damaged bytes; others: number of members of no sample; part_sources: the distinct sources of precomputed
+    parts, by kind.
     """
 
     samples: NDArray[np.void]
@@ -69,7 +69,7 @@ class ShardIndex:
         others: int = 0,
         part_sources: dict[str, list[Any]] | None = None,
     ) -> ShardIndex:
-        """The index of samples of a tar with their columns, `kind` among them."""
+        """The part of `samples` of a tar; `facts` are the columns of their rows that the tar does not give."""
         rows, parts = np.zeros(len(samples), SAMPLE_ROW), np.zeros(len(samples), PART_ROW)
         keys = bytearray()
         places: list[tuple[int, int]] = []
@@ -88,7 +88,7 @@ class ShardIndex:
         return cls(rows, images, parts, bytes(keys), stacked, quarantine, lost_bytes, others, part_sources or {})
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
-        """Writes the part and what it was made of, under a temporary name first."""
+        """Writes the part, with `about`, the values it depends on."""
         facts = {"quarantine": self.quarantine, "lost_bytes": self.lost_bytes, "others": self.others}
         facts |= {"num_samples": len(self.samples), "num_images": len(self.images), "key_bytes": len(self.keys)}
         facts["part_sources"] = self.part_sources
@@ -116,7 +116,7 @@ class ShardIndex:
             if held != said or kinds != (SAMPLE_ROW, IMAGE_ROW, PART_ROW, np.uint8):
                 raise ValueError("its tables are not those of its facts")
             quarantine = [(None if key is None else str(key), str(reason)) for key, reason in facts["quarantine"]]
-        except Exception as error:  # numpy and zipfile raise what they come across
+        except Exception as error:  # numpy and zipfile raise exceptions of any type
             raise ShardError(
                 f"{path} is damaged: {checked.reason(error)}; delete it and index the shards again"
             ) from None
@@ -125,7 +125,7 @@ class ShardIndex:
 
 
 def part_facts(path: Path) -> dict[str, Any] | None:
-    """What `ShardIndex.save` wrote about a part, None when there is no whole part."""
+    """The counts, quarantine and `about` of a part; None if there is no complete part."""
     try:
         with _opened(path) as part:
             facts = json.loads(part["facts"].tobytes())
@@ -133,24 +133,24 @@ def part_facts(path: Path) -> dict[str, Any] | None:
             checked.count(facts, key, least=0, most=2**62)
         checked.mapping(facts["part_sources"], "part_sources")
         return facts if isinstance(facts["quarantine"], list) and "about" in facts else None
-    except Exception:  # as in ShardIndex.load; a part that is none is made again
+    except Exception:  # as in ShardIndex.load; a damaged part is made again
         return None
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """An .npz that `ShardIndex.save` wrote. Raises ValueError for one whose members unpack to more than it holds."""
+    """An .npz that `ShardIndex.save` wrote. Raises ValueError for compressed members, which it never writes."""
     checked.require_regular(path)
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-            raise ValueError("its members are compressed, which none are that were written here")
+            raise ValueError("its members are compressed, which this program never does")
     with np.load(path, allow_pickle=False) as part:
         yield part
 
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """A shard's place, its version where the store names one, and its part of the index."""
+    """A shard's place and size, the store's tag of its version, if any, and its part of the index."""
 
     name: str
     bytes: int
@@ -161,7 +161,7 @@ class IndexedShard:
 def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSource | None) -> None:
     """Writes the index of `shards`, in this order, into `folder`; one part is in memory at a time.
 
-    The old index, if any, is replaced at the end, file by file, index.json last. Raises ShardError without a sample.
+    An old index is replaced at the end, file by file, index.json last. Raises ShardError if there is no sample.
     """
     totals, entries = np.zeros(3, np.int64), []
     precomputed: dict[str, Any] = {}
@@ -183,7 +183,7 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
         raise ShardError(f"no usable sample: no index was written to {folder}")
     content = hashlib.sha256()
     with (
-        replacing(folder / "index.json") as index,  # the first to be entered is the last to be left
+        replacing(folder / "index.json") as index,  # entered first, so replaced last
         replacing(folder / "samples.npy") as samples,
         replacing(folder / "images.npy") as images,
         replacing(folder / "parts.npy") if precomputed else nullcontext() as parts,
@@ -227,13 +227,13 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
 
 
 def quarantine_lines(name: str, part: ShardIndex) -> list[bytes]:
-    """Lines of quarantine.jsonl; what is wrong with a shard itself has no key."""
+    """Lines of quarantine.jsonl; the key is null for damage of the shard itself."""
     lines = ({"shard": name, "key": key, "reason": reason} for key, reason in part.quarantine)
     return [json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for line in lines]
 
 
 def share(path: Path, mode: int) -> None:
-    """Gives what tempfile made, which is private, the rights that it would have if it had been made by name."""
+    """Gives a file or folder of tempfile, which is private, the usual permissions: `mode` without the umask."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(mode & ~mask)
@@ -241,7 +241,7 @@ def share(path: Path, mode: int) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file under a temporary name, on the disk and renamed to `path` at the end, removed after an exception.
+    """A new file under a temporary name; at the end it is synced and renamed to `path`, after an exception removed.
 
     Raises ShardError naming `path` when it cannot be written.
     """
@@ -260,16 +260,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except ShardReadError:
         raise
     except OSError as error:
-        raise ShardError(f"{path} cannot be written: {error.strerror}; make room, or move away what is there") from None
+        raise ShardError(f"{path} cannot be written: {error.strerror}; free space, or move what is there") from None
     finally:
         Path(name).unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder that a tool writes into, where there is none. Raises ShardError naming it.
-
-    A link is refused: what is written through it would lie elsewhere, perhaps over what is there.
-    """
+    """Makes a folder for a tool's output, if there is none. Raises ShardError naming it, also for a link."""
     if path.is_symlink():
         raise ShardError(f"{path} is a link; remove it, or give another folder")
     try:

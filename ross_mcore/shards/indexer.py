@@ -1,7 +1,7 @@
-"""Indexing many shards: finding them, reading those that changed in worker processes, writing the index.
+"""Indexes many shards: finds them, reads changed ones in worker processes, writes the index.
 
-What a shard held is kept in OUT/index.parts/, one file a shard, and read again only when the shard's size, its
-modification time (or the store's tag) or what lengths are measured with has changed.
+OUT/index.parts/ has one file per shard, which is made again only when the shard's size, its modification time (or the
+store's tag) or the source of lengths has changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from ross_mcore import checked
 from ross_mcore.data.conversation import SampleBounds
-from ross_mcore.data.lengths import length_source
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, identify, is_remote, list_shards
 from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource
 from ross_mcore.data.spec import SampleSpec
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How shards are indexed; the part of a shard is good for as long as these are the same."""
+    """How shards are indexed; the part of a shard is valid for one tokenizer, spec and verify_images."""
 
     tokenizer: Path | None = None
     spec: SampleSpec = SampleSpec()
@@ -53,17 +52,14 @@ class Settings:
     cache_folder: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
 
-    def measure(self) -> tuple[Measure, LengthSource | None]:
+    def measure(self) -> Measure:
         """Raises TokenizerError."""
-        if self.tokenizer is None:
-            return Measure(spec=self.spec), None
-        tokenizer = load_tokenizer(self.tokenizer)
-        return Measure(tokenizer, self.spec), length_source(tokenizer, self.spec)
+        return Measure(None if self.tokenizer is None else load_tokenizer(self.tokenizer), self.spec)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to index: its place as the index will name it, its path or URL, and what tells its versions apart."""
+    """A shard to index: its name in the index, its path or URL, its size in bytes and an identifier of its version."""
 
     name: str
     location: str
@@ -74,9 +70,9 @@ class Shard:
 
 @dataclass
 class Indexing:
-    """What came of it.
+    """The outcome: counts of samples, images, shards, shards read again, members of no sample, damaged bytes.
 
-    `bad`: samples left out, and those that damaged bytes would have held at the mean size, but not the `over_bounds`.
+    `bad`: samples left out, plus damaged bytes divided by the mean size of a sample, without those `over_bounds`.
     """
 
     samples: int = 0
@@ -96,10 +92,10 @@ class Indexing:
 
 
 def find_shards(places: Sequence[str], out: Path) -> list[Shard]:
-    """The tars that folders, files, `*` patterns, `{0..9}` ranges and URLs name, in this order, each once.
+    """The tars of folders, files, `*` patterns, `{0..9}` ranges and URLs, in this order, each once.
 
-    A folder stands for its *.tar by name and for the shards elsewhere that an index.json in it names.
-    Raises ShardError for a place that names no tar, RemoteError for a URL that cannot be read.
+    A folder means its *.tar, sorted, and the shards outside of it that its index.json lists.
+    Raises ShardError for a place without a tar, RemoteError for a URL that cannot be read.
     """
     import braceexpand  # of webdataset, whose patterns these are
 
@@ -126,7 +122,7 @@ def _absolute(location: str) -> str:
 
 
 def _named_elsewhere(folder: Path) -> list[str]:
-    """The absolute paths and URLs in a folder's index.json, which an index made with --out consists of."""
+    """The absolute paths and URLs in a folder's index.json; an index made with --out has only these."""
     try:
         index = checked.read_json(folder / "index.json")
         names = [shard["name"] for shard in index["shards"] if "\0" not in shard["name"]]
@@ -160,11 +156,11 @@ def index_shards(
     num_workers: int = 0,
     progress: Callable[[int, int], None] = lambda done_bytes, all_bytes: None,
 ) -> Indexing:
-    """Indexes `shards` into `out`. quarantine.jsonl is written in any case, the index unless too much was bad.
+    """Indexes `shards` into `out`. quarantine.jsonl is always written, the index unless too many samples are bad.
 
     `num_workers=0` works in this process. Raises ShardError, TooManyBad, RemoteError and TokenizerError.
     """
-    _, source = settings.measure()
+    source = settings.measure().source
     parts = out / PARTS
     make_folder(parts)
     paths = [parts / f"{hashlib.sha256(shard.location.encode()).hexdigest()[:24]}.npz" for shard in shards]
@@ -201,7 +197,7 @@ def index_shards(
 
 
 def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dict[str, Any]:
-    """What a part depends on; as JSON, since it is compared with what was written."""
+    """The values that a part depends on, as JSON types, to be compared with those in its file."""
     return {
         "format": FORMAT_VERSION,
         "location": shard.location,
@@ -214,7 +210,7 @@ def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dic
 
 
 def _is_current(path: Path, about: dict[str, Any]) -> bool:
-    """Whether a part was made of this; one with pictures verified also serves who does not ask for it."""
+    """Whether a part was made with these values; verified pictures are always current."""
     found = part_facts(path)
     return found is not None and found["about"] in (about, {**about, "verified": True})
 
@@ -245,31 +241,30 @@ def _reasons(done: Indexing) -> str:
 
 Task = tuple[Shard, Path, dict[str, Any]]
 _worker: tuple[Settings, Measure, Any] | None = None
-"""What a worker process was started with."""
+"""Settings, measure and shared counter of a worker process."""
 
 
 def _run(tasks: Sequence[Task], settings: Settings, num_workers: int, progress: Callable[[int, int], None]) -> None:
-    """Makes the parts of shards, largest first so that the last to finish is a small one."""
+    """Makes the parts of shards, largest first, so that a small one finishes last."""
     total = sum(shard.size for shard, *_ in tasks)
     tasks = sorted(tasks, key=lambda task: -task[0].size)
     if not tasks:
         return
     progress(0, total)
     if num_workers < 1:
-        measure, done = settings.measure()[0], 0
-        for task in tasks:
-            counter = [done]
+        measure, done = settings.measure(), 0
 
-            def count(passed: int, counter: list[int] = counter) -> None:
-                counter[0] += passed
-                progress(counter[0], total)
-
-            _make_part(task, settings, measure, count)
-            done += task[0].size
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
             progress(done, total)
+
+        for task in tasks:
+            _make_part(task, settings, measure, count)
+        progress(total, total)
         return
-    # The parent has threads (progress, the tokenizer's), so workers are forked from a server that has none; what takes
-    # seconds to import is imported there, once.
+    # The parent has threads (progress, tokenizer), so workers are forked from a server without threads, which imports
+    # the slow modules once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *(["transformers.models.auto"] if settings.tokenizer else [])])
     passed = context.Value("Q", 0)
@@ -283,8 +278,8 @@ def _run(tasks: Sequence[Task], settings: Settings, num_workers: int, progress: 
             progress(min(passed.value, total), total)
     except BrokenProcessPool:
         raise ShardError(
-            "a worker process died (out of memory, or a decoder crashed); what was indexed so far is kept: run again "
-            "with fewer --num-workers, or with --num-workers 0 to see where it happens"
+            "a worker process died (out of memory, or a decoder crashed); finished shards are kept: run again with "
+            "fewer --num-workers, or with --num-workers 0 to see where it happens"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -293,8 +288,8 @@ def _run(tasks: Sequence[Task], settings: Settings, num_workers: int, progress: 
 
 def _start_worker(settings: Settings, passed: Synchronized[int]) -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core already
-    _worker = settings, settings.measure()[0], passed
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
+    _worker = settings, settings.measure(), passed
 
 
 def _work(task: Task) -> None:

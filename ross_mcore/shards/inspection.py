@@ -1,7 +1,6 @@
-"""What a data set holds, before GPU hours go into it: figures from its index, one sample's tokens, a contact sheet.
+"""Inspects a data set: figures from its index, one sample's tokens, a contact sheet.
 
-The figures come from the index alone, so that they take seconds for any number of samples; a single sample and the
-contact sheet read shards.
+The figures need the index alone, so they take seconds for any number of samples; tokens and contact sheet read shards.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ross_mcore import checked
 from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from ross_mcore.data.image import decode_image
-from ross_mcore.data.order import SampleOrder
+from ross_mcore.data.order import WINDOW_SAMPLES, SampleOrder, evenly_spaced
 from ross_mcore.data.packing import pack
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
@@ -34,9 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HISTOGRAM_BINS = 16
-PACKING_WINDOW = 16_384
 PACKING_WINDOWS = 8
-"""Windows of samples, drawn at random, that the fill of packed rows is measured on."""
+"""Number of windows of random samples for measuring how full packed rows get."""
 TILE = 224
 TEXT_LINES = 6
 LINE_PIXELS = 14
@@ -45,14 +43,14 @@ MARGIN = 8
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of the values below `width`, 2 * `width`, ...; the last bin has all that are as large or larger."""
+    """Counts of the values below `width`, 2 * `width`, ...; the last bin also has all larger values."""
 
     width: int
     counts: list[int]
 
     @classmethod
     def of(cls, values: NDArray[np.int64]) -> Histogram:
-        """Bins of a round width, up to the longest hundredth."""
+        """Bins of a round width, up to the 99th percentile."""
         target = max(1.0, float(np.quantile(values, 0.99)) / (HISTOGRAM_BINS - 1))
         decade = 10 ** math.floor(math.log10(target))
         width = next(step * decade for step in (1, 2, 5, 10) if step * decade >= target)
@@ -66,10 +64,10 @@ class Histogram:
 
 
 def inspect(reader: ShardReader, seq_length: int | None = None, image_tokens: int | None = None) -> dict[str, Any]:
-    """The figures of a data set, as JSON knows them. Packing needs `seq_length`, `image_tokens` and measured lengths.
+    """The figures of a data set, as JSON types. Packing needs `seq_length`, `image_tokens` and measured lengths.
 
-    `text` is in tokens where the index has them, else in words. `label_share`: labels among text tokens;
-    `without_labels`: samples whose answers no loss sees.
+    `text` is in tokens if the index has them, else in words. `label_share`: labels / text tokens; `without_labels`:
+    number of samples without any label.
     """
     rows = reader.samples
     images, labels = rows["num_images"].astype(np.int64), rows["label_tokens"].astype(np.int64)
@@ -110,15 +108,15 @@ def inspect(reader: ShardReader, seq_length: int | None = None, image_tokens: in
 
 
 def bad_samples(folder: Path) -> dict[str, int]:
-    """How many samples were left out of the index, by reason; from quarantine.jsonl, or make_shards' skipped.jsonl.
+    """Number of samples left out of the index, by reason; from quarantine.jsonl and the skipped.jsonl of make_shards.
 
-    Raises ShardError for a list that is damaged.
+    Raises ShardError for a damaged list.
     """
     reasons: Counter[str] = Counter()
     for name in ("quarantine.jsonl", "skipped.jsonl"):
         number = 0
         try:
-            for number, line in enumerate(checked.read_lines(folder / name), start=1):  # noqa: B007  said when damaged
+            for number, line in enumerate(checked.read_lines(folder / name), start=1):  # noqa: B007  used in errors
                 reasons[json.loads(line or b"")["reason"].partition(":")[0]] += 1
         except FileNotFoundError:
             continue
@@ -134,16 +132,16 @@ def bad_samples(folder: Path) -> dict[str, int]:
 def packing_figures(lengths: NDArray[np.int64], seq_length: int) -> dict[str, Any]:
     """How full rows of `seq_length` tokens get, from the token lengths [N] of all samples.
 
-    `filled`: tokens in the slots of packed rows; `filled_unpacked`: the same with a sample a row, padded to
-    `seq_length`; `too_long`: samples longer than a row, which are cut or, when that would go through their
-    only picture, skipped.
+    `filled`: share of packed rows that is tokens; `filled_unpacked`: the same with one sample per row, padded to
+    `seq_length`; `too_long`: samples longer than a row, which are cut or, if the cut would go through their only
+    picture, skipped.
     """
     order = SampleOrder(lengths.size, seed=0)
-    drawn = order.sample_at(np.arange(min(lengths.size, PACKING_WINDOW * PACKING_WINDOWS)))
+    drawn = order.sample_at(np.arange(min(lengths.size, WINDOW_SAMPLES * PACKING_WINDOWS)))
     fitting = np.clip(lengths[drawn], 1, seq_length)
     rows = 0
-    for start in range(0, fitting.size, PACKING_WINDOW):
-        rows += len(pack(fitting[start : start + PACKING_WINDOW], seq_length, key=0))
+    for start in range(0, fitting.size, WINDOW_SAMPLES):
+        rows += len(pack(fitting[start : start + WINDOW_SAMPLES], seq_length, key=0))
     return {
         "seq_length": seq_length,
         "samples_looked_at": int(fitting.size),
@@ -170,7 +168,7 @@ def record_of(reader: ShardReader, number: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a row as text; `supervised`: a loss asks for it."""
+    """A token of a row as text; `supervised`: it has a label."""
 
     id: int
     text: str
@@ -180,7 +178,7 @@ class Token:
 def tokens_of(
     record: dict[str, Any], num_images: int, tokenizer: PreTrainedTokenizerBase, spec: SampleSpec
 ) -> list[Token]:
-    """The tokens of a sample, an image being one. Raises ShardError for a record that has none."""
+    """The tokens of a sample, one per image. Raises ShardError for a record that has no row."""
     try:
         row = tokenize_conversation(record.get("conversations"), num_images, tokenizer, spec)
     except ConversationError as error:
@@ -191,10 +189,8 @@ def tokens_of(
 
 
 def write_contact_sheet(reader: ShardReader, path: Path, num_samples: int = 24, columns: int = 6) -> list[str]:
-    """Draws samples spread over the data set, each with its first picture and its text, as a PNG; their keys."""
-    numbers = np.unique(
-        np.linspace(0, len(reader) - 1, min(num_samples, len(reader))).round().astype(np.int64)
-    ).tolist()
+    """Writes a PNG of evenly spaced samples, each with its first picture and its text; returns their keys."""
+    numbers = evenly_spaced(len(reader), num_samples)
     columns = min(columns, len(numbers))
     width, height = TILE + MARGIN, TILE + TEXT_LINES * LINE_PIXELS + 2 * MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(numbers) // columns) * height + MARGIN), "white")
@@ -227,11 +223,11 @@ def _first_picture(reader: ShardReader, number: int) -> Image.Image | None:
 
 
 def _text(reader: ShardReader, number: int) -> str:
-    """A sample's turns as one text, `Q:` and `A:` before them."""
+    """A sample's turns as one text, with `Q:` and `A:` before them."""
     try:
         turns = record_of(reader, number).get("conversations")
     except ShardError as error:
         return str(error)
-    said = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    usable = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     names = {"human": "Q", "gpt": "A"}
-    return " ".join(f"{names.get(str(turn.get('from')), turn.get('from'))}: {turn.get('value')}" for turn in said)
+    return " ".join(f"{names.get(str(turn.get('from')), turn.get('from'))}: {turn.get('value')}" for turn in usable)

@@ -1,4 +1,4 @@
-"""LLaVA-format JSON and its image folder, record by record, on the way into shards.
+"""Converts LLaVA-format JSON and its image folder to shards.
 
 A record is {"id"?, "image"?: path or paths relative to the image folder, "conversations": [{"from", "value"}, ...]}.
 """
@@ -24,14 +24,14 @@ from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
-"""What may lie in an image folder; whatever is not in FORMATS is stored as PNG."""
+"""Formats allowed in an image folder; a format that is not in FORMATS is stored as PNG."""
 REMEDY = "copy it again, or write it again as a JSON list of records, or as .jsonl with one record a line"
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 
 
 @dataclass
 class Conversion:
-    """What became of the records. `ignored`: samples stored although they have no label under the template."""
+    """The outcome. `ignored`: samples stored although they have no label under the template."""
 
     samples: int = 0
     images: int = 0
@@ -42,8 +42,7 @@ class Conversion:
 def read_records(path: Path) -> tuple[int, Iterator[Any]]:
     """(number of records, the records) of a .json list, or of a .jsonl file, read line by line.
 
-    A damaged line of .jsonl comes as None: it is one bad record, not the end of the file.
-    Raises RecordsError naming the file.
+    A damaged line of .jsonl is one bad record, None. Raises RecordsError naming the file.
     """
     try:
         if path.suffix == ".jsonl":
@@ -60,7 +59,7 @@ def read_records(path: Path) -> tuple[int, Iterator[Any]]:
 
 
 def _require_list(path: Path) -> None:
-    """Raises ValueError for a file that does not end as a list does: what is cut off, or has a hole, is not read."""
+    """Raises ValueError for a file that does not end with `]`, so that a truncated file is not read."""
     checked.require_regular(path)
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 4096))
@@ -87,11 +86,10 @@ def convert_records(
     num_workers: int = 1,
     progress: Callable[[], None] = lambda: None,
 ) -> Conversion:
-    """Writes every usable record, in order, and the others with their reasons to skipped.jsonl beside the shards.
+    """Writes every usable record, in order; lists the others with reasons in skipped.jsonl beside the shards.
 
-    A sample's key is its record's number in the file, which is unique where ids need not be. Pictures are read and
-    decoded once, by `num_workers` threads. A record that `measure` refuses is skipped. Raises RecordsError when no
-    record is usable.
+    A sample's key is the number of its record in the file, because ids may be repeated. `num_workers` threads read and
+    decode every picture once. A record that `measure` refuses is skipped. Raises RecordsError when no record is usable.
     """
     done, bounds = Conversion(), measure.spec.bounds
     waiting: deque[tuple[int, Any, Future[list[tuple[str, bytes]]]]] = deque()

@@ -1,4 +1,4 @@
-"""From tars to parts of an index: the one place where members of a tar become rows.
+"""Measures records and turns the members of a tar into a part of an index.
 
 A sample that cannot be trained on is left out and listed in quarantine.jsonl with its shard, key and reason.
 """
@@ -18,12 +18,14 @@ from ross_mcore.data.conversation import (
     require_pictures,
 )
 from ross_mcore.data.image import decode_image
+from ross_mcore.data.lengths import length_source
 from ross_mcore.data.shard_reader import (
     CAPTION,
     MAX_IMAGES,
     RECORD,
     TURNS,
     UNKNOWN_LENGTH,
+    LengthSource,
     as_record,
 )
 from ross_mcore.data.spec import SampleSpec
@@ -42,14 +44,19 @@ MAX_PART_HEADER_BYTES = 16 << 20
 class Measure:
     """Checks records and counts their words and, with a tokenizer, their tokens and labels under `spec`.
 
-    A record over the bounds of `spec` is refused, over the tokens of them only with a tokenizer.
+    A record over the bounds of `spec` is refused; the bound of tokens needs a tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     spec: SampleSpec = SampleSpec()
 
+    @property
+    def source(self) -> LengthSource | None:
+        """The source of the lengths, None without a tokenizer."""
+        return None if self.tokenizer is None else length_source(self.tokenizer, self.spec)
+
     def __call__(self, record: Any, num_images: int) -> dict[str, int]:
-        """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for a record without a row."""
+        """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for an unusable record."""
         if not isinstance(record, dict):
             raise SampleError("the record is not a JSON object")
         turns = record.get("conversations")
@@ -79,9 +86,9 @@ class Measure:
 def index_tar(
     descriptor: int, measure: Measure, verify_images: bool = True, progress: Callable[[int], None] = lambda _: None
 ) -> ShardIndex:
-    """Indexes an open tar, whatever state it is in: every sample is in the rows or in the quarantine.
+    """Indexes an open tar, damaged or not: every sample is in the rows or in the quarantine.
 
-    `progress` is called with the bytes passed. Raises OSError when the file cannot be read.
+    `progress` is called with the bytes of every sample. Raises OSError when the file cannot be read.
     """
     members: list[Member] = []
     damages: list[Damage] = []
@@ -102,7 +109,7 @@ def index_tar(
     for sample in samples:
         try:
             columns, digest, sources = _row(descriptor, sample, measure, verify_images)
-        except (ValueError, RecursionError) as error:  # SampleError, ShardError, and whatever a parser makes of it
+        except (ValueError, RecursionError) as error:  # SampleError, ShardError, or of a parser
             quarantine.append((reportable(sample.key), str(error)))
         else:
             usable.append(sample)
@@ -119,10 +126,10 @@ def index_tar(
 def _row(
     descriptor: int, sample: TarSample, measure: Measure, verify_images: bool
 ) -> tuple[dict[str, int], bytes, dict[str, Any]]:
-    """(columns, digest, what its precomputed parts were made with) of a sample of a tar.
+    """(columns, digest, sources of precomputed parts) of a sample of a tar.
 
-    Where the pictures were left out, the parts tell their number and sizes. Raises ValueError when the sample cannot be
-    trained on.
+    If the pictures were left out, their number and sizes are those in the parts. Raises ValueError when the sample
+    cannot be trained on.
     """
     if sample.problem:
         raise SampleError(sample.problem)
@@ -150,7 +157,7 @@ def _row(
 
 
 def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:
-    """(sizes in bytes of the pictures, what it was made with) of precomputed parts, from the safetensors header."""
+    """(sizes in bytes of the pictures, source) of precomputed parts, from the safetensors header."""
     try:
         length = int.from_bytes(os.pread(descriptor, 8, member.offset), "little")
         if not 0 < length <= min(MAX_PART_HEADER_BYTES, member.size - 8):
@@ -166,7 +173,7 @@ def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:
 
 
 def _read_text(descriptor: int, sample: TarSample, num_images: int) -> tuple[bytes, int, dict[str, Any]]:
-    """(bytes, kind, record) of a sample's JSON, or of its caption where there is no JSON with a conversation in it."""
+    """(bytes, kind, record) of a sample's JSON, or of its caption if no JSON has a conversation."""
     problem = "it has no .txt"
     if "json" in sample.members:
         text = _read(descriptor, sample.members["json"])

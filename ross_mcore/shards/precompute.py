@@ -1,7 +1,7 @@
-"""What a frozen VAE and vision tower make of every picture of a data set, computed once, into new shards.
+"""Precomputes the outputs of the frozen VAE and vision tower for every picture of a data set, into new shards.
 
-Ranks share the shards; nothing is communicated but errors. A shard appears under its name when it is complete, with its
-part of the index beside it, so a run that was interrupted goes on with the shards that are missing.
+Every rank makes a share of the shards; only errors are communicated. A shard gets its name when it is complete, and its
+part of the index after that, so an interrupted run continues with the missing shards.
 Legend: n pictures of a sample, H W pixels of the tower's input.
 """
 
@@ -44,16 +44,16 @@ from ross_mcore.shards.index_parts import (
     replacing,
     write_index,
 )
-from ross_mcore.shards.tars import Member, group_members, reportable, walk_tar
+from ross_mcore.shards.tars import picture_members, read_samples, reportable
 
 SETTINGS = "precompute.json"
 COLUMNS = ("kind", "num_images", "text_words", "text_tokens", "label_tokens", "image_spans")
-"""Of a SAMPLE_ROW: what does not change when a sample moves to another tar."""
+"""Columns of a SAMPLE_ROW that do not depend on the tar."""
 
 
 @dataclass(frozen=True)
 class PictureParts:
-    """The frozen modules, and what they make of pictures."""
+    """The frozen modules, with the preprocessing of their pictures and the sources of their outputs, by kind."""
 
     preprocessing: ImagePreprocessing
     modules: dict[str, VisionModel | PixelDecoder]
@@ -70,7 +70,7 @@ class PictureParts:
         return found
 
     def blank(self) -> dict[str, Tensor]:
-        """The same of one picture of the mean colour, without the first dimension."""
+        """The same for one picture of the mean colour, without the first dimension."""
         size = self.preprocessing.image_size
         return {kind: made[0] for kind, made in self(torch.zeros(1, 3, size, size)).items()}
 
@@ -103,7 +103,7 @@ def load_picture_parts(run: Path, kinds: Sequence[str], aspect_ratio: ImageAspec
 
 @dataclass
 class Precomputed:
-    """What came of it on this rank: pictures computed now, shards, those found finished, what was left out and why."""
+    """The outcome on this rank: pictures computed now, shards, complete shards found, (key, reason) of bad samples."""
 
     pictures: int = 0
     shards: int = 0
@@ -113,7 +113,7 @@ class Precomputed:
 
 @dataclass
 class _Sample:
-    """A sample as it stands in its shard, and its pixels [n, 3, H, W]; or what is wrong with it."""
+    """A sample as stored in its shard, and its pixels [n, 3, H, W]; or a problem."""
 
     number: int
     key: str
@@ -128,7 +128,7 @@ class Precomputation:
     """Writes the shards of `reader` with the parts of their pictures into `out`, and their index.
 
     A sample with a picture that cannot be decoded is left out and listed in quarantine.jsonl. `drop_images` leaves out
-    the pictures themselves. `batch_size` pictures are computed at once, `num_workers` threads decode.
+    the pictures. `batch_size` pictures are computed at once, `num_workers` threads decode.
     """
 
     reader: ShardReader
@@ -141,7 +141,7 @@ class Precomputation:
     def run(
         self, rank: int = 0, world_size: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Precomputed:
-        """Makes this rank's share of the shards that are missing. `progress` gets the pictures done and in all, of it.
+        """Makes this rank's share of the missing shards. `progress` gets the numbers of its finished and all pictures.
 
         Collective. Raises ShardError or OSError on every rank when any fails.
         """
@@ -156,7 +156,7 @@ class Precomputation:
         return len(self.reader.index["shards"])
 
     def _begin(self) -> None:
-        """Makes `out`, or finds it begun with the same settings."""
+        """Makes `out`, or checks that it was begun with the same settings."""
         settings = {
             "data": self.reader.fingerprint,
             "shards": [shard["name"] for shard in self.reader.index["shards"]],
@@ -172,7 +172,7 @@ class Precomputation:
             except (FileNotFoundError, ValueError):
                 begun = None
             if begun is None:
-                raise ShardError(f"{out} is not empty and was not begun here; choose another folder")
+                raise ShardError(f"{out} is not empty and holds no {SETTINGS}; choose another folder")
             if begun != text:
                 raise ShardError(
                     f"{out} was begun with other settings, shards or weights (see {out / SETTINGS}); remove it or "
@@ -213,7 +213,7 @@ class Precomputation:
         with replacing(self._tar(shard)) as stream:
             tar = TarWriter(stream, encoder=False, mtime=0)
             for group in self._groups(rows):
-                read = [self._read(number) for number in group]  # here: a reader is no reader of threads
+                read = [self._read(number) for number in group]  # in this thread: a reader is not thread-safe
                 found = list(pool.map(self._decode, read))
                 bad += [(reportable(sample.key), sample.problem) for sample in found if sample.problem is not None]
                 samples = [sample for sample in found if sample.problem is None]
@@ -228,16 +228,15 @@ class Precomputation:
                 progress(passed)
             tar.close()
             stream.flush()
-            members, _ = group_members(found for found in walk_tar(stream.fileno()) if isinstance(found, Member))
             sources = {kind: [asdict(source)] for kind, source in self.parts.sources.items() if passed}
-            index = ShardIndex.of(members, facts, digests, bad, part_sources=sources)
+            index = ShardIndex.of(read_samples(stream.fileno()), facts, digests, bad, part_sources=sources)
             total_bytes = os.fstat(stream.fileno()).st_size
         index.save(self._index(shard), {"bytes": total_bytes})
         done.pictures += passed
         done.bad += [(str(key), reason) for key, reason in bad]
 
     def _groups(self, rows: slice) -> Iterator[list[int]]:
-        """Runs of samples that fill a batch of pictures, or are many."""
+        """Groups of consecutive samples with a batch of pictures, or 1024 samples."""
         group: list[int] = []
         pictures = 0
         for number in range(rows.start, rows.stop):
@@ -250,7 +249,7 @@ class Precomputation:
             yield group
 
     def _read(self, number: int) -> _Sample:
-        """A sample, not yet decoded."""
+        """A sample that is not decoded."""
         sample = _Sample(number, self.reader.keys([number])[0])
         try:
             sample.text = self.reader.text_bytes(number)
@@ -280,12 +279,11 @@ class Precomputation:
         return [{kind: tensors[place] for kind, tensors in made.items()} for place in range(len(pixels))]
 
     def _members(self, sample: _Sample, its_parts: dict[str, Tensor], sizes: list[int]) -> dict[str, Any]:
-        """A sample of the new shard, as `webdataset` writes it."""
+        """A sample of the new shard, for `webdataset`."""
         is_caption = self.reader.samples[sample.number]["kind"] == CAPTION
         members: dict[str, Any] = {"__key__": sample.key, "txt" if is_caption else "json": sample.text}
-        for number, data in enumerate([] if self.drop_images else sample.pictures):
-            suffix = _suffix(data)
-            members[suffix if len(sizes) == 1 else f"{number}.{suffix}"] = data
+        if not self.drop_images:
+            members |= picture_members([(_suffix(data), data) for data in sample.pictures])
         for kind, tensors in its_parts.items() if sizes else ():
             member = pack_part(kind, tensors, self.parts.sources[kind], sizes)
             if len(member) > MAX_PART_BYTES:
@@ -303,7 +301,7 @@ class Precomputation:
         return self.out / PARTS / f"shard-{shard:05d}.npz"
 
     def _finished_bytes(self, shard: int) -> int | None:
-        """The size of a shard that is complete and has its part of the index, else None."""
+        """The size of a complete shard that has its part of the index, else None."""
         facts, tar = part_facts(self._index(shard)), self._tar(shard)
         size = tar.stat().st_size if tar.is_file() else None
         return size if facts is not None and facts["about"] == {"bytes": size} else None

@@ -1,15 +1,15 @@
-"""What stands in a tar: its members, found in whatever state the file is, and the samples they make up.
+"""Finds the members of a tar, damaged or not, and groups them into samples.
 
-`tarfile` ends without a word at a damaged header and may read what a header claims; here the headers are decoded by it
-and walked here, so that damage is reported, everything behind it is still found, and no more is read than there is.
-Names of members are keys, never paths: nothing is written under them.
+`tarfile` ends silently at a damaged header and may read as much as a header claims. Here it decodes headers only, so
+that damage is reported, members behind it are found, and no more is read than the file has.
+Names of members are keys, never paths of files.
 """
 
 from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ross_mcore.data.shard_reader import (
@@ -25,19 +25,19 @@ from ross_mcore.data.shard_reader import (
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_DATA = 1 << 20
-"""Most bytes of a long name or a pax header; a larger one counts as damage."""
+"""Maximum bytes of a long name or a pax header; a larger one is damage."""
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE, *PAX)
 MAGIC = 257
-"""Where a header says "ustar"."""
+"""Offset of "ustar" in a header."""
 SEARCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member that is not a folder: its content is `size` bytes at `offset`, unless `problem` says why not."""
+    """A member that is not a folder: `size` bytes at `offset`, not usable if it has a `problem`."""
 
     name: str
     offset: int
@@ -47,7 +47,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Damage:
-    """Bytes of a tar that are no members, from `start` to `end`."""
+    """Damaged bytes of a tar, from `start` to `end`."""
 
     start: int
     end: int
@@ -55,7 +55,7 @@ class Damage:
 
 @dataclass
 class TarSample:
-    """The members that share a key: the record's place (offset, size), or a caption's, and the pictures', in order."""
+    """The members with the same key, by suffix."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -63,6 +63,7 @@ class TarSample:
 
     @property
     def pictures(self) -> list[Member]:
+        """The pictures, sorted by number, then place in the tar."""
         numbered = [
             (int(number or 0), member.offset, member)
             for suffix, member in self.members.items()
@@ -73,20 +74,20 @@ class TarSample:
 
     @property
     def parts(self) -> dict[str, Member]:
-        """What was computed of the pictures beforehand, by kind."""
+        """The precomputed parts of the pictures, by kind."""
         return {kind: self.members[suffix] for suffix, kind in PART_SUFFIXES.items() if suffix in self.members}
 
 
 def walk_tar(descriptor: int) -> Iterator[Member | Damage]:
-    """The members of an open tar in the order of the file, and the places where it is damaged.
+    """The members of an open tar in file order, and its damage.
 
-    After damage, members go on where the next whole ustar header stands, wherever that is; zeros between archives that
-    were put together are passed over. Raises OSError when the file cannot be read, and nothing for what is in it.
+    After damage, members continue at the next complete ustar header. Zeros between concatenated archives are skipped.
+    Raises OSError when the file cannot be read, and nothing for its content.
     """
     total, offset = os.fstat(descriptor).st_size, 0
     long_name, pax = None, {}
-    content_end = 0  # of the last member: behind it, bytes may be missing
-    announced_from: int | None = None  # where headers begin that say more about the member to come
+    content_end = 0  # of the last member: bytes may be missing after it
+    announced_from: int | None = None  # first of the extension headers of the next member
     while offset < total:
         block = os.pread(descriptor, BLOCK, offset)
         if not block.strip(b"\0"):
@@ -114,7 +115,7 @@ def walk_tar(descriptor: int) -> Iterator[Member | Damage]:
                 if end <= total:
                     content_end, offset = min(end, data + member.size), end
                     continue
-                damaged_from = search_from = data  # the tar ends, or the size is wrong and whole members follow
+                damaged_from = search_from = data  # the tar ends, or the size is wrong and complete members follow
         else:
             search_from = content_end
         long_name, pax, announced_from = None, {}, None
@@ -129,7 +130,7 @@ def walk_tar(descriptor: int) -> Iterator[Member | Damage]:
 def _member(
     header: tarfile.TarInfo, data: int, total: int, long_name: str | None, pax: dict[str, str]
 ) -> tuple[Member | None, int]:
-    """(the member whose content begins at `data`, where the next header stands); None for an impossible size."""
+    """(the member whose content begins at `data`, offset of the next header); None for an impossible size."""
     size = _pax_size(pax, header.size)
     if size is None:
         return None, total
@@ -151,7 +152,7 @@ def _member(
 
 
 def _next_header(descriptor: int, start: int, total: int) -> int:
-    """Where the first whole ustar header from `start` on stands, or `total`."""
+    """Offset of the first complete ustar header from `start` on, or `total`."""
     while start < total:
         window = os.pread(descriptor, SEARCH_BYTES, start)
         place = window.find(b"ustar", MAGIC)
@@ -167,10 +168,10 @@ def _next_header(descriptor: int, start: int, total: int) -> int:
 
 
 def group_members(members: Iterable[Member]) -> tuple[list[TarSample], int]:
-    """(samples in the order of their first members, number of members that belong to none).
+    """(samples in the order of their first members, number of members of no sample).
 
-    As in WebDataset, the key is a member's name up to the first dot of its last part, the suffix in small letters is
-    the rest. Members of a sample need not be neighbours. Where a name comes again, a second sample of that key begins.
+    As in WebDataset, the key is a member's name up to the first dot of its last part, and the rest is the suffix, in
+    lower case. Members of a sample need not be neighbours. A repeated name begins a second sample with the same key.
     """
     samples: list[TarSample] = []
     latest: dict[str, TarSample] = {}
@@ -205,12 +206,24 @@ def group_members(members: Iterable[Member]) -> tuple[list[TarSample], int]:
 
 
 def reportable(key: str) -> str:
-    """A key for a report, whatever is in it."""
+    """A key as valid Unicode for a report."""
     return key.encode("utf-8", "backslashreplace").decode()
 
 
+def read_samples(descriptor: int) -> list[TarSample]:
+    """The samples of an open tar that this program wrote."""
+    return group_members(member for member in walk_tar(descriptor) if isinstance(member, Member))[0]
+
+
+def picture_members(pictures: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
+    """(suffix, bytes) of a sample's pictures -> members by suffix: `jpg` for one, `0.jpg`, `1.png` ... for several."""
+    if len(pictures) == 1:
+        return dict(pictures)
+    return {f"{number}.{suffix}": data for number, (suffix, data) in enumerate(pictures)}
+
+
 def _key_problem(key: str) -> str | None:
-    """Why a name is no key: keys stand in keys.txt, in reports and in names of pictures that a run writes."""
+    """Why a name is not a valid key: keys are in keys.txt, in reports and in file names of pictures of a run."""
     if not key or key.endswith("/"):
         return "it has no key"
     try:
@@ -227,7 +240,7 @@ def _key_problem(key: str) -> str | None:
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
-    """The header in a block, None where the block is none."""
+    """The header in a block, None if the block is not a header."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError, OverflowError):
@@ -240,13 +253,13 @@ def _padded(size: int) -> int:
 
 
 def _pax_size(fields: dict[str, str], size: int) -> int | None:
-    """The size that pax fields give a member, else `size`; None for one that is no size."""
+    """The size of a member in its pax fields, else `size`; None for an invalid one."""
     given = fields.get("size", str(size))
     return int(given) if given.isascii() and given.isdigit() and len(given) < 20 else None
 
 
 def _pax_fields(data: bytes) -> dict[str, str]:
-    """The fields `length key=value` of a pax header, as far as they are well-formed."""
+    """The fields `length key=value` of a pax header before the first malformed one."""
     fields, place = {}, 0
     while place < len(data):
         digits, space, _ = data[place : place + 20].partition(b" ")

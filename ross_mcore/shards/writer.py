@@ -1,4 +1,4 @@
-"""Writing a data set folder (see shards.py): tars by `webdataset`, then an index of what really stands in them."""
+"""ShardWriter: writes a data set folder (format: data/shard_reader.py), tars with `webdataset`, then their index."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ross_mcore.data.shard_reader import (
 )
 from ross_mcore.errors import ShardError
 from ross_mcore.shards.index_parts import IndexedShard, ShardIndex, content_digest, share, write_index
-from ross_mcore.shards.tars import Member, group_members, walk_tar
+from ross_mcore.shards.tars import picture_members, read_samples
 
 
 class ShardWriter:
-    """Writes a data set folder in one piece: under a temporary name beside `out`, renamed when complete.
+    """Writes a data set folder under a temporary name beside `out`, which is renamed when complete.
 
-    A context manager. An exception inside it leaves nothing behind. Raises ShardError when `out` exists and is not
-    empty, unless `overwrite` and `out` is itself a data set.
+    A context manager: an exception inside it removes all files. Raises ShardError when `out` exists and is not empty,
+    unless `overwrite` and `out` is a data set.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ShardWriter:
         self.out = Path(out).absolute()
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._length_source = length_source
-        if self.out.is_symlink():  # at the end a folder takes its place
+        if self.out.is_symlink():  # it would be replaced by a folder
             raise ShardError(f"{out} is a link; give the folder that it leads to, or another one")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             if not overwrite:
@@ -73,7 +73,7 @@ class ShardWriter:
     ) -> None:
         """Appends a sample; `record` is a JSON object in UTF-8, `images` are (suffix, encoded bytes), see SAMPLE_ROW.
 
-        Raises ShardError for what a reader would refuse.
+        Raises ShardError for a sample that a reader would refuse.
         """
         if not key or not key.isascii() or not key.replace("-", "").replace("_", "").isalnum():
             raise ShardError(f"sample key {key!r}: only ASCII letters, digits, - and _ are allowed")
@@ -90,10 +90,7 @@ class ShardWriter:
 
             self._stream = self._shard_path().open("wb")  # noqa: SIM115  closed with the shard
             self._tar = TarWriter(self._stream, encoder=False, mtime=0)
-        members: dict[str, Any] = {"__key__": key, "json": record}
-        for number, (suffix, data) in enumerate(images):
-            members[suffix if len(images) == 1 else f"{number}.{suffix}"] = data
-        self._tar.write(members)
+        self._tar.write({"__key__": key, "json": record, **picture_members(images)})
         self._shard_bytes += size
         facts = {
             "num_images": len(images),
@@ -112,10 +109,11 @@ class ShardWriter:
         assert self._stream is not None
         path = self._shard_path()
         self._tar.close()
-        _sync_and_close(self._stream)
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
         with path.open("rb") as tar:
-            found = list(walk_tar(tar.fileno()))
-        members, _ = group_members(member for member in found if isinstance(member, Member))
+            members = read_samples(tar.fileno())
         keys, facts, digests = zip(*self._pending, strict=True)
         held = [(sample.key, len(sample.pictures)) for sample in members]
         written = [(key, columns["num_images"]) for key, columns in zip(keys, facts, strict=True)]
@@ -154,9 +152,3 @@ class ShardWriter:
                 self._tar.close()
                 self._stream.close()
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _sync_and_close(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()

@@ -30,6 +30,7 @@ from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.finite import all_finite
 from ross_mcore.engine.losses import (
+    DataSetLosses,
     Losses,
     MicroBatchLosses,
     Objective,
@@ -37,7 +38,7 @@ from ross_mcore.engine.losses import (
     micro_batch_weights,
     weighted_loss,
 )
-from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, learning_rate, set_hyperparameters
+from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, set_hyperparameters
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.step import AgreedStep, Request, agree_on_step, samples_of
 from ross_mcore.models.diffusion import Draws
@@ -66,14 +67,10 @@ class Computed:
 
 @dataclass(frozen=True)
 class Trained(Computed):
-    """A step that was trained on.
-
-    grad_norm: before clipping; learning_rate: that of --lr in this step; applied: False when a loss, the norm or a
-    weight was not finite on any rank, so that no weight was changed.
-    """
+    """A step that was trained on. grad_norm: before clipping; applied: False when a loss, the norm or a weight was not
+    finite on any rank: then no weight has changed."""
 
     grad_norm: float
-    learning_rate: float
     applied: bool
 
 
@@ -124,10 +121,10 @@ class Engine:
         """A step that this rank has read, with the size on which all ranks agree."""
         return AgreedStep(step, agree_on_step(step, self.groups, self.row_multiple, self.device, request))
 
-    def train(self, step: AgreedStep, iteration: int, randomness: Randomness = KEYED) -> Trained:
-        """The optimizer step after `iteration` finished steps; returns when the device has finished it."""
+    def train(self, step: AgreedStep, steps_done: int, randomness: Randomness = KEYED) -> Trained:
+        """The optimizer step after `steps_done` others; returns when the device has finished it."""
         options = self.config.optimizer
-        set_hyperparameters(self.optimizer, iteration, self.train_iters, options)
+        set_hyperparameters(self.optimizer, steps_done, self.train_iters, options)
         computed = self.gradients(step, randomness=randomness)
         at("gradient norm")
         norm = gradient_norm(self.optimizer)
@@ -138,8 +135,7 @@ class Engine:
             self.model.weights_changed()
         at("waiting for the device")
         platform.synchronize()
-        rate = learning_rate(iteration, self.train_iters, options)
-        return Trained(computed.losses, computed.kept, norm, rate, applied)
+        return Trained(computed.losses, computed.kept, norm, applied)
 
     def gradients(
         self, step: AgreedStep, objective: Objective | None = None, randomness: Randomness = KEYED
@@ -147,30 +143,34 @@ class Engine:
         """Forward and backward: returns the step's losses and leaves the reduced gradients in the model."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        kept = self._schedule(step, "losses", objective or self.objective, randomness, forward_only=False)
-        at("losses")
-        return Computed(combine_losses(kept, self.groups, self.device, self.num_datasets), kept)
+        return self._losses(step, objective, randomness, forward_only=False)
 
     @torch.no_grad()
-    def losses(
-        self, steps: Iterable[AgreedStep], objective: Objective | None = None, randomness: Randomness = KEYED
-    ) -> Computed:
-        """Forward only, over several steps as one data set; by default with the training objective.
-
-        Under the `global` normalization, lm_loss and vm_loss are sums of the steps' means; `datasets` has the means
-        over all samples.
-        """
+    def losses(self, step: AgreedStep, objective: Objective | None = None, randomness: Randomness = KEYED) -> Computed:
+        """Forward alone; by default with the objective of training."""
         self.model.gather_weights()
-        chosen = objective or self.objective
-        kept = [part for step in steps for part in self._schedule(step, "losses", chosen, randomness, True)]
+        return self._losses(step, objective, randomness, forward_only=True)
+
+    @torch.no_grad()
+    def evaluate(self, steps: Iterable[AgreedStep], objective: Objective, randomness: Randomness) -> DataSetLosses:
+        """Means over all labels and all images of several steps of one data set."""
+        self.model.gather_weights()
+        kept = [part for step in steps for part in self._schedule(step, "losses", objective, randomness, True)]
         at("losses")
-        return Computed(combine_losses(kept, self.groups, self.device), kept)
+        return combine_losses(kept, self.groups, self.device).datasets[0]
 
     @torch.no_grad()
     def hidden(self, step: AgreedStep) -> list[Tensor]:
         """Hidden states [T, 1, D] after the final norm, one for each micro-batch, on the last stage; [] on others."""
         self.model.gather_weights()
         return self._schedule(step, "hidden", self.objective, KEYED, forward_only=True)
+
+    def _losses(
+        self, step: AgreedStep, objective: Objective | None, randomness: Randomness, forward_only: bool
+    ) -> Computed:
+        kept = self._schedule(step, "losses", objective or self.objective, randomness, forward_only)
+        at("losses")
+        return Computed(combine_losses(kept, self.groups, self.device, self.num_datasets), kept)
 
     def _schedule(
         self,
@@ -184,18 +184,18 @@ class Engine:
         size, image_size = step.size, self.model_config.vision.image_size
         count, with_blanks = size.micro_batches, objective.with_blank_samples
 
-        def forward_step(numbers: Iterator[int], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
+        def forward_step(numbers: Iterator[int], wrapped: DistributedDataParallel) -> tuple[Tensor, Any]:
             number = next(numbers)
             at(f"forward and backward, micro-batch {number + 1} of {count}")
-            chunk = stage.module
-            rows = step.rows_of(number) if chunk.pre_process or chunk.post_process else None
+            model = wrapped.module
+            rows = step.rows_of(number) if model.pre_process or model.post_process else None
             slots = step.slots_of(number)
             batch: Batch | None = None
             if rows is not None:
                 batch = collate(rows, size.seq_length, image_size, slots, with_blanks).to(self.device)
             draws = None if randomness.recorded is None else randomness.recorded[number]
             lengths = segments(slots, size.seq_length)
-            result = stage(batch, lengths, output=output, draws=draws, draw_seed=randomness.seed)
+            result = wrapped(batch, lengths, output=output, draws=draws, draw_seed=randomness.seed)
             if output == "hidden":
                 return result, lambda hidden, non_loss_data=True: hidden
             samples = samples_of([rows or []])

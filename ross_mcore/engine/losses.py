@@ -120,7 +120,8 @@ def weighted_loss(
 ) -> tuple[Tensor, Tensor, MicroBatchLosses]:
     """sums [N, 2] of one micro-batch -> (its term of the loss [], tokens [] for mcore, its losses).
 
-    mcore divides by the tokens, but not by 0.
+    mcore divides nothing: under calculate_per_token_loss (models/language.py) it leaves the division by tokens to
+    finalize_model_grads, which engine/setup.py calls without them, so that this count is never used.
     """
     terms = sums.sum(0) * sums.new_tensor(weights)
     kept = MicroBatchLosses.of(samples, terms, sums, with_blank_samples)

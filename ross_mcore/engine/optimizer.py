@@ -40,7 +40,10 @@ It is only a name: mcore matches the groups of a checkpoint with those of a run 
 def peak_rates(options: OptimizerOptions) -> dict[float, float]:
     """Tag of a part -> its peak learning rate."""
     own = {part.optimizer_tag: getattr(options, part.rate_option) for part in PARTS if part.rate_option}
-    return {1.0: options.lr, **{tag: options.lr if rate is None else rate for tag, rate in own.items()}}
+    return {
+        LANGUAGE_MODEL.optimizer_tag: options.lr,
+        **{tag: options.lr if rate is None else rate for tag, rate in own.items()},
+    }
 
 
 def _no_decay(decay_norm_weights: bool) -> ParamKey:

@@ -92,7 +92,7 @@ class ReadStep:
     @property
     def consumed_samples(self) -> int:
         """Samples of the stream up to the end of this step."""
-        return self.step.step.cursor["consumed_samples"]
+        return self.step.loaded.cursor["consumed_samples"]
 
     @property
     def bad_samples_so_far(self) -> int:

@@ -40,7 +40,7 @@ class NotBuilt:
 class Span:
     """train_iters: length of the learning-rate schedule; num_datasets: data sets of the mixture."""
 
-    train_iters: int = 1
+    train_iters: int
     num_datasets: int = 1
 
 
@@ -49,10 +49,10 @@ def build_engine(
     model_config: ModelConfig,
     groups: Groups,
     start: Checkpoint,
+    span: Span,
     *,
     resume: bool = False,
     not_built: NotBuilt | None = None,
-    span: Span = Span(),  # noqa: B008
 ) -> Engine:
     """The engine with the weights of `start` and, with `resume`, its moments. Collective; raises CheckpointError."""
     not_built = not_built or NotBuilt()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -30,13 +30,21 @@ CARRIED = "carried"
 _logger = logging.getLogger(__name__)
 
 
+RECENT_LOSSES = 100
+
+
+def remembered(recent: Sequence[float], value: float) -> tuple[float, ...]:
+    """`recent` with `value`, at most RECENT_LOSSES of them."""
+    return (*recent, value)[-RECENT_LOSSES:]
+
+
 @dataclass(frozen=True)
 class TrainState:
     """The state of a run besides weights and moments; everything else follows from it and the options.
 
-    data: the loader's state, the place of the next row; bad_samples: number of bad samples so far; recent losses: for
-    comparison with the next ones (guards/spikes.py); options: these may change when the run is resumed, the fields
-    after it may not (training/resume.py); samples: how samples are read, of all data sets.
+    data: the loader's state, the place of the next row; bad_samples: so far, without those of --skip-samples; recent
+    losses: of the last applied steps, for comparison with the next ones (guards/spikes.py); options: these may change
+    when the run is resumed, the fields after it may not (training/resume.py); samples: the SampleSpec of all data sets.
     """
 
     iteration: int = 0

@@ -29,9 +29,9 @@ class StepSize:
     """The size of a step, known to all ranks before they compute it.
 
     seq_length: tokens of every row; label_tokens, images, blank_samples (without a picture): numbers on all ranks, the
-    denominators of the two losses; row_tokens: tokens that are not padding; skipped_samples: empty rows;
-    ignored_samples: rows without any label, which only train on their pictures; micro_batches: of a rank; rows: of a
-    micro-batch; found_bad: bad samples that are still in the step; request: the strongest of all ranks;
+    denominators of the two losses; row_tokens: tokens that are not padding; skipped_samples: those without tokens;
+    ignored_samples: those without a label, which only train on their pictures; micro_batches: of a rank; rows: of a
+    micro-batch; found_bad: faults found in samples still in the step; request: the strongest of all ranks;
     peak_memory_bytes: the largest of all ranks, before the step.
     """
 
@@ -53,17 +53,17 @@ class StepSize:
 class AgreedStep:
     """A step whose share every rank has read. size: the same on all ranks; read_seconds: how long this rank waited."""
 
-    step: Step
+    loaded: Step
     size: StepSize
     read_seconds: float = 0.0
 
     def rows_of(self, number: int) -> list[Row] | None:
         """The rows of a micro-batch; None on a rank that reads nothing."""
-        return None if self.step.micro_batches is None else self.step.micro_batches[number]
+        return None if self.loaded.micro_batches is None else self.loaded.micro_batches[number]
 
     def slots_of(self, number: int) -> list[Slots]:
         """Tokens reserved for the samples of each row of a micro-batch: as planned, or one sample to a row."""
-        return self.step.slots[number] if self.step.slots is not None else [[self.size.seq_length]] * self.size.rows
+        return self.loaded.slots[number] if self.loaded.slots is not None else [[self.size.seq_length]] * self.size.rows
 
 
 def agree_on_step(

@@ -25,8 +25,8 @@ class FiniteNumbers(Guard):
 
     def after_step(self, result: StepResult, incidents: Sequence[Incident]) -> None:
         state, folder = result.state, self.run.save_folder
-        if state.bad_steps_in_a_row >= self.run.config.training.max_bad_steps:
-            reasons = "; ".join(incident.reason for incident in incidents)
+        if result.trained is not None and state.bad_steps_in_a_row >= self.run.config.training.max_bad_steps:
+            reasons = "; ".join(incident.reason for incident in incidents if incident.kind == "not finite")
             raise TrainingError(
                 f"iteration {state.iteration}: numbers were not finite {state.bad_steps_in_a_row} times in a row "
                 f"({reasons}); the last checkpoint under {folder} is intact. Lower --lr, or look at the samples "

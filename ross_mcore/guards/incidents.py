@@ -49,7 +49,7 @@ class Incident:
         names = ", ".join(sample.key for sample in self.samples[:3])
         more = len(self.samples) - 3
         shown = f"; samples {names}" + (f" and {more} more" if more > 0 else "") if names else ""
-        update = "" if self.kind == "spike" else ": update skipped"
+        update = ": update skipped" if self.kind in ("not finite", "skipped") else ""
         return f"iteration {self.iteration}{update}: {self.reason}{shown} ({INCIDENTS_FILE})"
 
 
@@ -74,7 +74,7 @@ def samples_behind(loss: LossName | None, run: Run, result: StepResult) -> list[
     found = sorted(row for broken, _ in everyone for row in broken)
     if loss is not None or not found:
         found += sorted((row for _, finite in everyone for row in finite), key=size, reverse=True)
-    planned = result.read.step.step.rows
+    planned = result.read.step.loaded.rows
     numbers = {int(p): int(n) for row in planned for p, n in zip(row.positions, row.samples)}
     return [
         SampleLosses(

@@ -10,8 +10,6 @@ from ross_mcore.engine.run import StepResult
 from ross_mcore.guards.guard import Guard
 from ross_mcore.guards.incidents import Incident, LossName, samples_behind
 
-WINDOW = 100
-"""Number of previous steps that a loss is compared with."""
 LEAST = 20
 """Minimum number of previous steps; with fewer, no step is judged."""
 
@@ -36,11 +34,6 @@ def find_spike(loss: LossName, value: float, recent: Sequence[float], factor: fl
         return None
     middle = median(recent)
     return Spike(loss, value, middle, len(recent)) if value > factor * middle else None
-
-
-def remembered(recent: Sequence[float], value: float) -> tuple[float, ...]:
-    """`recent` with `value` appended, the last WINDOW of them."""
-    return (*recent, value)[-WINDOW:]
 
 
 class LossSpikes(Guard):

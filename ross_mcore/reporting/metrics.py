@@ -58,7 +58,7 @@ class StepMetrics:
             learning_rate=learning_rate(read.before.iteration, run.train_iters, run.config.optimizer),
             num_tokens=0 if trained is None else size.label_tokens,
             num_images=0 if trained is None else size.images,
-            sample_digest=run.loader.digest(read.step.step),
+            sample_digest=run.loader.digest(read.step.loaded),
             step_seconds=result.step_seconds,
             data_seconds=read.step.read_seconds,
             bad_samples=len(read.bad),

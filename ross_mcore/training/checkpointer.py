@@ -35,7 +35,8 @@ class Checkpointer:
         self._run, self._say = run, say
         self._copies = HostCopies() if run.config.checkpoint.async_save else None
         self._running: RunningSave | None = None
-        self._blocked_seconds = 0.0
+        self._began = 0.0
+        self._blocked_seconds: float | None = None  # of the last save; None while training waits for it
         self._failures = 0
         self._retry_at: int | None = None
         self._iteration = 0
@@ -54,18 +55,16 @@ class Checkpointer:
             self.wait(self._iteration, "the run ends")
 
     def after_step(self, state: TrainState) -> None:
-        """Reports the outcome of a save, and retries a failed one. Call after every step."""
+        """Reports the outcome of the running save. Call after every step."""
         progress.at("checking the running save")
         self._iteration = state.iteration
         if self._running is not None:
             self._run_and_report(self._running.poll, state.iteration)
-        if self._retry_at is not None and state.iteration >= self._retry_at:
-            self.save(state)
 
     def save_if_due(self, state: TrainState, request: Request) -> None:
-        """Saves on request, every --save-interval iterations and after the last iteration."""
-        if request or self._run.is_due(state.iteration, self._run.config.checkpoint.save_interval):
-            progress.at("saving a checkpoint", is_long=True)
+        """Saves on request, every --save-interval iterations, after the last one, and again after a failure."""
+        retries = self._retry_at is not None and state.iteration >= self._retry_at
+        if request or retries or self._run.is_due(state.iteration, self._run.config.checkpoint.save_interval):
             self.save(state)
 
     def save(self, state: TrainState) -> None:
@@ -76,18 +75,19 @@ class Checkpointer:
         is_running = self._running is not None and self._running.destination.iteration == state.iteration
         if is_running or self._saved_iteration == state.iteration:
             return
+        progress.at("saving a checkpoint", is_long=True)
         began = time.monotonic()
         self.wait(state.iteration, "a newer one begins")
         if time.monotonic() - began > 1:
             self._say(f"waited {time.monotonic() - began:.1f} s for the previous save; --save-interval is too short")
-        began = time.monotonic()
+        self._began, self._blocked_seconds = time.monotonic(), None
         self._retry_at = None
         self._run_and_report(lambda: self._begin(state), state.iteration)
         if self._running is not None and not self._running.is_copied:
             if self._copies is not None:
                 self._say("host memory has no room for a copy of the state: training waits for this save")
             self.wait(state.iteration)
-        self._blocked_seconds = time.monotonic() - began
+        self._blocked_seconds = time.monotonic() - self._began
 
     def wait(self, iteration: int, then: str | None = None) -> None:
         """Waits for the running save, if any, and reports its outcome.
@@ -103,7 +103,7 @@ class Checkpointer:
         progress.at("saving the last checkpoint", is_long=True)
         self.wait(state.iteration, "it is tried once more")
         if self._saved_iteration != state.iteration:
-            self._blocked_seconds = 0.0
+            self._began, self._blocked_seconds = time.monotonic(), None
             self._running = self._begin(state)
             self._finished(self._running.finish(progress.moving))
 
@@ -152,11 +152,12 @@ class Checkpointer:
     def _finished(self, saved: Saved) -> None:
         self._running, self._failures, self._retry_at = None, 0, None
         self._saved_iteration = saved.checkpoint.iteration
+        blocked = time.monotonic() - self._began if self._blocked_seconds is None else self._blocked_seconds
         copied = f", copy in host memory {saved.copy_bytes / 2**20:.0f} MiB a rank" if saved.copy_bytes else ""
         self._say(
             f"saved iteration {saved.checkpoint.iteration} under {saved.checkpoint.path.parent}: "
             f"{saved.bytes / 2**20:.0f} MiB in {saved.seconds:.1f} s, training blocked for "
-            f"{self._blocked_seconds:.2f} s{copied}"
+            f"{blocked:.2f} s{copied}"
         )
 
 

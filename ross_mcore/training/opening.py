@@ -16,7 +16,6 @@ from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE
 from ross_mcore.checkpoint.sharded import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader, StepPlan
-from ross_mcore.data.order import Order
 from ross_mcore.data.replacement import Replacement
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.finite import all_finite, diagnose
@@ -28,7 +27,6 @@ from ross_mcore.guards.watchdog import Watchdog
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.collectives import all_or_none
-from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model
 from ross_mcore.training.start import (
@@ -71,16 +69,23 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
         state = all_or_none(lambda: continued(start, state, config))
     unused = unused_parts(config, precomputed)
     carried = all_or_none(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
-    not_built = NotBuilt(precomputed, blank_posterior(parts_of_data), carried)
+    blank = all_or_none(lambda: blank_posterior(parts_of_data))
+    not_built = NotBuilt(precomputed, blank, carried)
     span = Span(train_iters, len(dataset.parts))
-    engine = build_engine(config, model_config, groups, start, resume=resume, not_built=not_built, span=span)
+    engine = build_engine(config, model_config, groups, start, span, resume=resume, not_built=not_built)
     if not all_finite(engine.model, engine.device):
         diagnosis = diagnose(engine.model)
         raise CheckpointError(f"{start.path} cannot be trained: its {diagnosis}; give another checkpoint")
-    try:
-        loader = closing.enter_context(_open_loader(config, dataset, order, groups, rows_per_step, state, skipped))
-    except ValueError as error:  # a wrong place in the data; every rank reads it from the same file
-        raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
+    plan = StepPlan(rows_per_step, config.training.micro_batch_size, config.data.pack)
+    replacement = Replacement(config.training.seed, skipped=frozenset(skipped))
+    loader = closing.enter_context(
+        StepLoader(dataset, order, plan, groups.data_share, replacement, config.data.num_workers)
+    )
+    if state.iteration or state.data:
+        try:
+            loader.load_state_dict(state.data)
+        except ValueError as error:  # a wrong place in the data; every rank reads it from the same file
+            raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
     return Run(engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step), state
 
 
@@ -113,21 +118,3 @@ def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, tr
         vision_trains=config.vision_trains,
         options=changeable_options(config, train_iters),
     )
-
-
-def _open_loader(
-    config: Config,
-    dataset: MixtureDataset,
-    order: Order,
-    groups: Groups,
-    rows_per_step: int,
-    state: TrainState,
-    skipped: set[int],
-) -> StepLoader:
-    """This rank's share of the steps after `state`."""
-    plan = StepPlan(rows_per_step, config.training.micro_batch_size, config.data.pack)
-    replacement = Replacement(config.training.seed, skipped=frozenset(skipped))
-    loader = StepLoader(dataset, order, plan, groups.data_share, replacement, config.data.num_workers)
-    if state.iteration or state.data:
-        loader.load_state_dict(state.data)
-    return loader

@@ -35,10 +35,10 @@ def reconstruction_grid(engine: Engine, dataset: MixtureDataset) -> Tensor | Non
     engine.model.eval()
     hidden = engine.hidden(step)
     engine.model.train()
-    if not engine.groups.stage.is_last or step.step.micro_batches is None:
+    if not engine.groups.stage.is_last or step.loaded.micro_batches is None:
         return None
     originals, pictures = [], []
-    for number, (states, rows) in enumerate(zip(hidden, step.step.micro_batches, strict=True)):
+    for number, (states, rows) in enumerate(zip(hidden, step.loaded.micro_batches, strict=True)):
         image_size = engine.model_config.vision.image_size
         batch = collate(rows, step.size.seq_length, image_size, step.slots_of(number)).to(engine.device)
         original, picture = engine.model.last.reconstruct(states, batch)

@@ -9,9 +9,8 @@ from ross_mcore.data.replacement import bad_samples
 from ross_mcore.engine.engine import Trained
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.run import ReadStep, Run, StepResult
-from ross_mcore.engine.state import TrainState
+from ross_mcore.engine.state import TrainState, remembered
 from ross_mcore.engine.step import Request
-from ross_mcore.guards.spikes import remembered
 
 
 def read_step(run: Run, state: TrainState, request: Request) -> ReadStep:
@@ -20,7 +19,7 @@ def read_step(run: Run, state: TrainState, request: Request) -> ReadStep:
     at("reading data", iteration=iteration, is_long=True)
     skipped = run.config.training.skips(iteration)
     step = run.engine.read(run.loader, request, replace_bad=not skipped)
-    replaced = [] if skipped else bad_samples(iteration, step.step.quarantined, run.dataset)
+    replaced = [] if skipped else bad_samples(iteration, step.loaded.quarantined, run.dataset)
     return ReadStep(state, step, replaced, skipped, began)
 
 
@@ -32,7 +31,7 @@ def train_step(run: Run, read: ReadStep) -> StepResult:
 
 def _state_after(read: ReadStep, trained: Trained | None) -> TrainState:
     before, size = read.before, read.step.size
-    state = replace(before, iteration=read.iteration, data=read.step.step.cursor, bad_samples=read.bad_samples_so_far)
+    state = replace(before, iteration=read.iteration, data=read.step.loaded.cursor, bad_samples=read.bad_samples_so_far)
     if trained is None:
         return state
     if not trained.applied:

@@ -31,7 +31,7 @@ def validate(engine: Engine, dataset: MixtureDataset, iteration: int) -> tuple[V
     engine.model.eval()
     for name, part in zip(dataset.names, dataset.parts):
         steps = _steps(engine, part, iteration, bad)
-        (found[name],) = engine.losses(steps, Objective(), DRAWS).losses.datasets
+        found[name] = engine.evaluate(steps, Objective(), DRAWS)
     engine.model.train()
     return Validation(iteration, found, time.perf_counter() - began), bad
 
@@ -54,5 +54,5 @@ def _steps(engine: Engine, dataset: SampleDataset, iteration: int, bad: list[Bad
         while loader.state_dict()["consumed_samples"] < count:
             at("validation", is_long=True)
             step = engine.read(loader)
-            bad += bad_samples(iteration, step.step.quarantined, dataset)
+            bad += bad_samples(iteration, step.loaded.quarantined, dataset)
             yield step

@@ -48,7 +48,7 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
         mine = [[next(shares) for _ in range(count)] for count in counts]
         slots = [[sample.tokens.numel() for sample in row] for row in rows]
         step = Step([], [slots], [mine], [], {})
-        (found,) = trial.engine.losses([trial.engine.agree(step)]).kept
+        (found,) = trial.engine.losses(trial.engine.agree(step)).kept
         return found.sums
 
     together = sums([samples[:3], samples[3:]])

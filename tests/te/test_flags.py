@@ -157,7 +157,7 @@ def _read(config: Config, base: str) -> dict[str, Any]:
     from transformer_engine.pytorch.module import base as engine
 
     from ross_mcore.checkpoint.folder import require_checkpoint
-    from ross_mcore.engine.setup import build_engine
+    from ross_mcore.engine.setup import Span, build_engine
     from ross_mcore.models.language import transformer_config
     from ross_mcore.parallel import groups
     from ross_mcore.parallel.layout import Placement, make_layout
@@ -175,7 +175,7 @@ def _read(config: Config, base: str) -> dict[str, Any]:
     plain = engine.initialize_ub
     engine.initialize_ub = lambda **given: buffers.append(given)  # the extension's own buffers need GPUs
     try:
-        built = build_engine(config, model_config, here, checkpoint)
+        built = build_engine(config, model_config, here, checkpoint, Span(1))
     finally:
         engine.initialize_ub = plain
     model, optimizer = built.model, built.optimizer

@@ -186,7 +186,7 @@ def prepare(checkpoint: Checkpoint, stage: str, layout: Layout, *, train_iters: 
     config = configuration(layout, stage, **flags)
     model_config = checkpoint.model_config()
     groups = process_groups.initialize(place(config, model_config), config.training.seed, timeout_minutes=10)
-    engine = build_engine(config, model_config, groups, checkpoint, span=Span(train_iters))
+    engine = build_engine(config, model_config, groups, checkpoint, Span(train_iters))
     # recorded states have no padding beyond the longest row
     multiple = layout.tensor_parallel if layout.sequence_parallel else 1
     return Trial(replace(engine, row_multiple=multiple))

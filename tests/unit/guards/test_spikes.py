@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ross_mcore.guards.spikes import LEAST, WINDOW, find_spike, remembered
+from ross_mcore.engine.state import RECENT_LOSSES, remembered
+from ross_mcore.guards.spikes import LEAST, find_spike
 
 
 def test_a_loss_is_compared_with_the_median_before_it() -> None:
@@ -17,6 +18,6 @@ def test_a_loss_is_compared_with_the_median_before_it() -> None:
 
 def test_only_the_newest_are_remembered() -> None:
     recent: tuple[float, ...] = ()
-    for number in range(WINDOW + 5):
+    for number in range(RECENT_LOSSES + 5):
         recent = remembered(recent, float(number))
-    assert recent == tuple(map(float, range(5, WINDOW + 5)))
+    assert recent == tuple(map(float, range(5, RECENT_LOSSES + 5)))

@@ -10,6 +10,7 @@ import pytest
 
 from ross_mcore.checkpoint.saving import RunningSave, Saved
 from ross_mcore.engine.state import TrainState
+from ross_mcore.engine.step import Request
 from ross_mcore.errors import CheckpointError
 from ross_mcore.training.checkpointer import Checkpointer
 
@@ -39,9 +40,15 @@ class Watched(Checkpointer):
     """The checkpointer of a run of 20 iterations, with the saves it began and the lines it printed."""
 
     def __init__(self, folder: Path) -> None:
-        options = SimpleNamespace(checkpoint=SimpleNamespace(async_save=True))
-        groups = SimpleNamespace(rank=0)
-        run: Any = SimpleNamespace(config=options, resume=False, groups=groups, save_folder=folder, train_iters=20)
+        options = SimpleNamespace(checkpoint=SimpleNamespace(async_save=True, save_interval=None))
+        run: Any = SimpleNamespace(
+            config=options,
+            resume=False,
+            groups=SimpleNamespace(rank=0),
+            save_folder=folder,
+            train_iters=20,
+            is_due=lambda iteration, interval: False,
+        )
         self.begun: list[Save] = []
         self.lines: list[str] = []
         super().__init__(run, self.lines.append)
@@ -54,8 +61,7 @@ class Watched(Checkpointer):
         """Runs iterations as the loop does; returns the iterations of all saves begun so far."""
         for iteration in iterations:
             self.after_step(TrainState(iteration))
-            if iteration in save_at:
-                self.save(TrainState(iteration))
+            self.save_if_due(TrainState(iteration), Request.SAVE if iteration in save_at else Request.NOTHING)
         return [save.destination.iteration for save in self.begun]
 
 

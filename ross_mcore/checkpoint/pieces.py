@@ -1,10 +1,8 @@
-"""One piece of a tensor as torch_dist stores it: what `torch.save` makes of a tensor, somewhere in a larger file.
+"""Reads one piece of a tensor, which is the output of `torch.save` somewhere in a larger file, into existing memory.
 
-It is read to where it belongs, without memory of its own, and only if it is as torch writes it.
-
-Over torch's own reader, which takes new memory for every piece: loading runs at 1.8 to 2.5 times the speed of
-torch.distributed.checkpoint, and at 1.2 to 2.2 times with checksums compared before (benchmarks/checkpoint.py, two runs
-on two busy cores).
+torch.load allocates memory for every piece, which takes as long as filling it from the disk. So loading runs at 1.8 to
+2.5 times the speed of torch.distributed.checkpoint, and at 1.2 to 2.2 times with checksums compared before
+(benchmarks/checkpoint.py, two runs on two busy cores).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from ross_mcore.errors import CheckpointError
 
 
 class Slice(io.RawIOBase):
-    """`length` bytes of an open file from `begin` on, as a file of their own."""
+    """The `length` bytes from `begin` of an open file, as a file of their own."""
 
     def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
         self._file, self._begin, self._length, self._at = file, begin, length, 0
@@ -50,8 +48,10 @@ class Slice(io.RawIOBase):
 
 
 def require_stored(file: IO[bytes]) -> None:
-    """Raises CheckpointError for an archive of compressed data, which torch never writes and which may unpack to any
-    size, or BadZipFile for a damaged one. What is no archive, as torch sees it, is left to torch."""
+    """Refuses a zip archive with compressed members, which torch never writes and which may unpack to any size.
+
+    Raises CheckpointError, or BadZipFile for a damaged archive. Other files are left to torch.
+    """
     if file.read(4) == b"PK\x03\x04":
         with zipfile.ZipFile(file) as archive:
             packed = next((m.filename for m in archive.infolist() if m.file_size != m.compress_size), None)
@@ -61,7 +61,7 @@ def require_stored(file: IO[bytes]) -> None:
 
 
 class Room:
-    """Memory for what cannot be read to where it belongs, used again and again."""
+    """Memory for pieces that cannot be read straight into their target; reused for all of them."""
 
     def __init__(self) -> None:
         self._held = torch.empty(0, dtype=torch.uint8)
@@ -73,22 +73,22 @@ class Room:
 
 
 def read_block(view: Slice, shape: Sequence[int], starts: Sequence[int], target: Tensor, room: Room) -> None:
-    """Fills `target` from the block of its shape that begins at `starts` of a piece of shape `shape`.
+    """Copies a block of the piece in `view` into `target`.
 
-    torch.load would take new memory for every piece, which takes the system as long to give as the disk to fill. Here
-    whole rows are read to where they belong, if they are to lie there as they do in the file, else into `room`.
-    Raises ValueError, or whatever torch.load does, for a damaged piece.
+    shape: of the piece. starts: index of the block's first element in the piece; the block has the shape of `target`.
+    Whole rows are read straight into `target` where its dtype and layout are those of the file, else through `room`.
+    Raises ValueError, CheckpointError or torch.load's errors for a damaged piece.
     """
-    file = cast(IO[bytes], view)  # typeshed derives raw files from something else
+    file = cast(IO[bytes], view)  # typeshed derives raw files from another class
     require_stored(file)
-    piece = torch.load(file, map_location="meta", weights_only=True)  # all but the content
+    piece = torch.load(file, map_location="meta", weights_only=True)  # shape and strides, no content
     if not isinstance(piece, Tensor) or piece.shape != torch.Size(shape):
         found = f"of shape {list(piece.shape)}" if isinstance(piece, Tensor) else "no tensor"
         raise ValueError(f"a piece is {found}, expected {list(shape)}")
     if not piece.is_contiguous():
-        raise ValueError("a piece is not stored as it lies in memory")
+        raise ValueError("a piece is not stored contiguously")
     view.seek(0)
-    # where its only storage begins, as torch.load finds it
+    # the offset of its only storage, found as torch.load finds it
     begin = torch._C.PyTorchFileReader(file).get_record_offset("data/0")  # type: ignore[attr-defined]  # not in its stub
     row = math.prod(shape[1:]) * piece.itemsize
     first, rows = (starts[0], target.shape[0]) if target.dim() else (0, 1)

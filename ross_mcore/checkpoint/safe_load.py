@@ -1,19 +1,17 @@
-"""Reading torch_dist checkpoints and adapters without running their code: pickles are opened here and in pieces.py.
+"""Reads torch_dist checkpoints and adapters without running code from their pickles (pieces.py reads the tensors).
 
-Parts of the format are pickles. What mcore 0.16.1 and torch do with them, and what is done here:
-
-| file | by default | here |
+| pickle | read by mcore 0.16.1 and torch with | here |
 |---|---|---|
 | `.metadata`: shapes, and which bytes of which file hold what | `pickle.load` | an unpickler that knows ALLOWED only |
-| `common.pt`: optimizer parameter groups, content metadata | torch's default | `weights_only=True` |
+| `common.pt`: parameter groups of the optimizer, content metadata | torch's default | `weights_only=True` |
 | `*.distcp`, tensors | `weights_only=True` | the same |
 | `*.distcp`, mcore's ShardedObject | `weights_only=False` | `weights_only=True` (sharded.py, _LoadPlanner) |
 | `mm_projector.bin`, of the reference | torch's default | `weights_only=True` |
 
 (torch: distributed/checkpoint/filesystem.py, FileSystemReader; default_planner.py, load_bytes. mcore:
-dist_checkpointing/strategies/common.py. No class is added to what weights_only accepts.)
+dist_checkpointing/strategies/common.py. No class is added to those that weights_only accepts.)
 
-Over torch's FileSystemReader: code in a pickle is refused instead of run, and damage is an error that names tensor and
+Over torch's FileSystemReader: code in a pickle is refused instead of run, and an error names the damaged tensor and
 file. The price is unpickling in Python: the index of 3,000 tensors takes 8 to 13 times as long as pickle.load, 0.6 s on
 a busy machine (benchmarks/checkpoint.py).
 """
@@ -45,7 +43,7 @@ from ross_mcore.checkpoint.torch_dist import COMMON_FILE, INDEX_FILE, OPTIMIZER_
 from ross_mcore.errors import CheckpointError
 
 ALLOWED = {
-    # plain descriptions of tensors and of byte ranges: dataclasses and enums without side effects
+    # descriptions of tensors and byte ranges: dataclasses and enums without side effects
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
         "TensorStorageMetadata",
@@ -57,24 +55,22 @@ ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    # constants: sizes, element types, memory layouts (looked up by name)
+    # constants: sizes, dtypes, memory layouts (looked up by name)
     "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
     "torch.serialization": {"_get_layout"},
 }
-"""Module -> names that a `.metadata` file may mention."""
+"""Module -> names that a `.metadata` file may use."""
 
 
 class _Unpickler(pickle._Unpickler):
-    """Builds the classes of ALLOWED. In Python, not C, so that a class itself cannot be changed by a BUILD opcode."""
+    """Builds the classes of ALLOWED only. Python's, not C's unpickler: here BUILD can be kept from changing a class."""
 
     stack: list[Any]
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
-            raise CheckpointError(
-                f"it mentions {shown(f'{module}.{name}')}, which a checkpoint has no use for: refused"
-            )
+            raise CheckpointError(f"it uses {shown(f'{module}.{name}')}, which no checkpoint needs: refused")
         return getattr(importlib.import_module(module), name)
 
     def load_build(self) -> None:
@@ -88,9 +84,9 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The index of a torch_dist checkpoint: name, shape and place of every tensor.
+    """Reads the index of a torch_dist checkpoint: name, shape and place of every tensor.
 
-    Raises CheckpointError when it is missing, malformed, mentions a class that is not in ALLOWED, or points to bytes
+    Raises CheckpointError when it is missing or malformed, uses a class that is not in ALLOWED, or points to bytes
     outside the folder.
     """
     path = Path(folder) / INDEX_FILE
@@ -98,7 +94,7 @@ def read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as stream:
             metadata = _Unpickler(stream).load()
         if not isinstance(metadata, Metadata):
-            raise CheckpointError("it holds something else")
+            raise CheckpointError("it holds another kind of object")
         _check_places(path.parent, metadata)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a sharded checkpoint") from None
@@ -108,43 +104,45 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _check_places(folder: Path, metadata: Metadata) -> None:
-    """Raises CheckpointError for a tensor that is not whole, or larger than the bytes that are said to hold it."""
+    """Raises CheckpointError for a place outside the folder's files, and for a tensor that its pieces cannot fill."""
     sizes: dict[str, int] = {}
     for where, place in metadata.storage_data.items():
         name, start, length = place.relative_path, place.offset, place.length
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(f"tensors are said to lie in {shown(name)}, which is not a file beside it")
+            raise CheckpointError(f"it places tensors in {shown(name)}, which is not a file beside it")
         if name not in sizes:
             sizes[name] = (folder / name).stat().st_size
         if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= sizes[name]:
-            raise CheckpointError(f"{shown(where.fqn)} is said to lie at {shown(start)} of {name}, which is shorter")
+            raise CheckpointError(f"it places {shown(where.fqn)} at byte {shown(start)} of {name}, beyond its end")
         if getattr(place, "transform_descriptors", None):
-            raise CheckpointError(f"{shown(where.fqn)} is said to be compressed, which this trainer never does")
+            raise CheckpointError(f"it lists {shown(where.fqn)} as compressed, which this trainer never does")
     for name, item in metadata.state_dict_metadata.items():
         if not isinstance(item, TensorStorageMetadata):
             continue
         if not isinstance(name, str) or not item.chunks:
-            raise CheckpointError(f"{shown(name)} is described without any part")
+            raise CheckpointError(f"it lists no pieces of {shown(name)}")
         volumes = [math.prod(chunk.sizes) for chunk in item.chunks]
         if sum(volumes) != math.prod(item.size) or (len(volumes) > 1 and not all(volumes)):
-            raise CheckpointError(f"{shown(name)} is said to consist of {len(volumes)} parts, which are not it")
+            raise CheckpointError(f"it lists {len(volumes)} pieces of {shown(name)}, which do not add up to its shape")
         places = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in item.chunks]
         if math.prod(item.size) * item.properties.dtype.itemsize > sum(place.length for place in places):
-            raise CheckpointError(f"{name} is said to have shape {shown(list(item.size))}, more than its bytes hold")
+            raise CheckpointError(f"it gives {name} the shape {shown(list(item.size))}, larger than its bytes hold")
 
 
 def _why(error: Exception) -> str:
-    """What a reader of pickles and archives said, in one line."""
+    """The reason for an error of reading a pickle or an archive, in one line."""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or holds something else than tensors and plain data"
+        return "it is damaged, or holds more than tensors and plain data"
     return reason(error)
 
 
 def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any]:
-    """Reads `common.pt`, or what is to become it. Raises CheckpointError when it is missing, damaged or holds more
-    than plain data."""
+    """Reads `common.pt`, or `content`, before it is written there.
+
+    Raises CheckpointError when it is missing, damaged or holds more than plain data.
+    """
     path = Path(folder) / COMMON_FILE
     try:
         with path.open("rb") if content is None else contextlib.nullcontext(content) as file:
@@ -160,30 +158,25 @@ def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:
-    """A dictionary of tensors that torch.save wrote, mapped rather than read. Raises CheckpointError naming it."""
+    """Memory-maps a dictionary of floating-point tensors in a file of torch.save. Raises CheckpointError naming it."""
     try:
         with path.open("rb") as file:
             require_stored(file)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # as in read_common
-        raise CheckpointError(
-            f"{path} was refused: {_why(error)}; copy the file again, or have it saved again"
-        ) from None
+        raise CheckpointError(f"{path} was refused: {_why(error)}; copy the file again, or save it again") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path} is not a dictionary of tensors; save it again")
     for name, tensor in state.items():
         if not (_is_stored(tensor) and tensor.is_floating_point()):
-            raise CheckpointError(
-                f"{path}: {shown(name)} is no plain tensor of floating-point numbers; have the file saved again"
-            )
+            raise CheckpointError(f"{path}: {shown(name)} is not a plain floating-point tensor; have it saved again")
     return {str(name): tensor for name, tensor in state.items()}
 
 
 def _is_stored(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are all stored: a view may be of any size, a sparse or meta tensor has none."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+    """Whether all numbers of a tensor are stored: an expanded view repeats some, a sparse or meta tensor lacks some."""
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return is_dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -198,7 +191,7 @@ def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
-    """One whole tensor, put together from its pieces. Raises CheckpointError naming the tensor and its file."""
+    """Reads one whole tensor from its pieces. Raises CheckpointError naming the tensor and its file."""
     item = metadata.state_dict_metadata.get(name)
     if not isinstance(item, TensorStorageMetadata):
         raise CheckpointError(f"{folder} has no tensor {name}")
@@ -217,9 +210,9 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
 
 
 class StoredTensors:
-    """The model of a checkpoint, tensor by tensor, each put together when asked for. Raises as `read_tensor` does.
+    """The model's tensors in a checkpoint, each read when asked for. Raises as `read_metadata` and `read_tensor` do.
 
-    `shapes` are those of the model's tensors; `trained` are the names of those that have optimizer state.
+    `shapes`: of the model's tensors by name. `trained`: the names of those with optimizer state.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -242,7 +235,7 @@ class StoredTensors:
 
 
 class Reader(FileSystemReader):
-    """torch's reader of tensor bytes, given metadata that has been read safely, into memory that is there already."""
+    """torch's reader of tensor bytes, with metadata that was read safely, into existing memory."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)

@@ -1,23 +1,22 @@
-"""Writing a checkpoint of a model that is spread over ranks, while training goes on.
+"""Saves a model that is spread over ranks, while training continues.
 
-1. `begin_save`, with the training at rest: who writes what is decided, every rank copies what it writes to host memory.
-2. A thread of every rank writes its file, brings it to the disk and reads it back.
-3. When `poll` finds that all are done, the first rank gathers where everything stands and, in a thread, writes the
-   index, the small files and the marker, renames the folder, and deletes older checkpoints.
+1. `begin_save`, while training waits: ranks plan who writes which tensors; every rank copies its share to host memory.
+2. A thread of every rank writes its file, syncs it to the disk and reads it back.
+3. When `poll` finds that all threads are done, the first rank gathers the places of all tensors and, in a thread,
+   writes the index, the small files and the marker, renames the folder, and deletes older checkpoints.
 4. When that is done, `poll` returns the checkpoint.
 
-Threads never communicate: what ranks tell each other, they tell in `begin_save` and `poll`, which all of them call.
+Threads never communicate; ranks do in `begin_save` and `poll`, which are collective. A replicated tensor is written
+once, by the rank with the fewest bytes to write (mcore's fully parallel save).
 
-mcore's own asynchronous save does the same in forked processes. Here are threads: a fork of a process that has threads,
-as every process group has, may deadlock, its shared queue needs a server process and seconds to start, and nothing is
-won, because writing and checksums leave the interpreter's lock alone.
+mcore's asynchronous save does the same in forked processes. Forking a process with threads, as a process group has, may
+deadlock; its shared queue needs a server process and seconds to start; and threads are no slower, because writing and
+checksums release the interpreter's lock.
 
-Replicated tensors are written once, by whichever rank has least to write (mcore's fully parallel save).
-
-Over torch's own async_save: errors of one rank reach all, a save is read back before it is published, and no process
-is started. benchmarks/checkpoint.py: training is blocked for 5.7 to 6.7% of a save that it waits for (11% on busy
-cores); writing runs at 0.80 to 0.91 of torch.save and fsync (0.5 to 0.6 on busy cores, where torch's checkpoints do no
-better: 0.93 to 0.98 of torch.distributed.checkpoint, which takes no checksum).
+Over torch's async_save: errors of one rank reach all, a save is read back before it is published, and no process is
+started. benchmarks/checkpoint.py: training is blocked for 5.7 to 6.7% of a save that it waits for (11% on busy cores);
+writing runs at 0.80 to 0.91 of torch.save and fsync (0.5 to 0.6 on busy cores, where torch's checkpoints are no faster:
+0.93 to 0.98 of torch.distributed.checkpoint, which computes no checksum).
 """
 
 from __future__ import annotations
@@ -70,16 +69,16 @@ from ross_mcore.errors import CheckpointError
 from ross_mcore.parallel.collectives import all_or_none, gather, gather_on_first_rank, sum_over_ranks
 
 POLL_SECONDS = 0.5
-"""How often ranks that wait for a save hear of each other; far below any timeout of a collective call."""
+"""How often ranks that wait for a save poll it; far below any timeout of a collective call."""
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes and what is kept beside it.
+    """Where a checkpoint is saved, and which older ones stay.
 
-    claim: the first rank's hold on `root`, in a run. assets: folder whose tokenizer/ and preprocessor_config.json are
+    claim: the first rank's lock on `root`, in a run. assets: folder whose tokenizer/ and preprocessor_config.json are
     copied. layout: see `Manifest`. keep_last, save_retain_interval: see `folder.retire`.
     """
 
@@ -97,18 +96,18 @@ class Destination:
         return folder.partial_folder(self.root, self.iteration)
 
     def require(self) -> None:
-        """Raises CheckpointError when `root` is not this run's any more."""
+        """Raises CheckpointError when this run no longer holds `root`."""
         if self.claim is not None:
             self.claim.require()
 
     def begin(self) -> None:
-        """Makes room for a checkpoint. Raises CheckpointError."""
+        """Creates the folder to write into. Raises CheckpointError."""
         self.require()
         folder.begin(self.root, self.iteration)
 
 
 class HostCopies:
-    """Host memory for what one rank writes. It is kept from save to save: as much as one save's share, never more."""
+    """Host memory for the tensors that one rank writes, reused from save to save and never larger than one share."""
 
     def __init__(self) -> None:
         self._held: dict[MetadataIndex, Tensor] = {}
@@ -118,14 +117,14 @@ class HostCopies:
         return sum(tensor.nbytes for tensor in self._held.values())
 
     def have_room_for(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> bool:
-        """Whether host memory has room for copies, if the other ranks of this machine need as much."""
+        """Whether host memory is large enough for copies, when each rank of this machine needs as much."""
         needed = sum(piece.nbytes for piece in pieces.values() if isinstance(piece, Tensor)) - self.bytes
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         available: int = psutil.virtual_memory().available
         return needed * ranks < available
 
     def of(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> dict[MetadataIndex, Tensor | io.BytesIO]:
-        """The same pieces, of which training changes none any more."""
+        """Copies of `pieces`, which training no longer changes."""
         former, self._held = self._held, {}
         copies: dict[MetadataIndex, Tensor | io.BytesIO] = {}
         for index, piece in pieces.items():
@@ -140,7 +139,7 @@ class HostCopies:
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank has written: its file, and where in it everything stands."""
+    """The file that one rank has written, and the place of every piece in it."""
 
     places: dict[MetadataIndex, _StorageInfo]
     records: dict[str, FileRecord]
@@ -148,7 +147,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class Saved:
-    """A finished save. Bytes: of the tensors, and of the largest copy that a rank holds in host memory."""
+    """A finished save. `bytes` of tensors; `copy_bytes`: the largest copy that a rank holds in host memory."""
 
     checkpoint: Checkpoint
     bytes: int
@@ -157,12 +156,12 @@ class Saved:
 
 
 def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopies | None = None) -> RunningSave:
-    """Starts to save. Collective; afterwards training may change the state, if it was copied.
+    """Starts to save. Collective. Training may change the state afterwards if it was copied (`RunningSave.is_copied`).
 
     state: sharded state dicts ("model", "optimizer"), other entries that are the same on all ranks, and "train_state",
-    a JSON-able dict. It is not changed. Without `copies`, or room for them, the state's own memory is read until the
-    save is finished (`RunningSave.is_copied`).
-    Raises CheckpointError on every rank when any rank fails; what was complete before stays so.
+    a JSON-able dict. It is not changed. copies: None, or too little host memory, means that the state's own memory is
+    read until the save is finished.
+    Raises CheckpointError on every rank when any rank fails; complete checkpoints stay complete.
     """
     first = dist.get_rank() == 0
     all_or_none(lambda: destination.begin() if first else None, CheckpointError)
@@ -181,7 +180,7 @@ def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopi
 
 
 class RunningSave:
-    """A save that has begun. Made by `begin_save`."""
+    """A save in progress, returned by `begin_save`."""
 
     def __init__(
         self,
@@ -203,7 +202,7 @@ class RunningSave:
         self._published: concurrent.futures.Future[Saved | None] | None = None
 
     def poll(self) -> Saved | None:
-        """The checkpoint, once it is complete. Collective. Raises CheckpointError on every rank when any failed."""
+        """The checkpoint once it is complete. Collective. Raises CheckpointError on every rank when any failed."""
         current = self._published or self._written
         waiting, self._heard = sum_over_ranks([float(not current.done()), float(self._moved)], platform.device())
         if waiting:
@@ -222,8 +221,10 @@ class RunningSave:
         return None
 
     def finish(self, moving: Callable[[], None] = lambda: None) -> Saved:
-        """Waits for the checkpoint. Collective; raises as `poll` does. `moving` is called, on every rank, whenever any
-        of them has written or read back more."""
+        """Waits for the checkpoint. Collective; raises as `poll` does.
+
+        moving: called on every rank whenever any rank has written or read back more.
+        """
         before = self._heard
         while (saved := self.poll()) is None:
             if self._heard > before:
@@ -237,7 +238,7 @@ class RunningSave:
         self._moved += count
 
     def _publish(self, written: list[_Written], copy_bytes: int) -> Saved | None:
-        """On the first rank: completes the folder and deletes what is not to be kept."""
+        """On the first rank: completes the folder and deletes older checkpoints."""
         if self._metadata is None:
             return None
         to, partial = self.destination, self.destination.partial
@@ -258,9 +259,9 @@ class RunningSave:
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A state -> this rank's sharded tensors, and the plain part that is the same on every rank."""
+    """Splits a state into this rank's sharded tensors and the plain entries that are the same on every rank."""
     plain = {key: value for key, value in state.items() if key != "train_state"}
-    # a copy of the nesting: mcore applies its factories in place
+    # copies the nested dicts, because mcore applies its factories in place
     nested, _ = extract_matching_values(plain, lambda value: not is_extra_state(value))
     pieces, common = save_preprocess(nested, validate_access_integrity=False)
     common["content_metadata"] = sharding_metadata()
@@ -268,18 +269,18 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def is_extra_state(value: Any) -> bool:
-    """mcore's per-module `_extra_state`: nothing for plain layers, for Transformer Engine a pickle of FP8 scales.
+    """Whether a value is mcore's `_extra_state` of a module: empty, or a pickle of Transformer Engine's FP8 scales.
 
-    It is neither written nor read, because reading it would run a pickle: scales are tensors of their own (FP8_PREFIX).
+    It is neither written nor read, because a pickle can run code; scales are saved as tensors (FP8_PREFIX).
     """
     return isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
 
 
 def _plan(tensors: dict[str, Any]) -> tuple[dict[MetadataIndex, Tensor | io.BytesIO], Metadata | None]:
-    """What this rank writes, and on the first rank the index of everything, yet without places. Collective."""
+    """The pieces that this rank writes, and on the first rank the index of all, still without places. Collective."""
 
     def share_out() -> dict[str, Any]:
-        # copies, because what follows says in each whether this rank writes it
+        # copies, because mcore marks in each whether this rank writes it
         own: dict[str, Any] = dict_list_map_outplace(
             lambda v: copy.copy(v) if isinstance(v, ShardedTensor) else v, tensors
         )
@@ -304,7 +305,7 @@ def _plan(tensors: dict[str, Any]) -> tuple[dict[MetadataIndex, Tensor | io.Byte
 
 
 def _pickled(common: dict[str, Any], partial: Path) -> bytes:
-    """common.pt. Raises CheckpointError for what could not be read back safely."""
+    """The content of common.pt. Raises CheckpointError when it cannot be read back safely."""
     stream = io.BytesIO()
     torch.save(common, stream)
     stream.seek(0)
@@ -313,9 +314,9 @@ def _pickled(common: dict[str, Any], partial: Path) -> bytes:
 
 
 def _write(partial: Path, pieces: dict[MetadataIndex, Tensor | io.BytesIO], advance: Callable[[int], None]) -> _Written:
-    """Writes this rank's file, brings it to the disk and reads it back. Raises CheckpointError naming it.
+    """Writes this rank's file, syncs it and reads it back. Raises CheckpointError naming it.
 
-    advance: is called with every number of bytes that was written or read.
+    advance: called with the number of bytes just written or read.
     """
     if not pieces:
         return _Written({}, {})
@@ -331,8 +332,8 @@ def _write(partial: Path, pieces: dict[MetadataIndex, Tensor | io.BytesIO], adva
         raise CheckpointError(f"{path} was written but cannot be read back: {error.strerror}") from None
     if found != file.record.crc32:
         raise CheckpointError(
-            f"{path} was written with crc32 {file.record.crc32:08x} and reads back with {found:08x}: the disk or its "
-            "controller is at fault"
+            f"{path} was written with crc32 {file.record.crc32:08x} and reads back with {found:08x}: check the disk "
+            "and its controller"
         )
     return _Written(places, {path.name: file.record})
 
@@ -352,6 +353,6 @@ def _in_thread(action: Callable[[], T]) -> concurrent.futures.Future[T]:
 
 
 def _discard(destination: Destination) -> None:
-    """Gives back the space of a save that failed."""
+    """Deletes the folder of a failed save."""
     if dist.get_rank() == 0:
         shutil.rmtree(destination.partial, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Saving and loading a model (and its optimizer) that is spread over ranks: mcore's dist_checkpointing, `torch_dist`.
+"""Saves and loads a model and its optimizer that are spread over ranks: mcore's dist_checkpointing, `torch_dist`.
 
-Every tensor is stored whole, cut into the pieces its ranks hold, under a name that no layout changes; so a checkpoint
-of one layout loads at any other. The state dicts are made by mcore with `sharding_metadata()`:
+A tensor is stored in the pieces that ranks hold, under a name that does not depend on the layout; so a checkpoint of
+one layout loads at any other. The state dicts are mcore's, made with `sharding_metadata()`:
 
 ```
 metadata = sharding_metadata()
@@ -11,11 +11,12 @@ state["train_state"] = {"iteration": 100, ...}                                  
 save_checkpoint(root, 100, state, model_config, assets=loaded.path, keep_last=2)
 ```
 
-All functions that take a state are collective: every rank calls them, and an error on one rank ends the call on all of
-them with the same message. They need a process group (one of a single process will do).
+All functions that take a state are collective: every rank calls them, and an error on one rank is raised on all of them
+with the same message. They need a process group (of one process at least).
 
-Saving and loading at any layout are mcore's and torch's. Added here: pickles are read through safe_load.py, shapes and
-names are compared before anything is read, and masters and weights stand in for each other between precisions.
+Saving and loading at any layout are mcore's and torch's. Added here: pickles are read through safe_load.py, names and
+shapes are compared before any tensor is read, and where precisions differ, masters are read from weights or weights
+from masters.
 """
 
 from __future__ import annotations
@@ -88,30 +89,29 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Writes `root/iter_<iteration>` and makes it the newest checkpoint of `root`. Collective.
 
-    state: see `begin_save`. options: the other fields of `Destination`.
-    Raises CheckpointError on every rank when any rank fails; what was complete before stays so.
+    state: see `begin_save`, which also lists the errors. options: the other fields of `Destination`.
     """
     destination = Destination(Path(root), iteration, model_config, **options)
     return begin_save(destination, state).finish().checkpoint
 
 
 def load_model_weights(checkpoint: Checkpoint, sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """Loads a model's own pieces of `checkpoint` and returns what `model.load_state_dict` takes. Collective.
+    """Loads this rank's pieces of a model; returns the argument of `model.load_state_dict`. Collective.
 
     sharded_state: `model.sharded_state_dict(metadata=sharding_metadata())`. Tensors are read into the model's own
-    storage where that is possible, in the model's element type. Raises CheckpointError on every rank naming the
-    tensors that either side lacks, or both shapes where they differ.
+    storage where possible, in the model's dtype. Raises CheckpointError on every rank naming the tensors that either
+    side lacks, or both shapes where they differ.
     """
     loaded: dict[str, Any] = _load(checkpoint, {"model": sharded_state})["model"]
     return loaded
 
 
 def load_training_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
-    """Loads model, optimizer and everything else that `save_checkpoint` was given, at any layout. Collective.
+    """Loads the whole state that was given to `save_checkpoint`, at any layout. Collective.
 
     state: {"model": ..., "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=...)}, and
-    "fp8" with the scales and histories of FP8 layers, of which those come back that the checkpoint has in this shape.
-    Returns the same keys with what `load_state_dict` takes, the common entries, and "train_state".
+    "fp8" with the scales and histories of FP8 layers; only those are returned that the checkpoint has in this shape.
+    Returns the same keys with the arguments of `load_state_dict`, the common entries, and "train_state".
     Raises CheckpointError as `load_model_weights` does, and when the checkpoint has no optimizer or train state.
     """
     if not (checkpoint.path / folder.TRAIN_STATE).exists():
@@ -127,9 +127,9 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     extra_state, wanted = extract_matching_values(state, is_extra_state)
 
     def check() -> tuple[Metadata, dict[str, Any]]:
-        backend = read_json(checkpoint.path / BACKEND_FILE)  # which mcore reads too, trusting it
+        backend = read_json(checkpoint.path / BACKEND_FILE)  # mcore reads it too, without checks
         if backend != BACKEND:
-            raise CheckpointError(f"{checkpoint.path / BACKEND_FILE} says {shown(backend)}, this code reads {BACKEND}")
+            raise CheckpointError(f"{checkpoint.path / BACKEND_FILE} has {shown(backend)}, this code reads {BACKEND}")
         metadata, common = read_metadata(checkpoint.path), read_common(checkpoint.path)
         stored = common.pop("content_metadata", None)
         if stored != SHARDING:
@@ -139,9 +139,8 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
 
     metadata, common = all_or_none(check, CheckpointError)
     if "fp8" in wanted:
-        stored_shapes = tensor_shapes(metadata)
-        fits = {k: t for k, t in wanted["fp8"].items() if stored_shapes.get(t.key) == tuple(t.global_shape)}
-        wanted["fp8"] = fits
+        shapes = tensor_shapes(metadata)
+        wanted["fp8"] = {k: t for k, t in wanted["fp8"].items() if shapes.get(t.key) == tuple(t.global_shape)}
     elsewhere: dict[str, Any] = {}
     if "optimizer" in wanted:
         common["optimizer"] = _groups_as_wanted(common.get("optimizer"), wanted["optimizer"])
@@ -165,20 +164,20 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
 
     loaded = read(wanted, common)
     if any(gather(bool(elsewhere))):
-        # by themselves: some of the same tensors were asked for already, and a tensor is read once in one go
+        # in a second call, because a tensor can be requested once per call and some of these were in the first
         merge(loaded, read(elsewhere, {}))
     dict_list_map_inplace(lambda _: None, extra_state)
     merge(loaded, extra_state)
     return {key: value for key, value in loaded.items() if key in state or key not in ("model", "optimizer")}
 
 
-# A checkpoint is of one of three optimizers and loads into any: mcore's distributed one, its plain one for bf16, its
-# plain one for fp32. Moments have the same names and shapes in all. What differs is how deep parameter groups are
-# nested, and that the first two keep fp32 masters of the weights; in an fp32 run, those are the weights.
+# A checkpoint of any of three optimizers loads into any of them: mcore's distributed one, its plain one for bf16, its
+# plain one for fp32. Moments have the same names and shapes in all. Parameter groups are nested differently, and the
+# first two keep fp32 masters of the weights; in an fp32 run, the weights are their own masters.
 
 
 def _require_plain_groups(checkpoint: Checkpoint, stored: Any) -> None:
-    """Raises CheckpointError for a parameter group that cannot be looked up: mcore does so by some of its values."""
+    """Raises CheckpointError unless the values by which mcore identifies a parameter group are numbers."""
     stored = stored.get("optimizer", stored) if isinstance(stored, dict) else {}
     groups = stored.get("param_groups") if isinstance(stored, dict) else None
     for group in groups if isinstance(groups, list) else ():
@@ -191,18 +190,18 @@ def _require_plain_groups(checkpoint: Checkpoint, stored: Any) -> None:
 
 
 def _groups_as_wanted(stored: Any, wanted: dict[str, Any]) -> Any:
-    """The parameter groups of a checkpoint, nested as the optimizer `wanted` is of nests them."""
+    """The parameter groups of a checkpoint, nested as in the optimizer state `wanted`."""
     if not isinstance(stored, dict):
         return stored
     groups = stored.get("optimizer", stored)
     if "param_state" in wanted:
         return {"optimizer": groups, "param_state_sharding_type": wanted["param_state_sharding_type"]}
-    groups = {"state": {}, **groups}  # which a rank that trains nothing adds nothing to
+    groups = {"state": {}, **groups}  # mcore merges nothing into it on a rank that trains nothing
     return {"optimizer": groups} if PLAIN_MASTERS in wanted else groups
 
 
 def _masters_from_weights(metadata: Metadata, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Masters that the checkpoint lacks, taken out of `wanted`, and to be read from the weights that they equal."""
+    """Moves masters that the checkpoint lacks out of `wanted`; returns them renamed, to be read from the weights."""
     optimizer = wanted["optimizer"]
     if any(name.startswith(MASTER_PREFIX) for name in metadata.state_dict_metadata):
         return {}
@@ -222,7 +221,7 @@ def _masters_from_weights(metadata: Metadata, wanted: dict[str, Any]) -> dict[st
 
 
 def _weights_from_masters(metadata: Metadata, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Weights of an fp32 model that the checkpoint has rounded, taken out of `wanted`, and to be read from masters."""
+    """Moves fp32 weights that the checkpoint has only rounded out of `wanted`; returns them renamed, as masters."""
     stored = tensors_of(metadata)
 
     def is_rounded(value: Any) -> bool:
@@ -244,44 +243,34 @@ def _weights_from_masters(metadata: Metadata, wanted: dict[str, Any]) -> dict[st
 
 
 def _compare(checkpoint: Checkpoint, metadata: Metadata, wanted: dict[str, Any]) -> None:
-    """Raises CheckpointError, on every rank alike, unless the names and shapes agree. Collective."""
+    """Raises CheckpointError on every rank unless names and shapes agree. Collective."""
     tensors, _, _ = load_preprocess(wanted)
     mine = {t.key: tuple(t.global_shape) for t in nested_values(tensors) if isinstance(t, ShardedTensor)}
     asked: dict[str, tuple[int, ...]] = {}
     for names in gather(mine):
         asked.update(names)
-    stored = tensor_shapes(metadata)
     with_optimizer = any(name.startswith(OPTIMIZER_PREFIX) for name in asked)
-    considered = {
-        name: shape
-        for name, shape in stored.items()
-        if name in asked
-        or not name.startswith((MASTER_PREFIX, FP8_PREFIX))
-        and (with_optimizer or not name.startswith(OPTIMIZER_PREFIX))
-    }
+    unasked = (MASTER_PREFIX, FP8_PREFIX) if with_optimizer else (OPTIMIZER_PREFIX,)
+    stored = tensor_shapes(metadata)
+    considered = {name: stored[name] for name in stored if name in asked or not name.startswith(unasked)}
     found = differences(asked, considered)
-    missing, left_over, other_shape = [], [], []
-    for one in found:
-        if one.found is None:
-            missing.append(one.name)
-        elif one.expected is None:
-            left_over.append(one.name)
-        else:
-            other_shape.append(f"{one.name}: stored {list(one.found)}, expected {list(one.expected)}")
-    problems = []
-    if missing:
-        problems.append(f"it lacks {_some(missing)}")
-    if left_over:
-        problems.append(f"the model has no place for {_some(left_over)}")
-    if other_shape:
-        problems.append(f"shapes differ: {_some(other_shape)}")
-    if not problems:
+    if not found:
         return
+    problems = {
+        "it lacks": [one.name for one in found if one.found is None],
+        "the model has no place for": [one.name for one in found if one.expected is None],
+        "shapes differ:": [
+            f"{one.name}: stored {list(one.found)}, expected {list(one.expected)}"
+            for one in found
+            if one.found is not None and one.expected is not None
+        ],
+    }
     what, remedy = "does not fit this model", "take another checkpoint"
     if all(one.name.startswith(OPTIMIZER_PREFIX) for one in found):
         what = "has optimizer state of other trainable parts"
         remedy += ", or its weights alone (--load, --finetune and a new --save)"
-    raise CheckpointError(f"{checkpoint.path} {what}: {'; '.join(problems)}; {remedy}")
+    listed = "; ".join(f"{problem} {_some(names)}" for problem, names in problems.items() if names)
+    raise CheckpointError(f"{checkpoint.path} {what}: {listed}; {remedy}")
 
 
 def _some(names: list[str], most: int = 5) -> str:
@@ -290,14 +279,14 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def _first_failure(what: str, error: CheckpointException) -> str:
-    """One line of torch's exception, which carries a traceback for every rank that failed."""
-    rank, (failure, _) = sorted(error.failures.items())[0]
-    said = str(failure) if isinstance(failure, CheckpointError) else f"{what}: {reason(failure)}"
-    return f"{said} (rank {rank})"
+    """One line from torch's exception, which holds a traceback of every rank that failed."""
+    rank, (failure, _) = min(error.failures.items())
+    message = str(failure) if isinstance(failure, CheckpointError) else f"{what}: {reason(failure)}"
+    return f"{message} (rank {rank})"
 
 
 class _LoadPlanner(MCoreLoadPlanner):
-    """mcore's planner, except that an object is read as data, never as code."""
+    """mcore's planner, but objects are loaded with weights_only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
@@ -323,7 +312,7 @@ class _LoadStrategy(TorchDistLoadShardedStrategy):
 
 
 class _Common(TorchCommonLoadStrategy):
-    """The part of the state that is the same on all ranks, already read."""
+    """The state that is the same on all ranks, already read."""
 
     def __init__(self, common: StateDict) -> None:
         self._common = common

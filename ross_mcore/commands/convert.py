@@ -121,7 +121,7 @@ def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Che
     """Language model, tower and VAE from folders, projector and denoiser from stage 1 or fresh."""
     from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
     from ross_mcore.conversion import huggingface, mapping
-    from ross_mcore.conversion.assembly import Source, assemble
+    from ross_mcore.conversion.assembly import Assets, Source, assemble
     from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PROJECTOR, VAE, VISION_TOWER, part_of
 
     language, vision, vae = options.language_model, options.vision_model, options.pixel_decoder
@@ -141,18 +141,10 @@ def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Che
     }
     sources = [Source(path, (part,), mapping.part_table(part, model)) for part, path in given.items() if path]
     fresh = (item for item in fresh_weights(model, options.seed) if not given[part_of(item[0])])
+    processor = vision / "preprocessor_config.json"
+    assets = Assets(options.tokenizer or language, processor, language / huggingface.GENERATION_CONFIG)
     with progress_bar(model) as advance:
-        return assemble(
-            options.save,
-            model,
-            sources,
-            fresh,
-            tokenizer=options.tokenizer or language,
-            preprocessor_config=vision / "preprocessor_config.json",
-            generation_config=language / huggingface.GENERATION_CONFIG,
-            dtype=dtype,
-            advance=advance,
-        )
+        return assemble(options.save, model, sources, fresh, assets, dtype, advance)
 
 
 def convert_ross(options: argparse.Namespace, dtype: torch.dtype | None) -> Checkpoint:

@@ -67,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
 
 
 def export(options: argparse.Namespace) -> list[str]:
-    """Plans, then writes; returns what to mind. Raises the package's errors."""
+    """Plans, then writes; returns remarks for the user. Raises UserError."""
     import torch
     from rich.progress import Progress
 
@@ -91,7 +91,7 @@ def export(options: argparse.Namespace) -> list[str]:
         )
         progress.update(bar, total=outgoing.parameters_to_write(options.format))
         FORMATS[options.format](outgoing, options.save)
-    return outgoing.what_its_loader_needs(options.save) if options.format == "ross" else []
+    return outgoing.remarks(options.save) if options.format == "ross" else []
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:

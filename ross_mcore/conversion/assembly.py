@@ -1,4 +1,4 @@
-"""One checkpoint out of several folders: every part planned before the first byte is written, then streamed."""
+"""Makes one checkpoint from several folders: plans every part before it writes anything, then streams the tensors."""
 
 from __future__ import annotations
 
@@ -33,13 +33,30 @@ from ross_mcore.shapes import Shapes, differences
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors of `parts`, from one folder or adapter file, by one table."""
+    """The tensors of `parts`, converted from one folder or adapter file by one table."""
 
     path: Path
     parts: tuple[Part, ...]
     table: Sequence[AnyEntry]
     configs: tuple[Path, ...] = ()
-    """The files that say which tensors there should be, where they are several."""
+    """The files that describe the tensors, where they are not one config.json beside them."""
+
+
+@dataclass(frozen=True)
+class Assets:
+    """The files beside the tensors. The generation config may be missing; it is kept for exports to Hugging Face."""
+
+    tokenizer: Path
+    preprocessor_config: Path
+    generation_config: Path
+
+    def copy(self, target: Path) -> None:
+        """Copies them into a checkpoint. Raises ConversionError naming a file that is missing or malformed."""
+        copy_tokenizer(self.tokenizer, target / folder.TOKENIZER)
+        if self.generation_config.is_file():
+            read_json(self.generation_config)
+            shutil.copyfile(self.generation_config, target / folder.TOKENIZER / GENERATION_CONFIG)
+        shutil.copyfile(self.preprocessor_config, target / folder.PREPROCESSOR)
 
 
 def assemble(
@@ -47,19 +64,16 @@ def assemble(
     model: ModelConfig,
     sources: Sequence[Source],
     fresh: Iterable[tuple[str, Tensor]],
-    tokenizer: Path,
-    preprocessor_config: Path,
-    generation_config: Path,
+    assets: Assets,
     dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
 ) -> Checkpoint:
-    """Writes iteration 0 of `root`: the sources, the tensors of `fresh`, tokenizer and image processor.
+    """Writes iteration 0 of `root` from the sources, the new tensors of `fresh` and the assets.
 
-    generation_config: a file that is kept beside the tokenizer where it exists, for the way back to Hugging Face.
-    dtype: of all parts but those that are always converted in float32; None keeps each tensor's own, those included.
-    `advance` is called with the number of parameters after each tensor. Nothing is built and nothing is held but the
-    tensor at hand.
-    Raises ConversionError naming folder and tensor, or CheckpointError; leaves nothing half-written.
+    dtype: of all parts except those that are always converted in float32; None keeps the dtype of each tensor, in those
+    parts too. advance: called with the number of parameters after each tensor. Holds one tensor at a time and builds no
+    model.
+    Raises ConversionError naming folder and tensor, or CheckpointError; then nothing is left in `root`.
     """
     shapes = inventory(model)
     plans = []
@@ -76,11 +90,7 @@ def assemble(
     written, existed = Shapes(), root.exists()
     partial = folder.begin(root, 0)
     try:
-        copy_tokenizer(tokenizer, partial / folder.TOKENIZER)
-        if generation_config.is_file():
-            read_json(generation_config)
-            shutil.copyfile(generation_config, partial / folder.TOKENIZER / GENERATION_CONFIG)
-        shutil.copyfile(preprocessor_config, partial / folder.PREPROCESSOR)
+        assets.copy(partial)
         with TensorWriter(partial) as writer:
             streams = [convert_in(steps, tensors, model.language) for steps, tensors in plans]
             for stream in (*streams, fresh):
@@ -110,11 +120,11 @@ def import_ross(
     dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
 ) -> Checkpoint:
-    """Writes iteration 0 of `root`: a full checkpoint of the reference implementation, nothing dropped.
+    """Writes iteration 0 of `root` from a full checkpoint of the reference implementation, with all its tensors.
 
-    source: its folder (`base`: see `open_ross`), or what `open_ross` made of it. tokenizer: a folder, where the
+    source: its folder (`base`: see `open_ross`), or the RossFolder of `open_ross`. tokenizer: a folder, where the
     checkpoint has none. dtype, advance: see `assemble`. Raises ArchitectureError, ConversionError or CheckpointError;
-    leaves nothing half-written.
+    then nothing is left in `root`.
     """
     ross = source if isinstance(source, RossFolder) else open_ross(source, base)
     model = ross.model_config()
@@ -123,20 +133,13 @@ def import_ross(
         for part in (DENOISER, VAE):
             if not any(name.startswith(part.reference) for name in names):
                 raise ConversionError(
-                    f"{ross.path / 'config.json'} says ross_enable, but there are no tensors {part.reference}*: the "
-                    "reference's from_pretrained drops them, so what it saves again has lost them. Take the checkpoint "
-                    "that its training wrote, or set ross_enable to false to go on without denoiser and VAE"
+                    f"{ross.path / 'config.json'} has ross_enable, but there are no tensors {part.reference}*: the "
+                    "reference's from_pretrained drops them, so a model that it saved again has lost them. Use the "
+                    "checkpoint that its training wrote, or set ross_enable to false to continue without denoiser and "
+                    "VAE"
                 )
     described = (ross.path, ross.vision_model, *([ross.pixel_decoder] if ross.pixel_decoder else []))
-    configs = tuple(path / "config.json" for path in described)
-    return assemble(
-        root,
-        model,
-        [Source(ross.path, PARTS, ross_table(model), configs)],
-        fresh=(),
-        tokenizer=tokenizer or ross.path,
-        preprocessor_config=ross.vision_model / "preprocessor_config.json",
-        generation_config=ross.path / GENERATION_CONFIG,
-        dtype=dtype,
-        advance=advance,
-    )
+    source_of_all = Source(ross.path, PARTS, ross_table(model), tuple(path / "config.json" for path in described))
+    processor = ross.vision_model / "preprocessor_config.json"
+    assets = Assets(tokenizer or ross.path, processor, ross.path / GENERATION_CONFIG)
+    return assemble(root, model, [source_of_all], (), assets, dtype, advance)

@@ -1,7 +1,7 @@
-"""A checkpoint as Hugging Face, diffusers and the reference read it, streamed shard by shard.
+"""Exports a checkpoint to the formats of Hugging Face, diffusers and the reference, holding one shard at a time.
 
-One shard is held at a time. Everything is planned before the first byte is written, in a folder beside the target; so
-the target is there whole or not at all.
+Everything is planned first, then written into a folder beside the target and renamed: the target exists whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ross_mcore.checkpoint.fit import require_fit
 from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint
 from ross_mcore.checkpoint.manifest import sync
 from ross_mcore.checkpoint.safe_load import StoredTensors
+from ross_mcore.checkpoint.tensor_file import in_own_storage
 from ross_mcore.conversion import export_config, mapping
 from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
 from ross_mcore.conversion.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
@@ -34,11 +35,11 @@ from ross_mcore.models.inventory import inventory
 from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PARTS, PROJECTOR, VAE, VISION_TOWER, Part, part_of
 
 ADAPTERS = {PROJECTOR: "mm_projector.bin", DENOISER: "mm_inv_projector.bin"}
-"""What stage 1 of the reference trains, and the files it saves them in."""
+"""The parts that stage 1 of the reference trains, and the files it saves them in."""
 
 
 class Export:
-    """One checkpoint on its way out. Raises CheckpointError or ConversionError naming what it lacks or has too much."""
+    """Exports one checkpoint. Raises CheckpointError or ConversionError naming a missing or unexpected tensor."""
 
     def __init__(
         self,
@@ -50,11 +51,11 @@ class Export:
         mm_pixel_decoder: str | None = None,
         advance: Callable[[int], None] = lambda parameters: None,
     ) -> None:
-        """tokens: the tokenizer's; those of a generation_config.json that came with the model go before them.
+        """tokens: the tokenizer's; those of the generation_config.json that came with the model take precedence.
 
-        dtype: of every tensor, None keeps each one's own. mm_vision_tower, mm_pixel_decoder: paths to state in
-        config.json, of folders that are there already; None writes the folders. advance: called with the number of
-        parameters written.
+        dtype: of every tensor; None keeps the dtype of each. mm_vision_tower, mm_pixel_decoder: paths of existing
+        folders to write into config.json; None writes the folders. advance: called with the number of parameters
+        written.
         """
         self.checkpoint = checkpoint
         self.dtype = dtype
@@ -81,20 +82,20 @@ class Export:
 
     @property
     def tower_folder(self) -> str:
-        """Its name says which tower it is, because the reference goes by the name."""
+        """Named after the kind of tower, because the reference chooses its class by the name."""
         return f"{self.model.vision.model_type.split('_')[0]}_vision_tower"
 
     def write_ross(self, save: Path) -> None:
-        """`save`: a full checkpoint of the reference, tower and VAE also in folders of their own."""
+        """Writes a full checkpoint of the reference; tower and VAE also in folders of their own."""
         with _atomic(save) as partial:
             self._write_config(save, partial)
             self._write_tensors(partial, "model", mapping.ross_table(self.model))
             self._write_tokenizer(partial)
 
-    def what_its_loader_needs(self, save: Path) -> list[str]:
-        """What the reference's load_pretrained_model would stumble over in `save`, one sentence each.
+    def remarks(self, save: Path) -> list[str]:
+        """The changes that the reference's load_pretrained_model needs to read `save`, one sentence each.
 
-        It goes by the folder's name for the class, and takes slow tokenizers alone (reference builder.py).
+        It chooses its class by the folder's name, and reads slow tokenizers only (reference builder.py).
         """
         qwen, name = self.model.language.model_type == "qwen2", checked.real_path(save).name
         found = []
@@ -110,13 +111,13 @@ class Export:
         return found
 
     def write_stage1(self, save: Path) -> None:
-        """`save`: mm_projector.bin, mm_inv_projector.bin and config.json, as stage 1 of the reference leaves them."""
+        """Writes mm_projector.bin, mm_inv_projector.bin and config.json, as stage 1 of the reference does."""
         with _atomic(save) as partial:
             self._write_config(save, partial, saved_by_pretrain=True)
             self._write_adapters(partial)
 
     def write_parts(self, save: Path) -> None:
-        """`save`: language model, tower and VAE in the folders of their libraries, the adapters as stage 1 has them."""
+        """Writes language model, tower and VAE in the formats of their libraries, and the adapters of stage 1."""
         with _atomic(save) as partial:
             language = partial / LANGUAGE_MODEL.prefix
             language.mkdir()
@@ -129,11 +130,11 @@ class Export:
             self._write_adapters(partial)
 
     def parameters(self, *parts: Part) -> int:
-        """How many there are in `parts`."""
+        """The number of parameters of `parts`."""
         return sum(math.prod(shape) for name, shape in self.source.shapes.items() if part_of(name) in parts)
 
     def parameters_to_write(self, format: str) -> int:
-        """What `advance` adds up to; format: one of FORMATS."""
+        """The number of parameters that an export writes. format: one of FORMATS."""
         beside: tuple[Part, ...] = () if self.mm_vision_tower else (VISION_TOWER,)
         beside += () if self.mm_pixel_decoder else (VAE,)
         return {
@@ -143,7 +144,7 @@ class Export:
         }[format]
 
     def _write_config(self, save: Path, partial: Path, saved_by_pretrain: bool = False) -> None:
-        """config.json of the reference, and the folders that it points to unless their paths were given."""
+        """Writes the reference's config.json, and the folders it points to unless their paths were given."""
         has_vae = self.model.pixel_decoder is not None
         tower = self.mm_vision_tower or str(checked.real_path(save) / self.tower_folder)
         vae = (self.mm_pixel_decoder or str(checked.real_path(save) / VAE.prefix)) if has_vae else None
@@ -159,7 +160,7 @@ class Export:
         config = export_config.ross_config(
             self.model, self.tokens, self._dtype(LANGUAGE_MODEL), run, vision_tower=tower, pixel_decoder=vae
         )
-        if saved_by_pretrain:  # the reference saves its configuration there, not the model
+        if saved_by_pretrain:  # stage 1 saves the configuration without a model, hence without these
             del config["architectures"], config["torch_dtype"]
         _write_json(partial / "config.json", config)
         if self.mm_vision_tower is None:
@@ -175,7 +176,7 @@ class Export:
         target = partial / self.tower_folder
         target.mkdir()
         _write_json(target / "config.json", export_config.vision_config(self.model.vision, self._dtype(VISION_TOWER)))
-        self.checkpoint.image_processor()  # what cannot be read is refused here, not by who gets the copy
+        self.checkpoint.image_processor()  # refuses a malformed file here, not when its copy is read
         shutil.copyfile(self.checkpoint.preprocessor_config, target / "preprocessor_config.json")
         self._write_part(target, "model", VISION_TOWER)
 
@@ -190,14 +191,14 @@ class Export:
         for part, file in ADAPTERS.items():
             steps = plan_out(mapping.part_table(part, self.model), part.own(self.source.names()))
             tensors = convert_steps(steps, self.source, self.model.language, self.dtype)
-            torch.save({name: _own(tensor) for name, tensor in tensors}, partial / file)
+            torch.save({name: in_own_storage(tensor) for name, tensor in tensors}, partial / file)
             self.advance(self.parameters(part))
 
     def _write_part(self, target: Path, stem: str, part: Part) -> None:
         self._write_tensors(target, stem, mapping.part_table(part, self.model), [part])
 
     def _write_tensors(self, target: Path, stem: str, table: Sequence[AnyEntry], parts: Sequence[Part] = PARTS) -> None:
-        """The tensors of `parts`, by `table`, in one file or several with an index."""
+        """Writes the tensors of `parts`, converted by `table`, to one file or to several with an index."""
         language = self.model.language
         steps = plan_out(table, [name for name in inventory(self.model) if part_of(name) in parts])
         sizes = {}
@@ -227,12 +228,12 @@ class Export:
             del tensor  # before the next one is made
         try:
             save_file(shard, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # what the library makes of a full disk
+        except SafetensorError as error:  # a full disk
             raise CheckpointError(f"{path} was not written: {error}") from None
-        shutil.copymode(path.with_name("config.json"), path)  # safetensors lets nobody else read its files
+        shutil.copymode(path.with_name("config.json"), path)  # safetensors makes its files readable by the owner only
 
     def _dtype(self, part: Part) -> str:
-        """`torch_dtype` of a part, which is that of its first tensor."""
+        """`torch_dtype` of a part: the dtype of its first tensor."""
         if self.dtype is not None:
             return str(self.dtype).removeprefix("torch.")
         name = next(name for name in inventory(self.model) if part_of(name) is part)
@@ -244,9 +245,9 @@ FORMATS = {"ross": Export.write_ross, "stage1": Export.write_stage1, "hf": Expor
 
 @contextmanager
 def _atomic(save: Path) -> Iterator[Path]:
-    """A folder beside `save` that takes its name at the end; what a death leaves of it is removed by the next export.
+    """A folder beside `save` that is renamed to it at the end; one left by a dead process is removed first.
 
-    Raises CheckpointError when `save` has something in it.
+    Raises CheckpointError when `save` is a file or not empty.
     """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise CheckpointError(f"{save} exists already; give --save a folder that does not")
@@ -282,11 +283,6 @@ def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """`tensor` in storage of its own: torch.save would write all that lies behind a view."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,7 +1,4 @@
-"""PURE: the configuration files that go with exported weights, in the fields of transformers 4.43 and of the reference.
-
-`RossFolder` in huggingface.py reads what `ross_config` writes.
-"""
+"""Contents of the configuration files beside exported weights, in the fields of transformers 4.43 and the reference."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_window_layers": 28, "sliding_window": None, "use_sliding_window": False},
     "llama": {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_scaling": None},
 }
-"""What a family's config.json has beside the common fields. Only these values are implemented here."""
+"""Fields of a family's config.json beside the common ones. Only these values are implemented here."""
 SIGLIP_LAYER = -2
-"""The layer that the reference's SigLIP reads, whatever its config.json says."""
+"""The layer that the reference's SigLIP reads, independent of config.json."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids as config.json states them."""
+    """Token ids of config.json and generation_config.json."""
 
     bos: int | None = None
     eos: int | None = None
@@ -37,7 +34,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What only the training run knows; the defaults are those of a model that was never trained here."""
+    """Facts of the training run for config.json; the defaults are those of a model that was not trained here."""
 
     training_stage: str = "finetune"
     image_aspect_ratio: str = "pad"
@@ -78,7 +75,8 @@ def ross_config(
 ) -> dict[str, Any]:
     """config.json of a full checkpoint of the reference (its ross_arch.py:75-136, train.py:1170-1206).
 
-    vision_tower, pixel_decoder: the paths to state. Raises ConversionError for what the reference cannot express.
+    vision_tower, pixel_decoder: paths of their folders. RossFolder (huggingface.py) reads these fields. Raises
+    ConversionError for a model that the reference cannot express.
     """
     refuse_other_tower(vision_tower, model.vision)
     language, vision = model.language, model.vision
@@ -127,7 +125,7 @@ def _denoiser_fields(denoiser: DenoiserConfig | None) -> dict[str, Any]:
 
 
 def ross_facts(model: ModelConfig) -> dict[str, Any]:
-    """What a config.json of the reference repeats of its tower and VAE (ross_arch.py:75-136)."""
+    """The facts about tower and VAE that the reference's config.json repeats (ross_arch.py:75-136)."""
     facts: dict[str, Any] = {
         "image_embed_len": model.vision.image_tokens,
         "image_mean": list(model.vision.image_mean),
@@ -141,19 +139,19 @@ def ross_facts(model: ModelConfig) -> dict[str, Any]:
 
 
 def refuse_other_tower(path: str, vision: VisionConfig) -> None:
-    """Raises ConversionError unless the reference would build this tower from `path`: it goes by the name alone."""
+    """Raises ConversionError unless the reference builds this kind of tower from `path`: it looks at the name only."""
     clip, siglip = "clip" in path.lower(), "siglip" in path.lower()
     chosen = "clip_vision_model" if clip else "siglip_vision_model" if siglip else "no tower"
     if chosen != vision.model_type:
         wanted = "contains clip" if vision.model_type == "clip_vision_model" else "contains siglip and nowhere clip"
         raise ConversionError(
-            f"the reference would build {chosen} from the path {path}, because it goes by the name, and this is a "
-            f"{vision.model_type}. Save where the path {wanted}, or state such a path with --mm-vision-tower"
+            f"the reference would build {chosen} from the path {path}, because it looks at the name only, and this is "
+            f"a {vision.model_type}. Save where the path {wanted}, or give such a path with --mm-vision-tower"
         )
 
 
 def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
-    """generation_config.json where the model brought none."""
+    """generation_config.json of a model that came without one."""
     return {"_from_model_config": True, **tokens.fields()}
 
 

@@ -1,6 +1,6 @@
-"""Reading what Hugging Face, diffusers and the reference implementation write: configurations, tensors when asked for.
+"""Reads configurations and tensors in the formats of Hugging Face, diffusers and the reference implementation.
 
-Only JSON, safetensors and, with `weights_only`, stage-1 adapters are read. Nothing is downloaded or executed.
+Reads only JSON, safetensors and, with `weights_only`, stage-1 adapters. Nothing is downloaded or executed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ross_mcore import checked
@@ -47,7 +48,7 @@ TOKENIZER_FILES = (
 GENERATION_CONFIG = "generation_config.json"
 """Sampling defaults and the ids that end an answer; kept with the tokenizer, whose ids it holds."""
 VISION_DEFAULTS = {
-    # what a configuration may leave out: transformers' defaults of these fields
+    # transformers' defaults of fields that a config.json may omit
     "siglip_vision_model": {"patch_size": 16, "image_size": 224},
     "clip_vision_model": {"patch_size": 32, "image_size": 224},
 }
@@ -62,7 +63,7 @@ VISION_TOWER_OF = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ConversionError naming the file when it is missing or not a mapping."""
+    """Reads a JSON mapping. Raises ConversionError naming the file."""
     try:
         return checked.mapping(checked.read_json(path), "it")
     except FileNotFoundError:
@@ -101,7 +102,7 @@ def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
 
 
 def _channels(processor: dict[str, Any], key: str) -> tuple[float, float, float]:
-    """A number for each colour. Raises ValueError."""
+    """One number for each colour channel. Raises ValueError."""
     values = processor.get(key)
     if not isinstance(values, list) or len(values) != 3:
         raise ValueError(f"{key} is {checked.shown(values)}, expected 3 numbers")
@@ -124,7 +125,7 @@ def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
 
 @dataclass(frozen=True)
 class RossFolder:
-    """A full checkpoint of the reference implementation, and where the parts that its config.json points to lie."""
+    """A full checkpoint of the reference implementation, and the folders that its config.json points to."""
 
     path: Path
     config: dict[str, Any]
@@ -140,7 +141,7 @@ class RossFolder:
                 raise ArchitectureError(f"{file}: {key}={checked.shown(config[key])} is not implemented; only {only!r}")
         try:
             vision = read_vision_config(self.vision_model)
-            if vision.model_type == "clip_vision_model":  # the reference's SigLIP reads layer -2 whatever the file says
+            if vision.model_type == "clip_vision_model":  # the reference's SigLIP always reads layer -2
                 if config.get("mm_vision_select_feature", "patch") != "patch":
                     raise ArchitectureError("mm_vision_select_feature must be 'patch'")
                 layer = checked.count(config, "mm_vision_select_layer", -2, least=-MOST_LAYERS, most=-1)
@@ -165,8 +166,8 @@ class RossFolder:
         for key, ours in ross_facts(model).items():
             if config.get(key) not in (ours, None):
                 raise ArchitectureError(
-                    f"{file}: {key} is {checked.shown(config[key])}, but {parts} say {ours}. Give the folders that "
-                    "this model was trained with"
+                    f"{file}: {key} is {checked.shown(config[key])}, but {ours} in {parts}. Give the folders that this "
+                    "model was trained with"
                 )
         return model
 
@@ -174,27 +175,28 @@ class RossFolder:
 def open_ross(
     folder: Path, base: Path | None = None, vision_model: Path | None = None, pixel_decoder: Path | None = None
 ) -> RossFolder:
-    """Finds the folders of tower and VAE: those given, or what config.json says.
+    """Finds the folders of tower and VAE: the given ones, or those named in config.json.
 
-    A path of config.json is taken from `base`, as it is, from the checkpoint's folder and from the folders around it;
-    its last name inside the checkpoint's folder serves as well. Raises ConversionError naming key and remedy.
+    A relative path in config.json is looked up in `base`, in the working directory, in the checkpoint's folder and in
+    all folders above it; at last its final name in the checkpoint's folder. Raises ConversionError naming key and
+    remedy.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
 
     def find(key: str, flag: str) -> Path:
-        said = config.get(key)
-        if not isinstance(said, str) or not said:
+        named = config.get(key)
+        if not isinstance(named, str) or not named:
             raise ConversionError(f"{folder / 'config.json'} has no {key}; give the folder with {flag}")
-        around = checked.real_path(folder)
-        starts = [*([base] if base else []), Path(), around, *around.parents]
-        for candidate in (*(start / said for start in starts), around / Path(said).name):
+        real = checked.real_path(folder)
+        starts = [*([base] if base else []), Path(), real, *real.parents]
+        for candidate in (*(start / named for start in starts), real / Path(named).name):
             with suppress(OSError):  # a name too long for the file system
                 if (candidate / "config.json").is_file():
                     return candidate
         raise ConversionError(
-            f"{folder / 'config.json'}: {key} {checked.shown(said)} is not a folder with a config.json, as it is or "
-            f"seen from the checkpoint; say where it lies with {flag}"
+            f"{folder / 'config.json'}: {key} {checked.shown(named)} is not a folder with a config.json, as it is or "
+            f"relative to the checkpoint; give the folder with {flag}"
         )
 
     return RossFolder(
@@ -209,7 +211,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer's files. Raises ConversionError when `source` has none."""
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
-        raise ConversionError(f"{source} has no tokenizer.json, tokenizer.model or vocab.json; say where one is")
+        raise ConversionError(f"{source} has no tokenizer.json, tokenizer.model or vocab.json; give a folder with one")
     target.mkdir(exist_ok=True)
     for path in files:
         try:
@@ -217,24 +219,24 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             if path.suffix == ".json":
                 checked.read_json(path, checked.MOST_TOKENIZER_FILE_BYTES)
         except ValueError as error:
-            raise ConversionError(f"{path} is no file of a tokenizer: {error}; copy it again") from None
+            raise ConversionError(f"{path} cannot be used: {error}; copy it again") from None
         shutil.copyfile(path, target / path.name)
 
 
 def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
-    """Keys that begin with an underscore say which library version wrote the folder, and where it lay."""
+    """Without keys that begin with an underscore, which name the version and the path that wrote the folder."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def open_tensors(path: Path) -> Tensors:
-    """A folder of safetensors, or a stage-1 adapter file. Raises ConversionError or CheckpointError naming it."""
+    """Opens a folder of safetensors or a stage-1 adapter file. Raises ConversionError or CheckpointError naming it."""
     return AdapterFile(path) if Path(path).is_file() else SafetensorsFolder(path)
 
 
 class AdapterFile:
-    """`mm_projector.bin` or `mm_inv_projector.bin`, as stage 1 of the reference (or of LLaVA) saves them.
+    """`mm_projector.bin` or `mm_inv_projector.bin` of stage 1 of the reference or of LLaVA.
 
-    A name is taken from its last part on, as the reference does: `model.mm_projector.0.weight`, whatever came before.
+    Prefixes before `mm_projector.` become `model.`, as in the reference: `model.mm_projector.0.weight`.
     Raises CheckpointError when the file is not a plain dictionary of tensors.
     """
 
@@ -255,7 +257,7 @@ class AdapterFile:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder, in one safetensors file or in several with an index. Nothing is read ahead.
+    """The tensors of one safetensors file, or of several with an index, each read when asked for.
 
     Raises ConversionError when there are only pickles, when the index names a file outside the folder, or when a file
     is missing or damaged.
@@ -278,7 +280,7 @@ class SafetensorsFolder:
                 self._file_of = dict.fromkeys(self._shard(file).keys(), file)
                 break
         else:
-            raise ConversionError(self._what_is_missing())
+            raise ConversionError(self._nothing_to_read())
         for file in sorted(set(self._file_of.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise ConversionError(f"{index} names {checked.shown(file)}, which is not a file of that folder")
@@ -289,30 +291,29 @@ class SafetensorsFolder:
                 where = "in the index but not in the file" if example in listed else "in the file but not in the index"
                 raise ConversionError(f"{self._folder / file}: tensor {checked.shown(example)} is {where}")
 
-    def _what_is_missing(self) -> str:
+    def _nothing_to_read(self) -> str:
+        """The message for a folder without safetensors."""
         if not self._folder.is_dir():
             return f"{self._folder} does not exist or is not a folder; give one of safetensors"
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
         if pickles:
             return (
-                f"{self._folder} has only {pickles[0]}, a pickle, which could run code when it is read. Convert it to "
+                f"{self._folder} has only {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
                 "safetensors first: load it with transformers and call save_pretrained(folder, safe_serialization=True)"
             )
         return f"{self._folder} has no {' or '.join(f'{stem}.safetensors' for stem in STEMS)} (nor an index of several)"
 
     def _shard(self, file: str) -> Any:
-        """A file's header, kept open while its neighbours are asked for."""
+        """An open file; the last one stays open for the next tensor."""
         if self._open is None or self._open[0] != file:
             self._open = None
             self._open = (file, self._opened(file))
         return self._open[1]
 
     def _opened(self, file: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         path = self._folder / file
         if not path.is_file():
-            raise ConversionError(f"{path} is missing, although the index names it")
+            raise ConversionError(f"{path} is missing, but the index names it")
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
@@ -327,7 +328,7 @@ class SafetensorsFolder:
         return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        # a mapping of its own: in a shared one, all that was read of the file would stay in memory
+        # opened again for each tensor: in one memory map, every page read so far would stay in memory
         file = self._file_of[name]
         tensor: Tensor = self._opened(file).get_tensor(name)
         if tensor.dtype not in FLOATS:

@@ -1,7 +1,7 @@
-"""TABLES: names in Hugging Face, diffusers and ROSS checkpoints, and the names under which we store those tensors.
+"""Tables of tensor names in Hugging Face, diffusers and ROSS checkpoints, and of our names for the same tensors.
 
-`{layer}` stands for a number, `{name}` for any rest. A source tensor is taken by the first entry that knows its name,
-and so is a tensor of ours on the way out. Our names are those in the checkpoint, see models/inventory.py.
+`{layer}` matches a number, `{name}` any text. The first entry that matches a tensor's name converts it, in both
+directions. Our names are those in the checkpoint, see models/inventory.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ross_mcore.parts import Part
 _OURS = parts.LANGUAGE_MODEL.weight("decoder.layers.{layer}.")
 _HF = "model.layers.{layer}."
 _TOWER = parts.VISION_TOWER.weight("tower.{name}")
-_CONSTANT = "a constant that old checkpoints store"
+_CONSTANT = "a constant that old checkpoints hold"
 _AUTOENCODER = parts.VAE.weight("autoencoder.{name}")
 
 LANGUAGE: tuple[AnyEntry, ...] = (
@@ -37,22 +37,22 @@ LANGUAGE: tuple[AnyEntry, ...] = (
     GatedMLP(_OURS + "mlp.linear_fc1.weight", _HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
     Same(_OURS + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight"),
     Same(parts.LANGUAGE_MODEL.weight("decoder.final_layernorm.weight"), "model.norm.weight"),
-    Ignored(_HF + "self_attn.rotary_emb.inv_freq", "a constant that old Llama checkpoints store"),
+    Ignored(_HF + "self_attn.rotary_emb.inv_freq", _CONSTANT),
 )
-"""Qwen2 and Llama decoders, all but the output matrix."""
+"""Qwen2 and Llama decoders, without the output matrix."""
 
 OUTPUT_MATRIX: dict[bool, tuple[AnyEntry, ...]] = {
     False: (Vocabulary(parts.LANGUAGE_MODEL.weight("output_layer.weight"), "lm_head.weight"),),
     True: (Equal("lm_head.weight", "model.embed_tokens.weight"),),
 }
-"""By `tie_word_embeddings`. A tied model's output matrix is its embedding; where it is stored twice, both are equal."""
+"""By `tie_word_embeddings`. A tied model's output matrix is its embedding; stored twice, both must be equal."""
 
 VISION: tuple[AnyEntry, ...] = (
     Ignored(parts.TRANSFORMERS_4_TOWER + "embeddings.position_ids", _CONSTANT),
     Ignored("embeddings.position_ids", _CONSTANT),
     Ignored("text_model.{name}", "the text tower of a two-tower checkpoint"),
-    Ignored("visual_projection.weight", "CLIP's projection into the space it shares with text"),
-    Ignored("text_projection.weight", "CLIP's projection into the space it shares with images"),
+    Ignored("visual_projection.weight", "CLIP's projection of images into the space shared with text"),
+    Ignored("text_projection.weight", "CLIP's projection of text into the space shared with images"),
     Ignored("logit_scale", "the temperature of contrastive training"),
     Ignored("logit_bias", "the bias of contrastive training"),
     Same(_TOWER, parts.TRANSFORMERS_4_TOWER + "{name}"),
@@ -69,25 +69,22 @@ PROJECTOR: dict[bool, tuple[AnyEntry, ...]] = {
     False: (Same(parts.PROJECTOR.weight("{name}"), parts.PROJECTOR.reference + "{name}"),),
     True: (Same(parts.PROJECTOR.weight("0.{name}"), parts.PROJECTOR.reference + "{name}"),),
 }
-"""By whether `projector_type` is `linear`, which the reference makes a bare Linear and we a sequence of one."""
+"""By whether `projector_type` is `linear`: a bare Linear in the reference, a sequence of one Linear here."""
 
 ROSS: tuple[AnyEntry, ...] = (
     *LANGUAGE,
-    Ignored(
-        parts.VISION_TOWER.reference + parts.TRANSFORMERS_4_TOWER + "embeddings.position_ids",
-        "a constant that old checkpoints store",
-    ),
+    Ignored(parts.VISION_TOWER.reference + parts.TRANSFORMERS_4_TOWER + "embeddings.position_ids", _CONSTANT),
     Ignored(parts.VISION_TOWER.reference + "embeddings.position_ids", _CONSTANT),
     Same(_TOWER, parts.VISION_TOWER.reference + parts.TRANSFORMERS_4_TOWER + "{name}"),
     Same(_TOWER, parts.VISION_TOWER.reference + "{name}"),
     *DENOISER,
     Same(_AUTOENCODER, parts.VAE.reference + "{name}"),
 )
-"""A full checkpoint of the reference implementation, but for projector and output matrix."""
+"""A full checkpoint of the reference implementation, without projector and output matrix."""
 
 
 def part_table(part: Part, model: ModelConfig) -> tuple[AnyEntry, ...]:
-    """The entries of one part: in a folder of its library, or in an adapter of the reference."""
+    """The entries of one part in a folder of its library, or in an adapter of the reference."""
     return {
         parts.VISION_TOWER: VISION,
         parts.PROJECTOR: PROJECTOR[model.projector.projector_type == "linear"],

@@ -1,7 +1,7 @@
-"""Writing a torch_dist checkpoint one whole tensor after another, in one process that never holds two of them.
+"""Writes a torch_dist checkpoint in one process, one whole tensor after another, holding one at a time.
 
-What mcore's and torch's writers make of a state dict that is in memory, this makes of tensors as they come, so that a
-model larger than memory can be converted. The result loads at every layout, like any other checkpoint.
+mcore's and torch's writers need the whole state dict in memory; this one converts models larger than memory. The result
+loads at every layout, like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ross_mcore.checkpoint.tensor_file import TensorFile, write_index
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, sharding_metadata
 
 PART_BYTES = 4 * 2**30
-"""A file of tensors is closed when it is larger than this, so that loading ranks can read several at once."""
+"""A larger file of tensors is closed and the next one begun, so that ranks can read several at once."""
 
 
 class TensorWriter:
-    """`with TensorWriter(folder) as writer: writer.add(name, tensor)`: on leaving, the index files are written.
+    """`with TensorWriter(folder) as writer: writer.add(name, tensor)`; the index is written at the end.
 
-    Names are those of the checkpoint, shapes are whole; `records` are the files of tensors. An exception inside leaves
-    a folder without index. Raises CheckpointError naming the file that cannot be written.
+    `records`: size and checksum of each file of tensors. An exception inside leaves a folder without index. Raises
+    CheckpointError naming the file that cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class TensorWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Appends one tensor. Raises ValueError when the name was added before."""
+        """Appends one whole tensor under its name in the checkpoint. Raises ValueError when it was added before."""
         if name in self._tensors:
             raise ValueError(f"tensor {name} is written twice")
         if self._part is None:

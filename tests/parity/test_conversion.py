@@ -309,7 +309,7 @@ REFUSED = {
     "present but disabled": (lambda f: rewrite(f, lambda c: c | {"ross_enable": False}), "mm_inv_projector.net"),
     "tower not found": (
         lambda f: rewrite(f, lambda c: c | {"mm_vision_tower": "google/siglip"}),
-        "say where it lies with --vision-model",
+        "give the folder with --vision-model",
     ),
     "another tower": (lambda f: rewrite(f, lambda c: c | {"image_embed_len": 729}), "image_embed_len is 729"),
     "vocabulary": (lambda f: rewrite(f, lambda c: c | {"vocab_size": VOCABULARY - 1}), f"[{VOCABULARY}, 32]"),

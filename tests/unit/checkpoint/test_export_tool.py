@@ -83,7 +83,7 @@ def make_large(tensors: dict[str, Tensor]) -> None:
         (drop_denoiser, (), "asks for tensor denoiser.pos_embed, shape [1, 4, 32], which the checkpoint lacks"),
         (add_unknown, (), "has no place for tensor language_model.surprise"),
         (make_large, ("--dtype", "float16"), "decoder.conv_out.bias has 1e+06"),
-        (None, ("--mm-vision-tower", "openai/clip-vit-large-patch14-336"), "goes by the name"),
+        (None, ("--mm-vision-tower", "openai/clip-vit-large-patch14-336"), "looks at the name only"),
     ],
 )
 def test_what_cannot_be_written_is_named_and_nothing_is_left(

@@ -151,8 +151,8 @@ def test_damaged_tensor_file_is_named(stored: Path) -> None:
     [
         (torch.arange(6.0), r"a piece is of shape \[6\], expected \[2, 3\]"),
         ({"a": torch.arange(6.0).view(2, 3)}, r"a piece is no tensor, expected \[2, 3\]"),
-        (torch.arange(6.0).view(3, 2).t(), "not stored as it lies in memory"),
-        (torch.arange(6.0).expand(2, 2, 6)[0, :, :3], "not stored as it lies in memory"),
+        (torch.arange(6.0).view(3, 2).t(), "not stored contiguously"),
+        (torch.arange(6.0).expand(2, 2, 6)[0, :, :3], "not stored contiguously"),
     ],
 )
 def test_piece_that_is_not_as_the_index_says_is_refused(stored: Path, other: Any, says: str) -> None:
@@ -194,7 +194,7 @@ def test_tensor_of_other_parts_than_its_own_is_refused(stored: Path) -> None:
         metadata.state_dict_metadata["a.weight"].chunks = chunks
         metadata.storage_data |= {MetadataIndex("a.weight", chunk.offsets): place for chunk in chunks}
         (stored / INDEX_FILE).write_bytes(pickle.dumps(metadata))
-        with pytest.raises(CheckpointError, match=r"a\.weight.* parts, which are not it"):
+        with pytest.raises(CheckpointError, match=r"pieces of 'a\.weight', which do not add up to its shape"):
             read_metadata(stored)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """`world` processes with `flags` on `data`; compared with one process on the same stage, data and family."""
+    """`world` processes with `flags` on `data`, compared with one process on the same stage, data and family."""
 
     name: str
     world: int
@@ -17,9 +17,10 @@ class Case:
     data: str = "mixed"
     family: str = "qwen2_siglip"
     common: tuple[tuple[str, Any], ...] = ()
-    """Flags that the reference run has as well."""
+    """Flags of the reference run too."""
     relative: float = 1e-5
-    """fp32 sums in another order: measured up to 4e-7 on losses and norms, 8e-7 of a family's largest gradient."""
+    """Tolerance for fp32 sums in another order: measured up to 4e-7 on losses and norms, 8e-7 of the largest gradient
+    of a family."""
 
     @property
     def reference(self) -> Case:
@@ -102,8 +103,8 @@ CASES = [
     Case("several pictures tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), data="several"),
     Case("several pictures packed tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), data="several", common=PACKED),
     Case("several pictures packed dp2", 2, layout(micro_batch_size=1), data="several", common=PACKED),
-    # bf16 keeps 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
-    # and norms, 1.5e-2 of a family's largest gradient
+    # bf16 has 8 bits (4e-3): sums in another order round differently; measured up to 5e-4 on losses
+    # and norms, 1.5e-2 of the largest gradient of a family
     Case("bf16 dp2", 2, common=(("bf16", True),), relative=3e-2),
     Case("bf16 tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True), common=(("bf16", True),), relative=3e-2),
     Case("bf16 pp3 frozen LLM", 3, layout(1, 3), stage="pretrain", common=(("bf16", True),), relative=3e-2),

@@ -1,4 +1,4 @@
-"""Recorded models as base checkpoints, three small data sets, and runs that are made once and compared often."""
+"""Recorded models as base checkpoints, small data sets, and cached runs to compare with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ITERATIONS = 3
 
 
 def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None:
-    """What each rank runs; with `stop_after`, one gets SIGTERM in time to end the run after that iteration."""
+    """Trains on each rank; with `stop_after`, the logging rank gets SIGTERM and the run ends after that iteration."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.reporting.files import MetricsFile
     from ross_mcore.reporting.metrics import StepMetrics
@@ -97,10 +97,10 @@ def stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def moved(before: Path, after: Path) -> float:
-    """The largest difference between two checkpoints' weights and moments, in fp32 as far as they have it.
+    """The largest difference between two checkpoints' weights and moments, in fp32 where both have it.
 
-    A weight that has a master must be the master, rounded to its own type; a run in fp32 without the distributed
-    optimizer stores none. What does not train has none either, and is rounded where a run goes on in bf16.
+    A weight with a master must be that master, rounded to the type of the weight. fp32 runs without the distributed
+    optimizer store no masters; frozen weights have none either, and are rounded when a run resumes in bf16.
     """
     theirs, ours = dict(stored(before)), dict(stored(after))
     for tensors in (theirs, ours):
@@ -159,7 +159,7 @@ def write_shards(folder: Path, kind: str) -> None:
 
 
 def mixture(first: Path, second: Path) -> Path:
-    """A YAML of two data sets beside the first: three samples of it to one of the other, whose pictures are padded."""
+    """A YAML file of two data sets: three samples of the first to one of the second, whose aspect ratio is square."""
     path = first.parent / "mixture.yaml"
     path.write_text(
         f"- {{path: {first.name}, weight: 3, name: first}}\n"
@@ -196,7 +196,7 @@ def run_options(
 
 @pytest.fixture(scope="session")
 def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], Path]) -> Callable[..., Finished]:
-    """Runs (or continues) a case in a folder of its own under `name`; `rank` is what each rank runs."""
+    """Starts or resumes a case in the folder of `name`; `rank` is the function that each rank runs."""
 
     def run(
         case: Case,
@@ -215,7 +215,7 @@ def start(workplace: Path, base: Callable[[str], Path], shards: Callable[[str], 
 
 @pytest.fixture(scope="session")
 def reference(start: Callable[..., Finished]) -> Callable[[Case], Finished]:
-    """The one-process run that a case is compared with; made once per stage, data and family."""
+    """The one-process run that a case is compared with; cached by stage, data and family."""
     made: dict[str, Finished] = {}
 
     def get(case: Case) -> Finished:

@@ -1,4 +1,4 @@
-"""Several ranks on this machine, in processes of their own, each running one function."""
+"""Runs a function on several ranks, each a process on this machine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def meeting_place() -> torch.distributed.TCPStore:
-    """A store of this process in which ranks may meet at its `port`, as torchrun's is, for as long as it is kept.
+    """A store in this process for the ranks' rendezvous at its `port`, like torchrun's; it lives as long as the object.
 
-    It has its port from the start: one that is free now may be another process's before rank 0 can listen there.
+    It opens its port at once, because another process could take a free port before rank 0 listens there.
     """
     return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def free_port() -> int:
-    """A port on which nobody listens yet, for a rank 0 that holds the store itself."""
+    """A free port, for a rank 0 that holds the store itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -48,7 +48,7 @@ def _rank(
 
 
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any, limit_seconds: float = LIMIT_SECONDS) -> None:
-    """Runs `function(*arguments)` on `world` ranks; fails the test with every rank's traceback, or when ranks hang."""
+    """Runs `function(*arguments)` on `world` ranks; fails the test with all tracebacks, or when ranks do not end."""
     context = multiprocessing.get_context("forkserver")
     errors, place = context.SimpleQueue(), meeting_place()
     processes = torch.multiprocessing.start_processes(
@@ -76,7 +76,7 @@ def run_ranks(function: Callable[..., None], world: int, *arguments: Any, limit_
 
 
 def end_of_ranks(function: Callable[..., None], world: int, *arguments: Any, but: int | None = None) -> list[int]:
-    """How every rank ends, all but rank `but`, which is killed when the others have: exit statuses, -9 for a kill."""
+    """Exit statuses of all ranks, -9 for a killed one. Rank `but` is killed when the others have ended."""
     context = multiprocessing.get_context("forkserver")
     errors, port = context.SimpleQueue(), free_port()
     processes = [

@@ -1,4 +1,4 @@
-"""Imported once by the fork server, so that ranks start with everything heavy in memory."""
+"""Imported once by the fork server, so that ranks start with the slow imports done."""
 
 import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
 import transformers.models.siglip.modeling_siglip  # noqa: F401

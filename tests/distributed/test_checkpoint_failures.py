@@ -1,4 +1,4 @@
-"""A save or load that fails on one rank ends on every rank, with the same message, and harms nothing that was there."""
+"""A save or load that fails on one rank fails on all, with the same message; existing checkpoints stay intact."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CLIP = {"model_type": "clip_vision_model", "hidden_size": 8, "num_hidden_layers"
 
 
 def model_config() -> ModelConfig:
-    """Any architecture will do: these checkpoints hold one matrix."""
+    """Any architecture: these checkpoints hold one matrix."""
     language = LanguageConfig.from_huggingface({**LLAMA, "num_attention_heads": 1})
     return ModelConfig(language, VisionConfig(CLIP, (0, 0, 0), (1, 1, 1)), ProjectorConfig(), None, None)
 
 
 def fail_on_rank_one(root: str, where: str, message: str) -> None:
-    """What each of the two ranks runs: a good save, then one that fails on rank 1, then the good one is loaded."""
+    """On both ranks: a good save, then one that fails on rank 1, then the good one is loaded."""
     platform.initialize_process_group(1)
     import torch
     import torch.distributed as dist
@@ -69,7 +69,7 @@ def fail_on_rank_one(root: str, where: str, message: str) -> None:
                 content[5000] ^= 1
                 (damaged.path / "__1_0.distcp").write_bytes(content)
             dist.barrier()
-            assert find_intact(Path(root)) == good  # the ranks agree, whoever read the file
+            assert find_intact(Path(root)) == good  # all ranks agree, although only one read the file
             find_intact(damaged.path)
         else:  # on rank 1, files may not grow beyond 64 KiB
             if rank == 1:
@@ -100,7 +100,7 @@ def test_failure_on_one_rank_ends_all(tmp_path: Path, where: str, message: str) 
 
 
 def train_with_a_full_disk(flags: dict[str, Any]) -> None:
-    """Rank 1 cannot write tensors until five steps are logged; nothing else of the run is as large."""
+    """Rank 1 cannot write tensors until five steps are logged; the other files are smaller than the limit."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
 
@@ -114,18 +114,18 @@ def train_with_a_full_disk(flags: dict[str, Any]) -> None:
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, resource.RLIM_INFINITY))
         threading.Thread(target=make_room, daemon=True).start()
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         status = train_status(Config.from_flat(**flags))
-    found = [line for line in said.getvalue().splitlines() if "could not be saved" in line]
-    if status or (said.getvalue() and not found):
-        raise SystemExit(f"status {status}: {said.getvalue()}")
+    found = [line for line in output.getvalue().splitlines() if "could not be saved" in line]
+    if status or (output.getvalue() and not found):
+        raise SystemExit(f"status {status}: {output.getvalue()}")
     if found:
         assert "__1_0.distcp cannot be written: File too large (rank 1)" in found[0], found
         assert "it is tried again after iteration" in found[0]
 
 
-def test_a_run_goes_on_without_checkpoints_until_the_disk_has_room(
+def test_a_run_continues_without_checkpoints_until_the_disk_has_room(
     base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
 ) -> None:
     flags = {
@@ -147,7 +147,7 @@ def test_a_run_goes_on_without_checkpoints_until_the_disk_has_room(
 
 
 def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) -> None:
-    """Iteration 1 is being saved when something of iteration 2 fails on the last rank; `ends`: how each must end."""
+    """While iteration 1 is being saved, iteration 2 fails on the last rank; ends: the expected end of each rank."""
     from ross_mcore.checkpoint import saving
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
@@ -183,10 +183,10 @@ def fail_while_saving(flags: dict[str, Any], where: str, ends: list[int | str]) 
 @pytest.mark.parametrize(
     ("where", "ends"), [("shard", [2, 2]), ("memory", [2, "MemoryError"]), ("log", ["OSError"])], ids=str
 )
-def test_a_save_in_flight_is_finished_before_a_failed_run_ends(
+def test_a_running_save_is_finished_before_a_failed_run_ends(
     where: str, ends: list[int | str], base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Where all ranks fail at one point: when one of them cannot read, and whatever it is in a run of one process."""
+    """When all ranks fail at one point: one of them cannot read, or a run of one process has any error."""
     flags = run_options(Case("", len(ends)), tmp_path / "run", base, shards, save_interval=1)
     run_ranks(fail_while_saving, len(ends), flags, where, ends)
     assert [found.iteration for found in folder.checkpoints(tmp_path / "run")] == [1]

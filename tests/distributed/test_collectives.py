@@ -1,4 +1,4 @@
-"""What ranks tell each other: every rank gets every value, and an action that fails on one rank fails on all."""
+"""Collectives: every rank gets every value, and an action that fails on one rank fails on all."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def failures() -> None:
             all_or_none(lambda error=error: raise_own(ConfigError("disk full"), error), CheckpointError)
         assert str(caught.value) == f"disk full (rank 0); {message} (rank 1)"
         assert is_on_all_ranks(caught.value)
-    with pytest.raises(CheckpointError, match=r"^disk full \(rank 0\)$"):  # the same words once
+    with pytest.raises(CheckpointError, match=r"^disk full \(rank 0\)$"):  # the same message only once
         all_or_none(lambda: raise_own(*[ConfigError("disk full")] * 2), CheckpointError)
     with pytest.raises(ConfigError if rank == 0 else RankError, match="not here"):
         from_first_rank(lambda: raise_own(ConfigError("not here"), None))

@@ -1,4 +1,4 @@
-"""torchrun starts a run again by itself when a rank dies, and the run goes on from its newest checkpoint."""
+"""torchrun restarts a run when a rank dies, and the run resumes from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMIT_SECONDS = 300
 def test_a_rank_killed_under_torchrun_costs_one_restart(
     base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The rank whose process the run names in its log is killed once, when it has saved its second iteration."""
+    """The process that the run names in its log is killed once, after the second iteration is saved."""
     run, log = tmp_path / "run", tmp_path / "log"
     flags = f"""--load {base("qwen2_siglip")} --data-path {shards("captions")} --save {run} --seq-length 256
         --global-batch-size 2 --micro-batch-size 1 --no-pack --num-workers 0 --train-iters 200
@@ -45,10 +45,10 @@ def test_a_rank_killed_under_torchrun_costs_one_restart(
     finally:
         torchrun.terminate()
         torchrun.wait()
-    said = log.read_text()
-    assert torchrun.returncode == 0, said
-    assert re.search(rf"rank \d \(process {found[1]} on .*\) sends no heartbeat: its process (is gone|has ended)", said)
-    assert re.search(r"continues from iteration [2-9] ", said) and "stopped by --exit-interval 10" in said
+    text = log.read_text()
+    assert torchrun.returncode == 0, text
+    assert re.search(rf"rank \d \(process {found[1]} on .*\) sends no heartbeat: its process (is gone|has ended)", text)
+    assert re.search(r"continues from iteration [2-9] ", text) and "stopped by --exit-interval 10" in text
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 11))
 

@@ -1,4 +1,4 @@
-"""Numbers that go wrong in the middle of a run: what is found, on which rank, who is named, and what can be skipped."""
+"""Numbers that are not finite, and loss spikes: they are found on any rank, named, and can be skipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPOILT = {
 
 
 def train_with_broken_weights(flags: dict[str, Any], stop_after: int | None) -> None:
-    """A rank that has such a weight breaks it before its iteration and mends it before the next."""
+    """A rank that has a weight of SPOILT breaks it before that iteration and restores it before the next."""
     from ross_mcore.training import loop
 
     read_step, broken = loop.read_step, []
@@ -66,7 +66,7 @@ def incidents(folder: Path) -> list[dict[str, Any]]:
     ids=lambda case: case.name,
 )
 def test_a_broken_weight_is_found_before_it_does_harm(case: Case, start: Callable[..., Finished]) -> None:
-    """And named, whatever rank has it and whether a loss shows it; the run goes on when it is mended."""
+    """It is named, on whichever rank it is and even if no loss shows it; the run continues when it is restored."""
     run = start(case, f"broken_{case.name}", rank=train_with_broken_weights, train_iters=8, save_interval=None)
     assert [entry["iteration"] for entry in run.metrics if not entry["applied"]] == list(SPOILT)
     found = incidents(run.folder)
@@ -75,7 +75,7 @@ def test_a_broken_weight_is_found_before_it_does_harm(case: Case, start: Callabl
         assert f"weights are not finite from the {family} ({name}" in entry["reason"]
         assert entry["samples"] and all(sample["shard"].startswith("shard-") for sample in entry["samples"])
     assert "lm_loss nan" in found[0]["reason"] and "gradients are not from the denoiser (" in found[0]["reason"]
-    if case.name == "tp2xpp2":  # there the broken row is that of a token that nobody uses
+    if case.name == "tp2xpp2":  # the broken row belongs to a token that does not occur
         assert run.metrics[6]["lm_loss"] > 0 and run.metrics[6]["grad_norm"] > 0, "losses show nothing"
 
 
@@ -83,11 +83,12 @@ def start_from(flags: dict[str, Any]) -> None:
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
 
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
         status = train_status(Config.from_flat(**flags))
-    if status != 2 or "weights are not finite from the projector (vision_projection.0.bias) on" not in said.getvalue():
-        raise SystemExit(f"status {status}: {said.getvalue()}")
+    expected = "weights are not finite from the projector (vision_projection.0.bias) on"
+    if status != 2 or expected not in errors.getvalue():
+        raise SystemExit(f"status {status}: {errors.getvalue()}")
 
 
 def test_no_run_starts_from_weights_that_are_not_finite(
@@ -132,12 +133,12 @@ def train_with_odd_samples(flags: dict[str, Any], stop_after: int | None) -> Non
     [Case("dp2", 2, {"micro_batch_size": 1}), Case("pp2_packed", 2, layout(1, 2), common=PACKED)],
     ids=lambda case: case.name,
 )
-def test_samples_whose_losses_stand_out_are_named_and_can_be_skipped(
+def test_samples_with_extreme_losses_are_named_and_can_be_skipped(
     case: Case, start: Callable[..., Finished], shards: Callable[[str], Path]
 ) -> None:
     """A loss that is not finite and one that is ten times as large; then a run without these iterations and samples.
 
-    Without a learning rate losses are what they are, so nothing but the two stands out.
+    Without a learning rate, losses do not change, so only these two are reported.
     """
     options: dict[str, Any] = {"lr": 0.0, "denoiser_lr": 0.0, "train_iters": 25, "save_interval": None}
     options |= {"loss_spike_factor": 1.8}
@@ -184,8 +185,8 @@ def test_samples_whose_losses_stand_out_are_named_and_can_be_skipped(
     ],
     ids=lambda case: case.name,
 )
-def test_what_is_saved_before_any_step_was_applied_goes_on(case: Case, start: Callable[..., Finished]) -> None:
-    """After a stop behind two steps that are passed over: the same bits, and the same count of steps, as without it."""
+def test_a_checkpoint_before_the_first_update_is_resumed_exactly(case: Case, start: Callable[..., Finished]) -> None:
+    """A stop after two skipped steps: the same bits and the same step counts as without the stop."""
     skips = {"skip_iterations": "1-2", "train_iters": 4}
     name = case.name.replace(" ", "_")
     straight = start(case, f"{name}_late", save_interval=None, **skips)
@@ -203,6 +204,6 @@ def test_what_is_saved_before_any_step_was_applied_goes_on(case: Case, start: Ca
 
 
 def steps_of(folder: Path) -> set[int]:
-    """Adam's counts in a checkpoint."""
+    """Adam's step counts in a checkpoint."""
     optimizer = read_common(folder)["optimizer"]
     return {group["step"] for group in optimizer.get("optimizer", optimizer)["param_groups"]}

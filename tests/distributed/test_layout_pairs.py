@@ -1,8 +1,8 @@
-"""A run that is saved at one layout and continued at another trains as one that was never interrupted.
+"""A run that is saved at one layout and resumed at another trains like one that was never interrupted.
 
-Every row of PAIRS: two steps at one layout; what they saved is loaded at the other and saved again untouched, which
-has to leave every weight and moment as it was, to the bit; then ten steps more, whose losses and gradient norms are
-compared with those of one process that ran without a break.
+Every row of PAIRS: two steps at one layout; their checkpoint is loaded at the other and saved again untouched, with the
+same bits of every weight and moment; then ten more steps, whose losses and gradient norms are compared with those of
+one uninterrupted process.
 `pytest -s tests/distributed/test_layout_pairs.py` prints the differences as a table.
 """
 
@@ -53,20 +53,19 @@ LAYOUTS = {
     "pp2xdp2": Case("", 4, layout(1, 2)),
     "pp2xdp2 distributed": Case("", 4, layout(1, 2, use_distributed_optimizer=True)),
 }
-"""Layouts by the names that the table prints: tp, pp, dp tensor, pipeline and data parallel; vpp interleaved; sp
-sequence parallel; distributed: with the distributed optimizer, which the others are without; overlap: of the
-gradients' reduction."""
+"""Layouts by their names in the printed table. tp, pp, dp: tensor, pipeline and data parallel; vpp: interleaved; sp:
+sequence parallel; distributed: with the distributed optimizer; overlap: of the gradient reduction."""
 
 WORK = {
     "finetune": Case("", 1),
     "pretrain": Case("", 1, stage="pretrain"),
     "packed": Case("", 1, common=PACKED),
     "two data sets, packed": Case("", 1, data="mixture", common=PACKED),
-    # bf16 keeps 8 bits (4e-3), and sums in another order round differently
+    # bf16 has 8 bits (4e-3), so sums in another order round differently
     "bf16": Case("", 1, common=(("bf16", True),), relative=3e-2),
     "bf16 plain": Case("", 1, common=(("bf16", True), ("use_distributed_optimizer", False)), relative=3e-2),
 }
-"""What is trained, in the one process that everything is compared with."""
+"""The training work, as the one-process run that all layouts are compared with."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Pair:
     loaded: str
     work: str = "finetune"
     then: str = ""
-    """What is trained after loading, where that is other work than before it."""
+    """The work after loading, if it differs from the work before."""
 
     @property
     def after(self) -> str:
@@ -122,12 +121,12 @@ PAIRS = [
 
 
 RUNS_TOGETHER = 4
-"""Runs one after another in the same processes: starting those costs as much as a run, and has a time limit."""
+"""Number of runs one after another in the same processes; starting processes takes as long as a run."""
 
 
 @dataclass
 class Job:
-    """A run, or a part of one: its folder, its options, and after which iteration it stops."""
+    """A run or a part of one: its folder, its options and the iteration after which it stops."""
 
     folder: Path
     case: Case
@@ -136,14 +135,14 @@ class Job:
 
 
 def train_one_after_another(jobs: list[tuple[dict[str, Any], int | None]], ports: list[int]) -> None:
-    """What each rank runs. Every run has a rendezvous of its own, so that none meets the last one's."""
+    """Runs all jobs on each rank. Every run has its own port for the rendezvous."""
     for (flags, stop_after), port in zip(jobs, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         train_one_rank(flags, stop_after)
 
 
 class Runs:
-    """Every run of the table, made when first asked for, together with others of as many ranks."""
+    """The runs of the table, made on first use, together with others of the same number of ranks."""
 
     def __init__(self, root: Path, options: Callable[..., dict[str, Any]]) -> None:
         self._root, self._options = root, options
@@ -162,7 +161,7 @@ class Runs:
         return self._root / self._source(pair)
 
     def resaved(self, pair: Pair) -> Path:
-        """What was saved at the second layout before any step was taken there; the run then went on."""
+        """The checkpoint saved at the second layout before its first step; the run then continued."""
         jobs = []
         for other in PAIRS:
             if LAYOUTS[other.loaded].world == LAYOUTS[pair.loaded].world:
@@ -185,7 +184,7 @@ class Runs:
         return Job(self._root / name, case, options, stop_after)
 
     def _make(self, jobs: list[Job]) -> None:
-        """Runs those that were not run before; all are of as many ranks."""
+        """Runs the jobs that have not run yet; all have the same number of ranks."""
         jobs = [job for job in jobs if job.folder.name not in self._made]
         self._made.update(job.folder.name for job in jobs)
         for first in range(0, len(jobs), RUNS_TOGETHER):
@@ -218,7 +217,7 @@ def table() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_a_run_goes_on_at_another_layout(pair: Pair, runs: Runs, table: list[str]) -> None:
+def test_a_run_resumes_at_another_layout(pair: Pair, runs: Runs, table: list[str]) -> None:
     relative = max(WORK[work].relative for work in (pair.work, pair.after))
     expected, run = metrics(runs.reference(pair.after)), runs.resaved(pair)
     ours = metrics(run)

@@ -38,8 +38,8 @@ def family_of(name: str) -> str:
 
 
 def gradients(run: Finished, iteration: int = 1) -> dict[str, Tensor]:
-    """Whole gradients of a step, read from the checkpoint after it: Adam's first moment is then 0.1 times the
-    (clipped) gradient. So what is compared has gone through the real reduction, sharding and saving."""
+    """Whole gradients of the first step, from its checkpoint: Adam's first moment is 0.1 times the (clipped) gradient.
+    So the compared values have gone through the real reduction, sharding and saving."""
     folder = run.folder / f"iter_{iteration:07d}"
     metadata = read_metadata(folder)
     names = [name for name in tensor_shapes(metadata) if name.startswith(FIRST_MOMENT)]
@@ -94,7 +94,7 @@ def test_trains_like_one_process(
 
 
 def assert_adds_up(run: Finished) -> None:
-    """The data sets' own figures are the step's, split; and both data sets take their turn."""
+    """The figures of the data sets add up to those of the step; both data sets occur."""
     consumed = 0
     for entry in run.metrics:
         own = list(entry["datasets"].values())
@@ -119,10 +119,10 @@ def assert_adds_up(run: Finished) -> None:
 def test_packed_and_separate_samples_train_alike(
     data: str, layout_of_packed: dict, start: Callable[..., Finished], workplace: Path
 ) -> None:
-    """One step over all sixteen samples, as rows of their own and packed: same losses over every picture there is.
+    """One step over all sixteen samples, one per row and packed: same losses over all pictures.
 
-    The draws of a picture follow from its sample's place in the stream, which is the same in both. Positions and
-    attention begin anew with every sample, so only the order of sums differs.
+    The draws of a picture depend on its sample's place in the stream, which is the same in both. Positions and
+    attention restart with every sample, so only the order of sums differs.
     """
     separate = start(Case("", 1, data=data), f"samples_apart_{data}", **APART)
     world = 4 if layout_of_packed else 1
@@ -141,14 +141,14 @@ APART: dict[str, Any] = {"train_iters": 1, "seq_length": 256, "global_batch_size
 
 
 def packed_flags(shards: Path) -> dict[str, Any]:
-    """The same step with the samples of `shards` packed into as few rows as the index says."""
+    """The same step with the samples of `shards` packed; the index gives the number of rows."""
     rows = packed_rows(shards, APART["seq_length"])
     assert 1 < rows < APART["global_batch_size"]
     return {**APART, "global_batch_size": rows, "micro_batch_size": 1, "pack": True}
 
 
 def assert_same_step(packed: Finished, separate: Finished, relative: float) -> None:
-    """The same samples in rows that have them in another order."""
+    """The same samples in another order."""
     (ours,), (theirs,) = packed.metrics, separate.metrics
     for name in ("num_tokens", "num_images", "consumed_samples"):
         assert ours[name] == theirs[name], name
@@ -157,7 +157,7 @@ def assert_same_step(packed: Finished, separate: Finished, relative: float) -> N
 
 
 def packed_rows(shards: Path, seq_length: int) -> int:
-    """How many rows the samples of `shards` fill, by the index."""
+    """The number of rows that the samples of `shards` fill, from the index."""
     samples = ShardReader(shards).samples
     lengths = samples["text_tokens"].astype(int) + 16 * samples["image_spans"].astype(int)
     return len(pack(lengths, seq_length, key=0))
@@ -166,7 +166,7 @@ def packed_rows(shards: Path, seq_length: int) -> int:
 def test_fp32_masters_go_from_optimizer_to_optimizer(start: Callable[..., Finished], workplace: Path) -> None:
     """Saved by one, loaded by the next at another layout and saved again untouched, the last of which trains in fp32.
 
-    Longer ways, and that training goes on as it would have, are in test_layout_pairs.py.
+    Longer sequences, and the training after them, are in test_layout_pairs.py.
     """
     bf16, plain = ("bf16", True), ("use_distributed_optimizer", False)
     first = start(Case("", 2, common=(bf16,)), "masters distributed", train_iters=1)
@@ -182,7 +182,7 @@ def test_fp32_masters_go_from_optimizer_to_optimizer(start: Callable[..., Finish
 
 
 def train_in_small_buckets(flags: dict, stop_after: int | None = None) -> None:
-    """Trains with every weight gathered by itself, so that no module finds its own by waiting for another's."""
+    """Trains with every weight gathered separately, so that waiting for one module's does not gather another's."""
     from ross_mcore.engine import setup
 
     plain = setup.DistributedDataParallelConfig
@@ -201,10 +201,10 @@ def train_in_small_buckets(flags: dict, stop_after: int | None = None) -> None:
 def test_weights_gathered_late_are_used_and_saved(
     stage: str, more: dict, start: Callable[..., Finished], reference: Callable[[Case], Finished]
 ) -> None:
-    """A module waits for its own weights, and a checkpoint for all of them, from which a run goes on as from others.
+    """A module waits for its own weights and a checkpoint for all; the checkpoint resumes like any other.
 
-    Saved are the first step and the last, because a save waits for weights that no module has waited for. Moments are
-    saved under the names of their own weights, although buckets have padding between them.
+    Only the first and the last step are saved, because a save gathers weights for which no module has waited. Moments
+    are saved under the right names, although buckets have padding between them.
     """
     case = Case("", 2, GATHERED, stage=stage, common=tuple(more.items()))
     name = f"gathered_late_{stage}"

@@ -1,4 +1,4 @@
-"""A run whose logs cannot be written goes on, and ends as it would without that."""
+"""A run whose logs cannot be written continues, with the same result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.distributed.conftest import Finished
 
 
 def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
-    """The disk is full for metrics.jsonl and validation.jsonl of iteration 2, and TensorBoard's folder is gone."""
+    """In iteration 2, the disk is full for metrics.jsonl and validation.jsonl, and TensorBoard's folder is gone."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.reporting.files import MetricsFile
@@ -39,22 +39,22 @@ def train_without_logs(flags: dict[str, Any], _: int | None) -> None:
         write(log, metrics)
 
     MetricsFile.step = write_into_the_void
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             status = train_status(Config.from_flat(**flags))
     finally:
         MetricsFile.step = write
     if status:
         raise SystemExit(status)
-    warnings = [line for line in said.getvalue().splitlines() if line.startswith("warning: ")]
-    if os.environ["RANK"] == "1":  # it has the losses
-        assert len(warnings) == 3, said.getvalue()
+    warnings = [line for line in output.getvalue().splitlines() if line.startswith("warning: ")]
+    if os.environ["RANK"] == "1":  # the logging rank
+        assert len(warnings) == 3, output.getvalue()
         for line, path in zip(warnings, (logs[0], folder / "tensorboard", logs[1])):
             assert line.startswith(f"warning: {path}") and "; training continues without it until it can be" in line
 
 
-def test_a_run_ends_as_ever_though_its_logs_cannot_be_written(
+def test_a_run_ends_the_same_when_its_logs_cannot_be_written(
     start: Callable[..., Finished], shards: Callable[[str], Path], reference: Callable[[Case], Finished]
 ) -> None:
     case = Case("", 2, layout(1, 2))

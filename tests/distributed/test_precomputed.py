@@ -1,4 +1,4 @@
-"""Training on precomputed parts is training on the pictures: same losses, same gradients, whole checkpoints."""
+"""Training on precomputed parts equals training on the pictures: same losses and gradients, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("latents", "features")
 
 
 def precompute(base: Path, shards: Path, out: Path, kinds: list[str], aspect_ratio: str, drop_images: bool) -> None:
-    """What each rank runs."""
+    """Runs on each rank."""
     import os
 
     from ross_mcore import platform
@@ -50,7 +50,7 @@ def precomputed(workplace: Path, base: Callable[[str], Path], shards: Callable[[
 
 
 def even_shards(workplace: Path) -> Path:
-    """Sixteen captions in two shards, so that no picture is left to be computed alone."""
+    """Sixteen captions in two shards, so that no picture is computed alone."""
     folder = workplace / "shards_even"
     if not folder.exists():
         with ShardWriter(folder, max_samples=8) as writer:
@@ -66,7 +66,7 @@ def weights(run: Finished, iteration: int = 3) -> StoredTensors:
 def test_one_process_is_exact(
     kinds: tuple[str, ...], start: Callable[..., Finished], precomputed: Callable[..., Path], workplace: Path
 ) -> None:
-    """Bit by bit. Every row has a picture, so that VAE and tower see two at a time: convolutions of one alone add up
+    """Equal bits. Every row has a picture, so that VAE and tower get two at a time: a convolution of a single one sums
     in another order. Without pictures in the shards, none can have been decoded."""
     case = Case("tp1", 1, stage="pretrain")
     drop_images = kinds == KINDS
@@ -100,16 +100,16 @@ def test_layouts_read_their_share(
     reference: Callable[[Case], Finished],
     precomputed: Callable[..., Path],
 ) -> None:
-    """Against one process that computes everything from the pictures."""
+    """Compared with one process that computes everything from the pictures."""
     data = precomputed(case.data, *KINDS, drop_images=True)
     run = start(case, "precomputed_" + case.name.replace(" ", "_"), data_path=str(data), num_workers=1)
     assert_same(run, reference(case), 1e-6)
 
 
-def test_goes_on_without_them(
+def test_a_run_resumes_without_precomputed_parts(
     start: Callable[..., Finished], reference: Callable[[Case], Finished], precomputed: Callable[..., Path]
 ) -> None:
-    """A run of precomputed parts is continued from the pictures, at another layout: its checkpoints lack nothing."""
+    """A run on precomputed parts resumes from the pictures at another layout: its checkpoints are complete."""
     case = Case("tp2", 2, layout(2))
     start(case, "precomputed_then_not", data_path=str(precomputed("mixed", *KINDS)), exit_duration_in_mins=1e-6)
     run = start(Case("pp2", 2, layout(1, 2)), "precomputed_then_not", precomputed=False)
@@ -117,7 +117,7 @@ def test_goes_on_without_them(
     assert_same(run, reference(case), 1e-6)
 
 
-def test_reconstructions_need_the_vae_alone(start: Callable[..., Finished], precomputed: Callable[..., Path]) -> None:
+def test_reconstructions_need_only_the_vae(start: Callable[..., Finished], precomputed: Callable[..., Path]) -> None:
     data = precomputed("mixed", *KINDS, drop_images=True)
     case = Case("pp2", 2, layout(1, 2))
     run = start(case, "precomputed_pictures", data_path=str(data), eval_interval=3, eval_images=2)

@@ -22,9 +22,9 @@ from tests.distributed.harness import run_ranks
 
 @dataclass(frozen=True)
 class Fault:
-    """After `iteration` steps, one bit of a weight of the last chunk, or of its Adam moment, is turned on `ranks`.
+    """After `iteration` steps, one bit of a weight of the last chunk, or of its Adam moment, is flipped on `ranks`.
 
-    Without ranks, the part of the model named `weight` is not frozen where the options say so.
+    Without ranks, the part of the model named `weight` is not frozen although the options freeze it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Fault:
     moment: str | None = None
     iteration: int = 1
     passed: int = 1
-    """Checks before it; the others are sound."""
+    """Number of checks before it that pass."""
     flags: dict[str, Any] = field(default_factory=dict)
 
 
@@ -112,12 +112,12 @@ FAULTS = [
 SOUND = Case("tied", 4, layout(2, 2, sequence_parallel=True, **INTERLEAVED), family="tied")
 
 
-def turn_a_bit(tensor: torch.Tensor) -> None:
+def flip_a_bit(tensor: torch.Tensor) -> None:
     tensor.detach().view(-1).view(torch.int32)[-1] ^= 1
 
 
 def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, int]:
-    """Exit status, what standard error says, and how many checks were passed."""
+    """Exit status, standard error, and the number of passed checks."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.engine import setup
@@ -139,7 +139,7 @@ def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, in
             return
         weight = dict(self.run.engine.model.last.named_parameters())[fault.weight]
         (state,) = (part.optimizer.state for part in self.run.engine.optimizer.chained_optimizers)
-        turn_a_bit(state[weight][fault.moment] if fault.moment else weight)
+        flip_a_bit(state[weight][fault.moment] if fault.moment else weight)
 
     def at_start(self: ReplicaCheck, state: Any) -> None:
         strike(self, state.iteration)
@@ -154,25 +154,25 @@ def train_with(fault: Fault | None, flags: dict[str, Any]) -> tuple[int, str, in
         passed.append(1)
 
     ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = at_start, after_step, counted
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
         status = train_status(Config.from_flat(**flags))
     ReplicaCheck.at_start, ReplicaCheck.after_step, ReplicaCheck._check = before, after, check
     setup.set_trainable = set_trainable
-    return status, said.getvalue(), len(passed)
+    return status, errors.getvalue(), len(passed)
 
 
 def train_one_after_another(jobs: list[tuple[Fault | None, dict[str, Any]]], out: str) -> None:
-    """What each rank runs; how its runs ended goes to a file of `out`. They share the rendezvous, which a run that ends
-    well leaves: there is one such, the last."""
+    """Runs all jobs on each rank and writes their results to the rank's file in `out`. The jobs share the rendezvous,
+    which a run leaves when it ends without an error: only the last one does."""
     Path(out, os.environ["RANK"]).write_text(json.dumps([train_with(fault, flags) for fault, flags in jobs]))
 
 
 def test_a_wrong_bit_ends_the_run_on_all_ranks_and_is_named(
     base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Every run in one go of four processes. Those with a fault end before anything is saved, though a save was due;
-    until then, and in the last, all checks are passed."""
+    """All runs in the same four processes. Runs with a fault end before anything is saved, although a save was due; all
+    checks before the fault, and those of the last run, pass."""
 
     def options(case: Case, name: str, **flags: Any) -> dict[str, Any]:
         return run_options(case, tmp_path / name, base, shards, train_iters=2, **flags)
@@ -185,8 +185,8 @@ def test_a_wrong_bit_ends_the_run_on_all_ranks_and_is_named(
     ends = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
     for number, fault in enumerate(FAULTS):
         assert [end[number][::2] for end in ends] == [[2, fault.passed]] * 4, (fault.name, ends)
-        said = ends[0][number][1]
-        assert re.search(fault.expected, said) and "Traceback" not in said, (fault.name, said)
+        errors = ends[0][number][1]
+        assert re.search(fault.expected, errors) and "Traceback" not in errors, (fault.name, errors)
         assert find_checkpoint(tmp_path / fault.name) is None, fault.name
     assert [end[-1] for end in ends] == [[0, "", 3]] * 4
     assert find_checkpoint(tmp_path / "sound") is not None

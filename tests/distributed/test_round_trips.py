@@ -1,7 +1,7 @@
-"""ROSS -> checkpoint -> a model spread over ranks -> checkpoint -> ROSS and Hugging Face folders, to the bit.
+"""ROSS -> checkpoint -> a model over several ranks -> checkpoint -> ROSS and Hugging Face folders, with equal bits.
 
-Every family and tower, tied and not, with a vocabulary that needs padding, at every layout of the table. A layout's
-processes are started once and take all sources after each other.
+Every family and tower, tied and not, with a vocabulary that needs padding, at every layout of the table. The processes
+of a layout are started once and pass all sources through.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def name_of(row: Source | str) -> str:
 
 
 def pass_through_model(root: str, names: list[str], layout_name: str) -> None:
-    """What each rank runs: every base checkpoint is loaded into a model of this layout and saved from it."""
+    """On each rank: loads every base checkpoint into a model of this layout and saves it."""
     platform.initialize_process_group(1)
     from ross_mcore.checkpoint.sharded import load_model_weights, save_checkpoint, sharding_metadata
     from ross_mcore.models.language import Execution
@@ -57,7 +57,7 @@ def pass_through_model(root: str, names: list[str], layout_name: str) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """(a root with `base/<name>`, one converted checkpoint a row; name -> the folder that it was made of)"""
+    """(a root with `base/<name>`, a converted checkpoint per row; name -> its source folder)"""
     root = Path(tmp_path_factory.mktemp("round_trips"))
     folders = {}
     for row in ROWS:
@@ -73,7 +73,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, P
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def passed(request: pytest.FixtureRequest, sources: tuple[Path, dict[str, Path]]) -> str:
-    """A layout that every source has passed through."""
+    """A layout, after every source has passed through it."""
     root, folders = sources
     tensor, pipeline = LAYOUTS[request.param]
     run_ranks(pass_through_model, tensor * pipeline, str(root), list(folders), request.param)
@@ -91,7 +91,7 @@ def test_round_trip(passed: str, name: str, sources: tuple[Path, dict[str, Path]
     root, folders = sources
     checkpoint = require_checkpoint(root / passed / name)
     theirs = load_file(folders[name] / "model.safetensors")
-    dtype = theirs["model.norm.weight"].dtype  # denoiser and VAE are float32 in every model of ours
+    dtype = theirs["model.norm.weight"].dtype  # denoiser and VAE are float32 in all our models
 
     ross = tmp_path / "ross"
     paths = {"mm_vision_tower": f"{checkpoint.model_config().vision.model_type}", "mm_pixel_decoder": "vae"}
@@ -112,7 +112,7 @@ def test_round_trip(passed: str, name: str, sources: tuple[Path, dict[str, Path]
 
 
 def test_ranks_really_held_shards(passed: str, sources: tuple[Path, dict[str, Path]]) -> None:
-    """A tensor-parallel matrix lies in as many pieces as there were ranks (fc1 in two for each: gate and up)."""
+    """A tensor-parallel matrix is saved in one piece per rank (fc1 in two: gate and up)."""
     root, folders = sources
     tensor, _ = LAYOUTS[passed]
     for name in folders:

@@ -1,4 +1,4 @@
-"""What a run does beside learning: stop on a signal, survive numbers that are not finite, draw reconstructions."""
+"""A run besides training: signals, numbers that are not finite, reconstructions, validation, refusals at resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.resealed import change_state
 
 
 def train_until_signal(flags: dict[str, Any]) -> None:
-    """Rank 1 gets SIGTERM once three steps are logged; all ranks must then save and return 0."""
+    """Rank 1 gets SIGTERM after three logged steps; all ranks must then save and return 0."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
 
@@ -77,8 +77,8 @@ def test_a_signal_to_any_rank_saves_everywhere_and_exits_zero(flags: dict[str, A
 
 
 def test_numbers_that_are_not_finite_are_skipped_and_then_end_the_run(flags: dict[str, Any]) -> None:
-    """A rate that blows every weight up at the second step: what follows is not applied, and the third such step in a
-    row ends the run. The checkpoint of the first step is intact."""
+    """A learning rate that makes every weight infinite at the second step: later steps are not applied, and the third
+    in a row ends the run. The checkpoint of the first step is intact."""
     broken = {**flags, "lr": 1e18, "lr_warmup_iters": 1, "max_bad_steps": 3, "save_interval": 1, "train_iters": 50}
     run_ranks(train_and_expect, 4, broken, 2)
     entries = [json.loads(line) for line in (Path(flags["save"]) / "metrics.jsonl").read_text().splitlines()]
@@ -89,8 +89,7 @@ def test_numbers_that_are_not_finite_are_skipped_and_then_end_the_run(flags: dic
 
 
 def test_reconstructions_are_the_same_at_every_layout(start: Callable[..., Finished], workplace: Path) -> None:
-    """The grid that TensorBoard shows, after two steps, from one process, tensor 2 x pipeline 2 and an interleaved
-    pipeline."""
+    """TensorBoard's grid after two steps, from one process, tensor 2 x pipeline 2 and an interleaved pipeline."""
     from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
     grids = []
@@ -117,7 +116,7 @@ def decode(data: bytes) -> torch.Tensor:
 
 
 def test_samples_over_a_bound_are_counted_and_the_others_train(start: Callable[..., Finished]) -> None:
-    """An epoch of sixteen packed samples, of which four have three pictures, at tensor 2 x pipeline 2."""
+    """An epoch of sixteen packed samples, four of them with three pictures, at tensor 2 x pipeline 2."""
     case = Case("", 4, layout(2, 2, sequence_parallel=True), data="several")
     epoch = {"pack": True, "train_iters": None, "train_epochs": 1, "global_batch_size": 1, "micro_batch_size": 1}
     run = start(case, "bounded", **epoch, max_images_per_sample=2, save_interval=None)
@@ -128,7 +127,7 @@ def test_samples_over_a_bound_are_counted_and_the_others_train(start: Callable[.
 
 
 def ask(run: Path) -> None:
-    """Questions about none, one and two pictures, alone and side by side: the same answers, which depend on both."""
+    """Questions about 0, 1 and 2 pictures, alone and in one batch: the same answers, which depend on all pictures."""
     from ross_mcore.errors import ConversationError
     from ross_mcore.inference import Question, _prompt, _run, answer, load_model
 
@@ -166,8 +165,8 @@ VALIDATED = {
 def test_validation_is_the_same_every_time_and_everywhere(
     start: Callable[..., Finished], shards: Callable[[str], Path]
 ) -> None:
-    """Eleven samples fill no step of these layouts, and two of a data set are bad. Without a learning rate, weights
-    stay what they are."""
+    """Eleven samples do not fill a step of these layouts, and two of a data set are bad. Without a learning rate,
+    weights do not change."""
     listed = shards("mixture").with_name("held_out.yaml")
     damage(shards("captions"), listed.with_name("shards_damaged"))
     listed.write_text(shards("mixture").read_text() + "- {path: shards_damaged, weight: 1, name: damaged}")
@@ -207,10 +206,10 @@ def validations(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def test_validation_leaves_training_as_it_is(
+def test_validation_does_not_change_training(
     start: Callable[..., Finished], shards: Callable[[str], Path], workplace: Path
 ) -> None:
-    """With validation after every step, twice interrupted or not: same losses, same lines."""
+    """With validation after every step, with two interruptions or none: same losses, same lines."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     case, every = Case("", 2, layout(1, 2)), {"valid_data_path": str(shards("mixed")), "valid_interval": 1}
@@ -230,21 +229,21 @@ def test_validation_leaves_training_as_it_is(
 
 
 def train_and_expect_refusal(flags: dict[str, Any], message: str) -> None:
-    """Bad input ends the run with status 2 and says why."""
+    """Bad input ends the run with status 2 and the message."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
 
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
         status = train_status(Config.from_flat(**flags))
-    if status != 2 or not re.search(message, said.getvalue()):
-        raise SystemExit(f"status {status}: {said.getvalue()}")
+    if status != 2 or not re.search(message, errors.getvalue()):
+        raise SystemExit(f"status {status}: {errors.getvalue()}")
 
 
-def go_on_with_changes(
+def resume_with_changes(
     first: dict[str, Any], refusals: list[tuple[dict[str, Any], str]], batch: dict[str, Any]
 ) -> None:
-    """A run of one step is continued with every change of `refusals`, and at last with those of `batch`."""
+    """A run of one step is resumed with every change of `refusals`, then with those of `batch`."""
     train_and_expect(first, 0)
     for changes, message in refusals:
         train_and_expect_refusal({**first, "train_iters": 2, **changes}, message)
@@ -252,10 +251,10 @@ def go_on_with_changes(
     train_and_expect({**first, "train_iters": 3, **batch, "save": first["save"] + " small batches"}, 0)
 
 
-def test_what_must_not_change_when_a_run_goes_on(
+def test_options_that_must_not_change_at_resume(
     flags: dict[str, Any], base: Callable[[str], Path], shards: Callable[[str], Path]
 ) -> None:
-    """Each is refused with both values; another batch size goes on in the same stream when that is asked for."""
+    """Each is refused with both values; another batch size continues the same stream when it is allowed."""
     text = shards("mixture").read_text()
     changed = shards("mixture").with_name("changed.yaml")
     changed.write_text(text.replace("weight: 3", "weight: 2"))
@@ -272,7 +271,7 @@ def test_what_must_not_change_when_a_run_goes_on(
         ({"vision_lr": 1e-4}, "vision_trains False and this run has True .--vision-lr."),
         ({"supervise_final_eos": False}, "supervise_final_eos True and this run has False"),
     ]
-    run_ranks(go_on_with_changes, 1, one, refusals, {"global_batch_size": 2, "override_global_batch_size": True})
+    run_ranks(resume_with_changes, 1, one, refusals, {"global_batch_size": 2, "override_global_batch_size": True})
     ours, small = (
         [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         for folder in (one["save"], one["save"] + " small batches")
@@ -281,8 +280,8 @@ def test_what_must_not_change_when_a_run_goes_on(
     assert ours[1]["sample_digest"] == small[2]["sample_digest"] != small[1]["sample_digest"]
 
 
-def go_on_without_place(first: dict[str, Any]) -> None:
-    """A run of one step is continued from a checkpoint that does not say how far its data was read."""
+def resume_without_place(first: dict[str, Any]) -> None:
+    """A run of one step is resumed from a checkpoint without the place in the data."""
     train_and_expect(first, 0)
     found = find_checkpoint(Path(first["save"]))
     assert found is not None
@@ -290,12 +289,12 @@ def go_on_without_place(first: dict[str, Any]) -> None:
     train_and_expect_refusal({**first, "train_iters": 2}, "iter_0000001/train_state.json: consumed_rows=None .* copy")
 
 
-def test_no_run_goes_on_at_the_first_row_again(flags: dict[str, Any]) -> None:
-    run_ranks(go_on_without_place, 1, {**flags, **layout(), "train_iters": 1})
+def test_a_run_does_not_resume_without_its_place_in_the_data(flags: dict[str, Any]) -> None:
+    run_ranks(resume_without_place, 1, {**flags, **layout(), "train_iters": 1})
 
 
 def test_an_order_of_whole_passes_refuses_weights(flags: dict[str, Any], shards: Callable[[str], Path]) -> None:
-    """Where every data set is passed once, the order by modality is over all samples."""
+    """The order by modality covers all samples, so it needs one pass over every data set."""
     one = {**flags, **layout(), "train_iters": 1, "seq_length": 256, "sampler": "modality_length"}
     refused = "modality_length makes one pass over all samples, but .*mixture.yaml asks for 24 of 16 samples of 'first'"
     run_ranks(train_and_expect_refusal, 1, {**one, "data_path": str(shards("mixture"))}, refused)

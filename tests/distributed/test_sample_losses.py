@@ -1,4 +1,4 @@
-"""The losses of single samples: each is its own, whatever it shares a row and a micro-batch with."""
+"""The losses of a sample do not depend on the other samples of its row and micro-batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICTURES = [2, 0, 0, 1, 0, 1]
 
 
 def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
-    """What each rank runs: six samples, the third skipped, in two rows of three and one after the other."""
+    """On each rank: six samples, the third skipped, in two rows of three and one by one."""
     from parity.trial import Layout, prepare, share_of_pixels
 
     from ross_mcore import platform
@@ -61,5 +61,5 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_each_sample_has_its_own_losses(tensor_parallel: int, base: Callable[[str], Path]) -> None:
-    """With blank samples denoised as well, as in the reference's arithmetic."""
+    """Blank samples are denoised too, as in the reference."""
     run_ranks(compare_with_each_alone, tensor_parallel, str(base("qwen2_siglip")), tensor_parallel)

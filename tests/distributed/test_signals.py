@@ -1,4 +1,4 @@
-"""What signals, dead ranks and hung ranks do to a run."""
+"""Signals, dead ranks and blocked ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def flags(base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
-    """Many steps at data parallel 2."""
+    """A run of many steps at data parallel 2."""
     return {
         "load": str(base("qwen2_siglip")),
         "data_path": str(shards("mixed")),
@@ -43,7 +43,7 @@ def flags(base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: 
 
 
 def stop(pause: float) -> None:
-    time.sleep(pause)  # some heartbeats say where this rank was
+    time.sleep(pause)  # until heartbeats have reported this place
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -64,7 +64,7 @@ def fail(_: float) -> None:
 
 
 def press_ctrl_c_twice(pause: float) -> None:
-    """From a thread of its own, while this rank goes on to wait for the others."""
+    """From a thread, while this rank waits for the others."""
 
     def press() -> None:
         for _ in range(2):
@@ -74,8 +74,10 @@ def press_ctrl_c_twice(pause: float) -> None:
     threading.Thread(target=press, daemon=True).start()
 
 
-def train_with_faults(flags: dict[str, Any], said: str, iteration: int, faults: dict[int, Callable[..., None]]) -> None:
-    """Each rank of `faults` meets its own when it is to read for `iteration`; what it says goes to a file of `said`."""
+def train_with_faults(
+    flags: dict[str, Any], output: str, iteration: int, faults: dict[int, Callable[..., None]]
+) -> None:
+    """Calls a rank's fault when the rank reads `iteration`. Standard error goes to the file of the rank in `output`."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.data.loader import StepLoader
@@ -83,7 +85,7 @@ def train_with_faults(flags: dict[str, Any], said: str, iteration: int, faults: 
 
     rank = int(os.environ["RANK"])
     requests.REPEAT_SECONDS = 0.2
-    os.dup2(os.open(f"{said}/{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(f"{output}/{rank}", os.O_WRONLY | os.O_CREAT), 2)
     read, steps = StepLoader.__next__, []
 
     def faulty(loader: Any) -> Any:
@@ -96,8 +98,8 @@ def train_with_faults(flags: dict[str, Any], said: str, iteration: int, faults: 
     raise SystemExit(train_status(Config.from_flat(**flags)))
 
 
-def test_usr1_to_any_rank_saves_and_the_run_goes_on_to_its_exit_interval(flags: dict[str, Any], tmp_path: Path) -> None:
-    """Asked for while the second step reads, after the request of that step was taken: so the third one saves."""
+def test_usr1_to_any_rank_saves_and_the_run_continues(flags: dict[str, Any], tmp_path: Path) -> None:
+    """The signal comes while the second step reads, too late for that step, so the third one saves."""
     arguments = {**flags, "exit_interval": 5}, str(tmp_path), 2, {1: ask_to_save}
     assert end_of_ranks(train_with_faults, 2, *arguments) == [0, 0]
     folder = Path(flags["save"])
@@ -143,9 +145,9 @@ def test_a_lost_rank_ends_the_others_and_is_named(
 ) -> None:
     world = 4 if fault is die else 2
     statuses = end_of_ranks(train_with_faults, world, {**flags, **options}, str(tmp_path), 4, {1: fault}, but=1)
-    said = [(tmp_path / str(rank)).read_text() for rank in range(world)]
-    assert statuses[0] == LOST_A_RANK and set(statuses[2:]) <= {LOST_A_RANK}, said
-    assert len(re.findall(expected, "".join(said))) == 1, said  # and one rank says it for all
+    outputs = [(tmp_path / str(rank)).read_text() for rank in range(world)]
+    assert statuses[0] == LOST_A_RANK and set(statuses[2:]) <= {LOST_A_RANK}, outputs
+    assert len(re.findall(expected, "".join(outputs))) == 1, outputs  # one rank reports for all
 
 
 def test_a_second_ctrl_c_aborts_a_rank_that_waits_for_another(flags: dict[str, Any], tmp_path: Path) -> None:
@@ -153,4 +155,4 @@ def test_a_second_ctrl_c_aborts_a_rank_that_waits_for_another(flags: dict[str, A
     statuses = end_of_ranks(train_with_faults, 2, {**flags, "save_interval": 1}, str(tmp_path), 4, faults, but=1)
     assert statuses[0] == ABORTED and "rank 0: aborted" in (tmp_path / "0").read_text()
     found = find_checkpoint(Path(flags["save"]))
-    assert found is not None and found.iteration in (2, 3)  # the last save may have been under way
+    assert found is not None and found.iteration in (2, 3)  # the last save may not have finished

@@ -1,7 +1,7 @@
 """The stream of samples does not depend on the layout, on where a run was stopped, or on which rank finds a bad sample.
 
-The data set is damaged after it was indexed: two samples have a text that is no JSON, and the picture of two others,
-which only the tensor-parallel rank whose share it is looks at, is zeros.
+The data set is damaged after it was indexed: the text of two samples is not JSON, and the picture of two others, which
+only one tensor-parallel rank reads, is zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.distributed.harness import run_ranks
 BAD_TEXT, BAD_PICTURE = (5, 11), (3, 13)
 PACKED = {"pack": True, "seq_length": 256, "global_batch_size": 2, "micro_batch_size": 1}
 """Two rows a step, of about three samples each: 30 steps are more than 11 epochs of the 16 samples."""
-BEARING = {"max_bad_fraction": 1.0}
+ALLOWING_BAD = {"max_bad_fraction": 1.0}
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def damaged(shards: Callable[[str], Path], workplace: Path) -> Path:
 
 
 def overwrite(whole: Path, folder: Path) -> None:
-    """A copy of a data set in which BAD_TEXT and BAD_PICTURE are so."""
+    """A copy of a data set in which the samples BAD_TEXT and BAD_PICTURE are bad."""
     folder.mkdir()
     for path in whole.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -84,7 +84,7 @@ def difference(run: Finished, expected: Finished) -> float:
 def test_bad_samples_are_replaced_alike_at_every_layout(
     rows: dict[str, Any], start: Callable[..., Finished], damaged: Path
 ) -> None:
-    flags = {**rows, **BEARING, "data_path": str(damaged), "save_interval": None}
+    flags = {**rows, **ALLOWING_BAD, "data_path": str(damaged), "save_interval": None}
     name = f"bad_{'packed' if 'pack' in rows else 'apart'}_"
     expected = start(Case("", 1), f"{name}1", **flags)
     found = quarantine(expected)
@@ -107,8 +107,8 @@ def test_bad_samples_are_replaced_alike_at_every_layout(
 def test_a_run_that_is_stopped_and_continued_elsewhere_trains_the_same(
     start: Callable[..., Finished], damaged: Path
 ) -> None:
-    """Thirty iterations at tensor 2 x pipeline 2, and the same stopped after 11 and 23 and continued elsewhere."""
-    flags = {**PACKED, **BEARING, "train_iters": 30, "data_path": str(damaged), "save_interval": None}
+    """Thirty iterations at tensor 2 x pipeline 2; and the same, stopped after 11 and 23, resumed at other layouts."""
+    flags = {**PACKED, **ALLOWING_BAD, "train_iters": 30, "data_path": str(damaged), "save_interval": None}
     expected = start(Case("", 4, layout(2, 2)), "stream_whole", **flags)
     assert [entry["iteration"] for entry in expected.metrics] == list(range(1, 31))
     for case, until in (
@@ -127,7 +127,7 @@ def test_a_run_that_is_stopped_and_continued_elsewhere_trains_the_same(
 
 @pytest.fixture
 def flags(base: Callable[[str], Path], damaged: Path, tmp_path: Path) -> dict[str, Any]:
-    """Thirty steps at tensor 2 x pipeline 2, saved after every one."""
+    """Thirty steps at tensor 2 x pipeline 2, with a save after each."""
     return {
         "load": str(base("qwen2_siglip")),
         "data_path": str(damaged),
@@ -143,7 +143,7 @@ def flags(base: Callable[[str], Path], damaged: Path, tmp_path: Path) -> dict[st
 
 
 def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> None:
-    """Every rank has to return 2, and the first to say `message`; `fault` is what befalls rank 1 in its fifth step."""
+    """Every rank must return 2 and the first must print `message`; fault: what fails on rank 1 in its fifth step."""
     from ross_mcore.commands.train import train_status
     from ross_mcore.config import Config
     from ross_mcore.data import shard_reader as shards
@@ -172,19 +172,19 @@ def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> No
             return read(loader)
 
         StepLoader._read = killing
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             status = train_status(Config.from_flat(**flags))
     except RuntimeError as error:
-        # no user's error: it has a traceback. Which of the two sentences torch has depends on who notices first
+        # not a user's error, so it has a traceback; torch's text depends on which thread notices first
         assert victim and fault == "worker" and "DataLoader worker" in str(error), error
         return
-    assert status == 2 and (message in said.getvalue()) == first, said.getvalue()
+    assert status == 2 and (message in errors.getvalue()) == first, errors.getvalue()
 
 
 def test_too_many_bad_samples_end_the_run_on_all_ranks(flags: dict[str, Any]) -> None:
-    """Four of sixteen are bad: the eleventh ends the run, in its second epoch or third, before it is trained."""
+    """Four of sixteen are bad: the eleventh bad one ends the run, in the second or third epoch, before its step."""
     run_ranks(train_and_expect, 4, flags, "--max-bad-fraction 0.001; the last one is 0000000")
     found = find_checkpoint(Path(flags["save"]))
     bad = [json.loads(line) for line in (Path(flags["save"]) / "quarantine.jsonl").read_text().splitlines()]
@@ -200,6 +200,6 @@ def test_too_many_bad_samples_end_the_run_on_all_ranks(flags: dict[str, Any]) ->
     ],
 )
 def test_a_rank_that_cannot_read_ends_the_run_on_all_ranks(flags: dict[str, Any], fault: str, message: str) -> None:
-    run_ranks(train_and_expect, 4, {**flags, **BEARING}, message, fault)
+    run_ranks(train_and_expect, 4, {**flags, **ALLOWING_BAD}, message, fault)
     found = find_checkpoint(Path(flags["save"]))
     assert found is not None and 1 <= found.iteration < 30

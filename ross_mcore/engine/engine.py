@@ -67,8 +67,11 @@ class Computed:
 
 @dataclass(frozen=True)
 class Trained(Computed):
-    """A step that was trained on. grad_norm: before clipping; applied: False when a loss, the norm or a weight was not
-    finite on any rank: then no weight has changed."""
+    """A step that was trained on.
+
+    grad_norm: before clipping; applied: False when a loss, the norm or a weight was not finite on any rank, so that no
+    weight was changed.
+    """
 
     grad_norm: float
     applied: bool
@@ -147,7 +150,7 @@ class Engine:
 
     @torch.no_grad()
     def losses(self, step: AgreedStep, objective: Objective | None = None, randomness: Randomness = KEYED) -> Computed:
-        """Forward alone; by default with the objective of training."""
+        """Forward only; by default with the training objective."""
         self.model.gather_weights()
         return self._losses(step, objective, randomness, forward_only=True)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that several modules read and none changes; files that are not synced to the disk."""
+"""Checkpoints that several test modules read and none changes; files without fsync."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public names of ross_mcore: what importing costs, what wrong arguments get, and which pictures are taken."""
+"""The public names of ross_mcore: cost of the import, errors for wrong arguments, accepted pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_importing_loads_no_library() -> None:
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
-def test_every_public_name_is_there_for_people_and_for_type_checkers() -> None:
+def test_every_public_name_exists_at_run_time_and_for_type_checkers() -> None:
     assert dir(ross_mcore) == sorted(ross_mcore.__all__)
     for name in ross_mcore.__all__:
         assert getattr(ross_mcore, name).__doc__ or name == "__version__"

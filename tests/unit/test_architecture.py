@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: who imports whom, what is pure, who names the device, what imports do."""
+"""Rules of the architecture: who imports whom, which files are pure, who names the device, no effects of imports."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ ALLOWED = {
     "__main__": {"__version__", "commands"},
     "inference": {"checked", "architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
 }
-"""Room or file of the package -> what it may import of the package, beside errors. Downward only."""
+"""Room or file of the package -> the rooms it may import, besides errors. Downward only."""
 
 PURE = {
     "errors.py": set(),
@@ -135,7 +135,7 @@ def test_the_data_room_knows_no_megatron() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PURE))
-def test_pure_files_import_next_to_nothing(name: str) -> None:
+def test_pure_files_import_only_a_few_libraries(name: str) -> None:
     outside = {n.split(".")[0] for n in imports_of(PACKAGE / name)} - set(sys.stdlib_module_names) - {"ross_mcore"}
     assert outside <= PURE[name]
 
@@ -149,7 +149,7 @@ def test_only_platform_names_the_device() -> None:
         if not named.search(text):
             continue
         code = ast.parse(text)
-        for node in ast.walk(code):  # prose may speak of gloo; code may not
+        for node in ast.walk(code):  # docstrings may mention gloo; code may not
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
                 node.body = node.body[1:] or [ast.Pass()]
         for line in ast.unparse(code).splitlines():
@@ -172,7 +172,7 @@ def test_ignored_types_have_a_reason() -> None:
 def test_importing_has_no_effects_and_help_needs_no_torch() -> None:
     """Import every module in one process: no output, no file, no process group; flags without torch.
 
-    Those of LIGHT come before the others, and without what is heavy.
+    The modules of LIGHT come first and must not load a heavy library.
     """
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
     code = (

@@ -1,4 +1,4 @@
-"""Rows of samples laid one after the other: everything lands in its slot."""
+"""Rows of several samples: every sample is in its slot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_samples_share_a_row_and_predict_only_their_own_tokens() -> None:
     assert batch.pixels[:, 0, 0, 0].tolist() == [7.0, 9.0]
 
 
-def test_a_slot_keeps_its_room_when_its_sample_is_shorter() -> None:
+def test_a_slot_keeps_its_size_when_its_sample_is_shorter() -> None:
     batch = collate([[sample(1, [1]), sample(2, [2, 3])]], 8, 2, slots=[[4, 3]])
     assert batch.tokens.tolist() == [1, 0, 0, 0, 2, 3, 0, 0]
     assert batch.sample_starts.tolist() == [0, 4]
@@ -51,12 +51,12 @@ def test_segments_fill_their_rows(slots: list[list[int]], lengths: list[int]) ->
 @pytest.mark.parametrize(
     ("slots", "message"), [([[2, 2]], "sample 1: 3 tokens, 3 labels, room for 2"), ([[4, 5]], "samples of 9 tokens")]
 )
-def test_what_does_not_fit_is_an_error(slots: list[list[int]], message: str) -> None:
+def test_a_sample_that_does_not_fit_is_an_error(slots: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate([[sample(1, [1, 2, 3]), sample(2, [4])]], 8, 2, slots)
 
 
-def test_normalised_levels_are_the_bits_of_the_library() -> None:
+def test_normalised_levels_equal_the_librarys_bits() -> None:
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     levels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 256).reshape(2, 3, 16, 16)
     scaled = (levels.numpy() * np.float64(1 / 255)).astype(np.float32)  # transformers' rescale, then its normalize

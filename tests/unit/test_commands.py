@@ -54,7 +54,7 @@ def test_ross_names_its_own_commands() -> None:
 
 
 @pytest.mark.parametrize(("words", "says"), [([], "required: COMMAND"), (["trane"], "invalid choice: 'trane'")])
-def test_what_is_no_command_exits_with_2(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_exits_with_2(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2 and says in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""docker/: the versions of the image, as far as they can be known without building it."""
+"""docker/: the versions of the image, checked without building it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_image_installs_what_is_tested() -> None:
+def test_the_image_installs_the_tested_versions() -> None:
     wanted = re.findall(r"^ +([\w-]+==[\w.]+) \\$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
     tested = (ROOT / "constraints.txt").read_text().split()
     assert len(wanted) == 7 and set(wanted) <= set(tested)
 
 
-def test_what_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"torch": "2.10.0a0+b4e4ee81d3", "numpy": "1.26.4", "transformer-engine": "2.10.0+769ed778"}
     monkeypatch.setattr(check_image, "version", installed.get)
     base = ["torch==2.10.0a0+b4e4ee81d3", "numpy==1.26.4"]

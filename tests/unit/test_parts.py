@@ -1,4 +1,4 @@
-"""The table of parts: what follows from a weight's name, and that prefixes stand in the table alone."""
+"""The table of parts: properties of a weight from its name; no other file spells a prefix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_order_is_that_of_the_data() -> None:
     assert list(map(label_of, ORDER)) == [*families, "output layer", "denoiser"]
 
 
-def test_names_of_moments_and_of_nothing() -> None:
+def test_names_of_moments_and_unknown_names() -> None:
     moments = f"optimizer.state.exp_avg.{ORDER[3]}"
     assert label_of(moments) == "decoder layer 2" and order_of(moments) == order_of(ORDER[3])
     assert part_of(moments).label == "language model" and not is_sharded("blank_posterior")
@@ -52,7 +52,7 @@ def test_what_trains() -> None:
     assert training(True, True) == ORDER
 
 
-def test_every_rate_is_an_option_and_every_tag_is_of_one_rate() -> None:
+def test_every_rate_is_an_option_and_has_its_own_tag() -> None:
     options = OptimizerOptions(lr=1.0)
     rated = [part for part in PARTS if part.rate_option]
     assert all(hasattr(options, str(part.rate_option)) for part in rated)
@@ -65,8 +65,8 @@ def test_the_model_holds_every_part_under_its_prefix() -> None:
     assert {part.prefix for part in PARTS} <= {target.attr for target in targets if isinstance(target, ast.Attribute)}
 
 
-def test_prefixes_are_spelled_in_the_table_alone() -> None:
-    """In strings: a prefix alone, or beside a dot. Docstrings, and attributes of models, may say what they like."""
+def test_only_the_table_spells_prefixes() -> None:
+    """In strings: a prefix alone or next to a dot. Docstrings and attributes of models are not checked."""
     prefix = "|".join(part.prefix for part in PARTS)
     spelled = re.compile(rf"({prefix})|.*\b({prefix})\\?\.[\w{{*(\\].*|({prefix})\.|.*\w\.({prefix})\b.*", re.DOTALL)
     found = set()

@@ -1,4 +1,4 @@
-"""What this process says of its device."""
+"""The peak memory of this process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ross_mcore import platform
 MIB = 1 << 20
 
 
-def hold_and_let_go(say: multiprocessing.connection.Connection) -> None:
+def allocate_and_free(results: multiprocessing.connection.Connection) -> None:
     before = platform.peak_memory_bytes()
-    held = b"1" * (256 * MIB)  # nothing that takes threads, of which a forked process has none
+    held = b"1" * (256 * MIB)  # without threads, which a forked process does not have
     risen = platform.peak_memory_bytes()
     del held
-    say.send((before, risen, platform.peak_memory_bytes()))
+    results.send((before, risen, platform.peak_memory_bytes()))
 
 
-def test_the_peak_of_memory_rises_with_what_is_held_and_stays() -> None:
-    """In a process of its own, whose peak no other test has raised; Linux keeps up to 4 MiB of the count by thread."""
+def test_the_peak_of_memory_rises_with_allocations_and_never_falls() -> None:
+    """In a separate process, whose peak no other test has raised. Linux keeps up to 4 MiB of the count per thread."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=hold_and_let_go, args=(theirs,))
+    process = multiprocessing.get_context("fork").Process(target=allocate_and_free, args=(theirs,))
     process.start()
     before, risen, after = ours.recv()
     process.join()

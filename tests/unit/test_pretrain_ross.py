@@ -1,4 +1,4 @@
-"""Signals before training takes them over."""
+"""Signals before training handles them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_ctrl_c_during_imports_ends_with_a_line(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "ross_mcore" / "commands", tmp_path / "ross_mcore" / "commands")
     (tmp_path / "ross_mcore" / "__init__.py").touch()
     (tmp_path / "ross_mcore" / "flags.py").write_text(SLOW_IMPORTS)
-    for rank, said in (("0", b"pretrain_ross.py: interrupted\n"), ("1", b"")):
+    for rank, errors in (("0", b"pretrain_ross.py: interrupted\n"), ("1", b"")):
         environment = {**os.environ, "RANK": rank}
         done = subprocess.run([sys.executable, script], capture_output=True, timeout=60, env=environment)
-        assert (done.returncode, done.stdout, done.stderr) == (130, b"", said)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", errors)

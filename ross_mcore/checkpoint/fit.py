@@ -1,4 +1,4 @@
-"""Compares a checkpoint's config.json with its tensors, before anything of the sizes it gives is built."""
+"""Compares a checkpoint's config.json with its tensors, before a model of the sizes in it is built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def require_fit(checkpoint: Checkpoint, model: ModelConfig, stored: StoredTensor
     config = checkpoint.path / "config.json"
     try:
         found = differences(inventory(model), stored.shapes)
-    except KeyError as missing:  # of a library's configuration, which is kept word for word
+    except KeyError as missing:  # in a library's configuration, which is stored unchanged
         raise CheckpointError(f"{config} has no key {missing}; copy the file again") from None
     if not found:
         return
@@ -36,5 +36,5 @@ def require_fit(checkpoint: Checkpoint, model: ModelConfig, stored: StoredTensor
     elif first.found is None:
         problem = f"asks for tensor {first.name}, shape {list(first.expected)}, which the checkpoint lacks"
     else:
-        problem = f"says {first.name} has shape {list(first.expected)}; in the checkpoint it has {list(first.found)}"
-    raise CheckpointError(f"{config} {problem}: the file is not this checkpoint's, copy it again")
+        problem = f"gives {first.name} shape {list(first.expected)}; in the checkpoint it has {list(first.found)}"
+    raise CheckpointError(f"{config} {problem}: the file belongs to another checkpoint, copy it again")

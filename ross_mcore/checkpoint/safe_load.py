@@ -212,12 +212,13 @@ def read_tensor(folder: Path, metadata: Metadata, name: str) -> Tensor:
 class StoredTensors:
     """The model's tensors in a checkpoint, each read when asked for. Raises as `read_metadata` and `read_tensor` do.
 
-    `shapes`: of the model's tensors by name. `trained`: the names of those with optimizer state.
+    `shapes`: of the model's tensors by name. `trained`: the names of those with optimizer state. `described`: shape,
+    dtype and pieces of every tensor, those of the optimizer included.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._metadata = folder, read_metadata(folder)
-        self._tensors, stored = tensors_of(self._metadata), tensor_shapes(self._metadata)
+        self.described, stored = tensors_of(self._metadata), tensor_shapes(self._metadata)
         self.shapes = {name: shape for name, shape in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
         self.trained = {own for own in self.shapes if f"{OPTIMIZER_PREFIX}state.exp_avg.{own}" in stored}
 
@@ -228,7 +229,7 @@ class StoredTensors:
         return self.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].properties.dtype
+        return self.described[name].properties.dtype
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self._folder, self._metadata, name)

@@ -1,8 +1,8 @@
-"""The few ways in which a tensor of ours differs from the same tensor elsewhere; the application of a table of them.
+"""Entries of conversion tables: how one of our tensors is made from theirs and back; planning and converting by them.
 
-A table (mapping.py) is a sequence of entries. Both directions are lazy: first every name is matched, then tensors are
-read and made one family at a time. A name that no entry takes, on either side, a tensor that is missing, and a shape
-that is not the architecture's are errors that name it.
+A table (mapping.py) is a sequence of entries. In both directions all names are matched first, then tensors are read and
+converted one entry at a time. A name without an entry, a missing tensor, and a shape other than the architecture's are
+errors that name the tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ross_mcore.shapes import Shapes, differences
 
 
 class Tensors(Protocol):
-    """Named tensors that are read when asked for: a folder of safetensors, one of our checkpoints, or a test's dict."""
+    """Named tensors, each read when asked for: a folder of safetensors, one of our checkpoints, or a test's dict."""
 
     def names(self) -> Iterable[str]: ...
 
@@ -31,19 +31,15 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-@dataclass(frozen=True)
 class Entry(ABC):
-    """One family of tensors. `ours` and `theirs` are name patterns; our tensor is made of all of theirs."""
+    """One kind of tensor. `ours` and `theirs` are patterns of names; our tensor is made from all of theirs."""
 
-    ours: str
-
-    @property
-    @abstractmethod
-    def theirs(self) -> tuple[str, ...]: ...
+    def __init__(self, ours: str, *theirs: str) -> None:
+        self.ours, self.theirs = ours, theirs
 
     @abstractmethod
     def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
-        """Shapes of their tensors, given that of ours."""
+        """Shapes of their tensors, from the shape of ours."""
 
     @abstractmethod
     def to_ours(self, theirs: Sequence[Tensor], language: LanguageConfig) -> Tensor: ...
@@ -52,15 +48,8 @@ class Entry(ABC):
     def to_theirs(self, ours: Tensor, language: LanguageConfig) -> Sequence[Tensor]: ...
 
 
-@dataclass(frozen=True)
 class Same(Entry):
     """The same tensor under another name."""
-
-    name: str
-
-    @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.name,)
 
     def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
         return [ours]
@@ -72,21 +61,12 @@ class Same(Entry):
         return [ours]
 
 
-@dataclass(frozen=True)
 class QKV(Entry):
     """Query [heads * d, ...], key and value [groups * d, ...] <-> mcore's linear_qkv [(heads + 2 groups) * d, ...].
 
-    mcore lays out one query group after another: its queries, its key, its value (mcore attention.py,
-    SelfAttention.get_query_key_value_tensors). Weight and bias alike.
+    mcore stores one query group after another: its queries, its key, its value (mcore attention.py,
+    SelfAttention.get_query_key_value_tensors). The same for weight and bias.
     """
-
-    query: str
-    key: str
-    value: str
-
-    @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.query, self.key, self.value)
 
     def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
         query = language.num_attention_heads * language.head_dim
@@ -104,16 +84,8 @@ class QKV(Entry):
         return [part.flatten(0, 1) for part in parts]
 
 
-@dataclass(frozen=True)
 class GatedMLP(Entry):
     """gate_proj and up_proj [F, D] <-> linear_fc1 [2F, D], gate first (mcore mlp.py, apply_swiglu_sharded_factory)."""
-
-    gate: str
-    up: str
-
-    @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.gate, self.up)
 
     def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
         return [(ours[0] // 2, *ours[1:])] * 2
@@ -125,15 +97,8 @@ class GatedMLP(Entry):
         return ours.chunk(2)
 
 
-@dataclass(frozen=True)
 class Vocabulary(Entry):
-    """[vocab_size, D] <-> [padded_vocab_size, D], padded with zeros that the way out drops again."""
-
-    name: str
-
-    @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.name,)
+    """[vocab_size, D] <-> [padded_vocab_size, D], padded with zeros, which `to_theirs` drops."""
 
     def their_shapes(self, ours: tuple[int, ...], language: LanguageConfig) -> list[tuple[int, ...]]:
         return [(language.vocab_size, *ours[1:])]
@@ -148,7 +113,7 @@ class Vocabulary(Entry):
 
 @dataclass(frozen=True)
 class Ignored:
-    """Tensors of the source that we leave behind, and why."""
+    """Tensors of the source that are not converted, and the reason."""
 
     name: str
     reason: str
@@ -156,7 +121,7 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Equal:
-    """A tensor that repeats another one; left behind after a check that it does, bit for bit."""
+    """A tensor that must equal another one bit for bit; checked, and not converted."""
 
     name: str
     other: str
@@ -167,7 +132,7 @@ AnyEntry = Entry | Ignored | Equal
 
 @dataclass(frozen=True)
 class Step:
-    """One of our tensors and the tensors of theirs that it is made of, with names filled in."""
+    """One of our tensors and their tensors that it is made from, by full name."""
 
     entry: Entry
     ours: str
@@ -175,7 +140,7 @@ class Step:
 
 
 def match(pattern: str, name: str) -> dict[str, str] | None:
-    """The values of a pattern's places in `name`, None when it does not match.
+    """The values of a pattern's placeholders in `name`, None when it does not match.
 
     >>> match("model.layers.{layer}.{name}", "model.layers.3.mlp.weight")
     {'layer': '3', 'name': 'mlp.weight'}
@@ -186,7 +151,7 @@ def match(pattern: str, name: str) -> dict[str, str] | None:
 
 
 def _first_entry(table: Sequence[AnyEntry], name: str) -> tuple[AnyEntry, dict[str, str]]:
-    """The entry that takes their tensor `name`, and the values of its pattern's places."""
+    """The first entry that matches their tensor `name`, and the values of its placeholders."""
     for entry in table:
         for pattern in entry.theirs if isinstance(entry, Entry) else (entry.name,):
             values = match(pattern, name)
@@ -196,9 +161,9 @@ def _first_entry(table: Sequence[AnyEntry], name: str) -> tuple[AnyEntry, dict[s
 
 
 def plan(table: Sequence[AnyEntry], source: Tensors, shapes: Shapes, language: LanguageConfig) -> list[Step]:
-    """How to make every tensor of `shapes` (ours) from `source`; reads no tensor but those of Equal entries.
+    """The steps that make our tensors `shapes` from `source`; reads only the tensors of Equal entries.
 
-    Raises ConversionError naming the first tensor that no entry takes, that this architecture has no place for, that is
+    Raises ConversionError naming the first tensor that matches no entry, that this architecture does not have, that is
     missing, or whose shape differs from the architecture's (with both shapes).
     """
     available = set(source.names())
@@ -213,7 +178,7 @@ def plan(table: Sequence[AnyEntry], source: Tensors, shapes: Shapes, language: L
             made[name] = ours = entry.ours.format(**values)
             step = Step(entry, ours, tuple(pattern.format(**values) for pattern in entry.theirs))
             if steps.setdefault(ours, step).theirs != step.theirs:
-                raise ConversionError(f"{ours} would be made of {steps[ours].theirs[0]} and again of {name}")
+                raise ConversionError(f"{ours} would be made from {steps[ours].theirs[0]} and again from {name}")
     expected: Shapes = {}
     for ours, shape in shapes.items():
         if ours in steps:
@@ -239,7 +204,7 @@ def convert_in(steps: Iterable[Step], source: Tensors, language: LanguageConfig)
 
 
 def plan_out(table: Sequence[AnyEntry], names: Iterable[str]) -> list[Step]:
-    """How to make their tensors from ours; reads nothing. Raises ConversionError naming one that no entry takes."""
+    """The steps that make their tensors from ours. Raises ConversionError naming a tensor that matches no entry."""
     entries = [entry for entry in table if isinstance(entry, Entry)]
     steps = []
     for name in names:
@@ -254,9 +219,9 @@ def plan_out(table: Sequence[AnyEntry], names: Iterable[str]) -> list[Step]:
 def convert_out(
     table: Sequence[AnyEntry], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors made from all of ours, one family after the other, in `dtype` (None: as they are).
+    """Their tensors made from all of ours, one entry after the other, in `dtype` (None: unchanged).
 
-    Raises ConversionError naming a tensor of ours that no entry takes, or a value that float16 is too small for.
+    Raises ConversionError naming a tensor that matches no entry, or one with a value too large for float16.
     """
     yield from convert_steps(plan_out(table, source.names()), source, language, dtype)
 
@@ -264,7 +229,7 @@ def convert_out(
 def convert_steps(
     steps: Iterable[Step], source: Tensors, language: LanguageConfig, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """`convert_out` of what `plan_out` has planned."""
+    """`convert_out` with the steps of `plan_out`."""
     for step in steps:
         for name, tensor in zip(step.theirs, step.entry.to_theirs(source.read(step.ours), language)):
             converted = tensor if dtype is None else tensor.to(dtype)

@@ -1,4 +1,4 @@
-"""tools/check_checkpoint.py: what it says of an intact checkpoint and of a damaged one, and its exit status."""
+"""tools/check_checkpoint.py: its report and exit status for intact and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finished_run(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of `finished_run`."""
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
@@ -118,7 +118,7 @@ def test_values_of_another_kind_are_named(
     assert problem.startswith(f"{checkpoint.path / folder.TRAIN_STATE} is malformed: {says}")
 
 
-def test_what_a_file_says_is_printed_as_it_is(
+def test_values_from_a_file_are_printed_without_markup(
     run: Path, check: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = folder.require_checkpoint(run)
@@ -134,7 +134,7 @@ def test_what_a_file_says_is_printed_as_it_is(
         assert part in said
 
 
-def test_tensors_that_the_architecture_does_not_know(
+def test_tensors_unknown_to_the_architecture_are_named(
     run: Path, check: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = folder.require_checkpoint(run / "iter_0000000")

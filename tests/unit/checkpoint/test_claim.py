@@ -1,4 +1,4 @@
-"""One run at a time saves into a folder, and into that folder alone."""
+"""One run at a time saves into a folder, and only into the folder it started with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ with Claim(Path(sys.argv[1])):
 
 @pytest.fixture
 def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Holds `run`, and has a child as data workers are."""
+    """Another process that holds `run`, with a child process like a data worker."""
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
@@ -55,7 +55,7 @@ def test_second_run_is_refused_until_the_first_is_dead(
         mine.require()
 
 
-def test_start_that_failed_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_start_leaves_nothing(tmp_path: Path) -> None:
     with Claim(tmp_path / "run"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
     assert not (tmp_path / "run").exists()
@@ -64,7 +64,7 @@ def test_start_that_failed_leaves_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_folder_that_was_deleted_is_made_anew(tmp_path: Path) -> None:
+def test_deleted_folder_is_created_again(tmp_path: Path) -> None:
     with Claim(tmp_path / "a" / "run") as mine:
         (tmp_path / "a" / "run" / LOCK).unlink()
         (tmp_path / "a" / "run").rmdir()
@@ -74,8 +74,8 @@ def test_folder_that_was_deleted_is_made_anew(tmp_path: Path) -> None:
         assert (tmp_path / "a" / "run" / LOCK).exists()
 
 
-def test_folder_that_another_run_took_is_left_to_it(tmp_path: Path) -> None:
-    """Where there are no locks."""
+def test_folder_taken_by_another_run_is_refused(tmp_path: Path) -> None:
+    """On a file system without locks."""
     with Claim(tmp_path) as mine:
         (tmp_path / "new").write_text('{"host": "node7", "process": 31}')
         (tmp_path / "new").replace(tmp_path / LOCK)
@@ -104,7 +104,7 @@ def test_nothing_is_written_under_a_mount_that_vanished(tmp_path: Path, inside: 
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "file in the way", "pipe as lock", "link as lock", "device"])
-def test_what_cannot_be_written_into_is_named(tmp_path: Path, kind: str) -> None:
+def test_unwritable_folder_is_named(tmp_path: Path, kind: str) -> None:
     root = tmp_path / "run"
     if kind == "file":
         root.touch()

@@ -1,4 +1,4 @@
-"""What counts as a checkpoint, which one is the newest, and what is deleted."""
+"""Which folders are checkpoints, which one is the newest, and which ones are deleted."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_newest_complete_survives_when_a_newer_one_is_damaged(tmp_path: Path, mo
     assert found is not None and found.iteration == 2
 
 
-def test_damaged_ones_are_set_aside_and_do_not_count(tmp_path: Path, model_config: ModelConfig) -> None:
-    """3 has a byte turned, which only a verified start sees; 4 lost its marker."""
+def test_damaged_checkpoints_are_renamed_and_do_not_count(tmp_path: Path, model_config: ModelConfig) -> None:
+    """3 has a flipped byte, which only a verified start detects; 4 lost its marker."""
     good = [write(tmp_path, iteration, model_config) for iteration in (1, 2)]
     write(tmp_path, 3, model_config)
     (write(tmp_path, 4, model_config).path / folder.MARKER).unlink()
@@ -137,7 +137,7 @@ def test_damaged_ones_are_set_aside_and_do_not_count(tmp_path: Path, model_confi
     assert [checkpoint.iteration for checkpoint in folder.checkpoints(tmp_path)] == [3, 2]
 
 
-def test_what_cannot_be_deleted_stops_no_save(
+def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_a_save(
     tmp_path: Path, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for iteration in (1, 2, 3):
@@ -157,7 +157,7 @@ def test_what_cannot_be_deleted_stops_no_save(
     assert "removed" not in caplog.text.replace("cannot be removed", "")
 
 
-def test_pointer_that_cannot_be_moved_fails_no_save(
+def test_pointer_that_cannot_be_replaced_does_not_fail_a_save(
     tmp_path: Path, model_config: ModelConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / POINTER).mkdir()
@@ -204,7 +204,7 @@ def test_marker_that_points_outside_is_refused(tmp_path: Path, model_config: Mod
         folder.require_checkpoint(checkpoint.path)
 
 
-def test_marker_says_what_every_file_is(tmp_path: Path, model_config: ModelConfig) -> None:
+def test_marker_has_size_and_checksum_of_every_file(tmp_path: Path, model_config: ModelConfig) -> None:
     checkpoint = write(tmp_path, 1, model_config, "weights")
     files = checkpoint.manifest().files
     assert set(files) == {"__0_0.distcp", "config.json", "train_state.json"}

@@ -1,4 +1,4 @@
-"""Pieces of a file of tensors: written with a checksum, read as files of their own."""
+"""Pieces of a file of tensors: writing them with a checksum, reading each as a file of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_slice_is_read_like_a_file_of_its_bytes(steps: list[tuple[int, int, in
         assert own.read(count) == real.read(count)
 
 
-def test_record_is_that_of_the_file_though_it_goes_to_the_disk_early(
+def test_record_matches_a_file_that_is_written_to_the_disk_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensor_file, "_STEP_BYTES", 2**12)

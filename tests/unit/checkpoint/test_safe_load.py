@@ -33,7 +33,7 @@ from ross_mcore.errors import CheckpointError
 
 
 class Payload:
-    """What a hostile pickle holds: on loading, it makes a file."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -155,7 +155,7 @@ def test_damaged_tensor_file_is_named(stored: Path) -> None:
         (torch.arange(6.0).expand(2, 2, 6)[0, :, :3], "not stored contiguously"),
     ],
 )
-def test_piece_that_is_not_as_the_index_says_is_refused(stored: Path, other: Any, says: str) -> None:
+def test_piece_that_differs_from_the_index_is_refused(stored: Path, other: Any, says: str) -> None:
     metadata = read_metadata(stored)
     torch.save(other, stored / "__0_1.distcp")
     index = MetadataIndex("a.weight", torch.Size([0, 0]))
@@ -164,8 +164,8 @@ def test_piece_that_is_not_as_the_index_says_is_refused(stored: Path, other: Any
         read_tensor(stored, metadata, "a.weight")
 
 
-def test_piece_that_says_more_than_its_bytes_hold_is_refused(stored: Path) -> None:
-    """The file goes on behind it, with other pieces."""
+def test_piece_with_a_shape_larger_than_its_bytes_is_refused(stored: Path) -> None:
+    """Other pieces follow in the file."""
     metadata = read_metadata(stored)
     path = stored / "__0_0.distcp"
     place = metadata.storage_data[MetadataIndex("a.weight", torch.Size([0, 0]))]
@@ -183,8 +183,8 @@ def test_piece_that_says_more_than_its_bytes_hold_is_refused(stored: Path) -> No
         read_tensor(stored, metadata, "a.weight")
 
 
-def test_tensor_of_other_parts_than_its_own_is_refused(stored: Path) -> None:
-    """A million empty parts would be read one after another; fewer would leave numbers that were never read."""
+def test_tensor_whose_pieces_do_not_add_up_is_refused(stored: Path) -> None:
+    """A million empty pieces would be read one after another; too few would leave memory that was never filled."""
     metadata = read_metadata(stored)
     (whole,) = metadata.state_dict_metadata["a.weight"].chunks
     place = metadata.storage_data[MetadataIndex("a.weight", whole.offsets)]
@@ -207,7 +207,7 @@ def compress(path: Path) -> None:
 
 
 def test_compressed_archive_is_refused_before_it_is_unpacked(stored: Path, tmp_path: Path) -> None:
-    """A few kilobytes may unpack to more than the memory there is."""
+    """A few kilobytes may unpack to more than fits in memory."""
     torch.save({"weight": torch.zeros(1000)}, tmp_path / "adapter.bin")
     compress(tmp_path / "adapter.bin")
     with pytest.raises(CheckpointError, match=r"adapter\.bin was refused: .*is compressed"):
@@ -232,7 +232,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_allow_list_is_frozen() -> None:
-    """A longer list is a decision to be made on purpose."""
+    """Whoever adds a name has to change this test too."""
     assert set(ALLOWED) == {
         "torch.distributed.checkpoint.metadata",
         "torch.distributed.checkpoint.filesystem",

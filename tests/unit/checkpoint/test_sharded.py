@@ -1,4 +1,4 @@
-"""Saving and loading through mcore in a group of one process. Several ranks are in tests/distributed."""
+"""Saving and loading through mcore in a group of one process; several ranks are tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "columns": ((1, 2, 3),),
     "rows and columns": ((0, 1, 2), (1, 1, 3)),
 }
-"""Parts of a [4, 3] matrix: (axis, which part, of how many)."""
+"""Blocks of a [4, 3] matrix: (axis, index of the block, number of blocks)."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

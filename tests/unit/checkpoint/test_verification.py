@@ -1,4 +1,4 @@
-"""What a damaged checkpoint does to a run that would load it, and a faulty disk to one that saves."""
+"""Loading damaged checkpoints, and saving to faulty disks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, model_config: ModelConfig, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     good, newest = save(tmp_path, 1, model_config), save(tmp_path, 2, model_config)
@@ -83,7 +83,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
         find_intact(tmp_path)
 
 
-def test_checksums_can_be_left_alone(tmp_path: Path, model_config: ModelConfig) -> None:
+def test_checksums_can_be_skipped(tmp_path: Path, model_config: ModelConfig) -> None:
     newest = save(tmp_path, 1, model_config)
     flip(newest.path / TENSORS)
     assert find_intact(tmp_path, verify=False) == newest
@@ -91,13 +91,13 @@ def test_checksums_can_be_left_alone(tmp_path: Path, model_config: ModelConfig) 
         folder.require_intact(tmp_path)
 
 
-def test_nothing_there_is_no_damage(tmp_path: Path, model_config: ModelConfig) -> None:
+def test_missing_checkpoints_are_not_damage(tmp_path: Path, model_config: ModelConfig) -> None:
     assert find_intact(tmp_path) is None and find_intact(tmp_path / "absent") is None
     folder.begin(tmp_path, 1)
     assert find_intact(tmp_path) is None
 
 
-def test_checkpoint_without_checksums_is_taken_with_a_note(
+def test_checkpoint_without_checksums_is_used_with_a_warning(
     tmp_path: Path, model_config: ModelConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = save(tmp_path, 1, model_config)
@@ -156,7 +156,7 @@ def mounted(root: Path, options: str) -> Iterator[bool]:
 
 @contextmanager
 def vanishes(root: Path) -> Iterator[None]:
-    """The folder goes away between the plan and the writing."""
+    """The folder is deleted between planning and writing."""
     plan = saving._plan
 
     def then_vanish(tensors: dict[str, Any]) -> Any:
@@ -194,7 +194,7 @@ def test_save_to_a_faulty_disk_names_the_file_and_the_next_one_succeeds(
     assert save(root, 1, model_config) == find_intact(root)
 
 
-def test_disk_that_reads_back_otherwise_is_noticed(
+def test_disk_that_reads_back_other_bytes_is_detected(
     tmp_path: Path, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = save(tmp_path, 1, model_config)
@@ -211,7 +211,7 @@ def test_disk_that_reads_back_otherwise_is_noticed(
 
 
 def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, model_config: ModelConfig) -> None:
-    """And the memory of the copy is used again for the next save."""
+    """And the memory of the copy is reused for the next save."""
     copies, places = saving.HostCopies(), set()
     for iteration in (1, 2):
         changing = state(float(iteration), elements=1_000_000)
@@ -226,10 +226,10 @@ def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, model
     assert len(places) == 1
 
 
-def test_who_waits_for_a_slow_save_hears_that_it_moves(
+def test_progress_of_a_slow_save_is_reported(
     tmp_path: Path, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No piece is written before the one ahead of it was heard of."""
+    """No piece is written before progress of the one before it is reported."""
     append, may_write = saving.TensorFile.append, threading.Semaphore(1)
 
     def slow_append(self: saving.TensorFile, piece: Any) -> Any:

@@ -1,4 +1,4 @@
-"""tools/convert_mcore_to_hf.py: what it refuses, what it leaves behind, how much memory it takes."""
+"""tools/convert_mcore_to_hf.py: its configuration files, its errors, and no files left after them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rewritten(base: Path, root: Path, change: Callable[[dict[str, Tensor]], obje
     return root
 
 
-def test_config_tells_of_the_run(base: Path, export: Callable[..., int], tmp_path: Path) -> None:
+def test_config_has_the_facts_of_the_run(base: Path, export: Callable[..., int], tmp_path: Path) -> None:
     state = {"training_stage": "pretrain", "image_aspect_ratio": "square", "seq_length": 123}
     moment = {"optimizer.state.exp_avg.vision_model.tower.post_layernorm.bias": torch.zeros(16)}
     run = rewritten(base, tmp_path / "run", lambda tensors: tensors.update(moment), state)
@@ -86,7 +86,7 @@ def make_large(tensors: dict[str, Tensor]) -> None:
         (None, ("--mm-vision-tower", "openai/clip-vit-large-patch14-336"), "looks at the name only"),
     ],
 )
-def test_what_cannot_be_written_is_named_and_nothing_is_left(
+def test_model_that_cannot_be_exported_is_named_and_nothing_is_left(
     base: Path,
     export: Callable[..., int],
     tmp_path: Path,
@@ -102,10 +102,10 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == []
 
 
-def test_what_the_reference_would_stumble_over_is_said(
+def test_changes_that_the_reference_needs_are_printed(
     base: Path, export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its class goes by the folder's name, and its tokenizer is the slow one."""
+    """It chooses its class by the folder's name, and reads slow tokenizers only."""
     assert export("--load", base, "--save", tmp_path / "ross-qwen2-tiny") == 0
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'ross-qwen2-tiny'}\n")
     shutil.copytree(SOURCE.tokenizer, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("merges.txt"))
@@ -125,7 +125,7 @@ def test_a_folder_with_something_in_it_is_not_touched(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_what_a_killed_export_left_is_not_resumed(base: Path, export: Callable[..., int], tmp_path: Path) -> None:
+def test_files_of_a_killed_export_are_removed(base: Path, export: Callable[..., int], tmp_path: Path) -> None:
     left = tmp_path / ".out.partial"
     left.mkdir()
     (left / "model-00009-of-00009.safetensors").write_bytes(b"half")
@@ -133,7 +133,7 @@ def test_what_a_killed_export_left_is_not_resumed(base: Path, export: Callable[.
     assert not left.exists() and [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 
 
-def test_weights_can_be_read_by_whoever_can_read_the_configuration(
+def test_weights_have_the_file_mode_of_the_configuration(
     base: Path, export: Callable[..., int], tmp_path: Path
 ) -> None:
     assert export("--load", base, "--save", tmp_path / "out") == 0
@@ -163,7 +163,7 @@ def test_the_reference_picks_a_tower_by_its_path(base: Path, path: str, kind: st
 
 
 @pytest.mark.parametrize("text", ["0", "5 apples", "-1GB", ""])
-def test_shard_size_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_shard_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.parse_arguments(["--load", "a", "--save", "b", f"--max-shard-size={text}"])
     assert "is not a size such as 5GB" in capsys.readouterr().err
@@ -199,7 +199,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("kind", ["code", "other adapter", "not a dictionary", "not a file of torch", "other shape"])
-def test_adapter_that_is_none(
+def test_malformed_adapter_is_refused(
     kind: str,
     parts: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -224,7 +224,7 @@ def test_adapter_that_is_none(
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "out").glob("*"))
 
 
-def test_adapter_names_count_from_their_part_on(base: Path, tmp_path: Path) -> None:
+def test_prefixes_of_adapter_names_are_dropped(base: Path, tmp_path: Path) -> None:
     from ross_mcore.conversion.huggingface import AdapterFile
 
     names = ("model.mm_projector.0.weight", "base_model.model.model.mm_projector.2.bias", "mm_inv_projector.net.x")

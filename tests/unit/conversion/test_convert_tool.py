@@ -1,4 +1,4 @@
-"""tools/convert_hf_to_mcore.py: what it writes, and what it says instead of writing."""
+"""tools/convert_hf_to_mcore.py: the checkpoint it writes, and its errors."""
 
 from __future__ import annotations
 

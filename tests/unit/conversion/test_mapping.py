@@ -78,7 +78,7 @@ def test_vocabulary_is_padded_with_zeros_and_unpadded_to_the_bit() -> None:
     for name in ("embedding.word_embeddings", "output_layer"):
         matrix = ours[f"language_model.{name}.weight"]
         assert matrix.shape[0] == 256 and not matrix[150:].any()
-        matrix[150:] = 7.0  # whatever training leaves in the padding
+        matrix[150:] = 7.0  # training may change the padding
     back = dict(convert_out(language_table(config), Held(ours), config))
     assert torch.equal(back["lm_head.weight"], theirs["lm_head.weight"])
     assert torch.equal(back["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
@@ -169,7 +169,7 @@ def test_whole_ross_checkpoint_round_trip(projector_type: str, model_config: Mod
     assert back.keys() == ours.keys() and all(torch.equal(back[name], ours[name]) for name in ours)
 
 
-def test_pattern_places() -> None:
+def test_placeholders_of_patterns() -> None:
     assert match("a.{layer}.b", "a.12.b") == {"layer": "12"}
     assert match("a.{layer}.b", "a.x.b") is None
     assert match("x.{name}", "x.") is None

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def ask(run: Path) -> None:
     ]
     alone = [answer(trained, [question], "qwen_2", max_new_tokens=3)[0] for question in questions]
     assert answer(trained, questions, "qwen_2", max_new_tokens=3) == alone
-    states = [_run(trained, [_prompt(trained, question, "qwen_2")])[1][-1] for question in questions]
+    spec = replace(trained.spec, template="qwen_2")
+    states = [_run(trained, [_prompt(trained, question, spec)])[1][-1] for question in questions]
     assert not torch.allclose(states[2], states[3], rtol=1e-4)  # the order of the pictures counts
     with pytest.raises(ConversationError, match="3 <image> in the text, 2 pictures"):
         answer(trained, [Question([{"from": "human", "value": "<image> " * 3}], [first, second])], "qwen_2")

@@ -5,16 +5,15 @@ The public names, usable in a script, a plain Python session or a notebook:
     import ross_mcore
 
     config = ross_mcore.Config.from_flat(load="base", data_path="shards", save="runs/pretrain", train_iters=1000)
-    ross_mcore.train(config)  # in this process, or in all that torchrun starts with this script
+    ross_mcore.train(config)  # in this process, or in all processes that torchrun starts with this script
 
     model = ross_mcore.load_model("runs/pretrain", dtype="bfloat16")
     ross_mcore.answer(model, [ross_mcore.Question("<image>\\nWhat is it?", ["cat.jpg"])])
     originals, reconstructions = ross_mcore.reconstruct(model, ["cat.jpg", "dog.png"])
 
 The options are those of `ross train --help`; read_recipe returns those of a YAML file or an installed recipe.
-Whatever is wrong with options, checkpoints, data or pictures raises a UserError whose message says what to do; its
-kinds are in ross_mcore.errors. Importing ross_mcore loads neither torch nor numpy: a name loads what it needs when it
-is first used.
+Errors in options, checkpoints, data or pictures raise a UserError with the remedy in its message; its subclasses are in
+ross_mcore.errors. Importing ross_mcore loads neither torch nor numpy; a name loads its modules when it is first used.
 """
 
 from importlib import import_module

@@ -1,11 +1,11 @@
-"""A trained model in one process: answer questions about pictures, and show what its image states reconstruct.
+"""A trained model in one process: answers questions about pictures and reconstructs pictures from their image states.
 
-The public names are those of `ross_mcore`. A plain Python session or a notebook needs nothing before them:
+Public names are in `ross_mcore`; they need no preparation in a Python session or a notebook:
 
     model = ross_mcore.load_model("runs/finetune")
     ross_mcore.answer(model, [ross_mcore.Question("<image>\nWhat is it?", ["cat.jpg"])])
 
-Legend: B prompts, S tokens, K pictures, H W pixels of the tower's input, Hd side of a decoded picture.
+Legend: T tokens, D hidden size, K pictures, H W pixels of the tower's input, Hd side of a decoded picture.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Picture: TypeAlias = Tensor | Image.Image | Path | str
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A whole model on this process's device, in evaluation mode, with what it needs to read text and pictures."""
+    """A model in evaluation mode on this process's device, with its tokenizer and image processor."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -60,9 +60,9 @@ class TrainedModel:
 
     @property
     def spec(self) -> SampleSpec:
-        """How the checkpoint's training read samples; with several data sets, those of the first.
+        """The sample spec of the checkpoint's training; with several data sets, that of the first.
 
-        A converted model has template `plain` and aspect ratio `square`. Raises CheckpointError.
+        A converted model has template `plain` and aspect ratio `square`. Raises CheckpointError for a damaged file.
         """
         file = self.checkpoint.path / TRAIN_STATE
         try:
@@ -75,7 +75,7 @@ class TrainedModel:
 
     @property
     def template(self) -> str:
-        """The conversation template that the checkpoint was trained with (`plain` for a converted model)."""
+        """The conversation template of the checkpoint's training; `plain` for a converted model."""
         return self.spec.template
 
     def preprocessing(self, aspect_ratio: str | None = None) -> ImagePreprocessing:
@@ -85,7 +85,7 @@ class TrainedModel:
 
 
 def _first_of(values: str, known: Collection[str]) -> str:
-    """The first of values with commas between. Raises ValueError when it is not `known`."""
+    """The first of comma-separated values. Raises ValueError when it is not in `known`."""
     first = values.partition(",")[0]
     if first not in known:
         raise ValueError(f"{shown(values)} is not one of {', '.join(known)}")
@@ -93,14 +93,14 @@ def _first_of(values: str, known: Collection[str]) -> str:
 
 
 def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: int = 0) -> TrainedModel:
-    """Loads the newest checkpoint of `run`, whatever layout saved it, to compute in `dtype`: float32 or bfloat16.
+    """Loads the newest checkpoint of `run`, saved at any layout, to compute in `dtype`: float32 or bfloat16.
 
-    `run` is the folder of a run, of a converted model, or of one checkpoint; `seed` is that of `reconstruct`'s noise.
+    `run` is the folder of a run, of a converted model, or of one checkpoint; `seed` is for `reconstruct`'s noise.
     Raises CheckpointError, ArchitectureError or TokenizerError naming the file, ConfigError for another dtype.
     """
     computed_in = DTYPES.get(str(dtype).removeprefix("torch."))
     if computed_in is None:
-        raise ConfigError(f"dtype {dtype!r} cannot be computed in; expected one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
     checkpoint = require_checkpoint(Path(run))
     config = architecture_of(checkpoint, inventory)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
@@ -115,10 +115,10 @@ def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that ends with the human's turn, and the pictures it is about, in its order.
+    """A conversation that ends with a turn of the human, and its pictures, in their order in the text.
 
-    The conversation is a list of {"from": "human" | "gpt", "value": text}, or the text of a single turn. `<image>`
-    shows where a picture stands; pictures without one come first.
+    The conversation is a list of {"from": "human" | "gpt", "value": text}, or the text of a single turn. `<image>` in a
+    text is the place of a picture; pictures without one come first.
     """
 
     conversations: list[dict[str, str]] | str
@@ -137,10 +137,10 @@ def answer(
 ) -> list[str]:
     """Greedy answers, in order; generation ends at EOS, at a `stop` token or after `max_new_tokens`.
 
-    `template` is that of the conversations, by default the checkpoint's own. Every new token runs the whole row again
-    (no key-value cache): meant for checks, not for serving.
-    Raises ConversationError for a malformed question, or one that shows more pictures than it has, and ImageError for
-    an unusable picture, each with the question's number; ConfigError for an unknown template; OSError for a file.
+    `template` is the conversation template, by default that of the checkpoint's training. Every new token runs the
+    whole row again (no key-value cache), so this is for checks and not for serving.
+    Raises ConversationError for a malformed question or one with too few pictures, and ImageError for an unusable
+    picture, both with the question's number; ConfigError for an unknown template; OSError for an unreadable file.
     """
     _require_model(trained)
     if template is not None and template not in TEMPLATES:
@@ -148,20 +148,20 @@ def answer(
     spec = trained.spec if template is None else replace(trained.spec, template=template)
     if isinstance(questions, (Question, str)):
         raise TypeError(f"questions is one {type(questions).__name__}, expected a list of Question")
-    for number, question in enumerate(questions):  # all of them before the first is answered
+    for number, question in enumerate(questions):  # checks all questions before the first answer
         _turns(question, f"questions[{number}]")
     ends = {trained.tokenizer.eos_token_id, *(trained.tokenizer.convert_tokens_to_ids(token) for token in stop)}
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         numbers = range(start, min(start + batch_size, len(questions)))
         rows = [_prompt(trained, questions[n], spec, f"questions[{n}]") for n in numbers]
-        open_rows = set(range(len(rows)))
+        unfinished = set(range(len(rows)))
         new: list[list[int]] = [[] for _ in rows]
-        while open_rows and max(map(len, new)) < max_new_tokens:
-            active = sorted(open_rows)
+        while unfinished and max(map(len, new)) < max_new_tokens:
+            active = sorted(unfinished)
             for index, token in zip(active, _next_tokens(trained, [rows[i] for i in active]), strict=True):
                 if token in ends:
-                    open_rows.discard(index)
+                    unfinished.discard(index)
                     continue
                 new[index].append(token)
                 rows[index].tokens = torch.cat([rows[index].tokens, torch.tensor([token])])
@@ -178,11 +178,11 @@ def reconstruct(
     temperature: float = 1.0,
     batch_size: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    """K pictures -> (originals, reconstructions), [K, 3, Hd, Hd] in [0, 1].
+    """K pictures -> (originals, reconstructions), both [K, 3, Hd, Hd] in [0, 1].
 
-    Each picture stands where training showed it, in the prompt of `trained.template`; what follows it cannot reach its
-    states. Raises ArchitectureError for a model without a denoiser, ImageError for an unusable picture, OSError for a
-    file.
+    Each picture is the prompt of a conversation in `trained.template`, as in training; attention is causal, so later
+    tokens do not matter. Raises ArchitectureError for a model without a denoiser, ImageError for an unusable picture,
+    OSError for an unreadable file.
     """
     _require_model(trained)
     _ = trained.config.decode_image_size
@@ -204,7 +204,7 @@ def reconstruct(
 
 
 def read_picture(path: Path | str, preprocessing: ImagePreprocessing) -> Tensor:
-    """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError naming the file, OSError."""
+    """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError with the file's name, and OSError."""
     try:
         if Path(path).stat().st_size > MAX_IMAGE_BYTES:
             raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
@@ -226,7 +226,7 @@ def _require_model(trained: TrainedModel) -> None:
 
 
 def _turns(question: Question, name: str) -> list[dict[str, str]]:
-    """The turns of a question, in which every picture has its place. Raises ConversationError naming the question."""
+    """The turns of a question, with a mark for every picture. Raises ConversationError with the question's name."""
     if not isinstance(question, Question):
         raise TypeError(f"{name} is a {type(question).__name__}, expected a Question")
     if isinstance(question.pictures, (str, Path, Image.Image)):
@@ -240,10 +240,10 @@ def _turns(question: Question, name: str) -> list[dict[str, str]]:
     placed, pictures = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked), len(question.pictures)
     if placed > pictures:
         raise ConversationError(f"{name}: {placed} {IMAGE_PLACEHOLDER} in the text, {pictures} pictures")
-    if pictures == 1 and not placed:  # the reference, and training, leave it out
+    if pictures == 1 and not placed:  # as in the reference and in training
         first = next((place for place, (role, _) in enumerate(checked) if role == "human"), 0)
-        shown_first = {**turns[first], "value": f"{IMAGE_PLACEHOLDER}\n{turns[first]['value']}"}
-        turns = [*turns[:first], shown_first, *turns[first + 1 :]]
+        marked = {**turns[first], "value": f"{IMAGE_PLACEHOLDER}\n{turns[first]['value']}"}
+        turns = [*turns[:first], marked, *turns[first + 1 :]]
     return turns
 
 
@@ -256,7 +256,7 @@ def _prompt(trained: TrainedModel, question: Question, spec: SampleSpec, name: s
 
 
 def _pixels(pictures: Sequence[Picture], trained: TrainedModel, name: str, first: int = 0) -> list[Tensor]:
-    """Pixels of pictures that errors call `name`[`first`] and so on. Raises ImageError, OSError, TypeError."""
+    """Pixels of pictures, numbered from `first` in errors. Raises ImageError, OSError, TypeError."""
     preprocessing, size = trained.preprocessing(), trained.config.vision.image_size
     pixels = []
     for number, picture in enumerate(pictures, first):
@@ -302,7 +302,7 @@ def _next_tokens(trained: TrainedModel, rows: list[Sample]) -> list[int]:
 
 
 def _run(trained: TrainedModel, samples: list[Sample]) -> tuple[Batch, Tensor]:
-    """The samples in one long row, and its states after the final norm [T, 1, D]."""
+    """Runs samples as one long row: the batch, and hidden states after the final norm [T, 1, D]."""
     for sample in samples:
         sample.labels = torch.full_like(sample.tokens, -100)
     slots = [sample.tokens.numel() for sample in samples]

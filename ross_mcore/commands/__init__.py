@@ -1,43 +1,47 @@
-"""The console commands: one module each, with `main(arguments, prog) -> exit status`.
+"""The commands: one module each, with `main(arguments, prog) -> exit status`.
 
-The command `ross` and the scripts in tools/ run the same modules. Each module parses its arguments before it imports
-anything heavy, so that help and wrong arguments are answered at once.
+The program `ross` and the scripts in tools/ run the same modules. Each parses its arguments before heavy imports, so
+that `--help` and errors in arguments appear immediately.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ross_mcore.data.spec import SampleSpec
 
 
 class Command(NamedTuple):
-    """A subcommand of `ross`: the script of the repository that runs the same module, and one line of help."""
+    """A subcommand of `ross`: the script in the repository that runs the same module, and one line of help."""
 
     script: str
     summary: str
 
 
 COMMANDS = {
-    "make-shards": Command("tools/make_shards.py", "a LLaVA JSON and its pictures -> tar shards with an index"),
-    "index-shards": Command("tools/index_shards.py", "an index for any WebDataset tars, local or behind URLs"),
-    "inspect-shards": Command("tools/inspect_shards.py", "lengths, labels, bad samples and pictures of a data set"),
-    "precompute": Command("tools/precompute_latents.py", "latents and features of all pictures, into new shards"),
+    "make-shards": Command("tools/make_shards.py", "LLaVA JSON and pictures -> tar shards with an index"),
+    "index-shards": Command("tools/index_shards.py", "index any WebDataset tars, local files or URLs"),
+    "inspect-shards": Command("tools/inspect_shards.py", "show lengths, labels, pictures, bad samples of a data set"),
+    "precompute": Command("tools/precompute_latents.py", "store latents and features of all pictures in new shards"),
     "convert": Command("tools/convert_hf_to_mcore.py", "Hugging Face folders or a ROSS model -> a checkpoint"),
-    "plan": Command("tools/plan_layout.py", "stages, balance and memory of a run, without starting it"),
-    "train": Command("pretrain_ross.py", "train a model, on one process or under torchrun"),
-    "check": Command("tools/check_checkpoint.py", "verify a checkpoint and print what it holds"),
-    "reconstruct": Command("tools/reconstruct.py", "pictures over what a model's image states reconstruct"),
+    "plan": Command("tools/plan_layout.py", "show stages, balance and memory of a run without starting it"),
+    "train": Command("pretrain_ross.py", "train a model, in one process or under torchrun"),
+    "check": Command("tools/check_checkpoint.py", "verify a checkpoint and print its contents"),
+    "reconstruct": Command("tools/reconstruct.py", "reconstruct pictures from a model's image states"),
     "export": Command("tools/convert_mcore_to_hf.py", "a checkpoint -> a ROSS model or Hugging Face folders"),
 }
-"""Subcommand -> its script and help, in the order in which a project needs them."""
+"""Subcommand -> its script and help, in the usual order of a project."""
 
 UNDER_TORCHRUN = ("train", "precompute")
 """Commands that run as several processes: `torchrun ... --no-python ross NAME`."""
 
 
 def build_parser(prog: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose help keeps its line breaks and names programs as `prog` was started."""
+    """A parser that keeps line breaks in help; scripts are named as subcommands when `prog` is one."""
     return argparse.ArgumentParser(
         prog=prog,
         description=as_started(description or "", prog),
@@ -46,14 +50,63 @@ def build_parser(prog: str, description: str | None, epilog: str | None = None) 
     )
 
 
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of make-shards and index-shards that decide which samples are used and how they are measured."""
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder: stores token and label counts, for packing")
+    parser.add_argument("--template", help="conversation template of the counts (plain, qwen_2, v1, llama3)")
+    parser.add_argument("--mm-use-im-start-end", action="store_true", help="count as in training with this flag")
+    parser.add_argument(
+        "--max-images-per-sample", type=int, default=64, metavar="N", help="skip samples with more pictures (64)"
+    )
+    parser.add_argument(
+        "--max-tokens-per-sample",
+        type=int,
+        metavar="N",
+        help="skip samples with more tokens of text; needs --tokenizer and --template",
+    )
+
+
+def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if (options.tokenizer is None) != (options.template is None):
+        parser.error("--tokenizer and --template need each other: lengths depend on both")
+    if options.mm_use_im_start_end and options.template is None:
+        parser.error("--mm-use-im-start-end needs --tokenizer and --template: it changes the counts")
+    if options.max_tokens_per_sample is not None and options.template is None:
+        parser.error("--max-tokens-per-sample needs --tokenizer and --template, which define the tokens")
+    if options.max_images_per_sample < 1 or (options.max_tokens_per_sample or 1) < 1:
+        parser.error("--max-images-per-sample and --max-tokens-per-sample must be at least 1")
+
+
+def sample_spec(options: argparse.Namespace) -> SampleSpec:
+    """The spec of the sample options. Raises TokenizerError for an unknown template."""
+    from ross_mcore.data.spec import SampleSpec
+
+    require_template(options.template)
+    return SampleSpec(
+        options.template or "",
+        mm_use_im_start_end=options.mm_use_im_start_end,
+        max_images_per_sample=options.max_images_per_sample,
+        max_tokens_per_sample=options.max_tokens_per_sample,
+    )
+
+
+def require_template(template: str | None) -> None:
+    """Raises TokenizerError for the value of --template that is not the name of a template."""
+    from ross_mcore.data.templates import TRAINING_TEMPLATES
+    from ross_mcore.errors import TokenizerError
+
+    if template is not None and template not in TRAINING_TEMPLATES:
+        raise TokenizerError(f"--template {template} is not one of {', '.join(TRAINING_TEMPLATES)}")
+
+
 def refuse(prog: str, message: object) -> int:
-    """Prints why `prog` cannot work and returns its exit status."""
+    """Prints an error message of `prog` and returns the exit status 2."""
     print(f"{prog}: {as_started(str(message), prog)}", file=sys.stderr)
     return 2
 
 
 def as_started(text: str, prog: str) -> str:
-    """`text`, with the scripts that it names replaced by subcommands when `prog` is one of `ross`."""
+    """Replaces names of scripts in `text` by subcommands when `prog` is a subcommand of `ross`."""
     if not prog.startswith("ross "):
         return text
     for name, command in COMMANDS.items():

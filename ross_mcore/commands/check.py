@@ -1,12 +1,12 @@
-"""Verifies every file of a checkpoint against its checksums and prints what is inside.
+"""Verifies all files of a checkpoint by their checksums and prints the checkpoint's contents.
 
   python tools/check_checkpoint.py runs/finetune                  the newest checkpoint of a run
-  python tools/check_checkpoint.py runs/finetune/iter_0000500     that one
-  python tools/check_checkpoint.py runs/finetune --all --json     every one, as one JSON object
+  python tools/check_checkpoint.py runs/finetune/iter_0000500     this checkpoint
+  python tools/check_checkpoint.py runs/finetune --all --json     all checkpoints of a run, as one JSON object
 
-Nothing is loaded: parameters per part, element types, optimizer state and the layout it was saved at come from the
-small files; the large ones are read once, at the speed of the disk (--no-verify leaves them alone).
-Exit status: 0 all is intact, 1 something is damaged or incomplete (each file is named), 2 there is no checkpoint.
+No tensor is loaded: parameters per part, element types, optimizer state and layout come from small files. To compute
+checksums, the large files are read once, at the speed of the disk; --no-verify skips this.
+Exit status: 0 intact, 1 a file is damaged or incomplete (each is named), 2 no checkpoint found.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SCRIPT = "check_checkpoint.py"
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__)
     parser.add_argument("path", type=Path, help="a run's folder (--save), a converted model, or one iter_* folder")
-    parser.add_argument("--all", action="store_true", help="check every checkpoint of the folder, not only the newest")
-    parser.add_argument("--no-verify", action="store_true", help="compare the sizes of files, not their content")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--all", action="store_true", help="check all checkpoints of the folder, not only the newest")
+    parser.add_argument("--no-verify", action="store_true", help="compare sizes of files only, not checksums")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args(arguments)
 
 
 def check(checkpoint: Checkpoint, verify: bool, advance: Callable[[int], None]) -> dict[str, Any]:
-    """What `describe` says, with every damage among its problems."""
+    """The description of a checkpoint, with damaged files among its problems."""
     from ross_mcore.checkpoint.contents import describe
     from ross_mcore.checkpoint.manifest import damages
     from ross_mcore.errors import UserError
@@ -66,22 +66,22 @@ def size(number: float) -> str:
 
 
 def print_checkpoint(found: dict[str, Any], console: Console) -> None:
-    """Says what `check` found. The console reads no markup: names and values are those of a file."""
+    """Prints the result of `check`. Names and values come from files, so the console must not read markup."""
     from rich.table import Table
 
     from ross_mcore.checked import printable
 
-    def say(text: str, style: str = "") -> None:
+    def show(text: str, style: str = "") -> None:
         console.print(printable(text), style=style)
 
-    say(found["path"], "bold")
+    show(found["path"], "bold")
     if "parts" in found:
         stage = found["training_stage"]
         samples = found["consumed_samples"]
         what = "a model, no training state" if samples is None else f"{stage}, {samples:,} samples consumed"
-        say(f"  iteration {found['iteration']}: {what}")
+        show(f"  iteration {found['iteration']}: {what}")
         layout = found["layout"] or {"not recorded": ""}
-        say("  saved at: " + ", ".join(f"{k} {v}".strip() for k, v in layout.items()))
+        show("  saved at: " + ", ".join(f"{k} {v}".strip() for k, v in layout.items()))
         table = Table("part", "parameters", "trained", "bytes", "type", box=None, padding=(0, 2))
         for part, own in found["parts"].items():
             types = ", ".join(own["dtypes"])
@@ -93,17 +93,15 @@ def print_checkpoint(found: dict[str, Any], console: Console) -> None:
         table.add_row("all files", "", "", size(found["bytes"]), f"{found['files']} files")
         console.print(table)
         for name in found["unlisted"]:
-            say(f"  {name} does not belong to it")
+            show(f"  {name} does not belong to it")
     if found["problems"]:
         for problem in found["problems"][:20]:
-            say(f"  {problem}", "red")
+            show(f"  {problem}", "red")
         if (rest := len(found["problems"]) - 20) > 0:
-            say(f"  and {rest} more", "red")
+            show(f"  and {rest} more", "red")
     else:
-        compared = (
-            "every file has its checksum" if found["verified"] else "every file has its size; content not compared"
-        )
-        say(f"  intact: {compared}", "green")
+        compared = "all checksums are right" if found["verified"] else "all sizes are right; content is not compared"
+        show(f"  intact: {compared}", "green")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:

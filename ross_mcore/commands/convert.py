@@ -1,8 +1,8 @@
-"""Makes one sharded checkpoint, loadable at every layout, of a language model, a vision tower and a VAE, or of a full
-checkpoint of the reference implementation of ROSS.
+"""Converts Hugging Face folders (language model, vision tower, VAE), or a full checkpoint of the reference
+implementation of ROSS, into one sharded checkpoint that loads at every layout.
 
-Folders are those of save_pretrained. They are streamed tensor by tensor; every tensor finds its place or the tool stops
-and names it. No model is built, and a run that is stopped leaves nothing.
+Folders are those written by save_pretrained. Tensors are converted one by one, and an unknown or missing tensor is an
+error that names it. No model is built. An interrupted conversion leaves no checkpoint.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 SCRIPT = "convert_hf_to_mcore.py"
 
 EXAMPLES = """examples:
-  a new model, projector and denoiser with fresh weights
+  a new model, with random weights in projector and denoiser
     python tools/convert_hf_to_mcore.py --language-model Qwen2-7B-Instruct --pixel-decoder FLUX.1-dev/vae \\
         --vision-model siglip-so400m-patch14-384 --dtype bfloat16 --save checkpoints/base
-  as stage 2 of the reference starts: the same, and what its stage 1 has trained
+  the start of the reference's stage 2: the command above, with the weights of its stage 1
         --mm-projector stage1/mm_projector.bin --mm-inv-projector stage1/mm_inv_projector.bin
-  what stage 2 of the reference has trained, denoiser and VAE included
+  the result of the reference's stage 2, with denoiser and VAE
     python tools/convert_hf_to_mcore.py --ross-model ross-qwen2-7b --dtype bfloat16 --save checkpoints/ross
 
-The result, SAVE/iter_0000000, is what --load of pretrain_ross.py takes. It holds config.json, the tokenizer and the
-image processor's configuration beside the weights. Without --pixel-decoder it is a plain LLaVA model (lm_loss alone).
-Peak memory: twice the largest tensor (usually the vocabulary matrix), and the denoiser if it is fresh.
-tools/convert_mcore_to_hf.py is the way back."""
+The result is SAVE/iter_0000000, with config.json, tokenizer and the image processor's configuration beside the weights;
+give SAVE to --load of pretrain_ross.py. Without --pixel-decoder the model is a plain LLaVA model (lm_loss only).
+Peak memory: twice the largest tensor (usually the vocabulary matrix), and a randomly initialised denoiser.
+tools/convert_mcore_to_hf.py converts back."""
 
-DTYPE_HELP = """of language model, tower and projector, while denoiser and VAE are kept in float32; keep leaves every
-tensor as it is (default: %(default)s)"""
+DTYPE_HELP = """type of language model, tower and projector; denoiser and VAE are float32; keep: all types stay
+(default: %(default)s)"""
 DEFAULTS = {
     "projector_type": "mlp2x_gelu",
     "denoiser_type": "denoiser_vit3x",
@@ -50,32 +50,37 @@ DEFAULTS = {
     "mm_projector": None,
     "mm_inv_projector": None,
 }
-"""Options that describe a model made of parts; a ROSS checkpoint says these things itself."""
+"""Options of a model made of separate parts; a ROSS checkpoint contains these values."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__, EXAMPLES)
-    sources = parser.add_argument_group("what is read").add_argument
-    sources("--language-model", type=Path, metavar="DIR", help="Qwen2 or Llama")
-    sources("--vision-model", type=Path, metavar="DIR", help="SigLIP or CLIP, with preprocessor_config.json")
-    sources("--pixel-decoder", type=Path, metavar="DIR", help="AutoencoderKL, the vae/ folder itself")
-    sources("--tokenizer", type=Path, metavar="DIR", help="where the tokenizer lies, if not with the language model")
-    sources("--mm-projector", type=Path, metavar="FILE", help="stage-1 projector, instead of a fresh one")
-    sources("--mm-inv-projector", type=Path, metavar="FILE", help="stage-1 denoiser, instead of a fresh one")
+    sources = parser.add_argument_group("input").add_argument
+    sources("--language-model", type=Path, metavar="DIR", help="Qwen2 or Llama folder")
+    sources(
+        "--vision-model",
+        type=Path,
+        metavar="DIR",
+        help="SigLIP or CLIP folder, with preprocessor_config.json",
+    )
+    sources("--pixel-decoder", type=Path, metavar="DIR", help="AutoencoderKL folder, usually vae/")
+    sources("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer (default: the language model's)")
+    sources("--mm-projector", type=Path, metavar="FILE", help="projector of stage 1 (default: random weights)")
+    sources("--mm-inv-projector", type=Path, metavar="FILE", help="denoiser of stage 1 (default: random weights)")
     sources(
         "--ross-model",
         type=Path,
         metavar="DIR",
-        help="a full checkpoint of the reference, instead of parts; --vision-model and --pixel-decoder then say where "
-        "the configurations lie, if not where its config.json says",
+        help="a full checkpoint of the reference, instead of separate parts; --vision-model and --pixel-decoder then "
+        "replace the paths of the configurations in its config.json",
     )
-    parts = parser.add_argument_group("a model made of parts").add_argument
+    parts = parser.add_argument_group("a model made of separate parts").add_argument
     parts("--projector-type", metavar="T", help="linear or mlp<N>x_gelu (default: mlp2x_gelu)")
     parts("--denoiser-type", metavar="T", help="denoiser_vit<depth>x (default: denoiser_vit3x)")
-    parts("--denoiser-width", type=int, metavar="N", help="instead of the reference's width for that depth")
-    parts("--vision-select-layer", type=int, metavar="N", help="hidden state that is the feature (default: -2)")
-    parts("--seed", type=int, metavar="N", help="of fresh weights (default: 42)")
-    result = parser.add_argument_group("what is written").add_argument
+    parts("--denoiser-width", type=int, metavar="N", help="width (default: the reference's for the depth)")
+    parts("--vision-select-layer", type=int, metavar="N", help="hidden state that is the features (default: -2)")
+    parts("--seed", type=int, metavar="N", help="seed of random weights (default: 42)")
+    result = parser.add_argument_group("output").add_argument
     result("--save", type=Path, required=True, metavar="DIR", help="folder to write the checkpoint into")
     result("--dtype", choices=("float32", "bfloat16", "keep"), default="float32", help=DTYPE_HELP)
     options = parser.parse_args(arguments)
@@ -85,7 +90,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     if options.ross_model:
         given = [name for name in DEFAULTS if getattr(options, name) is not None]
         if given:
-            parser.error(f"--{given[0].replace('_', '-')} does not go with --ross-model, which has it already")
+            parser.error(f"--{given[0].replace('_', '-')} cannot be used with --ross-model, which contains it")
     elif options.vision_model is None:
         parser.error("--language-model needs --vision-model")
     if options.mm_inv_projector and not options.pixel_decoder:
@@ -97,7 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
 
 
 def fresh_weights(model: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Projector and denoiser as they start training, drawn from `seed` alone."""
+    """Initial weights of projector and denoiser; they depend on `seed` only."""
     import torch
 
     from ross_mcore.models.denoiser import Denoiser
@@ -118,7 +123,7 @@ def fresh_weights(model: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]
 
 
 def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Checkpoint:
-    """Language model, tower and VAE from folders, projector and denoiser from stage 1 or fresh."""
+    """Converts language model, tower and VAE; projector and denoiser come from stage 1 or are random."""
     from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
     from ross_mcore.conversion import huggingface, mapping
     from ross_mcore.conversion.assembly import Assets, Source, assemble
@@ -148,7 +153,7 @@ def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Che
 
 
 def convert_ross(options: argparse.Namespace, dtype: torch.dtype | None) -> Checkpoint:
-    """A full checkpoint of the reference."""
+    """Converts a full checkpoint of the reference."""
     from ross_mcore.conversion.assembly import import_ross
     from ross_mcore.conversion.huggingface import open_ross
 
@@ -159,7 +164,7 @@ def convert_ross(options: argparse.Namespace, dtype: torch.dtype | None) -> Chec
 
 @contextmanager
 def progress_bar(model: ModelConfig) -> Iterator[Callable[[int], None]]:
-    """A bar over the model's parameters; yields what to call with the number just written."""
+    """Shows a progress bar; yields a function to call with the number of parameters just written."""
     from rich.progress import Progress
 
     from ross_mcore.models.inventory import inventory

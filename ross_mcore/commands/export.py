@@ -1,15 +1,15 @@
-"""Writes a trained checkpoint as Hugging Face folders: for the reference implementation of ROSS, or part by part.
+"""Converts a trained checkpoint to Hugging Face folders: for the reference implementation of ROSS, or part by part.
 
-  --format ross    what stage 2 of the reference saves, and its load_pretrained_model reads: every tensor under its
-                   names (denoiser and VAE too), config.json with every field, tokenizer, generation_config.json.
-                   Tower and VAE lie in folders of their own as well, because its config.json points to them
-  --format stage1  what stage 1 of the reference saves: mm_projector.bin, mm_inv_projector.bin, config.json; and
-                   tower and VAE in their folders, unless --mm-vision-tower and --mm-pixel-decoder say where they are
+  --format ross    the files that stage 2 of the reference saves, and that its load_pretrained_model reads: all tensors
+                   by its names (denoiser and VAE too), config.json, tokenizer, generation_config.json. Tower and VAE
+                   are written to separate folders too, because its config.json refers to them
+  --format stage1  the files that stage 1 of the reference saves: mm_projector.bin, mm_inv_projector.bin, config.json;
+                   and tower and VAE in folders, unless --mm-vision-tower and --mm-pixel-decoder give their paths
   --format hf      language_model/ (Qwen2 or Llama, for AutoModelForCausalLM), the tower's folder, pixel_decoder/
-                   (AutoencoderKL) and the two adapters: what tools/convert_hf_to_mcore.py reads
+                   (AutoencoderKL), projector and denoiser: the input of tools/convert_hf_to_mcore.py
 
-Vocabulary padding is undone, tied output matrices are left out, as Hugging Face does. Values do not change unless
---dtype changes them.
+Padding of the vocabulary is removed, and tied output matrices are not written, as in Hugging Face. Values change only
+with --dtype.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ EXAMPLES = """examples:
   python tools/convert_mcore_to_hf.py --load runs/pretrain --save stage1 --format stage1 \\
       --mm-vision-tower google/siglip-so400m-patch14-384 --mm-pixel-decoder FLUX.1-dev/vae
 
-Reads the newest checkpoint of a run at whatever layout it was saved; needs no GPU and builds no model.
-Peak memory: one shard (--max-shard-size) and twice the largest family of tensors (a vocabulary matrix, or gate and up
+Reads the newest checkpoint of a run, saved at any layout; needs no GPU and builds no model.
+Peak memory: one shard (--max-shard-size) and twice the largest group of tensors (a vocabulary matrix, or gate and up
 projection of a layer).
-SAVE appears when it is complete; a run that is stopped leaves nothing of that name."""
+SAVE appears only when it is complete."""
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -48,26 +48,26 @@ def shard_bytes(text: str) -> int:
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__, EXAMPLES)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="RUN", help="a run, or one of its iter_* folders")
-    add("--save", type=Path, required=True, metavar="DIR", help="folder to write, which must not exist")
+    add("--load", type=Path, required=True, metavar="RUN", help="folder of a run, or one of its iter_* folders")
+    add("--save", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     add("--format", choices=("ross", "stage1", "hf"), default="ross", help="see above (default: %(default)s)")
     add(
         "--dtype",
         choices=("keep", "float32", "bfloat16", "float16"),
         default="keep",
-        help="of every tensor (default: as each is stored)",
+        help="type of all tensors; keep: as stored (default: %(default)s)",
     )
-    add("--max-shard-size", type=shard_bytes, default="5GB", metavar="SIZE", help="(default: %(default)s)")
-    add("--mm-vision-tower", metavar="PATH", help="state this path in config.json instead of writing the tower there")
-    add("--mm-pixel-decoder", metavar="PATH", help="the same for the VAE")
+    add("--max-shard-size", type=shard_bytes, default="5GB", metavar="SIZE", help="largest file (default: %(default)s)")
+    add("--mm-vision-tower", metavar="PATH", help="write this path into config.json, and no tower")
+    add("--mm-pixel-decoder", metavar="PATH", help="write this path into config.json, and no VAE")
     options = parser.parse_args(arguments)
     if options.format == "hf" and (options.mm_vision_tower or options.mm_pixel_decoder):
-        parser.error("--format hf writes no config.json of the reference, which is where these paths are stated")
+        parser.error("--format hf writes no config.json of the reference, which would contain these paths")
     return options
 
 
 def export(options: argparse.Namespace) -> list[str]:
-    """Plans, then writes; returns remarks for the user. Raises UserError."""
+    """Converts; returns remarks for the user. Raises UserError and OSError."""
     import torch
     from rich.progress import Progress
 

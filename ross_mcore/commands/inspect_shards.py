@@ -1,14 +1,14 @@
-"""Looks at a data set before GPU hours are spent on it: how much there is, how long, what is learned, what was bad.
+"""Shows figures of a data set before training: sizes, lengths, labels, bad samples.
 
   python tools/inspect_shards.py --data-path shards/finetune --seq-length 2048 --image-tokens 729
   python tools/inspect_shards.py --data-path shards/finetune --contact-sheet sheet.png
   python tools/inspect_shards.py --data-path shards/finetune --sample 000000123 \\
       --tokenizer Qwen2-7B-Instruct --template qwen_2
 
-What to look for: a label share near zero, or many samples without labels, is a template that does not fit the
-tokenizer; pictures that are never shown are texts without <image>; a fill of packed rows far below 95% is a
---seq-length too small for the samples; in the contact sheet, texts that do not belong to their pictures.
-The figures come from the index (seconds, whatever the size); --sample and --contact-sheet read the shards.
+Signs of a problem: few labels, or many samples without labels: the template does not fit the tokenizer; pictures that
+are never shown: texts without <image>; packed rows filled far below 95%: --seq-length is too small for the samples; in
+the contact sheet: texts that do not match their pictures.
+Figures come from the index, in seconds for every size; --sample and --contact-sheet read the shards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ross_mcore.commands import build_parser, refuse
+from ross_mcore.commands import build_parser, refuse, require_template
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,25 +32,25 @@ SCRIPT = "inspect_shards.py"
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__)
-    parser.add_argument("--data-path", type=Path, required=True, help="folder of an index (make_shards, index_shards)")
-    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a row, to see how full packed rows get")
+    parser.add_argument("--data-path", type=Path, required=True, help="folder with an index")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a row, to show how full packed rows are")
     parser.add_argument(
-        "--image-tokens", type=int, metavar="N", help="tokens of a picture: 729 for siglip-so400m-384, 576 for clip-336"
+        "--image-tokens", type=int, metavar="N", help="tokens per picture: 729 for siglip-so400m-384, 576 for clip-336"
     )
-    parser.add_argument("--sample", metavar="KEY", help="print this record; its tokens too, with the two flags below")
+    parser.add_argument("--sample", metavar="KEY", help="print this record, and with the next two flags its tokens")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder")
     parser.add_argument("--template", help="conversation template (plain, qwen_2, v1, llama3)")
-    parser.add_argument("--mm-use-im-start-end", action="store_true", help="as in training with this flag")
+    parser.add_argument("--mm-use-im-start-end", action="store_true", help="tokens as in training with this flag")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw samples with their texts")
-    parser.add_argument("--contact-samples", type=int, default=24, metavar="N", help="how many, spread evenly (24)")
-    parser.add_argument("--data-cache-dir", type=Path, help="where shards from URLs are kept")
-    parser.add_argument("--data-cache-bytes", type=int, default=64 << 30, metavar="BYTES", help="most bytes kept there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--contact-samples", type=int, default=24, metavar="N", help="number of samples in it (24)")
+    parser.add_argument("--data-cache-dir", type=Path, help="folder for shards downloaded from URLs")
+    parser.add_argument("--data-cache-bytes", type=int, default=64 << 30, metavar="BYTES", help="limit of its size")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)
     if (options.tokenizer is None) != (options.template is None):
-        parser.error("--tokenizer and --template come together: tokens depend on both")
+        parser.error("--tokenizer and --template need each other: tokens depend on both")
     if (options.seq_length is None) != (options.image_tokens is None):
-        parser.error("--seq-length and --image-tokens come together: the fill of rows depends on both")
+        parser.error("--seq-length and --image-tokens need each other: the fill of rows depends on both")
     if min(options.seq_length or 1, options.contact_samples, options.data_cache_bytes) < 1 or (
         options.image_tokens is not None and options.image_tokens < 0
     ):
@@ -130,15 +130,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
     from ross_mcore.data.shard_reader import ShardReader
     from ross_mcore.data.spec import SampleSpec
-    from ross_mcore.data.templates import TRAINING_TEMPLATES
     from ross_mcore.data.tokenizer import load_tokenizer
-    from ross_mcore.errors import ShardError, TokenizerError, UserError
+    from ross_mcore.errors import ShardError, UserError
     from ross_mcore.shards.inspection import inspect, record_of, tokens_of, write_contact_sheet
 
     console = Console(markup=False, emoji=False)
     try:
-        if options.template is not None and options.template not in TRAINING_TEMPLATES:
-            raise TokenizerError(f"--template {options.template} is not one of {', '.join(TRAINING_TEMPLATES)}")
+        require_template(options.template)
         reader = ShardReader(options.data_path, options.data_cache_dir, options.data_cache_bytes)
         found = inspect(reader, options.seq_length, options.image_tokens)
         if options.seq_length and found["packing"] is None:

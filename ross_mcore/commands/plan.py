@@ -1,12 +1,12 @@
-"""Prints what a run would look like, without starting it: the stages, their balance, the bubble, a rank's memory.
+"""Prints a run's pipeline stages, their balance, the bubble and the memory of a rank, without starting the run.
 
   python tools/plan_layout.py --world-size 64 --load base --config recipe.yaml --tensor-model-parallel-size 2
   python tools/plan_layout.py --world-size 8 --language-model Qwen2-7B-Instruct --pixel-decoder FLUX.1-dev/vae \\
       --vision-model siglip-so400m-patch14-384 --config train_ross/finetune_siglip_qwen2
 
 All other options are those of pretrain_ross.py. Weights, gradients and optimizer state are counted. Activations are
-estimated from shapes, and load and bubble from operations; only a run tells what they are. Exit status 2: layout or
-batch would be refused; what precision and kernels need is looked at when a run starts.
+estimated from shapes, load and bubble from operations; measure them in a run. Exit status 2: the layout or the batch
+size is not possible. Options of precision and kernels are checked only when a run starts.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ GB = 1e9
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> tuple[argparse.Namespace, list[str]]:
-    """Its own options, and what is left for pretrain_ross.py."""
+    """Options of this command, and the remaining arguments, which are those of pretrain_ross.py."""
     parser = build_parser(prog, __doc__)
     parser.allow_abbrev = False  # the trainer's options pass through
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="GPUs in all")
-    parser.add_argument("--tokens", type=int, metavar="N", help="longest row of a step [--seq-length]")
-    parser.add_argument("--language-model", type=Path, metavar="DIR", help="with the next two, instead of --load: a")
-    parser.add_argument("--vision-model", type=Path, metavar="DIR", help="  model of parts, whose config.json are read")
-    parser.add_argument("--pixel-decoder", type=Path, metavar="DIR", help="  (without it: a plain LLaVA model)")
-    parser.add_argument("--denoiser-type", default="denoiser_vit3x", metavar="T", help="of such a model [%(default)s]")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="total number of GPUs")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of the longest row of a step [--seq-length]")
+    parser.add_argument("--language-model", type=Path, metavar="DIR", help="instead of --load: its config.json is read")
+    parser.add_argument("--vision-model", type=Path, metavar="DIR", help="tower for --language-model")
+    parser.add_argument("--pixel-decoder", type=Path, metavar="DIR", help="VAE; without it, a plain LLaVA model")
+    parser.add_argument("--denoiser-type", default="denoiser_vit3x", metavar="T", help="of the denoiser [%(default)s]")
     options, rest = parser.parse_known_args(arguments)
     if (options.language_model is None) != (options.vision_model is None):
-        parser.error("--language-model and --vision-model go together")
+        parser.error("--language-model and --vision-model need each other")
     return options, rest
 
 

@@ -1,11 +1,11 @@
-"""Computes what the frozen VAE (and, for a frozen vision tower, the tower) makes of every picture, into new shards.
+"""Computes the frozen VAE's posterior and the frozen vision tower's features of all pictures, and writes new shards.
 
   torchrun --nproc-per-node 8 tools/precompute_latents.py --load base --data-path shards --out shards-latents \\
       --image-aspect-ratio pad --latents --features
 
-Training on the new shards then neither decodes pictures nor builds VAE and tower, and its losses are the same: of the
-VAE the posterior is stored, so that noise is still drawn at every step. Run the same command again after an
-interruption: finished shards are kept. One process will do as well, without torchrun.
+Training on the new shards neither decodes pictures nor builds VAE and tower. Its losses are the same: the posterior is
+stored, not a sample, so noise is still drawn at every step. After an interruption, run the same command again; finished
+shards are kept. Without torchrun, one process computes everything.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ SCRIPT = "precompute_latents.py"
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__)
-    parser.add_argument("--load", type=Path, required=True, help="the checkpoint whose VAE and tower are used")
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint with the VAE and the tower")
     parser.add_argument("--data-path", type=Path, required=True, help="folder of shards with an index")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new shards")
-    parser.add_argument("--latents", action="store_true", help="the VAE's posterior (the default, if not --features)")
-    parser.add_argument("--features", action="store_true", help="the vision tower's features")
+    parser.add_argument("--latents", action="store_true", help="store the VAE's posterior (default without --features)")
+    parser.add_argument("--features", action="store_true", help="store the vision tower's features")
     parser.add_argument(
         "--image-aspect-ratio",
         choices=("square", "pad"),
         required=True,
-        help="as training will have it: by default square for pretrain, pad for finetune",
+        help="that of the training; its default is square for pretrain, pad for finetune",
     )
     parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="how they are stored; computed in fp32 [fp32]"
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="type of stored values [fp32]",
     )
     parser.add_argument(
         "--drop-images",
         action="store_true",
-        help="leave the pictures out: what is not precomputed now, cannot be later",
+        help="do not copy pictures; then nothing else can be precomputed later",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures computed at once [16]")
-    parser.add_argument("--num-workers", type=int, default=4, help="threads that decode, on every rank [4]")
-    parser.add_argument("--data-cache-dir", type=Path, help="where shards from URLs are kept")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures per batch [16]")
+    parser.add_argument("--num-workers", type=int, default=4, help="threads per rank that decode pictures [4]")
+    parser.add_argument("--data-cache-dir", type=Path, help="folder for shards downloaded from URLs")
     options = parser.parse_args(arguments)
     if min(options.batch_size, options.num_workers) < 1:
         parser.error("--batch-size and --num-workers must be at least 1")
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     kinds = [kind for kind in ("latents", "features") if getattr(options, kind)]
     columns = TextColumn("pictures of this rank"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        platform.initialize_process_group(timeout_minutes=7 * 24 * 60)  # a rank waits for the others at the end only
+        platform.initialize_process_group(timeout_minutes=7 * 24 * 60)  # ranks wait for each other only at the end
         reader = all_or_none(lambda: ShardReader(options.data_path, options.data_cache_dir))
         parts = all_or_none(lambda: load_picture_parts(options.load, kinds, options.image_aspect_ratio, options.dtype))
         with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bar:

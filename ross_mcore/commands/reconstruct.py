@@ -1,4 +1,4 @@
-"""Show what a trained model's image states hold: pictures over what the denoiser reconstructs from them.
+"""Reconstructs pictures from a trained model's image states: each picture, and below it the denoiser's reconstruction.
 
 python tools/reconstruct.py --load runs/finetune --image cat.jpg dog.png --output reconstruction.png
 """
@@ -16,13 +16,13 @@ SCRIPT = "reconstruct.py"
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__)
-    parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="a run or one of its checkpoints")
-    parser.add_argument("--image", type=Path, required=True, nargs="+", metavar="FILE", help="PNG, JPEG or WebP")
-    parser.add_argument("--output", type=Path, default=Path("reconstruction.png"), help="the grid [%(default)s]")
-    parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), help="[as the run was trained]")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps of 1000 [%(default)s]")
+    parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="folder of a run or of a checkpoint")
+    parser.add_argument("--image", type=Path, required=True, nargs="+", metavar="FILE", help="PNG, JPEG or WebP files")
+    parser.add_argument("--output", type=Path, default=Path("reconstruction.png"), help="PNG to write [%(default)s]")
+    parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), help="[as in the run's training]")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps, up to 1000 [%(default)s]")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="scale of their noise [%(default)s]"
+        "--temperature", type=float, default=1.0, metavar="X", help="scale of the noise of each step [%(default)s]"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [%(default)s]")
     options = parser.parse_args(arguments)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         pictures = [read_picture(path, preprocessing) for path in options.image]
         grid = picture_grid(list(reconstruct(trained, pictures, steps=options.steps, temperature=options.temperature)))
         partial = options.output.with_name(options.output.name + ".partial")
-        partial.unlink(missing_ok=True)  # what waits there may be a link
+        partial.unlink(missing_ok=True)  # it may be a link
         as_picture(grid).save(partial, format="PNG")
         partial.replace(options.output)
     except (UserError, OSError) as error:

@@ -22,11 +22,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from ross_mcore.flags import parse
 
     config = parse(arguments, prog=prog)
-    return train_status(config, prog)  # heavy imports come after the arguments are known to be good
+    return train_status(config, prog)  # heavy imports come after the arguments are checked
 
 
 def train_status(config: Config, prog: str = SCRIPT) -> int:
-    """Trains as `config` says; returns 0 when finished or stopped on request, 2 where the first rank prints why not."""
+    """Trains; returns 0 when finished or stopped on request, 2 after an error, which the first rank prints."""
     from ross_mcore.errors import UserError
     from ross_mcore.logs import complain
     from ross_mcore.training.loop import train
@@ -41,19 +41,19 @@ def train_status(config: Config, prog: str = SCRIPT) -> int:
 
 
 def run(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
-    """`main` as the whole work of a process: handles signals before training does, and ends at once on failure."""
+    """Runs `main` as the only work of a process: handles signals until training does, and exits at once on failure."""
 
     def end_at_once(number: int, _: object) -> NoReturn:
-        """Ctrl-C before training takes it over (training/stop.py), as during imports, which take seconds."""
+        """Handles Ctrl-C before training does (training/stop.py), for example during imports, which take seconds."""
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):
                 os.write(2, f"{prog}: interrupted\n".encode())
         os._exit(128 + number)
 
     signal.signal(signal.SIGINT, end_at_once)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save, and there is nothing yet
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save, but there is nothing to save yet
     status = main(arguments, prog)
-    if status:  # at once: now and then, torch's threads abort a process whose interpreter ends under them
+    if status:  # torch's threads sometimes abort a process while its interpreter ends
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()

@@ -50,7 +50,7 @@ def test_jobs_have_flags_of_the_trainer(command: str, monkeypatch: pytest.Monkey
     ("arguments", "says"),
     [
         (["--load", "nowhere"], "nowhere"),
-        (["--language-model", str(ROOT / "tests/published/qwen2-7b-instruct")], "go together"),
+        (["--language-model", str(ROOT / "tests/published/qwen2-7b-instruct")], "need each other"),
         (["--load", "x", "--micro-batch", "1"], "unrecognized argument --micro-batch"),
     ],
 )

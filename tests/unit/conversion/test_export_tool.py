@@ -239,7 +239,7 @@ def test_prefixes_of_adapter_names_are_dropped(base: Path, tmp_path: Path) -> No
         ([], "give either --ross-model"),
         (["--ross-model", "a", "--language-model", "b"], "give either --ross-model"),
         (["--language-model", "b"], "needs --vision-model"),
-        (["--ross-model", "a", "--mm-projector", "p.bin"], "--mm-projector does not go with --ross-model"),
+        (["--ross-model", "a", "--mm-projector", "p.bin"], "--mm-projector cannot be used with --ross-model"),
         (["--language-model", "b", "--vision-model", "c", "--mm-inv-projector", "d"], "needs --pixel-decoder"),
     ],
 )

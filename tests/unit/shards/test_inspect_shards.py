@@ -149,8 +149,8 @@ def test_bad_samples_are_counted_by_reason(shards: Path, tmp_path: Path, tool: C
     ("flags", "message"),
     [
         (["--sample", "nothing"], "no sample has the key 'nothing'; the first keys"),
-        (["--template", "plain"], "come together"),
-        (["--seq-length", "5"], "come together"),
+        (["--template", "plain"], "need each other"),
+        (["--seq-length", "5"], "need each other"),
         (["--data-path", "nowhere"], "index_shards.py --data-path nowhere"),
     ],
 )

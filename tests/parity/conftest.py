@@ -23,7 +23,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def recorded() -> Callable[[str], tuple[dict[str, Tensor], dict[str, str]]]:
-    """recorded("name.safetensors") -> (tensors, metadata); tensors stored in float16 without loss come as float32."""
+    """recorded("name.safetensors") -> (tensors, metadata); tensors stored in float16 come as float32."""
 
     def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(GOLDEN / name, framework="pt") as file:

@@ -44,16 +44,16 @@ CASES = [
     "llama3|plain",
     "llama3|llama3",
 ]
-"""tokenizer | template | what was set: im_start_end, or the maximum length where it is not 256."""
+"""tokenizer | template | settings: im_start_end, or a maximum length other than 256."""
 PLAIN_TEXT = ("text_single", "long_text_truncated")
-"""What the reference cannot write out with `plain`, and is text to train on here."""
+"""Conversations that the reference cannot write with `plain`, but that are text to train on here."""
 TURNS = [
     {"from": "human", "value": "<image>\nQ1?"},
     {"from": "gpt", "value": "A1."},
     {"from": "human", "value": "Q2?"},
     {"from": "gpt", "value": "A2."},
 ]
-"""What the reference's prompts were recorded with."""
+"""The conversation of the recorded prompts."""
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_tokens_and_labels_are_the_reference_s(
 def test_the_final_end_of_turn_is_the_only_difference(
     tokenizers: dict[str, Any], recorded_json: Callable[[str], Any]
 ) -> None:
-    """`supervise_final_eos` adds exactly one label, the last token's, wherever a sample is complete and has labels."""
+    """`supervise_final_eos` adds exactly one label, of the last token, if a sample is complete and has labels."""
     added = 0
     for sample in recorded_json("data/samples.json"):
         try:
@@ -126,7 +126,7 @@ def test_the_final_end_of_turn_is_the_only_difference(
 
 
 def test_nothing_is_supervised_past_the_last_answer_found(tokenizers: dict[str, Any]) -> None:
-    """Past the maximum length a row keeps its labels although its second turn has no answer; none is added."""
+    """A row over the maximum length keeps its labels although its second turn has no answer; none is added."""
     turns = [{"from": who, "value": text} for who, text in (("human", "<image> Q"), ("gpt", "A1."), ("human", "B"))]
     found = tokenize_conversation(turns, 1, tokenizers["qwen"], SampleSpec("qwen_2", seq_length=20))
     end = found.input_ids.index(tokenizers["qwen"].convert_tokens_to_ids("<|im_end|>"))
@@ -153,10 +153,10 @@ def test_there_is_nothing_to_generate_after_an_answer() -> None:
         write_prompt(TURNS, 1, SampleSpec("llama3"), generation=True)
 
 
-def test_what_one_trains_with_has_labels_in_every_round(
+def test_training_templates_have_labels_in_every_round(
     tokenizers: dict[str, Any], conversations: dict[str, Any]
 ) -> None:
-    """And the one template that is left out does not."""
+    """The template that is not for training does not."""
     fitting = {"plain": "qwen", "qwen_2": "qwen", "v1": "llama_legacyF", "llama3": "llama3"}
     assert set(TRAINING_TEMPLATES) == set(fitting)
     for template, name in fitting.items():
@@ -165,7 +165,7 @@ def test_what_one_trains_with_has_labels_in_every_round(
     assert tokenize_conversation(TURNS, 1, tokenizers["qwen"], SampleSpec("v1_qwen2", seq_length=256)).label_tokens == 0
 
 
-def test_what_ends_the_turns_of_llama3_is_no_padding(golden: Path, tmp_path: Path) -> None:
+def test_the_end_of_turn_of_llama3_is_not_padding(golden: Path, tmp_path: Path) -> None:
     """The chat models name `<|eot_id|>` their end of sequence; as padding it would make every row a mismatch."""
     folder = shutil.copytree(golden / "data" / FOLDERS["llama3"], tmp_path / "tokenizer")
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -1,5 +1,5 @@
-"""Conversion both ways, to the bit: the recorded checkpoints, and every combination of families with a vocabulary that
-needs padding."""
+"""Conversion in both directions, bit by bit: the recorded checkpoints, and every combination of families with a
+vocabulary that needs padding."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_ross_round_trip(ross: tuple[Path, Path], convert: Any, tmp_path: Path) 
 
 
 def test_parts_round_trip_and_load_in_their_libraries(ross: tuple[Path, Path], convert: Any, tmp_path: Path) -> None:
-    """ROSS -> parts -> checkpoint -> ROSS; transformers and diffusers take the parts, and compute what they should."""
+    """ROSS -> parts -> checkpoint -> ROSS; transformers and diffusers load the parts and compute the same."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -122,7 +122,7 @@ def test_parts_round_trip_and_load_in_their_libraries(ross: tuple[Path, Path], c
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stage_one_in_and_out(family: str, convert: Any, tmp_path: Path) -> None:
-    """The recorded adapters go in beside language model, tower and VAE, and come out as they went in."""
+    """The recorded adapters are converted with language model, tower and VAE, and exported unchanged."""
     recorded = GOLDEN / f"model_{family}"
     config = read_json(recorded / "hf_checkpoint" / "config.json")
     tokenizer = GOLDEN / "data" / TOKENIZERS[family]
@@ -165,7 +165,7 @@ EXPLAINED["qwen2_siglip"]["pad_token_id"] = (509, 0)  # the tokenizer's own; the
 
 
 def differing(found: dict[str, Any], recorded: dict[str, Any], family: str) -> dict[str, tuple[Any, Any]]:
-    """Fields whose values differ, (ours, recorded), but for EXPLAINED ones."""
+    """Fields with different values, (ours, recorded), except EXPLAINED ones."""
     keys = found.keys() | recorded.keys()
     all_of_them = {key: (found.get(key), recorded.get(key)) for key in keys if found.get(key) != recorded.get(key)}
     return {key: values for key, values in all_of_them.items() if EXPLAINED[family].get(key) != values}
@@ -189,8 +189,8 @@ def test_config_has_every_field_of_the_recorded_one(family: str, convert: Any, t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loads_as_the_recorded_checkpoint_does(family: str, convert: Any, tmp_path: Path) -> None:
-    """from_pretrained on the whole folder: no tensor of the language model is missing, and beside tower and projector,
-    which the reference's class builds, the unexpected ones are as many, of the same parts, as it recorded."""
+    """from_pretrained on the whole folder: no tensor of the language model is missing, and, except for tower and
+    projector, which the reference's class builds, the unexpected tensors have the recorded numbers and parts."""
     from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
     source, tokenizer = recorded_folder(family), GOLDEN / "data" / TOKENIZERS[family]
@@ -220,7 +220,7 @@ def test_dtype_asked_for(dtype: torch.dtype, convert: Any, tmp_path: Path) -> No
 
 
 def test_mixed_precisions_are_kept(convert: Any, tmp_path: Path) -> None:
-    """A bfloat16 checkpoint of the reference, whose denoiser and VAE our runs keep in float32."""
+    """A bfloat16 checkpoint of the reference, of which our runs keep denoiser and VAE in float32."""
     source = write_source(tmp_path / "source", Source("llama", "siglip", dtype=torch.bfloat16))
     flags = ("--ross-model", source, "--tokenizer", SOURCES[-1].tokenizer, "--dtype", "bfloat16")
     assert convert(convert_hf_to_mcore, *flags, "--save", tmp_path / "a") == 0
@@ -258,7 +258,7 @@ def test_linear_projector(convert: Any, tmp_path: Path) -> None:
 
 
 def test_llava_baseline_has_no_denoiser(convert: Any, tmp_path: Path) -> None:
-    """What the reference's train_llava scripts save: ross_enable false, nothing of denoiser and VAE."""
+    """A checkpoint of the reference's train_llava scripts: ross_enable is false, no denoiser and no VAE."""
     folder = write_source(tmp_path / "source", SOURCES[0])
     without = ("mm_inv", "mm_pixel", "model.mm_inv", "model.pixel")
     rewrite(folder, lambda c: {k: v for k, v in c.items() if not k.startswith(without)} | {"ross_enable": False})

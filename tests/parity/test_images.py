@@ -1,4 +1,4 @@
-"""The towers' inputs against Hugging Face's processors, at random sizes (the recorded ones: test_recorded.py)."""
+"""The towers' inputs against Hugging Face's processors at random sizes (recorded sizes: test_recorded.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recorded value of the reference against this trainer, through the tool that users run."""
+"""Every recorded value of the reference against this trainer, with the tool that users run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COUNTS = {
     "curves": (320, 0),
     "trained weights": (1318, 0),
 }
-"""Of tests/golden: a family that loses rows has lost a comparison."""
+"""Numbers of rows in tests/golden: a family with fewer rows has lost a comparison."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_nothing_else_was_compared(rows: list[Row]) -> None:
     assert {row.family for row in rows} == set(COUNTS)
 
 
-def test_what_is_not_supported_is_counted_apart(rows: list[Row]) -> None:
+def test_unsupported_values_are_counted_separately(rows: list[Row]) -> None:
     """Templates outside plain, qwen_2, v1, llama3 and v1_qwen2; several crops of one picture."""
     unsupported = Counter(row.family for row in rows if row.status == "unsupported")
     assert unsupported.keys() == {"conversations", "prompts", "images"}
@@ -74,7 +74,7 @@ def test_what_is_not_supported_is_counted_apart(rows: list[Row]) -> None:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The parts of the recorded values that are quick to compare, to be damaged."""
+    """A copy of the recorded values that are quick to compare, for damaging."""
     for name in ("components", "data", "denoiser_dit_small.safetensors", "vae_target_clip.safetensors"):
         source = GOLDEN / name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / name)
@@ -82,7 +82,7 @@ def copied(tmp_path: Path) -> Path:
 
 
 def test_a_wrong_value_fails(copied: Path) -> None:
-    """What a comparison that compares nothing would not see: one value of each kind is changed a little."""
+    """Changes one value of each kind a little, which a comparison of nothing would not notice."""
     file = copied / "vae_target_clip.safetensors"
     tensors = load_file(file)
     tensors["z_q_mode"][0, 0, 0, 0] += 1e-3
@@ -106,7 +106,7 @@ def test_a_wrong_value_fails(copied: Path) -> None:
         ("data/proc_clip/preprocessor_config.json", "image_mean", [0.5, 0.5], data.image_rows),
     ],
 )
-def test_a_configuration_that_cannot_be_is_named_with_its_file(
+def test_an_impossible_configuration_is_named_with_its_file(
     copied: Path, file: str, key: str, value: object, rows: Callable[[Golden], Iterator[Row]]
 ) -> None:
     path, golden = copied / file, Golden(copied)
@@ -117,7 +117,7 @@ def test_a_configuration_that_cannot_be_is_named_with_its_file(
 
 
 def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, copied: Path) -> None:
-    """A denoiser whose condition is scaled: the loss barely moves, the gradients do."""
+    """A denoiser with a scaled condition: the loss hardly changes, the gradients do."""
     from ross_mcore.models import denoiser
 
     right = denoiser.layer_norm
@@ -152,8 +152,8 @@ def test_comparing_sequences_and_sets() -> None:
     assert compare_sets("", "", [1], [1, 2]).absolute == 1
 
 
-def test_what_is_not_recorded_is_said_and_does_not_fail(copied: Path) -> None:
-    """Values, whole files, tokenizers and pictures that a folder lacks."""
+def test_values_not_recorded_are_reported_and_do_not_fail(copied: Path) -> None:
+    """Values, whole files, tokenizers and pictures that are missing in a folder."""
     file = copied / "vae_target_clip.safetensors"
     tensors, metadata = Golden(GOLDEN).tensors(file.name)
     del tensors["z_q_mode"]
@@ -172,7 +172,7 @@ def test_what_is_not_recorded_is_said_and_does_not_fail(copied: Path) -> None:
 
 
 def check(*arguments: object) -> tuple[int, str]:
-    """(exit status, what the tool says on stderr)"""
+    """(exit status, the tool's stderr)"""
     tool = [sys.executable, "tools/check_parity.py", *map(str, arguments)]
     done = subprocess.run(tool, capture_output=True, text=True, cwd=GOLDEN.parents[1])
     assert "Traceback" not in done.stderr, done.stderr

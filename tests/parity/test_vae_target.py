@@ -1,4 +1,4 @@
-"""The VAE with recorded weights, beyond what the recorded values say (those are in test_recorded.py)."""
+"""The VAE with recorded weights, beyond the recorded values (those are in test_recorded.py)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_decode_inverts_the_scaling(case):
 
 
 def test_frozen_float32_and_empty(case):
-    """Stays frozen, in evaluation mode and in float32 inside a model that is trained and cast; no image, no work."""
+    """Stays frozen, in evaluation mode and in float32 in a model that is trained and cast; no images, no work."""
     decoder, tensors = case
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     torch.nn.ModuleList([decoder]).train().bfloat16()

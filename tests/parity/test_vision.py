@@ -1,4 +1,4 @@
-"""The towers with recorded weights, beyond what the recorded values say (those are in test_recorded.py)."""
+"""The towers with recorded weights, beyond the recorded values (those are in test_recorded.py)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_training_a_tower_changes_no_feature(case):
 
 
 def test_trainable_tower(case):
-    """Only what is run trains, all of it gets gradients, and an empty batch gives zero gradients, not None."""
+    """Only layers that run train, all of them get gradients, and an empty batch gives zero gradients, not None."""
     config, _, _, _, oracle = case
     tower = VisionModel(config, trainable=True).train()
     trained = [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
@@ -69,7 +69,7 @@ def test_frozen_tower(case):
 
 
 def test_attention_of_the_tower(case):
-    """flash-attn where it is installed and computes, on a GPU in 16 bits; torch's SDPA anywhere else."""
+    """flash-attn if it is installed and works, on a GPU in 16 bits; otherwise torch's SDPA."""
     everything = Libraries(True, True, True, True, True)
     assert attention_of(torch.bfloat16, everything) == "flash_attention_2"
     assert attention_of(torch.float32, everything) == "sdpa"

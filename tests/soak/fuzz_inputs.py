@@ -1,13 +1,13 @@
-"""Feeds every tool damaged files, and accepts two outcomes: it works, or it exits 2 with one paragraph that names the
-file and the remedy.
+"""Runs every tool on damaged files. Two outcomes are allowed: it works, or it exits with status 2 and one paragraph
+that names the file and the remedy.
 
     python tests/soak/fuzz_inputs.py --cases 300 --seed 1
     python tests/soak/fuzz_inputs.py --seed 1 --case 137           one case again
     python tests/soak/fuzz_inputs.py --cases 50 --only reconstruct
 
-A traceback, a hang, memory over the bound, a file written outside the output folder or half-written under a final name
-is a failure, and so is an error that speaks of the program's inside. Cases follow from the seed; the first of every
-target damages nothing. Files and output of failures are kept. Exit status 1 when anything failed.
+A failure is a traceback, a hang, too much memory, a file outside the output folder, an incomplete file under a final
+name, or an error with internals of the program. Cases depend on the seed; the first of every target damages nothing.
+Files and output of failures are kept. Exit status 1 when a case failed.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=150, metavar="N", help="how many [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="what they follow from [%(default)s]")
+    parser.add_argument("--cases", type=int, default=150, metavar="N", help="number of cases [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the cases [%(default)s]")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first one [%(default)s]")
     parser.add_argument("--only", metavar="TARGET", help="only targets whose name contains this")
-    parser.add_argument("--case", type=int, metavar="K", help="only case number K, and print what the tool said")
+    parser.add_argument("--case", type=int, metavar="K", help="only case number K, and print the tool's message")
     parser.add_argument("--messages", action="store_true", help="print the error of every refused case")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="cases at a time [%(default)s]")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="where failures are kept [a temporary folder]")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for failures [a temporary folder]")
     options = parser.parse_args(arguments)
     if min(options.cases, options.jobs) < 1 or options.first < 0:
         parser.error("--cases and --jobs are at least 1 and --first not negative")
@@ -76,8 +76,8 @@ def fuzz(
 ) -> list[Result]:
     """Makes valid inputs under `work`, runs the cases in `jobs` processes, moves the folders of failures to `keep`.
 
-    The calling process must have one thread, and the imports of tests/distributed/preload.py behind it. `report` is
-    called with its own results as they come, and with those of the other processes when they have ended.
+    The calling process must have one thread and have imported tests/distributed/preload.py. `report` is called with
+    this process's results at once, and with those of the other processes when they have ended.
     """
     from tests.soak.fuzz.case import Result
     from tests.soak.fuzz.inputs import make_inputs
@@ -110,7 +110,7 @@ def fuzz(
 
 
 def run_and_keep(number: int, seed: int, work: Path, keep: Path, name: str) -> Result:
-    """One case in the folder `name` of `work`; what it leaves goes to `keep` if it failed."""
+    """Runs one case in the folder `name` of `work`; moves its files to `keep` if it failed."""
     from tests.soak.fuzz.case import run_case
 
     folder = work / name
@@ -126,7 +126,7 @@ def run_and_keep(number: int, seed: int, work: Path, keep: Path, name: str) -> R
 
 
 def describe(result: Result, seed: int) -> str:
-    """A failure in a few lines, with the command that makes it again."""
+    """A failure in a few lines, with the command that repeats it."""
     return "\n  ".join(
         [
             f"seed {seed} case {result.number}, {result.target}: {result.what}",
@@ -138,7 +138,7 @@ def describe(result: Result, seed: int) -> str:
 
 
 def table(results: list[Result]) -> str:
-    """Cases, worked, refused and failed of every target."""
+    """A table of the cases of every target: all, worked, refused, failed."""
     counts: dict[str, Counter[str]] = {}
     for result in results:
         ending = "failed" if result.problems else "worked" if result.status == 0 else "refused"
@@ -182,10 +182,10 @@ def main() -> int:
     slowest = max(results, key=lambda result: result.seconds)
     most = max(results, key=lambda result: result.peak_bytes)
     seconds = sum(result.seconds for result in results) / len(results)
-    print(f"{seconds:.2f} s a case; the slowest is {slowest.number} with {slowest.seconds:.1f} s")
+    print(f"{seconds:.2f} s per case; the slowest is {slowest.number} with {slowest.seconds:.1f} s")
     print(f"most memory beyond the imports: {most.peak_bytes >> 20} MiB, in case {most.number}")
     if any(result.problems for result in results):
-        print(f"what failed is kept in {keep}")
+        print(f"failed cases are kept in {keep}")
         return 1
     return 0
 

@@ -1,13 +1,13 @@
-"""Trains small models, kills their ranks with SIGKILL anywhere, continues them until they finish, and compares them
-with runs that nobody killed: weights, moments, counters, logs, all bit by bit.
+"""Trains small models, kills their ranks with SIGKILL anywhere, resumes them until they finish, and compares weights,
+moments, counters and logs bit by bit with uninterrupted runs.
 
     python tests/soak/kill_resume.py --trials 100 --seed 1
     python tests/soak/kill_resume.py --seed 1 --trial 37           one trial again
 
 Every trial is a run of one of six layouts that is killed one to four times. A kill is at the n-th arrival of a rank at
-some place of the program (tests/soak/kill/places.py), a little after it, or at any time; it takes one rank, while the
-others get SIGTERM and three seconds, or all of them. Trials follow from the seed, but for what the clock decides.
-Folders of trials that fail are kept, and exit status is then 1.
+a place of the program (tests/soak/kill/places.py), a little after it, or at any time; it kills one rank, while the
+others get SIGTERM and three seconds, or all ranks. Trials depend on the seed and on the clock.
+If trials fail, their folders are kept and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # the server that forks the ranks looks for modules here
+    # for the server that forks the ranks
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="how many [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="what they follow from [%(default)s]")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="number of trials [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the trials [%(default)s]")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first one [%(default)s]")
     parser.add_argument("--trial", type=int, metavar="K", help="only trial number K, and keep its folder")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="where evidence is kept [a temporary folder]")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for evidence [a temporary folder]")
     options = parser.parse_args(arguments)
     if options.trials < 1 or options.first < 0:
         parser.error("--trials is at least 1 and --first not negative")
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def describe(trial: Trial, seed: int) -> str:
-    """A trial that failed, with the command that makes it again."""
+    """A failed trial, with the command that repeats it."""
     lines = [f"seed {seed} trial {trial.number}, {trial.row}:"]
     for number, life in enumerate(trial.lives):
         kill = trial.kills[number] if number < len(trial.kills) else None
@@ -58,7 +58,7 @@ def describe(trial: Trial, seed: int) -> str:
 
 
 def summary(trials: list[Trial], seconds: float) -> str:
-    """Survivors, the largest difference of a weight or moment, and where the kills fell."""
+    """Surviving trials, the largest difference of a weight or moment, and the places of the kills."""
     survived = sum(not trial.problems for trial in trials)
     kills = Counter(place for trial in trials for place in trial.places)
     rows = Counter(trial.row for trial in trials)

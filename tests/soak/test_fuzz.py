@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def _session(work: str, keep: str) -> None:
-    first = len(TARGETS)  # those before damage nothing
+    first = len(TARGETS)  # earlier ones damage nothing
     results = fuzz(range(first, first + CASES), SEED, Path(work), Path(keep))
     failed = [describe(result, SEED) for result in results if result.problems]
     report = "\n".join(failed) or f"{len(results)} cases"

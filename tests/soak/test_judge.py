@@ -1,4 +1,4 @@
-"""Every verdict of the fuzzer's judge, on a script that deserves it, in a process that imports nothing heavy."""
+"""Every verdict of the fuzzer's judge, on a script that causes it, in a process without slow imports."""
 
 # ruff: noqa: E501  a script a line
 
@@ -62,7 +62,7 @@ MISDEEDS = {
     "the error does not name in/a.json, its folder alone": ENDS.replace("in/a.json", "in"),
     "what it found does not name in/a.json": "def main(): return 1",
 }
-"""What the judge says -> what a tool does. What follows a comma tells two apart."""
+"""Verdict of the judge -> code of a tool. Text after a comma makes equal verdicts different keys."""
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
@@ -93,7 +93,7 @@ print(json.dumps(found))
 """
 
 
-def test_each_verdict_on_what_deserves_it(tmp_path: Path) -> None:
+def test_every_verdict(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
         input=json.dumps(MISDEEDS),

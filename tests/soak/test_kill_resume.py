@@ -1,4 +1,4 @@
-"""Two trials of kill_resume.py, and that it sees what differs."""
+"""Two trials of kill_resume.py, and a comparison that must find differences."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ pytestmark = pytest.mark.slow
 SEED = 1
 
 
-def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     soak, rows = Soak(tmp_path, SEED), ("one process", "dp2 distributed overlap")
     for number, row in enumerate(rows):
         trial = soak.run(number, row)
         assert not trial.problems, describe(trial, SEED)
         assert trial.places and trial.weights == 0.0
 
-    # what two rows leave is not the same, and everything of it has to be noticed
+    # two rows differ in all files, and every difference must be found
     found = compare(*(soak.uninterrupted(row).folder for row in rows))
     assert found.weights > 0
     for sign in ("tensors differ", "train_state.json", "metrics.jsonl differs", "quarantine.jsonl differs"):

@@ -1,7 +1,7 @@
-"""What a run does beside its result: an audit hook that tells of every act that no file may make a tool do.
+"""An audit hook that records every forbidden act of a run, that is, acts that no input file may cause.
 
-Python's own operations are seen, at the moment they happen: also what is undone before the run ends, and what goes
-through links. What libraries write without Python shows in the listing of the case's folder (case.py).
+It sees Python's operations when they happen, also those undone before the run ends and those through links. Files
+written by libraries without Python are found in the listing of the case's folder (case.py).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ CHANGES = {
     "os.chmod": ((0, 2),),
     "os.truncate": ((0, None),),
 }
-"""Event -> where among its arguments the paths stand that change, and the folder each may be relative to."""
+"""Event -> for every changed path, the index of its argument, and of the folder it may be relative to."""
 PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen")
 HOSTILE_MODULES = ("os", "posix", "nt", "subprocess", "builtins", "__builtin__", "sys")
 HERE = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "", None)
 MADE_UP = ("canary/", "etc/hostname")
-"""What hostile values name (mutate.TEXTS)."""
+"""Names in hostile values (mutate.TEXTS)."""
 
 
 def watch(descriptor: int, writable: Sequence[Path]) -> None:
-    """Writes a line to `descriptor` for each such act of this process, from now on, and of those it forks."""
+    """From now on, writes a line to `descriptor` for each such act of this process and of its children."""
     import sys
 
     allowed = tuple(os.path.realpath(folder) for folder in writable) + DEVICES
@@ -47,7 +47,7 @@ def watch(descriptor: int, writable: Sequence[Path]) -> None:
 
 
 def _forbidden(event: str, arguments: tuple[object, ...], allowed: tuple[str, ...]) -> str | None:
-    """What an event of sys.audit does that is not allowed, None for nothing."""
+    """Description of an event of sys.audit that is forbidden, None for an allowed one."""
     if event == "open":
         path, _, flags = arguments
         if not isinstance(path, (str, bytes, os.PathLike)):

@@ -1,4 +1,4 @@
-"""Damage to tars: members of other kinds, names, sizes and headers that say more than there is."""
+"""Damage to tars: members of other kinds, wrong names and sizes, headers that claim too much."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS = (
 def mutate_tar(
     data: bytes, rng: random.Random, content_mutator: Callable[[str], Callable[..., tuple[bytes, str]]]
 ) -> tuple[bytes, str]:
-    """A tar with one member changed, renamed, doubled, of another kind, or announced by headers that lie."""
+    """A tar with one member changed, renamed, doubled, of another kind, or with wrong headers."""
     if rng.random() < 0.2:
         return mutate.mutate_bytes(data, rng)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -79,7 +79,7 @@ def mutate_tar(
 
 
 def _headers(rng: random.Random) -> tuple[bytes, str]:
-    """Blocks that announce a member, and say what no member is."""
+    """Extension headers with impossible content."""
 
     def block(kind: bytes, content: bytes, size: int | None = None) -> bytes:
         info = tarfile.TarInfo("././@Header")
@@ -114,7 +114,7 @@ def _headers(rng: random.Random) -> tuple[bytes, str]:
 
 
 def _number(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A number of the first header that is no number, negative, or larger than any file; the checksum agrees."""
+    """Changes a number in the first header to text, a negative or a huge one, with a valid checksum."""
     place, length = rng.choice(((124, 12), (100, 8), (136, 12), (329, 8)))
     value = rng.choice(
         (b"-1", b"\xff" * length, b"\x80" + b"\xff" * (length - 1), b"9" * length, b"\0" * length, b"7" * length)

@@ -1,4 +1,4 @@
-"""One case: copy valid files, damage one, run the tool on them, and judge what it did."""
+"""One case: copies valid files, damages one, runs the tool on them, and judges the outcome."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CANARY = "nobody may change this\n"
 
 @dataclass(frozen=True)
 class Result:
-    """A judged case: `problems` is empty for one that worked or was refused as it should be."""
+    """A judged case: `problems` is empty if it worked or was refused correctly."""
 
     number: int
     target: str
@@ -36,13 +36,13 @@ class Result:
 
 
 def target_of(number: int) -> tuple[Target, int]:
-    """The target of a case, and the how manieth case of it this is: the first one damages nothing."""
+    """The target of a case, and the number of the case among those of the target; number 0 damages nothing."""
     ordinal, which = divmod(number, len(TARGETS))
     return TARGETS[which], ordinal
 
 
 def run_case(number: int, seed: int, valid: Path, folder: Path) -> Result:
-    """Makes `folder` the case's own, runs and judges it. The log lies beside it, as `folder`.out, .err and .acts."""
+    """Prepares `folder`, runs the case in it and judges it. The log is in `folder`.out, .err and .acts."""
     target, ordinal = target_of(number)
     rng = random.Random(f"{seed} {target.name} {ordinal}")
     prepare(target, valid, folder)
@@ -56,7 +56,7 @@ def run_case(number: int, seed: int, valid: Path, folder: Path) -> Result:
 
 
 def prepare(target: Target, valid: Path, folder: Path) -> None:
-    """in/ with the target's inputs, out/, tmp/ and a canary that nobody has any business with."""
+    """Makes in/ with the target's inputs, out/, tmp/ and a canary file that no tool may touch."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("in", "out", "tmp", "canary"):
         (folder / name).mkdir(parents=True)
@@ -71,7 +71,7 @@ def prepare(target: Target, valid: Path, folder: Path) -> None:
 
 
 def damage_files(target: Target, folder: Path, rng: random.Random) -> Damage:
-    """Damages a file, sometimes a second time; often makes the sizes that others state of it true again."""
+    """Damages a file, sometimes twice; often corrects the sizes that other files state of it."""
     if target.plants and rng.random() < 0.15:
         return stand_ins.plant(folder / rng.choice(target.plants), folder, rng)
     by_pattern = [sorted(filter(Path.is_file, folder.glob(pattern))) for pattern in target.hostile]
@@ -90,7 +90,7 @@ def damage_files(target: Target, folder: Path, rng: random.Random) -> Damage:
 
 
 def state_truly(path: Path) -> None:
-    """Makes the marker of a checkpoint, or the index of shards, agree with a file again, to get to what lies deeper."""
+    """Makes the marker of a checkpoint, or the index of shards, fit a file again, so that deeper checks are reached."""
     for folder in path.parents[:2]:
         marker, index = folder / MARKER, folder / "index.json"
         if path == marker:

@@ -1,4 +1,4 @@
-"""One run of a tool in a process of its own, forked from one that has everything imported: cheap, bounded, watched."""
+"""Runs a tool in a process forked from one that has imported everything, with limits and an audit hook."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def require_one_thread() -> None:
 
 
 def script_module(script: str) -> ModuleType:
-    """A script of this repository as a module, loaded once."""
+    """A script of this repository as a module, imported once."""
     if script not in _loaded:
         path = ROOT / script
         spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
@@ -115,7 +115,7 @@ def script_module(script: str) -> ModuleType:
 def _wait(
     child: int, started: float, limits: Limits, base: int
 ) -> tuple[int | None, resource.struct_rusage | None, str | None, int, int]:
-    """(status, usage, why it was stopped, most memory beyond `base` that was seen, processes that were left)."""
+    """(status, usage, why it was stopped, peak memory beyond `base`, remaining processes)."""
     pause, peak, ticks, moved = 0.002, 0, -1, started
     while True:
         found, status, usage = os.wait4(child, os.WNOHANG)
@@ -150,7 +150,7 @@ def _wait(
 
 
 def _still_there(child: int) -> int:
-    """Processes of a session whose leader has ended. Those that are just ending get a moment."""
+    """Processes of a session whose leader has ended, after a moment to end themselves."""
     for _ in range(50):
         left = len(_session(child))
         if not left:

@@ -1,4 +1,4 @@
-"""Which damage fits a file, and how a file is damaged: its content mostly, sometimes what stands under its name."""
+"""Damages a file: mostly its content, by its format, sometimes by replacing it with something else."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SUFFIXES: dict[str, Mutator] = {
 
 
 def by_suffix(name: str) -> Mutator:
-    """What knows the format of a file; a fifth of the time, in its place, what knows none."""
+    """The mutation for a file's format; in a fifth of the cases, one that ignores the format."""
     path = Path(name)
     known = SUFFIXES.get(path.suffix or path.name, mutate.mutate_bytes)
 
     def mutator(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         try:
             return (mutate.mutate_bytes if rng.random() < 0.15 else known)(data, rng)
-        except Exception:  # a second damage to what the first left unreadable, or a format that cannot be written so
+        except Exception:  # the first damage left it unreadable, or the format cannot hold the change
             return mutate.mutate_bytes(data, rng)
 
     return mutator

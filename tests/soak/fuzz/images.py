@@ -1,4 +1,4 @@
-"""Damage to pictures: absurd sizes, other formats and modes, animations, metadata that unpacks without end."""
+"""Damage to pictures: absurd sizes, other formats and modes, animations, metadata that unpacks to a huge size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODES = ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F", "YCbCr")
 
 
 def mutate_image(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A picture of absurd size, of another format or mode, animated, with metadata that lies, or damaged."""
+    """A picture of absurd size, of another format or mode, animated, with wrong metadata, or damaged."""
     change = rng.choice(
         (_say_size, _say_size, _bomb, _format, _format, _mode, _animate, _exif, _text, _thin, None, None)
     )
@@ -27,7 +27,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _png(width: int, height: int, depth: int = 1, kind: int = 0, rows: bytes | None = None) -> bytes:
-    """A black PNG, which takes no memory to make: rows of one bit a pixel, all alike."""
+    """A black PNG with one bit per pixel, made in little memory."""
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     if rows is None:
         rows = zlib.compress(bytes((1 + -(-width * depth // 8)) * height), 1)
@@ -43,7 +43,7 @@ def _say_size(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _bomb(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Kilobytes that are many megapixels, at and over the largest size that is taken."""
+    """Kilobytes that decode to many megapixels, at and over the largest allowed size."""
     width, height = rng.choice(((8_192, 8_192), (16_384, 4_096), (16_384, 16_384), (8_193, 8_192), (4_096, 4_096)))
     if rng.random() < 0.3:
         from PIL import Image
@@ -99,7 +99,7 @@ def _animate(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _exif(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Orientation and other tags that are wrong: unknown values, offsets that lead nowhere or in a circle."""
+    """Wrong orientation and other tags: unknown values, offsets out of the file or in a circle."""
     from PIL import Image
 
     entries = rng.choice(
@@ -120,7 +120,7 @@ def _exif(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _text(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Metadata that unpacks to megabytes, or chunks without end."""
+    """Metadata that unpacks to megabytes, or endless chunks."""
     if not data.startswith(b"\x89PNG"):
         return mutate.mutate_bytes(data, rng)
     bomb = zlib.compress(bytes(200_000_000 // 64), 9)

@@ -1,4 +1,4 @@
-"""Valid files of every kind, made once by the tools themselves; and what the tools import, imported here."""
+"""Makes valid files of every kind with the tools themselves, and imports the modules that the tools import."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ STEPS: tuple[tuple[str, str], ...] = (
     ("tools/convert_mcore_to_hf.py", "--load base --save parts --format hf"),
     ("tools/convert_mcore_to_hf.py", "--load base --save siglip-ross-qwen2 --format ross --max-shard-size 300KB"),
 )
-"""Script and arguments, in this order: each reads what those before it wrote. `{here}`: the folder of them all."""
+"""Scripts and arguments, in order: each reads the output of earlier ones. `{here}`: the folder of all of them."""
 
 
 class InputsError(RuntimeError):
-    """A tool that does not do what it should with valid files, so that there is nothing to fuzz."""
+    """A tool failed on valid files, so that there is nothing to fuzz."""
 
 
 def make_inputs(folder: Path, log: Path) -> None:
-    """Fills the new `folder` with valid inputs. Raises InputsError with a tool's own words."""
+    """Fills the new `folder` with valid inputs. Raises InputsError with a tool's message."""
     folder.mkdir(parents=True)
     (folder / "tmp").mkdir()
     recorded = GOLDEN / "model_qwen2_siglip" / "hf_checkpoint"
@@ -97,7 +97,7 @@ def make_inputs(folder: Path, log: Path) -> None:
 
 
 def require_works(script: str, arguments: Sequence[str], folder: Path, log: Path) -> None:
-    """Runs a script, and then imports here what it had to import, so that the next one need not."""
+    """Runs a script, then imports its modules here, so that the next one does not have to."""
     names = log.with_suffix(".modules")
     outcome = child.run(script, arguments, folder, log, names, writable=(".",))
     if outcome.status != 0:
@@ -111,7 +111,7 @@ def require_works(script: str, arguments: Sequence[str], folder: Path, log: Path
 
 
 def _record_parts(folder: Path) -> None:
-    """Recorded values without whole models, of which few conversations."""
+    """Recorded values without whole models, with few conversations."""
     shutil.copytree(GOLDEN / "components", folder / "components")
     shutil.copytree(GOLDEN / "data", folder / "data")
     for name in ("diffusion_schedule", "diffusion_toy", "denoiser_dit_small", "vae_target_siglip"):

@@ -1,4 +1,4 @@
-"""What is wrong with how a run ended: its status, its error, what it did, and what it left behind."""
+"""Judges how a run ended: its status, its error, its acts, and the files it left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RAW = re.compile(
     r"\b[A-Z]\w*(Error|Exception|Interrupt)\b|NoneType|Traceback|object at 0x|<class |__init__|unexpected keyword"
     r"|invalid literal|has no attribute|unsupported operand|not subscriptable"
 )
-"""What belongs to the program's inside and says nothing to who handed over a file."""
+"""Internals of the program, which mean nothing to the owner of a file."""
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^Exception ignored in|^terminate called", re.MULTILINE)
 REMEDY = re.compile(
     r"\b(copy|save|saved|make|made|give|index|train|mend|move|remove|delete|choose|say|use|expected|did you mean|see"
@@ -28,7 +28,7 @@ REMEDY = re.compile(
     r"|--help",
     re.IGNORECASE,
 )
-"""What to do, or what the program would have taken."""
+"""Words of a remedy, or of what was expected."""
 MOST_ERROR_CHARACTERS = 1600
 MOST_READ_BYTES = 64 << 20
 LARGE = "a large file"
@@ -42,7 +42,7 @@ def judge(
     damage: Damage | None,
     limits: Limits = LIMITS,
 ) -> list[str]:
-    """Everything that is wrong. `before`: what `listing` said of the case's `folder`; damage: None for valid files."""
+    """All problems. `before`: the `listing` of the case's `folder` before the run; damage: None for valid files."""
     problems = []
     if outcome.status is None:
         problems.append(f"it hung: {outcome.hung}")
@@ -68,19 +68,19 @@ def judge(
 
 
 def is_error(line: str, target: Target) -> bool:
-    """Whether a line begins as the errors of a tool do."""
+    """Whether a line begins like an error of a tool."""
     return re.match(rf"({Path(target.script).stem}|pretrain_ross)(\.py)?: \S", line) is not None  # who parses flags
 
 
 def error_message(stderr: str, target: Target) -> str:
-    """The error that a tool ends with: from the last line that begins with its name to the end."""
+    """The final error of a tool: from the last line that begins with its name to the end."""
     lines = stderr.rstrip("\n").split("\n")
     starts = [number for number, line in enumerate(lines) if is_error(line, target)]
     return "\n".join(lines[starts[-1] :] if starts else lines[-1:])
 
 
 def judge_message(stderr: str, damage: Damage | None, target: Target) -> list[str]:
-    """What is wrong with an error: it should be one paragraph that names the file and says what to do."""
+    """Problems of an error, which must be one paragraph with the file and a remedy."""
     message, problems = error_message(stderr, target), []
     if not is_error(message, target):
         problems.append("the last line is no error of the tool")
@@ -101,7 +101,7 @@ def judge_message(stderr: str, damage: Damage | None, target: Target) -> list[st
 
 
 def is_named(damage: Damage, text: str) -> bool:
-    """Whether a text names a damaged file: by its own name, that of what it links to, or its folder."""
+    """Whether a text names a damaged file: by its own name, that of its link's target, or its folder."""
     names = []
     for path in (damage.name, *damage.also):
         folder, _, name = path.rpartition("/")
@@ -111,7 +111,7 @@ def is_named(damage: Damage, text: str) -> bool:
 
 
 def listing(folder: Path) -> dict[str, str]:
-    """Every path below a folder, and what is there. Nothing is opened that is no regular file."""
+    """Every path below a folder with its content. Only regular files are opened."""
     found = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
@@ -132,7 +132,7 @@ def listing(folder: Path) -> dict[str, str]:
 def judge_files(
     target: Target, status: int | None, before: dict[str, str], after: dict[str, str], folder: Path
 ) -> list[str]:
-    """Nothing but out/ may change; after a refusal, nothing there but what the target may leave."""
+    """Only out/ may change; after a refusal, only the files that the target may leave."""
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     outside = [path for path in changed if not path.startswith("out/")]
     problems = [f"outside of out/ was written: {', '.join(outside[:5])!r}"] if outside else []
@@ -155,7 +155,7 @@ def judge_files(
 
 
 def not_whole(path: Path) -> str | None:
-    """Why a file cannot be what its name says, None when it can."""
+    """Why a file does not have the format of its name, None if it does."""
     data, suffix = path.read_bytes(), path.suffix
     try:
         if suffix == ".json":
@@ -187,6 +187,6 @@ def not_whole(path: Path) -> str | None:
             Image.open(io.BytesIO(data)).load()
         elif not data and suffix in (".distcp", ".bin", ".metadata"):
             return "it is empty"
-    except Exception as error:  # whatever a parser raises
+    except Exception as error:  # parsers raise any type
         return f"{type(error).__name__}: {error}"[:200]
     return None

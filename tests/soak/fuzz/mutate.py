@@ -1,4 +1,4 @@
-"""PURE: what a valid file becomes. Every function takes a generator of random numbers, so a case can be made again."""
+"""Pure functions that damage valid content. All take a random generator, so that a case can be repeated."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RAW = (
     '"\\x"',
     "'a'",
 )
-"""Texts that no value is written as, or only a hostile one, to stand in a value's place."""
+"""Texts to replace a value, which no valid value has."""
 YAML_TEXTS = (
     *(
         "\t- a: b\n",
@@ -87,7 +87,7 @@ def places(tree: Any) -> Iterator[tuple[Container, Any]]:
 
 
 def mutate_tree(tree: Any, rng: random.Random) -> tuple[Any, str]:
-    """A tree with one change, and what it is. Prefers shallow places, where the keys of a format are."""
+    """A tree with one change, and its description. Prefers shallow places, where the keys of a format are."""
     tree = copy.deepcopy(tree)
     found = list(places(tree))
     if not found or rng.random() < 0.04:
@@ -104,7 +104,7 @@ def _replace(container: Container, key: Any, rng: random.Random) -> str:
 
 
 def _replace_alike(container: Container, key: Any, rng: random.Random) -> str:
-    """Of the same kind, so that what checks types alone lets it pass."""
+    """Another value of the same type, which passes a check of types only."""
     value = container[key]
     if isinstance(value, bool):
         container[key] = not value
@@ -159,7 +159,7 @@ _CHANGES: tuple[Callable[[Container, Any, random.Random], str], ...] = (
 
 
 def mutate_json(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A JSON text with one change: of its values, or one that only the text can have."""
+    """A JSON text with one change, of its values or of the text."""
     tree = json.loads(data)
     if rng.random() < 0.8:
         changed, what = mutate_tree(tree, rng)
@@ -176,7 +176,7 @@ def mutate_json(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     else:
         raw = rng.choice(RAW)
         container[key], what = MARK, f"as {raw[:20]!r}"
-    return json.dumps(tree).replace(f'"{MARK}"', raw).encode(), f"{key!r:.60} stands {what}"
+    return json.dumps(tree).replace(f'"{MARK}"', raw).encode(), f"{key!r:.60} is {what}"
 
 
 def mutate_yaml(data: bytes, rng: random.Random) -> tuple[bytes, str]:
@@ -216,7 +216,7 @@ def mutate_lines(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Bytes with one damage; places near the beginning, where headers are, are as likely as all others together."""
+    """Bytes with one damage; half of the time near the beginning, where headers are."""
     size = len(data)
     place = rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 512) + 1)
     length = rng.choice((1, 4, 8, 64, 4096))

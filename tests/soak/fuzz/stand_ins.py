@@ -1,4 +1,4 @@
-"""What may stand under a file's name instead of a file: nothing, folders, links, pipes, devices, sockets, holes."""
+"""Replaces a file by nothing, a folder, a link, a pipe, a device, a socket or a sparse file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SPARSE_BYTES = (600 << 20, 3 << 30)
-"""Most of what a case may take in memory, and more than it may take at all."""
+"""Sizes near the memory limit of a case, and above it."""
 NAMES = (
     "a\nb",
     "\x1b[31mred",
@@ -22,7 +22,7 @@ NAMES = (
     "*",
     b"\xff\xfe".decode(errors="surrogateescape"),
 )
-"""Of files that a folder is searched for."""
+"""Suffixes of files that are found by searching a folder."""
 KINDS = (
     *(
         "gone",
@@ -49,7 +49,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Damage:
-    """The file that was damaged, other paths that may be named instead, and what was done."""
+    """The damaged file, other paths that an error may name instead, and the description of the damage."""
 
     name: str
     what: str
@@ -60,7 +60,7 @@ class Damage:
 
 
 def replace(path: Path, folder: Path, rng: random.Random) -> Damage:
-    """Puts something else in the place of one file of `folder`, a case's own."""
+    """Replaces one file of a case's `folder` by something else."""
     name = path.relative_to(folder).as_posix()
     kind = rng.choice(KINDS)
     if kind.startswith("in a folder that"):
@@ -127,7 +127,7 @@ def _replace_folder(parent: Path, folder: Path, kind: str) -> Damage:
 
 
 def _socket(path: Path) -> None:
-    """A name that a socket is bound to; its path may be too long for the system, so it is bound from its folder."""
+    """Binds a socket to a path, from its folder, because the path may be too long for the system."""
     here = os.getcwd()  # noqa: PTH109
     os.chdir(path.parent)
     try:
@@ -138,7 +138,7 @@ def _socket(path: Path) -> None:
 
 
 def plant(path: Path, folder: Path, rng: random.Random) -> Damage:
-    """A link, under a name that a tool writes to, that leads out of its folder."""
+    """A link out of the folder, under a name that a tool writes to."""
     name = path.relative_to(folder).as_posix()
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -8,7 +8,7 @@ from tests.soak.fuzz import mutate
 
 
 def mutate_npy(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """An .npy whose header promises other rows than there are, objects, or more header than file."""
+    """An .npy with a wrong number of rows, objects, or a header longer than the file."""
     kind = rng.random()
     if kind < 0.3:
         return mutate.mutate_bytes(data, rng)

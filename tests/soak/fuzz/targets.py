@@ -1,4 +1,4 @@
-"""TABLE: which tool reads which files, and what it may leave behind when it refuses them."""
+"""Table of the tools, the files they read, and the files they may leave when they refuse them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ CHECKPOINT = ("*.json", "*.pt", ".metadata", "*.distcp", "tokenizer/*")
 TRAIN = "--config in/run.yaml --train-iters 1 --save out/run --tensorboard-dir out/run/board"
 RUN_FILES = ("metrics", "validation", "quarantine", "incidents")
 RUN = ("run", "run/.lock", "run/board", "run/board/*", *(f"run/{name}.jsonl" for name in RUN_FILES))
-"""What a run that ends on bad data leaves: figures, never a checkpoint that looks complete."""
+"""Files that a run leaves when it ends on bad data: logs, never a complete checkpoint."""
 TRAINED = ("run/iter_*/complete.json", "run/metrics.jsonl")
 SAVED = ("base/iter_0000000/complete.json",)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tool, and the files that it is given.
+    """A tool and its files.
 
     inputs: names of valid files, copied to in/, or to out/ where they begin with `out/`. hostile: patterns, below the
     case's folder, of those that are damaged. may_leave: patterns, below out/, of what may be there, or have changed,
@@ -191,7 +191,7 @@ TARGETS = (
         makes=("latents/index.json", "latents/shard-00000.tar"),
     ),
     Target(
-        "precompute_latents: goes on",
+        "precompute_latents: resumes",
         "tools/precompute_latents.py",
         "--load in/base --data-path in/shards --out out/latents --image-aspect-ratio pad --latents --features "
         "--num-workers 1",

@@ -1,7 +1,7 @@
-"""Damage to files of tensors: headers that promise too much, other types and shapes, hostile pickles.
+"""Damage to files of tensors: headers that claim too much, other types and shapes, hostile pickles.
 
-Files that are changed by taking them apart and putting them together again are valid in all but what was changed: sizes
-and checksums inside them agree, so that what is wrong reaches the code that uses it.
+Files that are unpacked, changed and packed again have valid sizes and checksums, so that the change reaches the code
+that uses it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.soak.fuzz import mutate
 from tests.soak.fuzz.tables import mutate_npy
 
 OPENED = "a pickle of this file was run"
-"""What stands in the file that a hostile pickle writes when somebody runs it."""
+"""Content of the file that a hostile pickle writes when it is run."""
 DTYPES = ("F32", "F64", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "U64", "C64", "F4", "", "float")
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 SIZES = (0, 1, 2, -1, 2**31, 2**40, 2**63, 2**64)
@@ -33,7 +33,7 @@ class _Bomb:
 
 
 def mutate_safetensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A safetensors file whose header says something else than its bytes hold, or whose bytes are no weights."""
+    """A safetensors file with a header that does not fit its bytes, or with values that are no weights."""
     length = int.from_bytes(data[:8], "little")
     kind = rng.random()
     if kind < 0.2:
@@ -57,7 +57,7 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 def _mutate_tensor(
     header: dict[str, Any], body: bytes, name: str, rng: random.Random
 ) -> tuple[dict[str, Any], bytes, str]:
-    """A header that is consistent, or nearly, after one tensor became another."""
+    """A nearly consistent header after one tensor is replaced."""
     tensor = header[name]
     start, end = tensor["data_offsets"]
     change = rng.choice(
@@ -125,7 +125,7 @@ def mutate_zip(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def mutate_saved(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """What torch.save wrote, with one value changed: to another, or to a tensor that nobody expects."""
+    """A file of torch.save with one value changed, perhaps to an unexpected tensor."""
     import torch
 
     tree = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -151,7 +151,7 @@ def _mutate_saved_tree(tree: Any, rng: random.Random) -> tuple[Any, str]:
 
 
 def other_tensor(tensor: Any, rng: random.Random) -> tuple[Any, str]:
-    """A tensor that is not what a file should hold here: of another type, shape, layout or absurd size."""
+    """A wrong tensor: of another type, shape, layout or absurd size."""
     import torch
 
     shape = tuple(tensor.shape)
@@ -179,14 +179,14 @@ def other_tensor(tensor: Any, rng: random.Random) -> tuple[Any, str]:
 
 
 def _read_index(data: bytes) -> Any:
-    """The index of a torch_dist checkpoint; one that an earlier damage made hostile is not run."""
+    """The index of a torch_dist checkpoint; a hostile one, from earlier damage, is not run."""
     from ross_mcore.checkpoint.safe_load import _Unpickler
 
     return _Unpickler(io.BytesIO(data)).load()
 
 
 def mutate_metadata(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """The index of a torch_dist checkpoint with one tensor described otherwise."""
+    """The index of a torch_dist checkpoint with a changed description of one tensor."""
     import torch
 
     if rng.random() < 0.45:
@@ -242,7 +242,7 @@ def mutate_metadata(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def mutate_piece(path: Path, rng: random.Random) -> str:
-    """Puts another tensor in the place of one in a torch_dist file, and its place into the index beside it."""
+    """Replaces a tensor in a torch_dist file, and its offsets in the index beside it."""
     import torch
 
     index = path.with_name(".metadata")
@@ -265,7 +265,7 @@ def mutate_piece(path: Path, rng: random.Random) -> str:
 
 
 def mutate_pickle(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A pickle that runs code, nests without end, promises much, or is damaged."""
+    """A pickle that runs code, nests endlessly, claims too much, or is damaged."""
     hostile = {
         "code": pickle.dumps({"a": _Bomb()}),
         "old code": b"cos\nsystem\n(S'echo pickled > pickled'\ntR.",

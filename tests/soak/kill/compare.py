@@ -1,4 +1,4 @@
-"""Whether a run that was killed and continued left the same as one that never was."""
+"""Compares the files of a killed and resumed run with those of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import read_common, read_metadata, read_tensor, tensor_shapes
 
 CLOCKS = ("step_seconds", "data_seconds", "seconds", "peak_memory_bytes")
-"""What a clock says is never the same."""
+"""Values of the clock, which always differ."""
 LOGS = ("metrics.jsonl", "validation.jsonl", "quarantine.jsonl", "incidents.jsonl")
 LEFT_OVER = ("*.partial", ".*.partial", "*.deleting", ".*.deleting", "*.replaced", "*.new")
 
 
 @dataclass
 class Difference:
-    """Weights and moments: the largest absolute difference. `problems`: everything that is not the same."""
+    """The largest absolute difference of weights and moments, and all other differences as `problems`."""
 
     weights: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -99,7 +99,7 @@ def _compare_boards(ours: Path, theirs: Path) -> list[str]:
     """Each iteration once on every curve, as TensorBoard itself reads the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # it tells of every purge, which is what a run that goes on asks of it
+    # it logs every purge, which a resumed run causes
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     mine, other = (EventAccumulator(str(folder)).Reload() for folder in (ours, theirs))
     problems = []

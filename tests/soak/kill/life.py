@@ -18,14 +18,14 @@ from tests.distributed.harness import free_port
 from tests.soak.kill.places import Errand, Watch, last_place
 
 GRACE_SECONDS = 3.0
-"""What is left to the ranks that outlive one, after SIGTERM: torchrun leaves them 30."""
+"""Time of the surviving ranks after SIGTERM; torchrun gives 30 seconds."""
 LIMIT_SECONDS = 180.0
-"""A life that takes longer hangs; a quiet machine needs about two seconds."""
+"""A longer life is a hang; an idle machine needs about two seconds."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Who dies and where: `rank` on its errand or, without one, `after` seconds; with `everyone` all others too."""
+    """A planned kill: of `rank` on its errand or, without one, `after` seconds; with `everyone`, of all ranks."""
 
     rank: int
     everyone: bool
@@ -35,8 +35,8 @@ class Kill:
 
 @dataclass(frozen=True)
 class Life:
-    """How a life went. `place`: where the killed rank was last, None where nobody was killed; `problem`: what must not
-    be: a rank that failed though none was killed, or that hung."""
+    """The outcome of a life. `place`: the last place of the killed rank, None without a kill; `problem`: a rank that
+    hung, or failed although none was killed."""
 
     place: str | None
     finished: bool
@@ -47,7 +47,7 @@ class Life:
 def _rank(
     rank: int, world: int, port: int, flags: dict[str, Any], folder: Path, errand: Errand | None, driver: Connection
 ) -> None:
-    """What a rank runs; what it prints goes to `folder/rank<n>.log`."""
+    """Runs a rank; its output goes to `folder/rank<n>.log`."""
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -69,11 +69,11 @@ def _rank(
     watch.report()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # nothing is left to do, and gloo's threads would be waited for
+    os._exit(status)  # without waiting for gloo's threads
 
 
 def live(flags: dict[str, Any], world: int, folder: Path, kill: Kill | None) -> Life:
-    """Starts all ranks, sees to it that `kill` happens, and returns when all have ended."""
+    """Starts all ranks, kills as planned in `kill`, and returns when all have ended."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
     port, began = free_port(), time.monotonic()
@@ -104,7 +104,7 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, hears: Connection) 
     began = time.monotonic()
     limit, killed = began + LIMIT_SECONDS, False
     due = began + kill.after if kill is not None and kill.errand is None else None
-    last = limit  # when those that outlived the killed rank are killed too
+    last = limit  # when the surviving ranks are killed too
     while alive := [process for process in ranks if process.is_alive()]:
         now = time.monotonic()
         if now > limit:
@@ -130,7 +130,7 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, hears: Connection) 
 
 
 def _time_of_death(hears: Connection, kill: Kill | None) -> float:
-    """When to kill a rank that has arrived where it is to die a little later."""
+    """Time at which to kill a rank that has arrived at its place."""
     assert kill is not None and kill.errand is not None
     try:
         hears.recv_bytes()

@@ -1,9 +1,9 @@
-"""Where a rank is, and its death there: what runs inside a rank that may be killed. Nothing of it is in the product.
+"""Records the place of a rank in the program and kills it there. Runs inside a rank; the package does not use it.
 
-A rank is watched in two ways. Calls of CALLS are wrapped; and Python reports every file that is opened, renamed or
-deleted (`sys.addaudithook`), which happens before the operation itself, in whatever thread. Each is an arrival at a
-*place*. Arrivals are counted, the last place stands in a file that outlives the rank, and a rank that was given an
-`Errand` dies at the n-th arrival at its place, or lets the driver kill it a little later.
+An arrival at a *place* is a call of a function in CALLS, which are wrapped, or a file operation (open, rename, delete),
+which Python reports in any thread before the operation (`sys.addaudithook`). Arrivals are counted, the last place is
+written to a file that survives the rank, and a rank with an `Errand` dies at the n-th arrival at its place, or lets the
+driver kill it a little later.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CALLS = {
     "writing a tensor": ("ross_mcore.checkpoint.tensor_file", "TensorFile.append"),
     "bringing a file to the disk": ("os", "fsync"),
 }
-"""Place -> the function that is called there."""
+"""Place -> its function."""
 
 FILES = [
     ("removing what a kill left", r"remove|rmdir", r"/\.iter_\d+\.partial"),
@@ -53,7 +53,7 @@ FILES = [
     ("writing a small file", r"open", r"/\.iter_\d+\.partial/"),
     ("writing TensorBoard", r"open", r"/tensorboard/"),
 ]
-"""(place, operations, paths) in the order in which they are tried; of a rename, the path is the new one."""
+"""(place, operations, paths), in order of precedence; the path of a rename is the new one."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Errand:
 
 
 class Watch:
-    """Counts arrivals of this process and sends it on its errand."""
+    """Counts arrivals of this process and carries out its errand."""
 
     def __init__(self, run: Path, place_file: Path, errand: Errand | None, driver: Connection) -> None:
         self._run, self._errand, self._driver = str(run), errand, driver
@@ -78,7 +78,7 @@ class Watch:
             self._last = mmap.mmap(stream.fileno(), PLACE_BYTES)
 
     def begin(self) -> None:
-        """Watches from now on. It cannot be undone: the process is to end after its work."""
+        """Counts from now on. It cannot be undone: the process must end after its work."""
         for place, (module, path) in CALLS.items():
             owner = importlib.import_module(module)
             *within, name = path.split(".")
@@ -100,7 +100,7 @@ class Watch:
             self._driver.send_bytes(b"due")
 
     def report(self) -> None:
-        """Leaves the counts for whoever plans where to kill."""
+        """Writes the counts, from which kills are planned."""
         self._counts_file.write_text(json.dumps(self._counts))
 
     def _watched(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,13 +131,13 @@ class Watch:
 
 
 def _absolute(path: Any, folder_descriptor: int) -> str:
-    """A path as `os.remove` has it, which may be relative to an open folder."""
+    """A path of `os.remove`, which may be relative to an open folder."""
     if folder_descriptor < 0:
         return os.fspath(path)
     return str(Path(f"/proc/self/fd/{folder_descriptor}").readlink() / os.fspath(path))
 
 
 def last_place(place_file: Path) -> str:
-    """Where the rank that wrote the file was last."""
+    """The last place of the rank that wrote the file."""
     found = place_file.read_bytes() if place_file.exists() else b""
     return found.rstrip(b"\0").decode() or "before its first line"

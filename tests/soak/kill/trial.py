@@ -1,4 +1,4 @@
-"""Trials: what a run is, where its ranks are killed, and what it has to be in the end."""
+"""Trials: the runs, the places where ranks are killed, and the comparison at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAIN_ITERS = 6
 MOST_KILLS = 4
 MOST_LIVES = 12
 LONGEST_DELAY_SECONDS = 0.05
-"""About one step: a rank that is killed so long after its arrival is anywhere in what it arrived at."""
+"""About one step: a rank that is killed within this time after its arrival is anywhere in the operation."""
 
 ROWS = {
     "one process": Case("", 1, {"num_workers": 1, "keep_last": 1}, common=PACKED),
@@ -32,13 +32,13 @@ ROWS = {
     "tp2xpp2": Case("", 4, layout(2, 2, save_interval=1), common=PACKED),
     "pp2xdp2 distributed": Case("", 4, layout(1, 2, use_distributed_optimizer=True, keep_last=1)),
 }
-"""Two samples of the data have a text that is no JSON and two a picture that is zeros, so that every run replaces some
+"""Two samples of the data have invalid JSON and two a picture of zero bytes, so that every run replaces some samples
 and lists them in quarantine.jsonl."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What all trials train on, and where they are made."""
+    """Data and checkpoint of all trials, and their folder."""
 
     folder: Path
 
@@ -78,7 +78,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Uninterrupted:
-    """The run that all trials of a row are compared with: how often each rank arrived where, and how long it took."""
+    """The uninterrupted run of a row, with the arrivals of each rank and its duration."""
 
     folder: Path
     arrivals: list[Counter[str]]
@@ -87,7 +87,7 @@ class Uninterrupted:
 
 @dataclass
 class Trial:
-    """A run that was killed: its lives, and what it has at the end."""
+    """A killed run: its lives and the comparison at the end."""
 
     number: int
     row: str
@@ -99,7 +99,7 @@ class Trial:
 
     @property
     def places(self) -> list[str]:
-        """Where the kills that happened fell."""
+        """The places of the kills."""
         return [life.place for life in self.lives if life.place is not None]
 
 
@@ -123,7 +123,7 @@ class Soak:
         return self._uninterrupted[row]
 
     def run(self, number: int, row: str | None = None) -> Trial:
-        """Trial `number`, which follows from it and the seed; its folder stays where something was wrong."""
+        """Runs trial `number`; its folder is kept if there are problems."""
         draw = random.Random(f"{self.seed} {number}")
         row = row or draw.choice(list(ROWS))
         expected, case = self.uninterrupted(row), ROWS[row]
@@ -150,20 +150,20 @@ class Soak:
 
 
 def plan(draw: random.Random, expected: Uninterrupted) -> Kill:
-    """Who is to be killed, and where: at a place that this rank comes to, or at any time."""
+    """A random kill: at a place of the rank's arrivals, or at any time."""
     rank, everyone = draw.randrange(len(expected.arrivals)), draw.random() < 0.5
     if draw.random() < 0.25:
         return Kill(rank, everyone, after=draw.uniform(0, 0.8 * expected.seconds))
     arrivals = expected.arrivals[rank]
     place = draw.choice(sorted(arrivals))
-    # the first half: later lives have less before them
+    # the first half, because later lives are shorter
     nth = draw.randint(1, max(1, arrivals[place] // 2))
     delay = draw.choice([None, draw.uniform(0, LONGEST_DELAY_SECONDS)])
     return Kill(rank, everyone, Errand(place, nth, delay))
 
 
 def tear_last_line(path: Path, draw: random.Random) -> None:
-    """Half a line at the end, as a machine may leave it that loses its power while it writes."""
+    """Leaves half a line at the end, as after a power failure."""
     if path.exists() and (lines := [line for line in path.read_bytes().splitlines() if len(line) > 1]):
         with path.open("ab") as stream:
             stream.write(lines[-1][: draw.randint(1, len(lines[-1]) - 1)])

@@ -1,4 +1,4 @@
-"""A small data set made with the library, and what it was made of."""
+"""A small data set written by this package, and its records and pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def encoded() -> Callable[..., bytes]:
-    """encoded(width, height, kind, colour) -> the bytes of a plain picture."""
+    """encoded(width, height, kind, colour) -> the bytes of a picture of one colour."""
 
     def encode(width: int, height: int, kind: str = "PNG", colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
         stream = io.BytesIO()
@@ -50,7 +50,7 @@ def tokenizer(golden_data: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def model_config() -> ModelConfig:
-    """A tower of 12 x 12 pixels and 3 x 3 patches; of the rest only the shape of the dataclasses matters."""
+    """A tower of 12 x 12 pixels and 3 x 3 patches; the other parts are arbitrary."""
     tower = {"model_type": "siglip_vision_model", "image_size": 12, "patch_size": 4}
     vision = VisionConfig(tower | {"hidden_size": 8, "num_hidden_layers": 2}, (0.5,) * 3, (0.5,) * 3)
     language = LanguageConfig("qwen2", 8, 8, 1, 1, 1, 8, 512, 64, 1e-6, 1e4, True, True)
@@ -59,7 +59,7 @@ def model_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def records() -> list[dict[str, Any]]:
-    """23 records: every third is text alone, the others have a picture of their own colour."""
+    """23 records: every third has no picture, the others have one, each of a different colour."""
     made = []
     for number in range(23):
         turns = [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": f"A thing, {number}."}]
@@ -111,7 +111,7 @@ def open_dataset(
 
 @pytest.fixture
 def one_sample(tmp_path: Path) -> Callable[..., Path]:
-    """one_sample(record, images) -> a data set of that single sample, unchecked."""
+    """one_sample(record, images) -> a data set of this one sample, not checked."""
 
     def build(record: Any, images: list[tuple[str, bytes]] | None = None) -> Path:
         data = record if isinstance(record, bytes) else json.dumps(record).encode()

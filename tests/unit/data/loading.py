@@ -1,4 +1,4 @@
-"""Loaders from flat settings, samples with their pictures."""
+"""Helpers: loaders from keyword settings, samples with all pictures decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decoded(dataset: SampleDataset, number: int, position: int) -> Sample:
 def open_loader(
     dataset: SampleDataset, order: Order, *, state: dict[str, int] | None = None, num_workers: int = 0, **settings: Any
 ) -> StepLoader:
-    """`settings`: fields of StepPlan, DataShare and Replacement by name; `state`: where the loader starts."""
+    """`settings`: fields of StepPlan, DataShare and Replacement by name; `state`: the loader's start."""
     values = [
         kind(**{field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings})
         for kind in (StepPlan, DataShare, Replacement)

@@ -1,4 +1,4 @@
-"""Decoding is bounded and total: a picture or an ImageError, whatever the bytes."""
+"""Decoding is bounded and gives a picture or an ImageError for any bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ross_mcore.errors import ArchitectureError, ImageError
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size that its data does not have."""
+    """A PNG with a size in its header that its data does not have."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

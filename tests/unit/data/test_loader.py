@@ -1,4 +1,4 @@
-"""The loader: the same stream from every split, worker count and starting point; workers that come and go quietly."""
+"""The loader: the same stream for every split, number of workers and start; workers start and end without errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def flat(found: list[Step]) -> list[tuple]:
 def test_the_modality_order_is_the_same_in_every_split(
     open_dataset: Callable[..., ShardDataset], settings: dict[str, int]
 ) -> None:
-    """Five steps cross an epoch, of which every process lays out its own copy."""
+    """Five steps are more than an epoch; every process computes the epochs itself."""
     dataset = open_dataset()
 
     def read(**sizes: int) -> list[Step]:
@@ -66,7 +66,7 @@ def test_the_modality_order_is_the_same_in_every_split(
 
 @pytest.fixture(scope="module")
 def reference(make: Callable[..., StepLoader]) -> list[tuple]:
-    """Five steps, which is more than an epoch, read inline by one rank."""
+    """Five steps, more than an epoch, read by one rank without workers."""
     return flat(steps(make(), 5))
 
 

@@ -1,4 +1,4 @@
-"""Mixtures: shares exact in every epoch and close everywhere, each data set in its own order, the same at any place."""
+"""Mixtures: exact shares in every epoch, close shares in every range, each data set in its own order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_epoch_takes_the_next_samples_of_every_data_set(mixture: MixtureOrder
 @settings(max_examples=75, deadline=None)
 @given(mixture=mixtures(), blocks=st.integers(0, 20))
 def test_shares_are_close_after_any_number_of_blocks(mixture: MixtureOrder, blocks: int) -> None:
-    """To within less than the number of data sets, whatever the blocks; and whatever the place with blocks of one."""
+    """Within less than the number of data sets after any number of blocks; at any place with blocks of one."""
     end = min(blocks * mixture.block_samples, mixture.num_samples)
     datasets, _ = mixture.source_at(np.arange(end))
     for which, count in enumerate(mixture.counts):
@@ -129,7 +129,7 @@ def test_a_mixture_of_a_thousand_million_samples() -> None:
     assert (local < np.array(mixture.counts)[last]).all()
 
 
-def test_what_is_no_mixture_is_refused() -> None:
+def test_malformed_mixtures_are_refused() -> None:
     order = SampleOrder(3, 0)
     with pytest.raises(ValueError, match="a count for every data set: 1 and 2"):
         MixtureOrder((order,), (1, 2), 0)

@@ -1,4 +1,4 @@
-"""The order: a permutation in every epoch, the same however it is divided, cheap at any size."""
+"""The order: a permutation in every epoch, the same for every division, fast at any size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert np.array_equal(first, SampleOrder(1000, 7).sample_at(np.arange(2000)))
 
 
-def test_the_order_is_fixed_for_ever() -> None:
+def test_the_order_never_changes() -> None:
     """Changing these numbers changes every run that is resumed."""
     assert SampleOrder(10, 0).sample_at(np.arange(20)).tolist() == RECORDED
     assert SampleOrder(10**9, 123).sample_at([0, 1, 10**9]).tolist() == RECORDED_LARGE
@@ -48,7 +48,7 @@ def test_the_order_is_fixed_for_ever() -> None:
 
 
 def test_places_are_spread_evenly() -> None:
-    """Over many seeds each sample is as likely as any other at each place, within 4.5 binomial deviations."""
+    """Over many seeds, all samples are equally likely at each place, within 4.5 standard deviations."""
     size, seeds = 7, 500
     counts = np.zeros((size, size))
     for seed in range(seeds):
@@ -97,7 +97,7 @@ def test_every_epoch_in_blocks_is_a_permutation(
     window_blocks=st.integers(1, 20),
 )
 def test_a_window_reads_few_places_to_their_ends(size: int, seed: int, block_samples: int, window_blocks: int) -> None:
-    """Runs of neighbouring samples in a window: its blocks, and one more where the turned samples start over."""
+    """A window reads its blocks, and one more place where the rotated samples wrap around."""
     order = BlockOrder(size, seed, block_samples, window_blocks)
     starts = range(0, size // order.window_samples * order.window_samples, order.window_samples)
     for start in starts:
@@ -107,7 +107,7 @@ def test_a_window_reads_few_places_to_their_ends(size: int, seed: int, block_sam
 
 
 def test_a_block_order_of_a_thousand_million_samples() -> None:
-    """Anywhere in it: within bounds, no number twice in a window, in 32 places, and at once."""
+    """At any position: in range, no number twice in a window, from 32 places, and fast."""
     order = BlockOrder(10**9, 4)
     for start in (0, 10**8 // order.window_samples * order.window_samples, 7 * 10**9):
         began = time.process_time()
@@ -137,7 +137,7 @@ def test_blocks_and_the_samples_in_them_are_shuffled_anew_every_epoch() -> None:
 
 
 def test_places_in_blocks_are_spread_evenly() -> None:
-    """Each sample as likely at each place, though a block is short and one window is longer than the other."""
+    """All samples are equally likely at each place, though one block is short and one window is long."""
     size, seeds = 7, 500
     counts = np.zeros((size, size))
     for seed in range(seeds):
@@ -146,7 +146,7 @@ def test_places_in_blocks_are_spread_evenly() -> None:
     assert np.abs(counts - seeds / size).max() < 4.5 * spread
 
 
-def test_what_is_no_order_is_refused() -> None:
+def test_malformed_orders_are_refused() -> None:
     with pytest.raises(ValueError, match="block_samples=0"):
         BlockOrder(3, 1, block_samples=0)
     with pytest.raises(ValueError, match="before the start"):
@@ -181,7 +181,7 @@ def test_digest() -> None:
 
 
 def recorded_orders() -> list[dict[str, Any]]:
-    """What the reference's LengthGroupedSampler gave."""
+    """Compared with recorded output of the reference's LengthGroupedSampler."""
     path = Path(__file__).parents[2] / "golden" / "data" / "sampler.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -192,8 +192,8 @@ def test_modality_and_length_order_is_the_reference_s(case: dict[str, Any]) -> N
     assert modality_length_order(lengths, batch, world, torch.Generator().manual_seed(seed)) == case["indices"]
 
 
-def test_one_megabatch_is_shared_out_evenly() -> None:
-    """By falling length to the shortest of two devices; in turn when that comes out uneven; text alone as it is."""
+def test_one_megabatch_is_divided_evenly() -> None:
+    """By decreasing length to the shortest of two devices; in turn if the number is odd; also without pictures."""
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         assert modality_length_order([4, 9, 2, 8], 2, 2, generator) == [1, 2, 3, 0]
@@ -203,7 +203,7 @@ def test_one_megabatch_is_shared_out_evenly() -> None:
 
 @pytest.mark.parametrize("case", recorded_orders())
 def test_steps_of_the_first_epoch_have_the_reference_s_rows(case: dict[str, Any]) -> None:
-    """The reference with its devices, and ours without: the same samples in every step, wherever they stand in it."""
+    """The reference, with its devices, and ours have the same samples in every step, in any order."""
     size, rows = len(case["lengths"]), case["batch_size"] * case["world_size"]
     found = ModalityLengthOrder(case["lengths"], rows, case["torch_seed"]).sample_at(range(size)).tolist()
     for start in range(0, size, rows):
@@ -231,7 +231,7 @@ def test_epochs_by_modality_are_permutations_of_pure_steps(
         assert (np.diff(numbers[full * rows :]) > 0).all()
 
 
-def test_a_modality_order_is_the_same_from_wherever_it_is_asked() -> None:
+def test_a_modality_order_does_not_depend_on_earlier_calls() -> None:
     lengths = [(-1) ** n * (n + 1) for n in range(50)]
     whole = ModalityLengthOrder(lengths, 4, 9).sample_at(range(200))
     assert len({tuple(whole[start : start + 50]) for start in (0, 50, 100, 150)}) == 4
@@ -243,14 +243,14 @@ def test_a_modality_order_is_the_same_from_wherever_it_is_asked() -> None:
     assert whole[50:58].tolist() == SECOND_EPOCH  # changing these numbers changes every run that is resumed
 
 
-def test_laying_out_an_epoch_takes_time_in_proportion() -> None:
+def test_computing_an_epoch_takes_proportional_time() -> None:
     lengths = np.arange(1, 200_001)
     began = time.process_time()
     ModalityLengthOrder(lengths, 128, 0).sample_at([0])
     assert time.process_time() - began < 20
 
 
-def test_what_is_no_modality_order_is_refused() -> None:
+def test_malformed_modality_orders_are_refused() -> None:
     with pytest.raises(ValueError, match="sample 1 has length 0"):
         modality_length_order([3, 0, -2], 2, 1, torch.Generator())
     with pytest.raises(ValueError, match="at least one"):

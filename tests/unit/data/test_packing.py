@@ -1,4 +1,4 @@
-"""Packing: every sample in one row, no row too long, few rows, the same rows for ever."""
+"""Packing: every sample in one row, no row too long, few rows, rows that never change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def exact(lengths: list[int]) -> bool:
 
 
 def fewest(lengths: list[int], row_tokens: int) -> int:
-    """The fewest rows there are, by trying everything."""
+    """The minimum number of rows, by exhaustive search."""
     if not exact(lengths):
         return 0
     best = len(lengths)
@@ -62,8 +62,8 @@ def fewest(lengths: list[int], row_tokens: int) -> int:
 
 @settings(max_examples=100, deadline=None)
 @given(window=WINDOWS)
-def test_longest_first_is_best_fit_written_plainly(window: tuple[int, list[int]]) -> None:
-    """The same numbers of tokens in rows as from a search through all rows."""
+def test_longest_first_is_best_fit(window: tuple[int, list[int]]) -> None:
+    """The rows have the same numbers of tokens as from a plain search over all rows."""
     row_tokens, lengths = window
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
@@ -79,7 +79,7 @@ def test_longest_first_is_best_fit_written_plainly(window: tuple[int, list[int]]
 
 
 def test_each_rule_wins_somewhere() -> None:
-    """Even shares where every sample is long, longest first where short ones fill the gaps; the better is taken."""
+    """Even shares wins if every sample is long, longest first if short ones fill the gaps; the better one is used."""
     rng = np.random.default_rng(0)
     both = {longest_first: [0, 0], even_shares: [0, 0]}
     pictures = 729 + rng.integers(20, 400, 4000)
@@ -93,7 +93,7 @@ def test_each_rule_wins_somewhere() -> None:
 
 
 def test_even_shares_by_hand() -> None:
-    """10 opens; two of mean 5 fit the room of 10, so one of at least 5, and 5 closes it. 8 opens; then three of 4."""
+    """10 opens a row; two of the mean 5 fit in its room of 10, so 5 is added and 5 closes it. 8 opens; then three of 4."""
     lengths = np.array([5, 10, 5, 4, 4, 4, 8])
     filled = np.bincount(even_shares(lengths, 20), weights=lengths)
     assert filled.tolist() == [20, 20]
@@ -108,7 +108,7 @@ def test_rows_do_not_come_by_length() -> None:
     assert pack(lengths.tolist(), 1024, key=3).items.tolist() == rows.items.tolist()
 
 
-def test_the_rows_are_fixed_for_ever() -> None:
+def test_the_rows_never_change() -> None:
     """Changing these numbers changes every run that is resumed."""
     rows = pack([3, 9, 4, 4, 1, 6, 2, 7], 10, key=5)
     assert (rows.items.tolist(), rows.offsets.tolist(), rows.tokens.tolist()) == RECORDED
@@ -116,7 +116,7 @@ def test_the_rows_are_fixed_for_ever() -> None:
 
 @pytest.mark.parametrize(("mix", "image_tokens"), [("instructions", 576), ("instructions", 729), ("captions", 729)])
 def test_rows_of_realistic_lengths_are_full(mix: str, image_tokens: int) -> None:
-    """At least 95% at 8192 tokens a row, and at 4096 for instructions; planned in seconds at most."""
+    """At least 95% filled at 8192 tokens per row, and at 4096 for instructions; planned in seconds."""
     lengths_of = runpy.run_path(str(ROOT / "benchmarks" / "packing.py"))["MIXES"][mix]
     lengths = lengths_of(np.random.default_rng(7), 16384, image_tokens)
     for row_tokens in (4096, 8192) if mix == "instructions" else (8192,):

@@ -1,4 +1,4 @@
-"""Shards behind URLs: the same samples as from the disk, fetched once, in a cache that keeps its bound."""
+"""Shards behind URLs: the same samples as from the disk, fetched once, in a cache that keeps its limit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_cache_folder_is_needed_and_named(stored: str, tmp_path: Path) -> None
         ShardReader(tmp_path)
 
 
-def test_the_bound_holds_and_the_longest_unused_goes(stored: str, tmp_path: Path) -> None:
+def test_the_limit_holds_and_the_least_recently_used_is_removed(stored: str, tmp_path: Path) -> None:
     names = list_shards(stored)
     sizes = {name: identify(name) for name in names}
     limit = sum(size for size, _ in list(sizes.values())[:2]) + 100
@@ -106,7 +106,7 @@ def test_the_bound_holds_and_the_longest_unused_goes(stored: str, tmp_path: Path
     assert held == {cache.path(name, sizes[name][1]) for name in (names[0], names[2])}
 
 
-def test_what_is_open_is_never_removed(stored: str, tmp_path: Path) -> None:
+def test_open_copies_are_never_removed(stored: str, tmp_path: Path) -> None:
     names = list_shards(stored)
     sizes = {name: identify(name) for name in names}
     cache = ShardCache(tmp_path / "cache", max(size for size, _ in sizes.values()))
@@ -203,7 +203,7 @@ def test_a_shard_that_comes_short_is_an_error(stored: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(("place", "remote_"), [("s3://b/k.tar", True), ("/a/b.tar", False), ("a:/b.tar", False)])
-def test_what_is_a_url(place: str, remote_: bool) -> None:
+def test_urls_are_recognised(place: str, remote_: bool) -> None:
     assert is_remote(place) == remote_
 
 

@@ -1,4 +1,4 @@
-"""Bad samples: what stands in for them follows from seed and place alone, and is the same in every split."""
+"""Bad samples: replacements depend on seed and position only, and are the same in every split."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_replacements_are_spread_evenly_and_change_with_seed_and_place() -> None
 
 BAD_TEXT, BAD_PICTURE, BAD_BOTH, ANOTHER_LENGTH = (2, 7), (4, 13, 19), (16,), (11,)
 BAD = {*BAD_TEXT, *BAD_PICTURE, *BAD_BOTH, *ANOTHER_LENGTH}
-"""Of 23 samples, those damaged after they were indexed."""
+"""The samples, of 23, that are damaged after indexing."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def damaged(
     shards: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[], ShardDataset]:
-    """damaged() -> the data set of 23 samples, opened anew; two of its shards' members were overwritten in place."""
+    """damaged() -> the data set of 23 samples, opened again, with members overwritten in two shards."""
     folder = tmp_path_factory.mktemp("damaged")
     for path in shards.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -99,9 +99,9 @@ def damaged(
 
 
 STEPS = 6
-"""Of 8 rows: at least two epochs of 23 samples."""
+"""Steps of 8 rows: at least two epochs of 23 samples."""
 SEQ_LENGTH = 200
-"""Room for up to three samples."""
+"""Tokens of a row: room for up to three samples."""
 
 
 def run(
@@ -113,8 +113,8 @@ def run(
     num_steps: int = STEPS,
     **options: Any,
 ) -> list[Any]:
-    """What all ranks of a split train on, as they would settle it among each other: the steps of each rank, and of each
-    step the global batch's samples in order with their pixels, each decoded by the one rank whose share it is."""
+    """The steps of every rank of a split, with replacements agreed on as in training, and the samples of every step in
+    global order with their pixels, each decoded by the rank that has it in its share."""
     dataset.spec = replace(dataset.spec, seq_length=SEQ_LENGTH)
     order = SampleOrder(len(dataset), 5)
     sizes: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2, "packed": packed, "seed": 3, **options}
@@ -198,10 +198,10 @@ def test_the_same_samples_are_trained_in_every_split(
 
 
 LEFT_OUT = {0, 2, 5, 9, 13, 20}
-"""Samples that somebody named; 2 and 13 are bad as well."""
+"""Samples named by --skip-samples; 2 and 13 are also bad."""
 
 
-def test_samples_that_are_named_are_left_out_and_all_others_stay(
+def test_named_samples_are_skipped_and_all_others_stay(
     alone: tuple[bool, list[Any]], damaged: Callable[[], ShardDataset]
 ) -> None:
     packed, before = alone
@@ -222,7 +222,7 @@ def test_samples_that_are_named_are_left_out_and_all_others_stay(
     assert seen == LEFT_OUT | bad
 
 
-def test_a_slot_stays_empty_when_nothing_can_stand_in(
+def test_a_slot_stays_empty_without_a_replacement(
     records: list[dict[str, Any]], tmp_path: Path, open_dataset: Callable[..., ShardDataset]
 ) -> None:
     with ShardWriter(tmp_path / "hopeless") as writer:
@@ -241,7 +241,7 @@ def test_a_slot_stays_empty_when_nothing_can_stand_in(
     assert collate(step.micro_batches[0], 8, 12).num_images == 0
 
 
-def test_a_slot_stays_empty_when_everything_is_left_out(
+def test_a_slot_stays_empty_when_all_samples_are_skipped(
     shards: Path, open_dataset: Callable[..., ShardDataset]
 ) -> None:
     dataset = open_dataset()

@@ -1,4 +1,4 @@
-"""Rows: each sample of an epoch once, the same rows however they are divided, resumed or skipped over."""
+"""Rows: each sample of an epoch once, the same rows for every division, after resuming and skipping."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROW_TOKENS = 50
 
 @st.composite
 def streams(draw: Any) -> tuple[Any, int]:
-    """A way to open one and the same stream again, and the number of samples of an epoch."""
+    """A function that opens the same stream again, and the number of samples of an epoch."""
     lengths = np.array(draw(st.lists(st.integers(1, ROW_TOKENS), min_size=1, max_size=60)))
     seed, blocks = draw(st.integers(0, 2**32)), (draw(st.integers(1, 20)), draw(st.integers(1, 6)))
     packed, window = draw(st.booleans()), draw(st.integers(1, 80))
@@ -93,7 +93,7 @@ def test_resuming_anywhere_gives_the_tail(made: tuple[Any, int], stop: int, coun
 def test_every_division_trains_the_same_rows_in_every_step(
     made: tuple[Any, int], stop: int, before: tuple[int, int], after: tuple[int, int], workers: int
 ) -> None:
-    """Steps of 12 rows on (ranks, rows of a micro-batch), continued on others, each rank dealing to its workers."""
+    """Steps of 12 rows on (ranks, rows of a micro-batch), continued on other ones, each rank with workers."""
     open_stream, _ = made
     whole, stream = open_stream().take(12 * (stop + 2)), open_stream()
     for step in range(stop + 2):
@@ -112,7 +112,7 @@ def test_every_division_trains_the_same_rows_in_every_step(
         assert plain(list(chain.from_iterable(in_order))) == plain(whole[12 * step : 12 * (step + 1)])
 
 
-def test_a_step_that_cannot_be_shared_out_is_refused() -> None:
+def test_a_step_that_cannot_be_divided_is_refused() -> None:
     with pytest.raises(ValueError, match="10 rows of a step are not a multiple of micro_batch_size=2 x data-parallel"):
         micro_batches(range(10), 2, 0, 2)
     assert micro_batches(range(8), 2, 1, 2) == [[2, 3], [6, 7]]
@@ -142,7 +142,7 @@ def lengths_of_a_thousand_million(numbers: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def test_a_thousand_million_samples_are_resumed_in_under_a_second() -> None:
-    """At position 10^8, holding one window: under 16 bytes a sample."""
+    """At position 10^8, holding one window: under 16 bytes per sample."""
     order = BlockOrder(10**9, 11)
 
     def open_stream() -> RowStream:

@@ -1,4 +1,4 @@
-"""Rows: cut at the end, never through a picture; bad data is a problem with a reason, never an exception."""
+"""Samples: cut at the end, never through a picture; bad data is a problem with a reason, never an exception."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_ignored_labels_are_found_by_tokenizing_otherwise(
 
 
 @pytest.mark.parametrize(("record", "share"), [({"conversations": [{"from": "human", "value": "x"}]}, 1), (b"[]", 0)])
-def test_text_that_is_skipped_for_want_of_labels_counts_and_bad_data_does_not(
+def test_text_without_labels_counts_as_ignored_and_bad_data_does_not(
     record: Any, share: int, one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
 ) -> None:
     assert open_dataset(one_sample(record)).ignored_labels().share == share
@@ -230,7 +230,7 @@ def test_modality_lengths_are_the_reference_s(
     assert open_dataset(tmp_path / "all").modality_lengths().tolist() == recorded
 
 
-def test_a_sample_without_a_word_has_a_length_all_the_same(
+def test_a_sample_without_words_has_a_length(
     one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
 ) -> None:
     assert open_dataset(one_sample({"conversations": []})).modality_lengths().tolist() == [-1]

@@ -1,4 +1,4 @@
-"""Several pictures in one sample, at any place of any turn: text, labels, cuts, bounds, from records to a batch."""
+"""Several pictures in one sample, anywhere in any turn: text, labels, cuts, bounds, from records to a batch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_answers_are_supervised_and_nothing_else(
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("name", "template", "end"), TEMPLATES)
-def test_what_one_generates_from_is_what_was_trained_on(
+def test_prompts_for_generation_are_those_of_training(
     place: str, name: str, template: str, end: str, tokenizers: dict[str, Any]
 ) -> None:
     conversation, tokenizer = PLACES[place], tokenizers[name]
@@ -109,7 +109,7 @@ def test_what_one_generates_from_is_what_was_trained_on(
 def test_a_picture_that_begins_an_answer_leaves_the_label_of_the_space_before_it(
     name: str, template: str, end: str, tokenizers: dict[str, Any]
 ) -> None:
-    """Nothing merges with a picture: the last token before it belongs to the instruction."""
+    """No token merges with a picture: the last token before it belongs to the instruction."""
     conversation = PLACES["an answer starts with one"]
     row = tokenize_conversation(conversation, 3, tokenizers[name], SampleSpec(template, seq_length=512))
     for place, token in enumerate(row.input_ids):
@@ -143,7 +143,7 @@ def test_pictures_that_the_text_does_not_show_come_first() -> None:
 
 
 @pytest.mark.parametrize(("spans", "pictures", "fits"), [(0, 0, 1), (1, 0, 0), (0, 1, 1), (1, 1, 1), (2, 1, 0)])
-def test_the_text_shows_the_pictures_there_are(spans: int, pictures: int, fits: int) -> None:
+def test_the_text_must_show_all_pictures(spans: int, pictures: int, fits: int) -> None:
     for more in (0, 2):  # of several pictures each is shown
         if fits and (not more or spans == pictures):
             require_pictures(spans + more, pictures + more)
@@ -185,7 +185,7 @@ def test_text_of_plain_is_cut_like_any_other(tokenizers: dict[str, Any]) -> None
     [(20, 14, 2), (14, 14, 2), (13, 10, 1), (11, 10, 1), (10, 10, 1), (9, 9, 1), (8, 8, 1), (7, None, 0), (3, None, 0)],
 )
 def test_a_row_is_cut_before_a_picture(most: int, end: int | None, kept: int) -> None:
-    """Rows of 4 tokens a picture: 2, picture, 4 of which the third is a label, picture."""
+    """A row with 4 tokens per picture: 2, picture, 4 of which the third is a label, picture."""
     tokens = np.arange(14)
     labels = np.full(14, IGNORE_INDEX)
     labels[7] = 7
@@ -198,7 +198,7 @@ def test_a_row_is_cut_before_a_picture(most: int, end: int | None, kept: int) ->
     assert found[2] == [2, 10][:kept]
 
 
-def test_bounds_say_what_is_too_much() -> None:
+def test_bounds() -> None:
     bounds = SampleBounds(2, 10)
     bounds.require(2, 10)
     with pytest.raises(ConversationError, match="it has over 2 pictures"):
@@ -209,7 +209,7 @@ def test_bounds_say_what_is_too_much() -> None:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, encoded: Any) -> Path:
-    """Records of 0 to 4 pictures, each of a colour of its own, measured for qwen_2."""
+    """Records with 0 to 4 pictures, each of a different colour, measured for qwen_2."""
     root = tmp_path_factory.mktemp("several")
     colours = [(40 * n + 20, 250 - 40 * n, 99) for n in range(5)]
     for number, colour in enumerate(colours):
@@ -281,13 +281,13 @@ def test_every_picture_reaches_the_batch_at_its_place(several: Path, tokenizer: 
         assert batch.num_images == batch.pixels.shape[0] == sum(len(s.image_starts) for row in rows for s in row)
         for start in batch.image_starts.tolist():
             assert (batch.tokens[start : start + 9] == 0).all()
-            assert (batch.labels[max(0, start - 1) : start + 8] == IGNORE_INDEX).all()  # shifted: none is to be said
+            assert (batch.labels[max(0, start - 1) : start + 8] == IGNORE_INDEX).all()  # shifted: no labels
         keys = list(zip(batch.image_positions.tolist(), batch.image_ordinals.tolist(), strict=True))
         assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("seq_length", [90, 100, 110, 120])
-def test_what_is_cut_before_a_picture_is_read_as_planned(
+def test_a_sample_cut_before_a_picture_is_read_as_planned(
     seq_length: int, several: Path, tokenizer: Any, model_config: Any
 ) -> None:
     whole, _ = read_all(open_several(several, tokenizer, model_config, 512))
@@ -331,7 +331,7 @@ def test_samples_over_the_bounds_are_skipped_and_planned_for(
     assert 0 < over < len(samples)
 
 
-def test_a_text_that_is_cut_is_over_the_bound_all_the_same(several: Path, tokenizer: Any, model_config: Any) -> None:
+def test_a_cut_text_is_still_over_the_bound(several: Path, tokenizer: Any, model_config: Any) -> None:
     dataset = open_several(several, tokenizer, model_config, 20, max_tokens_per_sample=30)
     assert dataset.get(0, 0).problem == "its text is over 30 tokens"
 
@@ -354,7 +354,7 @@ def test_records_over_the_bounds_are_not_stored(tmp_path: Path, tokenizer: Any, 
     assert json.loads(reader.record_bytes(0))["image"] == ["a.png"] * 3
 
 
-def test_a_caption_in_a_tar_says_where_its_pictures_stand(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+def test_a_caption_in_a_tar_places_its_pictures(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
     import tarfile
     from io import BytesIO
 

@@ -1,4 +1,4 @@
-"""Shards: what is written is read back, by offset and by any WebDataset reader; nothing half-written is left."""
+"""Shards: written data is read back, by offset and by any WebDataset reader; no incomplete files remain."""
 
 from __future__ import annotations
 

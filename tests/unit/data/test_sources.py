@@ -1,4 +1,4 @@
-"""Several data sets as one: what a YAML may say, how samples are numbered, what names the mixture."""
+"""Several data sets as one: the YAML file, the numbers of samples, the fingerprint."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_yaml_lists_data_sets_from_its_own_folder(write: Callable[[str], Path]
         ("- {path: a", "cannot be read"),
     ],
 )
-def test_what_a_yaml_cannot_say(text: str, message: str, write: Callable[[str], Path]) -> None:
+def test_a_malformed_yaml_is_refused(text: str, message: str, write: Callable[[str], Path]) -> None:
     path = write(text)
     with pytest.raises(ShardError, match=message) as error:
         read_sources(path)
@@ -100,7 +100,7 @@ def two(open_dataset: Open) -> MixtureDataset:
     return MixtureDataset(["a", "b"], [open_dataset(), open_dataset()], [23, 46])
 
 
-def test_samples_are_numbered_through(two: MixtureDataset, open_dataset: Open) -> None:
+def test_samples_are_numbered_across_data_sets(two: MixtureDataset, open_dataset: Open) -> None:
     alone = open_dataset()
     assert len(two) == 46 and two.offsets.tolist() == [0, 23, 46]
     for number, local, source in ((0, 0, 0), (22, 22, 0), (23, 0, 1), (45, 22, 1)):
@@ -140,7 +140,7 @@ def samples_of(steps: list[Step]) -> list[tuple[int, str, int]]:
 
 
 def test_a_loader_reads_a_mixture_and_continues_in_the_middle(two: MixtureDataset) -> None:
-    """Twelve steps are more than an epoch of 69 samples; one rank, two, workers, and a cursor tell the same story."""
+    """Twelve steps, more than an epoch of 69 samples, are the same with workers, larger micro-batches, and resumed."""
     whole = read(two, 12)
     found = samples_of(whole)
     assert {source for source, _, _ in found} == {0, 1} and len(found) > 69

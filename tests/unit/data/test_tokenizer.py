@@ -1,4 +1,4 @@
-"""A tokenizer's folder: what the library says of it steers no terminal."""
+"""Text from a tokenizer's folder in errors and logs cannot control a terminal."""
 
 from __future__ import annotations
 

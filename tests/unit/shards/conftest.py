@@ -1,4 +1,4 @@
-"""The small data set of tests/unit/data, for tests of how shards are made."""
+"""The small data set of tests/unit/data, for tests of making shards."""
 
 from tests.unit.data.conftest import (  # noqa: F401  fixtures
     encoded,

@@ -60,7 +60,7 @@ def tar(*groups: list[Member], format: int = tarfile.USTAR_FORMAT, end: bool = T
 
 
 def around(*bad: list[Member], **options: Any) -> bytes:
-    """A tar of a sample `before`, what is to be tested, and a sample `after`."""
+    """A tar of a sample `before`, the tested members, and a sample `after`."""
     return tar(sample("before"), *bad, sample("after"), **options)
 
 
@@ -71,13 +71,13 @@ def of_kind(name: str, kind: bytes, link: str = "/etc/passwd") -> Member:
 
 
 def header_at(name: str, data: bytes) -> int:
-    """Where the header of the member `name` begins."""
+    """Offset of the header of the member `name`."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         return archive.getmember(name).offset
 
 
 def with_header(data: bytes, name: str, *changes: tuple[slice, bytes], checksum: bool = True) -> bytes:
-    """A tar in which fields of a member's header are others, with a checksum that fits or without."""
+    """A tar with changed fields in a member's header, and a checksum that fits or not."""
     start, changed = header_at(name, data), bytearray(data)
     block = changed[start : start + 512]
     for field, value in changes:

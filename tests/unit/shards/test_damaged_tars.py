@@ -1,4 +1,4 @@
-"""Tars that others made, in whatever state: every sample is indexed or quarantined."""
+"""Tars of other programs, damaged or not: every sample is indexed or quarantined."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_every_sample_is_indexed_or_quarantined(name: str, tmp_path: Path) -> No
 
 
 def scan(data: bytes) -> tuple[set[str], set[str], int]:
-    """(keys indexed, keys quarantined, bytes lost) of a tar that has no name."""
+    """(indexed keys, quarantined keys, lost bytes) of an unnamed tar."""
     descriptor = os.memfd_create("case")
     try:
         os.write(descriptor, data)
@@ -344,7 +344,7 @@ def scan(data: bytes) -> tuple[set[str], set[str], int]:
 
 @settings(max_examples=150, deadline=None)
 @given(cut=st.integers(0, len(WHOLE)))
-def test_a_tar_cut_anywhere_gives_what_is_whole(cut: int) -> None:
+def test_a_tar_cut_anywhere_gives_its_complete_samples(cut: int) -> None:
     kept, bad, _ = scan(WHOLE[:cut])
     assert not kept & bad
     for key in ("before", "bad", "after"):
@@ -355,8 +355,8 @@ def test_a_tar_cut_anywhere_gives_what_is_whole(cut: int) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(place=st.integers(0, len(WHOLE) - 1), noise=st.binary(min_size=1, max_size=600))
-def test_damage_touches_only_where_it_is(place: int, noise: bytes) -> None:
-    """Overwriting bytes of one sample or between samples never costs another one whose headers come later."""
+def test_damage_affects_no_other_sample(place: int, noise: bytes) -> None:
+    """Overwriting bytes of one sample or between samples never loses another one whose headers come later."""
     noise = noise[: len(WHOLE) - place]
     kept, _, _ = scan(WHOLE[:place] + noise + WHOLE[place + len(noise) :])
     ends = {key: header_at(f"{key}.json", WHOLE) + 1024 for key in ("before", "bad", "after")}

@@ -1,4 +1,4 @@
-"""Indexing tars that others made: what the index holds, what is read again, and what the tool says."""
+"""Indexing tars of other programs: the index, the shards read again, and the tool's output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ross_mcore.shards.measure import Measure
 from tests.unit.shards.tars import RECORD, TURNS, around, caption, header_at, indexed, sample, tar, turns
 
 
-def test_what_make_shards_wrote_is_indexed_to_the_same(
+def test_shards_of_make_shards_get_the_same_index(
     shards: Path, tokenizer: Any, golden_data: Path, tmp_path: Path
 ) -> None:
     done = index_shards(
@@ -39,7 +39,7 @@ def test_what_make_shards_wrote_is_indexed_to_the_same(
 
 
 def test_captions_and_turns_are_read_as_records(tmp_path: Path) -> None:
-    """Training reads what the index measured: the conversation, from whatever kind of text."""
+    """Training reads the conversation that the index measured, from every kind of text."""
     reader, _ = indexed(tar(caption("a", b"\xef\xbb\xbf a car\n"), sample("b", TURNS), sample("c")), tmp_path)
     assert reader is not None
     records = [json.loads(reader.record_bytes(number)) for number in range(3)]
@@ -142,7 +142,7 @@ def tool() -> Callable[..., int]:
     return run
 
 
-def test_the_tool_says_what_it_did(
+def test_the_tool_prints_the_outcome(
     tool: Callable[..., int], tmp_path: Path, golden_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()

@@ -1,4 +1,4 @@
-"""What a user sees of a data set is what training would meet."""
+"""The figures, tokens and pictures shown of a data set are those of training."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_tool_prints_figures(
     assert json.loads(capsys.readouterr().out)["samples"] == 23
 
 
-def test_the_tool_prints_a_sample_and_what_is_learned(
+def test_the_tool_prints_a_sample_and_its_labels(
     tool: Callable[..., int], shards: Path, golden_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data-path", shards, "--sample", "000000004", "--template", "qwen_2"]

@@ -1,4 +1,4 @@
-"""From LLaVA JSON to a data set: every record is stored or listed with a reason; the tool says what went wrong."""
+"""From LLaVA JSON to a data set: every record is stored or listed with a reason; the tool's errors."""
 
 from __future__ import annotations
 

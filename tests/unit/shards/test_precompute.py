@@ -1,4 +1,4 @@
-"""New shards with the VAE's posteriors and the tower's features: what stands in them, and going on after a stop."""
+"""New shards with the VAE's posteriors and the tower's features: their content, and continuing after a stop."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_other_settings_and_folders_are_refused(shards: ShardReader, parts: Pict
 
 
 def test_indexed_again_without_pictures(shards: ShardReader, parts: PictureParts, tmp_path: Path) -> None:
-    """What index_shards finds in the tars is what was written: parts, what made them, and the number of pictures."""
+    """index_shards finds in the tars what was written: parts, their sources, and the number of pictures."""
     out = tmp_path / "new"
     Precomputation(shards, out, parts, drop_images=True).run()
     with tarfile.open(out / "shard-00001.tar") as tar:
@@ -139,7 +139,7 @@ def test_half_precision(dtype: str, base: Path, shards: ShardReader, tmp_path: P
     torch.testing.assert_close(stored.float(), half(pixels)["latents"][0], rtol=1e-2, atol=1e-3)
 
 
-def test_what_a_type_cannot_hold_is_refused(parts: PictureParts) -> None:
+def test_values_that_are_not_finite_in_the_dtype_are_refused(parts: PictureParts) -> None:
     source = replace(parts.sources["features"], dtype="fp16")
     with pytest.raises(ShardError, match="features that are not finite as fp16; give another --dtype"):
         pack_part("features", torch.full((1, 16, 32), 1e5), source, [7])

@@ -107,12 +107,12 @@ def require_pictures(image_spans: int, num_images: int) -> None:
 
 
 def encode_text(text: str, has_image: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text; `<image>` is a picture if `has_image`, else ordinary text."""
-    return encode_with_images(text, tokenizer) if has_image else encode(text, tokenizer)
+    """Token ids of a text; `<image>` is a picture if `has_image`, else ordinary text.
 
-
-def encode_with_images(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenises the text between `<image>` placeholders separately and keeps the first BOS only (mm_utils.py:192)."""
+    The texts between pictures are tokenized separately, and only the first BOS is kept (reference: mm_utils.py:192).
+    """
+    if not has_image:
+        return encode(text, tokenizer)
     opening, *pieces = text.split(IMAGE_PLACEHOLDER)
     ids = list(_encode_opening(opening, tokenizer) if pieces else encode(opening, tokenizer))
     skip = int(bool(ids) and ids[0] == tokenizer.bos_token_id)

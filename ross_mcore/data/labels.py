@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ross_mcore.batch import IGNORE_INDEX
-from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, encode_text, encode_with_images
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, encode_text
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import encode
 from ross_mcore.errors import ConversationError
@@ -148,5 +148,5 @@ def mask_caption(prompt: Prompt) -> tuple[list[int], bool]:
     """
     prompt.require_shown()
     before = IMAGE_PLACEHOLDER if prompt.text.startswith(IMAGE_PLACEHOLDER) else ""
-    start = len(encode_with_images(before, prompt.tokenizer))
+    start = len(encode_text(before, True, prompt.tokenizer))
     return [IGNORE_INDEX] * start + prompt.ids[start:], False

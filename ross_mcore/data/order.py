@@ -56,8 +56,22 @@ class Order(Protocol):
         ...
 
 
+class DatasetOrder:
+    """An order over one data set, every sample once per epoch."""
+
+    num_samples: int
+
+    @property
+    def dataset_samples(self) -> int:
+        return self.num_samples
+
+    @property
+    def window_samples(self) -> int:
+        return WINDOW_SAMPLES
+
+
 @dataclass(frozen=True)
-class SampleOrder:
+class SampleOrder(DatasetOrder):
     """The order over `num_samples` samples; `shuffle=False` is the order of the shards (evaluation)."""
 
     num_samples: int
@@ -68,14 +82,6 @@ class SampleOrder:
         if self.num_samples < 1:
             raise ValueError(f"an order needs at least one sample, not {self.num_samples}")
 
-    @property
-    def dataset_samples(self) -> int:
-        return self.num_samples
-
-    @property
-    def window_samples(self) -> int:
-        return WINDOW_SAMPLES
-
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""
         epoch, place = epochs_and_places(positions, self.num_samples)
@@ -85,7 +91,7 @@ class SampleOrder:
 
 
 @dataclass(frozen=True)
-class BlockOrder:
+class BlockOrder(DatasetOrder):
     """A shuffled order that reads from few places at a time.
 
     An epoch's N samples are rotated by a random offset and cut into blocks of `block_samples` neighbours; the blocks
@@ -110,10 +116,6 @@ class BlockOrder:
                 raise ValueError(f"an order needs at least one sample, block and window: {name}={getattr(self, name)}")
 
     @property
-    def dataset_samples(self) -> int:
-        return self.num_samples
-
-    @property
     def window_samples(self) -> int:
         """Positions of every window of an epoch except the last, which also takes the remaining ones."""
         return min(self.num_samples, self.block_samples * self.window_blocks)
@@ -134,7 +136,7 @@ class BlockOrder:
         return (block * self.block_samples + inside + offset) % self.num_samples
 
 
-class ModalityLengthOrder:
+class ModalityLengthOrder(DatasetOrder):
     """The reference's order by modality and length: all samples of a step have pictures or none, and similar lengths.
 
     `lengths` [N]: words of every sample, negative without a picture. Samples are drawn for whole global batches, so the
@@ -147,22 +149,11 @@ class ModalityLengthOrder:
 
     def __init__(self, lengths: ArrayLike, global_batch_size: int, seed: int) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.num_samples = self.lengths.size
         self.global_batch_size, self.seed = global_batch_size, seed
-        if not self.lengths.size:
+        if not self.num_samples:
             raise ValueError("an order needs at least one sample, not 0")
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
-
-    @property
-    def num_samples(self) -> int:
-        return self.lengths.size
-
-    @property
-    def dataset_samples(self) -> int:
-        return self.num_samples
-
-    @property
-    def window_samples(self) -> int:
-        return WINDOW_SAMPLES
 
     def sample_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Sample numbers [P] at stream positions [P]. Raises ValueError for a negative position."""

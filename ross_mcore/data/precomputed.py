@@ -139,19 +139,17 @@ class PrecomputedParts:
 
 def _source(reader: ShardReader, kind: str, about: dict[str, Any]) -> PartSource:
     """The source of all parts of a kind, from the index. Raises ShardError unless all are there and have one source."""
-    mend = f"make them with {TOOL} --data-path {reader.folder}, or train with --no-precomputed"
+    remedy = f"make them with {TOOL} --data-path {reader.folder}, or train with --no-precomputed"
     try:
-        held, pictured, sources = int(about["samples"]), int(about["of"]), about["sources"]
-        if kind not in MEMBERS or held != pictured or len(sources) != 1:
-            raise ShardError(
-                f"{reader.folder}: {held} of {pictured} samples with pictures have {kind}, made in {len(sources)} "
-                f"ways: {mend}"
-            )
-        source = checked.build(PartSource, sources[0], "its source")
-        if source.dtype not in DTYPES:
-            raise ShardError(f"{reader.folder}: {kind} stored as {source.dtype!r}: {mend}")
-        return source
+        held, pictured = int(about["samples"]), int(about["of"])
+        sources = [checked.build(PartSource, source, "its source") for source in about["sources"]]
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ShardError):
-            raise
-        raise ShardError(f"{reader.folder / 'index.json'}: {kind}: {checked.reason(error)}: {mend}") from None
+        raise ShardError(f"{reader.folder / 'index.json'}: {kind}: {checked.reason(error)}: {remedy}") from None
+    if kind not in MEMBERS or held != pictured or len(sources) != 1:
+        raise ShardError(
+            f"{reader.folder}: {held} of {pictured} samples with pictures have {kind}, made in {len(sources)} ways: "
+            f"{remedy}"
+        )
+    if sources[0].dtype not in DTYPES:
+        raise ShardError(f"{reader.folder}: {kind} stored as {sources[0].dtype!r}: {remedy}")
+    return sources[0]

@@ -117,7 +117,7 @@ class RowStream:
         cursor = Cursor(**{name: state[name] for name in asdict(self.cursor)})
         before = self.window_positions(cursor.window).start
         if before >= 2**53:
-            raise ValueError(f"window={cursor.window} in the state of the rows lies beyond any run")
+            raise ValueError(f"window={cursor.window} in the state of the rows is beyond any run")
         plan = self._plan(cursor.window)
         if cursor.first_row >= len(plan) or cursor.consumed_samples != before + plan.offsets[cursor.first_row]:
             raise ValueError(

@@ -96,9 +96,9 @@ class LengthSource:
 
     def difference(self, other: LengthSource) -> str | None:
         """Description of the first field that differs."""
-        names = {"tokenizer": "tokenizer", "template": "template", "mm_use_im_start_end": "mm_use_im_start_end"}
-        names |= {"image_tokens": "treatment of pictures in the text"}
-        return next((names[f.name] for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
+        names = [field.name for field in fields(self)]
+        first = next((name for name in names if getattr(self, name) != getattr(other, name)), None)
+        return "treatment of pictures in the text" if first == "image_tokens" else first
 
 
 def as_record(data: bytes, kind: int, num_images: int) -> bytes:

@@ -109,11 +109,11 @@ class ShardIndex:
                 samples, images, parts, digests = (part[name] for name in ("samples", "images", "parts", "digests"))
                 keys = part["keys"].tobytes()
             held = len(samples), len(images), len(parts), len(digests), len(keys)
-            said = tuple(
+            expected = tuple(
                 facts[name] for name in ("num_samples", "num_images", "num_samples", "num_samples", "key_bytes")
             )
             kinds = samples.dtype, images.dtype, parts.dtype, digests.dtype
-            if held != said or kinds != (SAMPLE_ROW, IMAGE_ROW, PART_ROW, np.uint8):
+            if held != expected or kinds != (SAMPLE_ROW, IMAGE_ROW, PART_ROW, np.uint8):
                 raise ValueError("its tables are not those of its facts")
             quarantine = [(None if key is None else str(key), str(reason)) for key, reason in facts["quarantine"]]
         except Exception as error:  # numpy and zipfile raise exceptions of any type

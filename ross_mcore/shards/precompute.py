@@ -88,7 +88,7 @@ def load_picture_parts(run: Path, kinds: Sequence[str], aspect_ratio: ImageAspec
     sources = {}
     for kind in kinds:
         if kind == "latents":
-            size, vision = model.decode_image_size, model.vision  # raises where there is no VAE
+            size, vision = model.decode_image_size, model.vision  # raises without a VAE
             assert model.pixel_decoder is not None
             modules[kind] = PixelDecoder(model.pixel_decoder, vision.image_mean, vision.image_std, size)
         else:

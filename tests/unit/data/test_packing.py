@@ -93,7 +93,7 @@ def test_each_rule_wins_somewhere() -> None:
 
 
 def test_even_shares_by_hand() -> None:
-    """10 opens a row; two of the mean 5 fit in its room of 10, so 5 is added and 5 closes it. 8 opens; then three of 4."""
+    """10 opens a row; two of mean 5 fit in its room of 10: 5 is added, then 5 closes it. 8 opens; then three of 4."""
     lengths = np.array([5, 10, 5, 4, 4, 4, 8])
     filled = np.bincount(even_shares(lengths, 20), weights=lengths)
     assert filled.tolist() == [20, 20]

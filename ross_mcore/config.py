@@ -19,6 +19,7 @@ from ross_mcore.options import (
     OptimizerOptions,
     ParallelOptions,
     TrainingOptions,
+    flag_of,
 )
 from ross_mcore.parallel.layout import Placement
 
@@ -43,8 +44,7 @@ class Config:
         for name, value in self.flat().items():
             if isinstance(value, (int, float)) and not abs(value) <= MOST_NUMBER:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} must be a finite number of at most {MOST_NUMBER:.0e}, "
-                    f"got {shown(value)}"
+                    f"{flag_of(name)} must be a finite number of at most {MOST_NUMBER:.0e}, got {shown(value)}"
                 )
 
     @classmethod
@@ -113,9 +113,7 @@ def _checked_types(section: type, values: dict[str, object]) -> dict[str, Any]:
         is_union = typing.get_origin(hints[name]) in (typing.Union, types.UnionType)
         kinds = typing.get_args(hints[name]) if is_union else (hints[name],)
         if not any(_is_a(value, kind) for kind in kinds):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is {shown(value)}, expected {' or '.join(map(_described, kinds))}"
-            )
+            raise ConfigError(f"{flag_of(name)} is {shown(value)}, expected {' or '.join(map(_described, kinds))}")
     return checked
 
 
@@ -165,7 +163,7 @@ def check(config: Config, *, data_parallel_size: int, virtual_stages: int = 1) -
     parallel, training = config.parallel, config.training
     for name in ("valid_interval", "valid_samples"):
         if getattr(config.logging, name) is not None and not config.data.valid_data_path:
-            raise ConfigError(f"--{name.replace('_', '-')} needs --valid-data-path: what to measure")
+            raise ConfigError(f"{flag_of(name)} needs --valid-data-path: what to measure")
     if virtual_stages > 1:
         _check_interleaving(config, data_parallel_size)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from ross_mcore import checked
 from ross_mcore.config import SECTIONS, Config, require_complete
 from ross_mcore.errors import ConfigError
+from ross_mcore.options import flag_of
 
 SCRIPT = "pretrain_ross.py"
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,10 +37,6 @@ example, four processes as two pipeline stages of two tensor-parallel ranks:
       --load base --data-path shards --save runs/pretrain --train-iters 1000 --global-batch-size 64
 The same command again continues a run that was stopped.
 """
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 @functools.cache
@@ -85,12 +82,12 @@ def build_parser(prog: str = SCRIPT) -> argparse.ArgumentParser:
                 "help": (texts[item.name] + default).replace("%", "%%"),
             }
             if kind is bool:
-                group.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, **options)
+                group.add_argument(flag_of(item.name), action=argparse.BooleanOptionalAction, **options)
             elif typing.get_origin(kind) is typing.Literal:
-                group.add_argument(flag(item.name), choices=typing.get_args(kind), **options)
+                group.add_argument(flag_of(item.name), choices=typing.get_args(kind), **options)
             else:
                 metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-                group.add_argument(flag(item.name), type=kind, metavar=metavar, **options)
+                group.add_argument(flag_of(item.name), type=kind, metavar=metavar, **options)
     return parser
 
 
@@ -129,7 +126,7 @@ def _hint(name: str) -> str:
     """`; did you mean --seq-length?` for a name close to a flag's, else a hint at --help."""
     known = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {flag(close[0])}?" if close else "; --help lists all of them"
+    return f"; did you mean {flag_of(close[0])}?" if close else "; --help lists all of them"
 
 
 def recipes() -> dict[str, Path]:
@@ -173,9 +170,9 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if name not in known:
             raise ConfigError(f"--config {path}: unknown option {checked.shown(key)}{_hint(name)}")
         if isinstance(value, bool):
-            tokens.append(flag(name) if value else "--no-" + flag(name)[2:])
+            tokens.append(flag_of(name) if value else "--no-" + flag_of(name)[2:])
         elif isinstance(value, (str, int, float)):
-            tokens.append(f"{flag(name)}={value}")
+            tokens.append(f"{flag_of(name)}={value}")
         elif value is not None:
             raise ConfigError(f"--config {path}: {key} must be a single value, got {type(value).__name__}")
     strict = _Refusing(prog=parser.prog, parents=[parser], add_help=False, conflict_handler="resolve")

@@ -19,25 +19,30 @@ MOST_DIGITS = 15
 """Limit of a number in --skip-iterations."""
 
 
+def flag_of(name: str) -> str:
+    """The flag of an option: seq_length -> --seq-length."""
+    return "--" + name.replace("_", "-")
+
+
 def _positive(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")
+            raise ConfigError(f"{flag_of(name)} must be positive, got {value}")
 
 
 def _not_negative(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value is not None and value < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+            raise ConfigError(f"{flag_of(name)} must not be negative, got {value}")
 
 
 def _at_most(section: object, most: int, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value is not None and value > most:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {shown(value)}")
+            raise ConfigError(f"{flag_of(name)} must be at most {most}, got {shown(value)}")
 
 
 def _ranges(flag: str, text: str | None) -> list[range]:
@@ -305,7 +310,7 @@ class OptimizerOptions:
             raise ConfigError(f"--lr-warmup-fraction must be below 1, got {self.lr_warmup_fraction}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
+                raise ConfigError(f"{flag_of(name)} must be in [0, 1), got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
 

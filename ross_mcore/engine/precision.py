@@ -13,7 +13,7 @@ from ross_mcore.architecture import LanguageConfig
 from ross_mcore.config import Config
 from ross_mcore.errors import ConfigError
 from ross_mcore.models.language import Execution, Fp8
-from ross_mcore.options import ExecutionOptions
+from ross_mcore.options import ExecutionOptions, flag_of
 from ross_mcore.platform import Libraries
 
 FP8_ONLY = (
@@ -90,7 +90,7 @@ def check_execution(config: Config, language: LanguageConfig, libraries: Librari
 def _changed(options: ExecutionOptions, names: tuple[str, ...]) -> Iterator[str]:
     """The flags among `names` whose values differ from their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    return (f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults[name])
+    return (flag_of(name) for name in names if getattr(options, name) != defaults[name])
 
 
 def _engine(config: Config, libraries: Libraries) -> Iterator[str]:
@@ -139,7 +139,7 @@ def _fp8(config: Config, language: LanguageConfig) -> Iterator[str]:
         yield "--first-last-layers-bf16 does not work with --fp8-recipe delayed; use --fp8-recipe tensorwise"
     stage_layers = language.num_hidden_layers // parallel.pipeline_model_parallel_size
     for name in BF16_LAYERS:
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         if not options.first_last_layers_bf16 and flag in _changed(options, BF16_LAYERS):
             yield f"{flag} has no effect without --first-last-layers-bf16; add it"
         elif options.first_last_layers_bf16 and getattr(options, name) > stage_layers:

@@ -23,6 +23,7 @@ from ross_mcore.data.spec import SampleSpec
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.engine import Engine
 from ross_mcore.errors import CheckpointError
+from ross_mcore.options import flag_of
 
 CARRIED = "carried"
 """The key, in a model's state, of the weights of parts that are not built."""
@@ -105,7 +106,7 @@ def changed_options(saved: Mapping[str, Any], started: TrainState) -> list[str]:
     before = {**saved.get("options", {}), name: saved.get(name)}
     now = {**started.options, name: started.global_batch_size}
     return [
-        f"--{name.replace('_', '-')} {value} -> {now[name]}"
+        f"{flag_of(name)} {value} -> {now[name]}"
         for name, value in before.items()
         if name in now and value != now[name]
     ]

@@ -15,6 +15,7 @@ from ross_mcore.checkpoint.manifest import damages
 from ross_mcore.config import Config
 from ross_mcore.engine.state import TrainState, read_state
 from ross_mcore.errors import ArchitectureError, CheckpointError, ConfigError
+from ross_mcore.options import flag_of
 
 IDENTITY = {
     "seed": "--seed",
@@ -68,7 +69,7 @@ def _identity(saved: TrainState, started: TrainState) -> Iterator[tuple[str, str
         yield name, flag, getattr(saved, name), getattr(started, name)
     now = asdict(started.samples)
     for name, before in asdict(saved.samples).items():
-        yield name, f"--{name.replace('_', '-')}", before, now[name]
+        yield name, flag_of(name), before, now[name]
 
 
 def _may_change_batch(config: Config) -> bool:

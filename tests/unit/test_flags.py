@@ -9,7 +9,8 @@ import pytest
 
 from ross_mcore.config import SECTIONS, Config, check
 from ross_mcore.errors import ConfigError
-from ross_mcore.flags import build_parser, field_help, flag, parse, recipes
+from ross_mcore.flags import build_parser, field_help, parse, recipes
+from ross_mcore.options import flag_of
 
 FLAGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --pipeline-layout --num-layers-per-virtual-pipeline-stage
@@ -49,7 +50,7 @@ def test_validation_needs_data(name: str) -> None:
 
 
 def test_the_list_of_flags_is_frozen() -> None:
-    names = [flag(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section)]
+    names = [flag_of(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section)]
     assert sorted(names) == sorted(FLAGS)
 
 
@@ -153,7 +154,7 @@ def test_sections_validate_themselves(capsys: pytest.CaptureFixture[str], argume
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300"])
 @pytest.mark.parametrize(
-    "name", [flag(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section) if "float" in f.type]
+    "name", [flag_of(f.name) for section in SECTIONS.values() for f in dataclasses.fields(section) if "float" in f.type]
 )
 def test_every_number_has_a_bound(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# On a machine with 1, 2, 4 or 8 GPUs: does everything here work on it, and how fast?
+# Checks on a machine with 1, 2, 4 or 8 GPUs that everything works, and measures its speed.
 #
-#   examples/gpu_acceptance.sh                  on the GPUs there are; without any, the CPU form
+#   examples/gpu_acceptance.sh                  on all GPUs; without GPUs, the CPU form
 #   examples/gpu_acceptance.sh --cpu            the CPU form: gloo, up to 4 ranks, six CPU minutes
 #   examples/gpu_acceptance.sh --parts layouts,resume --out runs/acceptance
 #   examples/gpu_acceptance.sh --help
 #
-# It ends with OUT/report.md, which is made to be attached to an issue, and the logs of all commands beside it. What the
-# machine lacks something for is skipped and says why; what fails does not stop the rest. Exit status 1 if any failed.
-# PYTHON chooses the interpreter; by default that of .venv, where there is one.
+# It writes OUT/report.md, to be attached to an issue, and the logs of all commands. A part that the machine cannot run
+# is skipped with the reason; a failed part does not stop the others. Exit status 1 if a part failed. PYTHON selects the
+# interpreter; the default is that of .venv, if there is one.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

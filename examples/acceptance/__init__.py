@@ -1,1 +1,1 @@
-"""The program behind examples/gpu_acceptance.sh: parts.py says what is run, and what must hold."""
+"""The program behind examples/gpu_acceptance.sh; parts.py has the table of its parts and their conditions."""

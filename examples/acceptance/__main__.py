@@ -1,7 +1,7 @@
-"""Finds out on one machine whether everything works on it and how fast, and writes OUT/report.md.
+"""Checks on one machine that everything works, measures its speed, and writes OUT/report.md.
 
-Parts of a machine without GPUs run on gloo with a tiny model (the CPU form). Exit status: 0 no part failed, 1 one did,
-2 options that cannot work, 130 interrupted with Ctrl-C; the report is written in every case but 2.
+Without GPUs the parts run on gloo with a tiny model (the CPU form). Exit status: 0 no part failed, 1 a part failed, 2
+options that cannot work, 130 interrupted with Ctrl-C. The report is written in all cases except 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from examples.acceptance.runner import Runner, shown
 MOST_RANKS = 8
 RANKS_ON_CPU = 4
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 FIRST = ("environment", "prepare")
 """Parts that the others need."""
 CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -35,8 +35,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/acceptance"), help="folder of the report [%(default)s]")
-    parser.add_argument("--cpu", action="store_true", help="the CPU form, though there may be GPUs")
-    parser.add_argument("--ranks", type=int, metavar="N", help="most processes [the GPUs, 4 in the CPU form]")
+    parser.add_argument("--cpu", action="store_true", help="the CPU form, even if there are GPUs")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="maximum number of processes [the GPUs, 4 in the CPU form]"
+    )
     parser.add_argument("--parts", metavar="A,B", help="only these, and environment and prepare [all]")
     options = parser.parse_args(arguments)
     names = [part.name for part in PARTS]
@@ -48,12 +50,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.parts = [part for part in PARTS if part.name in chosen or part.name in FIRST]
     options.out = options.out.resolve()
     if options.out.is_dir() and any(options.out.iterdir()) and not (options.out / "report.md").exists():
-        parser.error(f"--out {options.out}: it holds something else; give an empty folder or a new one")
+        parser.error(f"--out {options.out}: it has other contents; give an empty folder or a new one")
     return options
 
 
 def write(report: Report, out: Path) -> None:
-    """The report so far, and a picture of each loss's curves beside it."""
+    """Writes the report so far and a picture of each loss's curves."""
     pictures = []
     for loss in LOSSES:
         if curves := report.curves(loss):
@@ -75,7 +77,7 @@ def main() -> int:
             report.outcomes.append(outcome)
             print(f"{outcome.status} {outcome.why}".rstrip(), flush=True)
             if part.name == "environment" and outcome.status == PASS:
-                runner = _know_the_machine(report, options)
+                runner = _runner_for_machine(report, options)
             write(report, out)
             if part.name in FIRST and outcome.status == FAIL:
                 report.unfinished = f"nothing else can run without {part.name}"
@@ -89,10 +91,10 @@ def main() -> int:
     return int(report.failed)
 
 
-def _know_the_machine(report: Report, options: argparse.Namespace) -> Runner:
-    """A runner for what the environment part found, which the report then shows."""
+def _runner_for_machine(report: Report, options: argparse.Namespace) -> Runner:
+    """A runner for the machine that the environment part found; adds it to the report."""
     log = (options.out / "logs" / "environment.log").read_text(encoding="utf-8")
-    found, _ = json.JSONDecoder().raw_decode(log, log.index("\n{") + 1)  # libraries may say more, before and after it
+    found, _ = json.JSONDecoder().raw_decode(log, log.index("\n{") + 1)  # libraries may print text before and after it
     gpus = found["gpus"]
     ranks = min(options.ranks or MOST_RANKS, gpus) if gpus else options.ranks or RANKS_ON_CPU
     report.environment = found["rows"]

@@ -1,4 +1,4 @@
-"""PURE: loss curves as a row of characters and as a picture."""
+"""Loss curves as a row of characters and as a picture. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH, HEIGHT, MARGIN, LINE = 640, 300, 44, 16
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One character a value, from the smallest to the largest of them."""
+    """One character per value, scaled from the smallest to the largest value."""
     if not values:
         return ""
     low, high = min(values), max(values)

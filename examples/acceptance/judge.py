@@ -1,4 +1,4 @@
-"""PURE: what the figures of a training say: whether it went well, whether two agree, how fast it was."""
+"""Judges the figures of trainings: success, agreement of two, speed. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 LOSSES = ("lm_loss", "vm_loss")
 WARM_UP = 4
-"""Steps that no speed is taken from."""
+"""First steps, left out of the speed."""
 _LINE = re.compile(
     r"iteration +\d+/\d+ .*\| (?P<tokens>[\d,]+) tokens/s \| (?P<samples>[\d.]+) samples/s \| "
     r"(?P<teraflops>[\d.]+) TFLOP/s/device \| (?P<memory>[\d.]+) GiB"
@@ -20,7 +20,7 @@ _LINE = re.compile(
 
 @dataclass(frozen=True)
 class Speed:
-    """tokens and samples a second, TFLOP/s of a device; the peak of memory of any rank in GiB."""
+    """Tokens and samples per second, TFLOP/s per device; the highest peak memory of a rank in GiB."""
 
     tokens: float
     samples: float
@@ -29,9 +29,9 @@ class Speed:
 
 
 def problem(steps: Sequence[dict[str, Any]], iterations: int, falls: bool = True) -> str | None:
-    """What is wrong with a training by itself; None for nothing.
+    """The fault of a single training; None if it has none.
 
-    steps: the objects of its metrics.jsonl; falls: whether its losses must, from the first third to the last.
+    steps: the objects of its metrics.jsonl; falls: whether its losses must fall from the first third to the last.
     """
     if [step["iteration"] for step in steps] != list(range(1, iterations + 1)):
         return f"{len(steps)} iterations are logged, expected 1 to {iterations}, each once"
@@ -47,7 +47,7 @@ def problem(steps: Sequence[dict[str, Any]], iterations: int, falls: bool = True
 
 
 def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
-    """The largest relative difference of a step's losses; infinite where steps are missing or saw other samples."""
+    """The largest relative difference of a step's losses; infinite if steps are missing or have other samples."""
     if len(ours) != len(theirs) or any(a["sample_digest"] != b["sample_digest"] for a, b in zip(ours, theirs)):
         return math.inf
     pairs = [(a[name], b[name]) for a, b in zip(ours, theirs) for name in LOSSES]
@@ -57,7 +57,7 @@ def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]])
 
 
 def speed(log: str) -> Speed | None:
-    """The median of a console's lines after the first steps; None where there are too few."""
+    """The median over the console's lines after the first steps; None if there are too few."""
     found = [
         Speed(*(float(line[name].replace(",", "")) for name in ("tokens", "samples", "teraflops", "memory")))
         for line in _LINE.finditer(log)

@@ -1,6 +1,6 @@
-"""What this machine has, as one JSON object: rows of the report's table, and what parts cannot run here and why.
+"""Describes this machine as one JSON object: rows of the report's table, and the needs it cannot meet with reasons.
 
-A process of its own, because importing a library that does not fit its GPU may end it.
+It runs as a separate process, because importing a library that does not fit the GPU may end the process.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PACKAGES = (
 SETTINGS = ("CUDA_", "NCCL_", "NVTE_", "TORCH_", "PYTORCH_", "OMP_", "NVIDIA_TF32")
 
 
-def said(*command: str) -> str:
-    """What a command prints; empty where it is missing or fails."""
+def output_of(*command: str) -> str:
+    """Output of a command; empty if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
     except (OSError, subprocess.SubprocessError):
@@ -38,7 +38,7 @@ def version(package: str) -> str:
 
 
 def lacking() -> dict[str, str]:
-    """A need of parts.py that cannot be served here -> why."""
+    """Each need of parts.py that this machine cannot meet -> the reason."""
     from ross_mcore import platform
 
     libraries = platform.libraries()
@@ -51,19 +51,19 @@ def lacking() -> dict[str, str]:
         return {"transformer_engine": why, "fp8": why}
     try:
         refusal = platform.fp8_refusal("delayed")
-    except Exception as error:  # whatever an extension that was built for something else raises
+    except Exception as error:  # an extension built for another system may raise any error
         why = f"Transformer Engine does not import: {type(error).__name__}: {error}"
         return {"transformer_engine": why, "fp8": why}
     return {} if refusal is None else {"fp8": refusal}
 
 
 def rows() -> dict[str, str]:
-    """The table of the environment."""
+    """Rows of the environment table."""
     import torch
 
-    commit = said("git", "rev-parse", "HEAD") or "not a git checkout"
+    commit = output_of("git", "rev-parse", "HEAD") or "not a git checkout"
     found = {
-        "commit": commit + (" with changes" if said("git", "status", "--porcelain") else ""),
+        "commit": commit + (" with changes" if output_of("git", "status", "--porcelain") else ""),
         "system": f"{python_platform.system()} {python_platform.release()}, {os.cpu_count()} CPUs",
         "Python": sys.version.split()[0],
     }
@@ -71,7 +71,7 @@ def rows() -> dict[str, str]:
         for number in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(number)
             found[f"GPU {number}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
-        drivers = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+        drivers = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
         found["driver"] = ", ".join(sorted(set(drivers))) or "not known: nvidia-smi does not answer"
         found["CUDA, cuDNN of torch"] = f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -1,7 +1,8 @@
-"""Writes models of random weights in Hugging Face's layout: they learn like untrained ones, and compute like trained.
+"""Writes models with random weights in Hugging Face's layout.
 
-small: four layers, in numbers that divide by two ranks and that FP8 takes; tower and VAE are the demo's.
-medium: 0.7 billion parameters in the language model, the shapes of SigLIP-SO400M and the FLUX VAE beside it.
+small: four layers, with sizes that two ranks divide and FP8 accepts; tower and VAE are the demo's.
+medium: 0.7 billion parameters in the language model, with tower and VAE in the shapes of SigLIP-SO400M and the FLUX
+VAE.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PURE: the table of parts: what each needs, which commands it runs, and what must hold of them."""
+"""The table of parts: needs, commands and conditions of each. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ NEEDS = ("gpu", "transformer_engine", "fp8")
 
 @dataclass(frozen=True)
 class Machine:
-    """What parts are chosen by. ranks: the most processes to start; lacks: a need that it cannot serve -> why."""
+    """The machine's limits. ranks: the maximum number of processes; lacks: each need that it cannot meet -> the
+    reason."""
 
     gpu: bool
     ranks: int
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, needs: tuple[str, ...], ranks: int = 1) -> str | None:
-        """Why something cannot run here; None where it can."""
+        """The reason why it cannot run here; None if it can."""
         for need in needs:
             if need in self.lacks:
                 return self.lacks[need]
@@ -28,7 +29,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Life:
-    """One start of a training: its processes and its own flags."""
+    """One start of a training: its processes and additional flags."""
 
     ranks: int
     flags: str = ""
@@ -36,7 +37,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Training:
-    """A run, in one life or in several that continue each other. flags: what all its lives have."""
+    """A run, in one life or in several that resume each other. flags: flags of all its lives."""
 
     name: str
     lives: tuple[Life, ...]
@@ -51,7 +52,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest relative difference of any step's lm_loss or vm_loss. why: where it comes from."""
+    """The largest relative difference allowed for a step's lm_loss or vm_loss. why: its origin."""
 
     cpu: float
     gpu: float
@@ -60,11 +61,11 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Part:
-    """What is run and judged together.
+    """Commands and trainings that are judged together.
 
-    commands: as a person types them in the repository, `{out}` is the folder of the report; each must end with status
-    0. trainings: each must finish with finite losses, those of the small model must fall, and where `against` names
-    another training, have its losses step by step, within `tolerance`.
+    commands: as typed in the repository, `{out}` is the folder of the report; each must exit with status 0. trainings:
+    each must finish with finite losses, and those of the small model must fall. `against`: the name of a training whose
+    losses they must match step by step, within `tolerance`.
     """
 
     name: str
@@ -86,7 +87,7 @@ COMMON = {
     "medium": "--training-stage finetune --seq-length 2048 --global-batch-size 16 --micro-batch-size 1 --lr 1e-4 "
     f"--train-iters {ITERATIONS} --image-aspect-ratio square --num-workers 4 --log-interval 1 --bf16",
 }
-"""Flags of every training of a model, beside --load, --data-path and --save."""
+"""Flags of each training of a model, besides --load, --data-path and --save."""
 
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
 PIPELINE = "--pipeline-model-parallel-size 2"
@@ -98,7 +99,7 @@ ONE = Training("one process", (Life(1),))
 BF16 = Training("bf16", (Life(1),), "--bf16")
 BF16_TE = Training("bf16, Transformer Engine", (Life(1),), f"--bf16 {TE}", ("transformer_engine",))
 REFERENCES = (ONE, BF16, BF16_TE)
-"""Those that others are compared with; a part that needs one runs it, unless another has."""
+"""Trainings that others are compared with; a part that needs one runs it unless another part has run it."""
 
 TOKENIZER = "examples/demo/weights/tokenizer"
 SHARDS = (
@@ -126,7 +127,7 @@ def measured(name: str, ranks: int, flags: str, *needs: str) -> Training:
 
 
 PARTS = (
-    Part("environment", "what there is", ("python -m examples.acceptance.machine",)),
+    Part("environment", "hardware and versions", ("python -m examples.acceptance.machine",)),
     Part("prepare", "drawn pictures, shards, a small model of random weights", SHARDS + SMALL),
     Part(
         "parity",
@@ -164,12 +165,12 @@ PARTS = (
             1e-5,
             1e-4,
             "fp32 sums in another order, carried through twelve steps of Adam (1e-7 on a CPU); TF32 is off. On a GPU "
-            "other shapes take other kernels, and this figure is a guess",
+            "other shapes use other kernels, and this figure is a guess",
         ),
     ),
     Part(
         "resume",
-        "a run that is stopped goes on, at its layout and at others, as if it had not been",
+        "a stopped run resumes, at its layout and at others, like an uninterrupted one",
         trainings=(
             Training(
                 "tensor 2, stopped, tensor 2, stopped, pipeline 2",
@@ -247,6 +248,6 @@ PARTS = (
 
 
 def with_references(part: Part) -> tuple[Training, ...]:
-    """The part's trainings, after the one that they are compared with where that is another's."""
+    """The part's trainings, preceded by the one that they are compared with if it is not among them."""
     own = [training.name for training in part.trainings]
     return tuple(r for r in REFERENCES if r.name == part.against and r.name not in own) + part.trainings

@@ -1,4 +1,4 @@
-"""PURE: what came of all parts, as one Markdown page."""
+"""The outcome of all parts as one Markdown page. Pure functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAIL = 20
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a training. steps: its metrics.jsonl; difference: to the training it is compared with."""
+    """The outcome of a training. steps: its metrics.jsonl; difference: from the training that it is compared with."""
 
     name: str
     status: str
@@ -29,19 +29,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a part. why: what it lacks, or what failed; said: the end of a failed command's output."""
+    """The outcome of a part. why: the missing need, or the failure; last_lines: the end of a failed command's
+    output."""
 
     part: Part
     status: str
     why: str = ""
     results: Sequence[Result] = ()
-    said: str = ""
+    last_lines: str = ""
     seconds: float = 0.0
 
 
 @dataclass
 class Report:
-    """All that is known so far. form: on what it runs; environment: rows of a table."""
+    """The report so far. form: GPUs or CPU form; environment: rows of its table."""
 
     command: str
     form: str
@@ -54,20 +55,20 @@ class Report:
         return any(outcome.status == FAIL for outcome in self.outcomes)
 
     def curves(self, loss: str) -> dict[str, list[float]]:
-        """Of every training that passed, by name; each once."""
+        """Values of one loss by name of training, for each training that passed."""
         results = [result for outcome in self.outcomes for result in outcome.results if result.status == PASS]
         return {result.name: [step[loss] for step in result.steps] for result in results}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; what would end a cell is escaped."""
+    """Lines of a Markdown table; characters that would end a cell are escaped."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + "---|" * len(header), *lines[1:], ""]
 
 
 def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
-    """The page. pictures: files beside it, to be shown under the curves."""
+    """The page. pictures: files in its folder, shown with the curves."""
     counts = {status: sum(o.status == status for o in report.outcomes) for status in (PASS, FAIL, SKIP)}
     lines = [
         "# Acceptance of ross_mcore on one machine",
@@ -80,7 +81,7 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
         lines += [f"**Not complete**: {report.unfinished}.", ""]
     lines += ["## Parts", ""]
     lines += table(
-        ("part", "", "what", "why", "seconds"),
+        ("part", "", "subject", "reason", "seconds"),
         ((o.part.name, f"**{o.status}**", o.part.title, o.why, f"{o.seconds:.0f}") for o in report.outcomes),
     )
     lines += ["## Environment", "", *table(("", ""), report.environment.items())]
@@ -89,13 +90,13 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
     lines += _curves(report, pictures)
     lines += _speeds(report)
     for outcome in report.outcomes:
-        if outcome.said:
-            lines += [f"## What {outcome.part.name} said at its end", "", "```", outcome.said, "```", ""]
+        if outcome.last_lines:
+            lines += [f"## Last lines of {outcome.part.name}", "", "```", outcome.last_lines, "```", ""]
     return "\n".join(lines)
 
 
 def _comparison(outcome: Outcome) -> list[str]:
-    """A part's trainings beside the one that they are compared with."""
+    """A part's trainings compared with their reference."""
     if not outcome.results:
         return []
     against, tolerance = outcome.part.against, outcome.part.tolerance
@@ -107,7 +108,7 @@ def _comparison(outcome: Outcome) -> list[str]:
         far = "-" if result.difference is None else f"{result.difference:.1e}"
         ends = [f"{result.steps[0][n]:.4f} to {result.steps[-1][n]:.4f}" if result.steps else "-" for n in LOSSES]
         rows.append((result.name, f"**{result.status}**", far, *ends, result.why))
-    return lines + table(("training", "", "largest relative difference of a loss", *LOSSES, "why"), rows)
+    return lines + table(("training", "", "largest relative difference of a loss", *LOSSES, "reason"), rows)
 
 
 def _curves(report: Report, pictures: Sequence[str]) -> list[str]:

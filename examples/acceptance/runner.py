@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, each command in a process group of its own, with a time limit and a log."""
+"""Runs the parts one after the other; each command has its own process group, time limit and log."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ from examples.acceptance.report import FAIL, PASS, SKIP, TAIL, Outcome, Result
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
 FP32_EXACTLY = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
-"""What is compared in fp32 is computed in it on a GPU too; see platform.compute_fp32_exactly."""
+"""fp32 comparisons compute in fp32 on a GPU too; see platform.compute_fp32_exactly."""
 FOLDERS = ("logs", "data", "shards", "models", "checkpoints", "runs")
 GRACE_SECONDS = 30
-"""How long killed processes are waited for: one inside a driver ends late, and its GPU is free only then."""
+"""Time limit for killed processes to end: one inside a driver ends late, and its GPU is free only then."""
 
 
 class CommandError(RuntimeError):
-    """A command that failed or took too long; `said` is the end of its output."""
+    """A command that failed or took too long; `last_lines` is the end of its output."""
 
     def __init__(self, message: str, log: Path) -> None:
         super().__init__(message)
-        self.said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
+        self.last_lines = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
 
 
 class Runner:
-    """`out`: the folder of everything that is made, in FOLDERS; `clear` comes first."""
+    """`out`: the folder of all output, in FOLDERS; call `clear` first."""
 
     def __init__(self, out: Path, machine: Machine, environment: Mapping[str, str]) -> None:
         self._out, self.machine, self._environment = out, machine, environment
         self._trained: dict[str, Result] = {}
 
     def clear(self) -> None:
-        """Removes what an earlier run has left in `out`."""
+        """Removes the output of an earlier run from `out`."""
         for name in FOLDERS:
             shutil.rmtree(self._out / name, ignore_errors=True)
         (self._out / "logs").mkdir(parents=True)
 
     def run(self, part: Part) -> Outcome:
-        """What came of the part; never raises but for KeyboardInterrupt."""
+        """The outcome of the part; raises only KeyboardInterrupt."""
         began = time.monotonic()
         if reason := self.machine.refusal(part.needs, part.ranks):
             return Outcome(part, SKIP, reason)
         results: list[Result] = []
-        status, why, said = PASS, "", ""
+        status, why, last_lines = PASS, "", ""
         try:
             for number, command in enumerate(part.commands, start=1):
                 self.command(command, f"{part.name}_{number}" if len(part.commands) > 1 else part.name, part)
             for training in with_references(part):
                 try:
                     results.append(self._judged(training, part))
-                except Exception as error:  # whatever it is, the next training may work
-                    said = getattr(error, "said", said)
+                except Exception as error:  # any error: the next training may work
+                    last_lines = getattr(error, "last_lines", last_lines)
                     results.append(Result(training.name, FAIL, _named(error)))
         except Exception as error:
-            status, why, said = FAIL, _named(error), getattr(error, "said", "")
+            status, why, last_lines = FAIL, _named(error), getattr(error, "last_lines", "")
         compared = [result for result in results if result.name != part.against]
         skipped = [result for result in compared if result.status == SKIP]
         if failed := [result.name for result in results if result.status == FAIL]:
@@ -73,10 +73,10 @@ class Runner:
             status, why = SKIP, skipped[0].why
         elif skipped:
             why = f"{len(skipped)} of {len(compared)} were skipped: {skipped[0].why}"
-        return Outcome(part, status, why, results, said, time.monotonic() - began)
+        return Outcome(part, status, why, results, last_lines, time.monotonic() - began)
 
     def command(self, text: str, name: str, part: Part, environment: Mapping[str, str] = FP32_EXACTLY) -> str:
-        """Runs a command of the table; what it printed. Raises CommandError."""
+        """Runs a command of the table and returns its output. Raises CommandError."""
         program, *words = shlex.split(text.format(out=shlex.quote(str(self._out))))
         log = self._out / "logs" / f"{_file_name(name)}.log"
         with log.open("w", encoding="utf-8") as stream:
@@ -101,7 +101,7 @@ class Runner:
         return log.read_text(encoding="utf-8", errors="replace")
 
     def train(self, training: Training, part: Part) -> Result:
-        """The training by itself, made once. Raises CommandError."""
+        """Runs the training, once. Raises CommandError."""
         if training.name not in self._trained:
             self._trained[training.name] = self._train(training, part)
         return self._trained[training.name]
@@ -124,13 +124,13 @@ class Runner:
                 precision,
             )
         steps = list(read_entries(folder / METRICS_FILE))
-        for checkpoint in folder.glob("iter_*"):  # nothing reads them any more, and large ones fill the disk
+        for checkpoint in folder.glob("iter_*"):  # not read again, and large ones fill the disk
             shutil.rmtree(checkpoint)
         problem = judge.problem(steps, ITERATIONS, falls=training.model == "small")
         return Result(training.name, FAIL if problem else PASS, problem or "", steps, speed=judge.speed(log))
 
     def _judged(self, training: Training, part: Part) -> Result:
-        """The training beside the one that its part compares it with. Raises CommandError."""
+        """Runs the training and compares it with the part's reference. Raises CommandError."""
         if reason := self.machine.refusal(training.needs, training.ranks):
             return Result(training.name, SKIP, reason)
         own = self.train(training, part)
@@ -138,7 +138,7 @@ class Runner:
             return own
         reference = self._trained.get(part.against)
         if reference is None:
-            return Result(own.name, FAIL, f"{part.against} failed, with which it is compared", own.steps)
+            return Result(own.name, FAIL, f"{part.against} failed, and is its reference", own.steps)
         far = judge.difference(own.steps, reference.steps)
         tolerance = part.tolerance.gpu if self.machine.gpu else part.tolerance.cpu
         why = f"tolerance {tolerance:.0e}" + ("" if far <= tolerance else ": too far")
@@ -154,7 +154,7 @@ def _named(error: Exception) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of a command outlives it: torchrun's ranks are in sessions of their own, so each process is killed."""
+    """Kills all processes of a command: torchrun's ranks have their own sessions, so each is killed."""
     import psutil
 
     if process.poll() is None:
@@ -168,5 +168,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def shown(words: Sequence[str]) -> str:
-    """The command as it was typed."""
+    """The command as typed."""
     return shlex.join(["examples/gpu_acceptance.sh", *words])

@@ -1,4 +1,4 @@
-"""What figures of a training say."""
+"""Judging the figures of a training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_difference_is_the_largest_relative_one_over_the_same_samples() -> None:
 
 
 def test_speed_is_the_median_of_the_lines_after_the_first_ones() -> None:
-    """In the console's own words (reporting/console.py)."""
+    """In the console's format (reporting/console.py)."""
     line = (
         "iteration {0:>2}/12 | samples 8 | lm_loss 1.0000 | vm_loss 0.5000 | lr 1.00e-03 | grad norm 1.000 | "
         "{1:,.0f} tokens/s | {2:.1f} samples/s | 0.500 TFLOP/s/device | {3:.2f} GiB | ETA 0:01"

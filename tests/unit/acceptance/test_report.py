@@ -1,4 +1,4 @@
-"""The page and its pictures, and how commands are run for it."""
+"""The page and its pictures, and the runner of its commands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_page_says_what_passed_what_failed_and_why() -> None:
         "![lm_loss.svg](lm_loss.svg)",
         "| one | █▁ | 2.0000 1.0000 |",
         "| one | 1,234 | 5.0 | 0.250 | 1.50 |",
-        "## What layouts said at its end",
+        "## Last lines of layouts",
     ):
         assert line in page.splitlines(), line
 
@@ -59,7 +59,7 @@ def test_curves() -> None:
 
 
 def test_a_part_that_compared_nothing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that compared a part of its table says so; what it compares with does not count."""
+    """A part that compared some rows of its table reports that; its reference does not count."""
     states = {"one": "PASS", "two": "SKIP", "three": "PASS"}
     monkeypatch.setattr(
         Runner, "_judged", lambda self, training, part: Result(training.name, states[training.name], "why")
@@ -81,7 +81,7 @@ def test_a_failed_command_ends_its_part_and_nothing_else(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     fails = runner.run(Part("fails", "", ("python -c 'print(1); raise SystemExit(3)'", "python -c 'never'")))
     assert (fails.status, fails.why) == ("FAIL", "fails_1.log: ended with status 3")
-    assert fails.said.splitlines()[-1] == "1" and not (tmp_path / "logs" / "fails_2.log").exists()
+    assert fails.last_lines.splitlines()[-1] == "1" and not (tmp_path / "logs" / "fails_2.log").exists()
     passes = runner.run(Part("passes", "", ("python -c 'import os; print(os.environ[\"WORD\"])'",)))
     assert passes.status == "PASS" and (tmp_path / "logs" / "passes.log").read_text().endswith("hello\n")
     assert runner.run(Part("skips", "", ("python -c 'never'",), needs=("gpu",))).why == "needs a CUDA GPU"

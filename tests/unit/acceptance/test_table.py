@@ -1,4 +1,4 @@
-"""The table of parts: what it runs is accepted by the trainer, and what a machine lacks is said."""
+"""The table of parts: the trainer accepts its commands, and missing needs are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_names_are_unique_and_references_exist() -> None:
         assert (part.against is None) == (part.tolerance is None)
         assert part.against in {None, *(reference.name for reference in REFERENCES)}
         assert set(part.needs) | {need for t in part.trainings for need in t.needs} <= set(NEEDS)
-    for reference in REFERENCES:  # or a part would be skipped for what its reference needs
+    for reference in REFERENCES:  # or a part would be skipped because of its reference
         assert all(set(reference.needs) <= set(part.needs) for part in PARTS if part.against == reference.name)
 
 
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def test_flags_are_accepted(
     training: Training, parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where there is everything: the libraries are said to be there, nothing of them is called."""
+    """Also on a machine with all libraries: they are marked as installed and not called."""
     monkeypatch.setattr(platform, "fp8_refusal", lambda recipe: None)
     everything = platform.Libraries(**{field.name: True for field in dataclasses.fields(platform.Libraries)})
     for life in training.lives:

@@ -1,25 +1,25 @@
-"""What a checkpoint costs: stall of training, bytes on disk, throughput against plain torch, verification.
+"""Cost of a checkpoint: stall of training, bytes on disk, throughput compared with plain torch, verification.
 
     python benchmarks/checkpoint.py
 
-Every rank trains a stack of matrices of its own with Adam; what is saved are weights and both moments, cut as tensor
-parallelism cuts them. Figures of several turns are medians; the contenders take turns.
+Every rank trains its own stack of matrices with Adam. Weights and both moments are saved, split as under tensor
+parallelism. The methods run in turn; figures are medians over the turns.
 
-Stall: how much longer a row of training steps takes with one save in it than without, for a save that training waits
-for (sync) and for one beside it (async), whose every step until it is complete is counted.
+Stall: additional time of a sequence of training steps with one save, for a save that training waits for (sync) and for
+one that runs beside it (async), over all steps until the save is complete.
 
-Writing: the whole save that training waits for, against torch.save and fsync of the same tensors. Either computes a
-CRC-32 of all it writes. `and read back` is with the reading back and comparing that a save does before it is published.
-torch.save writes over its former file; `beside the former` is torch.save and fsync to a new file that then takes the
-former one's place, as a checkpoint does: memory that the former file's cache took is then not free to be used again.
-`torch's own` is torch.distributed.checkpoint, which syncs its files and computes no checksum.
+Writing: a whole synchronous save, compared with torch.save and fsync of the same tensors. Both compute a CRC-32 of all
+bytes. `and read back` includes the reading back and comparing before a save is published. torch.save overwrites its
+previous file; `beside the former` is torch.save and fsync to a new file that then replaces the previous one, as a
+checkpoint does: the memory of the previous file's cache cannot be reused. `torch's own` is
+torch.distributed.checkpoint, which syncs its files and computes no checksum.
 
-Reading: from the disk where the file system lets go of what it has cached. torch.load, which takes new memory and
-compares no checksum, against loading into the tensors of a model, as a run with --no-verify does, and against doing so
-after every file was read and compared with its checksum, as a run does. That finds in memory what was just compared.
-torch.distributed.checkpoint loads into the same tensors.
+Reading: from the disk if the file system can drop its cache. torch.load, which allocates new memory and verifies no
+checksum, is compared with loading into the tensors of a model (a run with --no-verify), and with the same after
+verifying every file's checksum (a run's default), which then reads from the cache. torch.distributed.checkpoint loads
+into the same tensors.
 
-Index: how long reading the index of INDEX_TENSORS tensors takes through the allow-list, against pickle.load.
+Index: time to read the index of INDEX_TENSORS tensors through the allow-list, compared with pickle.load.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ from ross_mcore.conversion.stream import TensorWriter
 WIDTH = 1024
 TOKENS = 48
 INDEX_TENSORS = 3000
-"""About as many as a 7B model with both moments and masters has."""
+"""About the number in a 7B model with both moments and masters."""
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 8, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
 
 
 def any_model() -> ModelConfig:
-    """An architecture for config.json; what is saved here is not that model."""
+    """An architecture for config.json; the saved tensors are not this model."""
     language = LanguageConfig.from_huggingface({**LLAMA, "num_attention_heads": 1})
     return ModelConfig(language, VisionConfig(CLIP, (0, 0, 0), (1, 1, 1)), ProjectorConfig(), None, None)
 
 
 class Training:
-    """A rank's own matrices [WIDTH, WIDTH], trained on noise: a state that changes with every step."""
+    """A rank's matrices [WIDTH, WIDTH], trained on noise: a state that changes at every step."""
 
     def __init__(self, layers: int) -> None:
         torch.manual_seed(dist.get_rank())
@@ -104,7 +104,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def steps_with(training: Training, steps: int, start: Callable[[], RunningSave | None]) -> tuple[float, float]:
-    """(seconds of a row of steps with a save in it, seconds that training stood still)."""
+    """(seconds of a sequence of steps with one save, seconds that training was blocked)."""
     stood = 0.0
 
     def run() -> None:
@@ -127,7 +127,7 @@ def steps_with(training: Training, steps: int, start: Callable[[], RunningSave |
 
 
 def forget(folder: Path) -> None:
-    """Drops what the system has cached of a folder's files."""
+    """Drops a folder's files from the system's cache."""
     for path in folder.rglob("*"):
         if path.is_file() and hasattr(os, "posix_fadvise"):
             with path.open("rb") as stream:
@@ -148,7 +148,7 @@ def torch_save_beside(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def dcp_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Under names of this rank's own: torch.distributed.checkpoint stores a name once."""
+    """The state under names unique to this rank: torch.distributed.checkpoint stores a name once."""
     return {f"{dist.get_rank()}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -181,7 +181,7 @@ def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str
             return None
         return running
 
-    begin(copies).finish()  # type: ignore[union-attr]  # the memory of the copy is had once a run
+    begin(copies).finish()  # type: ignore[union-attr]  # the memory of the copy is allocated once per run
     step = statistics.median(timed(training.step) for _ in range(5))
     save = timed(lambda: begin(None))
     steps = max(10, round(4 * save / step))
@@ -208,7 +208,9 @@ def measure_throughput(training: Training, root: Path, turns: int, say: Callable
     rank, model, tensors = dist.get_rank(), any_model(), training.tensors()
     plain, beside = root / f"plain_{rank}.pt", root / f"beside_{rank}.pt"
     state_bytes = dist.get_world_size() * sum(tensor.nbytes for tensor in tensors.values())
-    own_tensors = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}  # a model's are not fresh memory
+    own_tensors = {
+        name: torch.ones_like(tensor) for name, tensor in tensors.items()
+    }  # a model's tensors are not new memory
 
     def load(checkpoint: Checkpoint, verify: bool) -> None:
         if verify:
@@ -292,11 +294,11 @@ def run(rank: int, world: int, port: int, options: argparse.Namespace, root: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=384, help="of state, over all ranks [%(default)s]")
+    parser.add_argument("--mib", type=int, default=384, help="size of the state over all ranks [%(default)s]")
     parser.add_argument("--ranks", type=int, default=1, help="processes [%(default)s]")
     parser.add_argument("--turns", type=int, default=3, help="[%(default)s]")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure, default: that of temporary files")
-    parser.add_argument("--port", type=int, default=29541, help="that the ranks meet at [%(default)s]")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure [that of temporary files]")
+    parser.add_argument("--port", type=int, default=29541, help="port of the rendezvous [%(default)s]")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=options.folder))
     try:

@@ -1,21 +1,20 @@
-"""How fast one worker makes samples, beside plain `webdataset` on the same tars and beside PIL alone.
+"""Speed of one worker process, compared with plain `webdataset` on the same tars and with PIL alone.
 
     python benchmarks/data.py
 
 Pictures are drawn like photographs (smooth colours and noise, 640 x 480 JPEG of about 60 kB) and go through
-SigLIP-384's preprocessing, padded to a square. Four ways, each in one worker process that hands over 8 samples at a
+SigLIP-384's preprocessing, padded to a square. Four methods, each in one worker process that returns 8 samples at a
 time, interleaved and repeated; medians are compared:
 
-- ours: StepLoader, from tar to tokens, labels and pictures as 8-bit levels, which the model normalises where it is
-  (0.3 ms a picture on a core); in the shuffled order;
+- ours: StepLoader, from tar to tokens, labels and pictures as 8-bit levels, which the model normalises on its device
+(0.3 ms a picture on a core); in shuffled order;
 - webdataset: the library's own pipeline over the same tars, front to back: decode with PIL, the same preprocessing to
   normalised float32, no tokens;
-- PIL, prepared: the same pictures read from files one after the other, decoded and preprocessed: what any loader must
-  do for this tower;
+- PIL, prepared: the same pictures read from files in order, decoded and preprocessed: the minimum work for this tower;
 - PIL, decoded: only decoded to RGB.
 
-`of PIL` is samples a second of ours over those of PIL, prepared. Then a short training on the demo's parts shows which
-share of a step waits for data, by number of worker processes.
+`ours / PIL, prepared` is the ratio of samples per second. A short training on the demo's parts then shows the share of
+a step that waits for data, by number of worker processes.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ from ross_mcore.shards.writer import ShardWriter
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo"
 ROWS = 8
-"""Samples that a worker hands over at a time."""
+"""Samples that a worker returns at a time."""
 PREFETCHED = 2
 WORDS = "the a red blue house tree stands beside road under sky and two people walk along water with boat".split()
 
 
 def draw_picture(rng: np.random.Generator) -> Image.Image:
-    """A smooth picture with noise on it, which JPEG compresses about as well as a photograph."""
+    """A smooth picture with noise, which JPEG compresses about as well as a photograph."""
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     coarse = coarse.resize((640, 480), Image.Resampling.BICUBIC)
     noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (480, 640, 3))
@@ -87,7 +86,7 @@ def make_shards(folder: Path, count: int) -> tuple[Path, Path]:
 
 
 def full_size_model() -> ModelConfig:
-    """SigLIP-SO400M's input; of the rest only the shape of the dataclasses matters."""
+    """SigLIP-SO400M's input; the other values are not used."""
     tower = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}
     vision = VisionConfig(tower | {"hidden_size": 8, "num_hidden_layers": 2}, (0.5,) * 3, (0.5,) * 3)
     language = LanguageConfig("qwen2", 8, 8, 1, 1, 1, 8, 512, 64, 1e-6, 1e4, True, True)
@@ -124,7 +123,7 @@ class PlainWebDataset(IterableDataset[Any]):
 
 
 def seconds_of(batches: Iterator[Any], count: int) -> float:
-    """Seconds of `count` batches, after those that were made while the worker started."""
+    """Seconds of `count` batches, after those produced during the worker's start."""
     for _ in range(PREFETCHED + 1):
         next(batches)
     start = time.perf_counter()
@@ -134,7 +133,7 @@ def seconds_of(batches: Iterator[Any], count: int) -> float:
 
 
 def compare(shards: Path, pictures: Path, count: int, repeats: int) -> dict[str, float]:
-    """Median samples a second of every way."""
+    """Median samples per second of each method."""
     tokenizer, spec = load_tokenizer(DEMO / "weights" / "tokenizer"), SampleSpec("qwen_2", "pad", seq_length=4096)
     dataset = ShardDataset(ShardReader(shards), tokenizer, full_size_model(), spec)
     one_worker: dict[str, Any] = {
@@ -166,7 +165,7 @@ def compare(shards: Path, pictures: Path, count: int, repeats: int) -> dict[str,
 
 
 def share_waiting(folder: Path, shards: Path, workers: int, iterations: int) -> float:
-    """Share of the steps' time, without the first few, that a training of the demo's model waits for data."""
+    """Share of the steps' time, without the first steps, that a training of the demo's model waits for data."""
     run = folder / f"run_{workers}"
     flags = {
         "--config": DEMO / "finetune.yaml",

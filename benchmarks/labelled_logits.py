@@ -1,4 +1,4 @@
-"""What making logits at labelled positions only saves: time and memory of the vocabulary projection, side by side.
+"""Savings of computing logits only at labelled positions: time and memory of the vocabulary projection.
 
     python benchmarks/labelled_logits.py
 

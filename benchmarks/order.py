@@ -1,13 +1,13 @@
-"""What shuffling in blocks saves in reading and costs in randomness, and what an order costs to start, resume and hold.
+"""Shuffling in blocks: savings in reading, loss of randomness, and the cost to start, resume and hold an order.
 
     python benchmarks/order.py
 
-The index is simulated: 737,000 samples in shards of 10,000, as Cambrian-737k would be. Shards: distinct ones among
-1,000 samples in a row. Switches: changes of shard over those 1,000, read as they come. Seeks: jumps to a sample that is
-not the next of the last one, per 1,000 samples, when the samples of a window are read in the order of the shards (of
-16,384 samples for the full shuffle). Noise: standard deviation of the mean sample number over a batch of 256, relative
-to the full shuffle: what the block-wise order costs if the shards are sorted, by position, as strongly as can be; it
-is 1 for shards written in random order.
+The index is simulated: 737,000 samples in shards of 10,000, like Cambrian-737k. Shards: distinct shards among 1,000
+consecutive samples. Switches: changes of shard over those 1,000, read in order. Seeks: jumps to a sample that is not
+the next of the last one, per 1,000 samples, when the samples of a window are read in the order of the shards (of 16,384
+samples for the full shuffle). Noise: standard deviation of the mean sample number over a batch of 256, relative to the
+full shuffle: the cost of the block-wise order if the shards are fully sorted by position; it is 1 for shards written in
+random order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def reading(order: Order, window_samples: int) -> tuple[float, float, float, flo
 
 
 def simulated_lengths(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of samples of an index too large to be written."""
+    """Token counts of the samples of an index too large to write."""
     return 600 + numbers * 7919 % 700
 
 

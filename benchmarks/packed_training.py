@@ -1,11 +1,11 @@
-"""Samples a second of real training, packed against padded, on the lengths of instruction data.
+"""Samples per second of real training, packed and padded, on the lengths of instruction data.
 
     python benchmarks/packed_training.py
 
 The demo's model trains on drawn conversations whose lengths are those of benchmarks/packing.py ("instructions", an
-eighth of their tokens, for rows of 512), in micro-batches of as many rows either way: packed, a row is full of samples;
-padded, it holds one, and all are as long as the longest of the step. One process, one thread; the two take turns, and
-what is compared is the samples of all steps but the first over their time.
+eighth of their tokens, for rows of 512), with the same number of rows per micro-batch. Packed, a row is full of
+samples; padded, it has one, and all rows are as long as the step's longest. One process, one thread; the two run in
+turn. Compared are samples per second over all steps except the first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROW_TOKENS = 4096 // SCALE
 
 
 def make_shards(folder: Path, count: int) -> Path:
-    """`count` conversations of one round of about the drawn lengths, with a picture where the drawn one has one."""
+    """`count` conversations of one round with about the drawn lengths, and with a picture if the drawn one has it."""
     rng = np.random.default_rng(0)
     tokenizer = load_tokenizer(DEMO / "weights" / "tokenizer")
     tokens_a_word = len(encode(" ".join(WORDS), tokenizer)) / len(WORDS)

@@ -1,22 +1,22 @@
-"""How full packed rows are on the lengths of captions and of instructions, and how far ahead of padded micro-batches.
+"""Fill of packed rows on the lengths of captions and of instructions, and the gain over padded micro-batches.
 
     python benchmarks/packing.py
 
-Packed: windows of 16,384 samples through ross_mcore.data.packing, by each of its two rules and as it is used. Padded:
-the same samples in random order, one a row, each row as long as the longest of its micro-batch; first in micro-batches
-of 8 and 32 rows, then with as many rows as the slots of 8 packed rows take, which no trainer with a fixed micro-batch
-size does. `padding` is the share of computed slots without a token, `ahead` how many times more samples packed rows
-bring through the same number of computed slots: the speed-up, as far as time goes by slots.
+Packed: windows of 16,384 samples through ross_mcore.data.packing, by each of its two rules and by both as used. Padded:
+the same samples in random order, one per row, each row as long as the longest of its micro-batch; first in
+micro-batches of 8 and 32 rows, then with as many rows as fit the slots of 8 packed rows, which no trainer with a fixed
+micro-batch size does. `padding` is the share of computed slots without a token, `ahead` the ratio of samples that
+packed rows process in the same number of slots: the speed-up if time is proportional to slots.
 
-Lengths are drawn, since the data sets are not here. What is published of them:
+Lengths are drawn, because the data sets are not available here. Published facts about them:
 - captions: 558,128 of LAION, CC and SBU by BLIP in 181 MB of JSON (LLaVA, docs/Data.md), 324 bytes a record, of which
   some 60 are caption; CC3M has 10.3 +- 4.5 tokens a caption (Sharma et al. 2018). Drawn: 14 tokens on average and a
   picture in every one.
 - instructions: LLaVA-1.5's 665 thousand (Liu et al. 2023, table of the data mixture), of which 40 thousand are
   ShareGPT's: text only, and cut at 2,048 tokens. The others have a picture; those written by GPT have 1,452 bytes a
   record (229 MB for 157,712; docs/Data.md), and questions about one picture are joined to one record. Drawn: 255
-  text tokens on average beside a picture, and about 1,000 without, log-normal. The means of text are what the bytes
-  allow, at 4.3 a token and with the template added, and no published counts: --text-tokens shows others.
+  text tokens on average beside a picture, and about 1,000 without, log-normal. The means of text are estimated from the
+  bytes, at 4.3 per token and with the template added; they are not published. --text-tokens changes them.
 - a picture is 576 tokens (CLIP ViT-L/14-336) or 729 (SigLIP-384).
 """
 
@@ -36,7 +36,7 @@ INSTRUCTION_TEXT_TOKENS = 255.0
 
 
 def log_normal(rng: np.random.Generator, count: int, mean: float, spread: float, least: int) -> NDArray[np.int64]:
-    """[count] whole numbers from `least` on of about this mean; spread: deviation of the logarithm."""
+    """[count] integers of at least `least` with about this mean; spread: deviation of the logarithm."""
     values = rng.lognormal(np.log(mean) - spread**2 / 2, spread, count)
     return np.maximum(np.rint(values), least).astype(np.int64)
 
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def line(mix: str, image_tokens: int, row_tokens: int, lengths: NDArray[np.int64]) -> str:
-    """One line of the table, for lengths [n] of whole windows."""
+    """One line of the table, for the lengths [n] of whole windows."""
     windows = lengths.reshape(-1, WINDOW_SAMPLES)
     total = int(lengths.sum())
     filled = [

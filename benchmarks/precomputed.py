@@ -1,11 +1,11 @@
-"""What precomputed parts save: time of a training step with pictures, with latents, and with features as well.
+"""Savings of precomputing: time of a training step with pictures, with latents, and with latents and features.
 
     python benchmarks/precomputed.py
 
-The demo's model trains on drawn pictures, in one process and one thread; the ways take turns, and what is compared is
-the fastest step of each, which a busy machine disturbs least. At full size nothing is run: the share of a step's
-operations that tower and VAE have is counted for Qwen2-7B, SigLIP-SO400M at 384 pixels and the FLUX VAE, with 300 text
-tokens beside a picture.
+The demo's model trains on drawn pictures, in one process and one thread. The methods run in turn; the fastest step of
+each is compared, because a busy machine affects it least. Nothing is run at full size: the share of tower and VAE in a
+step's operations is counted for Qwen2-7B, SigLIP-SO400M at 384 pixels and the FLUX VAE, with 300 text tokens per
+picture.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def full_size_model() -> ModelConfig:
 
 
 def saved_share(llm_trains: bool, precomputed: Precomputed) -> float:
-    """Share of a step's operations that need no longer be done."""
+    """Share of a step's operations that precomputing saves."""
     model = full_size_model()
 
     def step(given: Precomputed) -> float:
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64, help="samples of the data set [%(default)s]")
     parser.add_argument("--iterations", type=int, default=8, help="steps of every run [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=2, help="turns of each way [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of each method [%(default)s]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

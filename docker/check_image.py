@@ -1,7 +1,7 @@
-"""What is compiled in an image, and whether it is what ross_mcore needs: for docker/Dockerfile, which says how.
+"""Checks the compiled packages of an image against the needs of ross_mcore; used by docker/Dockerfile.
 
-  python docker/check_image.py --pins            what must not be replaced, as constraints for pip
-  python docker/check_image.py [--base FILE]     the versions; exit status 1 when something is missing or does not fit
+  python docker/check_image.py --pins            packages that must not be replaced, as constraints for pip
+  python docker/check_image.py [--base FILE]     the versions; exit status 1 if a package is missing or does not fit
 
 It imports none of the libraries: an image is built on machines without a GPU.
 """
@@ -15,15 +15,15 @@ import sys
 from pathlib import Path
 
 HELD = ("torch", "torchvision", "triton", "pytorch-triton", "numpy")
-"""Compiled, or what compiled packages were built against. Transformer Engine, flash-attn and Apex are needed by nothing
-that pip installs, so they are not touched."""
+"""Compiled packages, and the packages they were built against. Nothing that pip installs needs Transformer Engine,
+flash-attn or Apex, so pip does not replace them."""
 RANGES = {"torch": ">=2.7", "transformer-engine": ">=2.9.0a0,<2.12.0", "flash-attn": ">=2.1.1"}
-"""Of setup.py, of megatron-core 0.16.1's extra `dev`, and of Transformer Engine 2.9.0."""
+"""From setup.py, from megatron-core 0.16.1's extra `dev`, and from Transformer Engine 2.9.0."""
 APEX = "fused_weight_gradient_mlp_cuda"
 
 
 def version(package: str) -> str | None:
-    """The installed version, None where there is none. transformer-engine and transformer_engine are one name."""
+    """The installed version; None if there is none. transformer-engine and transformer_engine are one name."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def pins() -> list[str]:
 
 
 def problems(base: list[str]) -> list[str]:
-    """What is missing, does not fit, or is not what `base` names."""
+    """Packages that are missing, do not fit, or differ from `base`."""
     from packaging.specifiers import SpecifierSet
 
     found = [f"{pin} was replaced by {version(pin.split('==')[0])}" for pin in base if pin not in pins()]
@@ -60,7 +60,7 @@ def main() -> int:
     for package in dict.fromkeys((*HELD, *RANGES, "apex", "megatron-core", "transformers", "diffusers")):
         print(f"{package}: {version(package) or 'not installed'}")
     has_fusion = importlib.util.find_spec(APEX) is not None
-    print(f"{APEX}, for --gradient-accumulation-fusion: {'there' if has_fusion else 'not there; optional'}")
+    print(f"{APEX}, for --gradient-accumulation-fusion: {'installed' if has_fusion else 'not installed; optional'}")
     found = problems(options.base.read_text(encoding="utf-8").split() if options.base else [])
     for problem in found:
         print(f"check_image: {problem}", file=sys.stderr)

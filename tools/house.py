@@ -1,9 +1,9 @@
 """Counts of the code, for comparing two states of this repository: `python tools/house.py [--root DIR]`.
 
-Reads source files and imports none of them, so it works on any checkout. What is counted:
+Reads source files without importing them, so it works on any checkout. It counts:
 
 - Lines: all lines of a `.py` file, by the folder (or single file) of `ross_mcore` that it belongs to. The total of the
-  trainer's package leaves out the folders of NOT_TRAINER, wherever a checkout has them.
+  trainer's package leaves out the folders of NOT_TRAINER, which may be inside or outside the package.
 - Functions: of `ross_mcore`, `tools` and `pretrain_ross.py`, methods and nested functions included; the length runs
   from `def` to the last line. Parameters are those with a name, without `self`, `cls`, `*args` and `**kwargs`.
   The `__init__` that a dataclass generates is not a function of the source and does not count.
@@ -11,7 +11,7 @@ Reads source files and imports none of them, so it works on any checkout. What i
 - An option's files: files of `ross_mcore` and `tools` whose text has the word `supervise_final_eos`.
 - A part's prefix: files of `ross_mcore` and `tools` with a string literal (pieces of f-strings included, docstrings
   not) in which a name of PARTS starts a dotted name, as in "denoiser.net" or r"language_model\\.decoder"; a name after
-  another dot ("model.pixel_decoder.x") belongs to someone else's format. Also literals equal to a name of PARTS, except
+  another dot ("model.pixel_decoder.x") belongs to another format. Also literals equal to a name of PARTS, except
   "denoiser" and "pixel_decoder", which are sections of config.json as well.
 - Exceptions caught by name in `train`: classes in its `except` clauses, tuples of the same file resolved.
 - Comments `type: ignore` and `noqa: E402`: of all `.py` files outside hidden folders. A reason is text in a second
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def print_lines(package: dict[str, str]) -> None:
-    """Lines and files of every room of the package, and the total of the trainer's."""
+    """Prints lines and files of each folder of the package, and the total of the trainer."""
     lines, count = Counter[str](), Counter[str]()
     for name, text in package.items():
         room = name.split("/")[1]
@@ -99,7 +99,7 @@ def parameters(node: Function) -> list[str]:
 
 
 def imports_of_loop(tree: ast.Module, files: set[str]) -> tuple[set[str], int]:
-    """Own modules that the loop imports, and how many names it imports from them, a module itself being one name."""
+    """Own modules that the loop imports, and the number of names imported from them; a module counts as one name."""
     modules: set[str] = set()
     names = 0
     for node in ast.walk(tree):
@@ -125,7 +125,7 @@ def literals(tree: ast.Module) -> Iterator[str]:
 
 
 def caught(tree: ast.Module, function: str) -> list[str]:
-    """Names in the `except` clauses of a function; names of tuples of the module stand for what is in them."""
+    """Names in the `except` clauses of a function; names of tuples in the module are replaced by their contents."""
     assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)]
     tuples = {target.id: node.value for node in assigned for target in node.targets if isinstance(target, ast.Name)}
 

@@ -2,9 +2,9 @@
 
     python examples/demo/make_language_model.py --out examples/demo/weights/language_model
 
-It learns to write captions and to answer the questions of a chat about a picture that is described in words, so that
-a projector can reach it later: a frozen model of random weights learns no caption in stage 1. The text never joins the
-colour and the shape of a held-out pair.
+It learns to write captions and to answer questions about a picture described in words, so that a projector can use it
+later: with a frozen model of random weights stage 1 learns no captions. The text never combines the colour and the
+shape of a held-out pair.
 
 Shapes: B texts, L tokens of the longest.
 """
@@ -32,8 +32,8 @@ def build_language_model(vocabulary_size: int, padding_token: int, end_token: in
     """Build the language model with random weights.
 
     At this width the usual ``initializer_range`` of 0.02 takes several times longer to learn anything. The embeddings
-    are made large and the layers' outputs small against them, so that what enters at a position is still there after
-    the last layer: the denoiser has to read the picture from the hidden states at the image tokens.
+    are large compared with the layers' outputs, so that the input at a position is preserved up to the last layer: the
+    denoiser must read the picture from the hidden states at the image tokens.
 
     Args:
         vocabulary_size: Entries of the tokenizer; the model rounds them up, as Qwen2 does.

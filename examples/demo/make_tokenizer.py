@@ -1,7 +1,7 @@
 """Make the demo's tokenizer: a byte-level BPE of about 480 entries, with Qwen2's splitting rules and special tokens.
 
-Every word of the scenes gets a token of its own, leading space included: the labels of template ``qwen_2`` leave out
-the first token of an answer where that is only the space.
+Every word of the scenes becomes one token, leading space included: the labels of template ``qwen_2`` leave out the
+first token of an answer if it is only the space.
 
 python examples/demo/make_tokenizer.py --out examples/demo/weights/tokenizer
 """
@@ -26,7 +26,7 @@ VOCABULARY_LIMIT = 1000
 
 
 def make_tokenizer(texts: Iterable[Sequence[str]]) -> PreTrainedTokenizerBase:
-    """Learn from the pieces of ``texts`` every merge there is and return a ``Qwen2Tokenizer``."""
+    """Learn all merges from the pieces of ``texts`` and return a ``Qwen2Tokenizer``."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 

@@ -2,10 +2,10 @@
 
     python examples/demo/make_tower.py --out examples/demo/weights/vision_model
 
-A real tower has learned from captioned pictures; this one is told, for each patch, the colour and the shape in its
-quadrant, where the patch lies, and its pixels. It uses labels: it stands in for a pre-trained tower and is no result.
-Training uses ``hidden_states[-2]``, the input of the last layer, so the model has one layer more than is trained.
-The held-out colour-shape pairs are never shown.
+A real tower has learned from captioned pictures. This one is trained to predict for each patch the colour and the shape
+in its quadrant, its position and its pixels. It uses labels: it replaces a pre-trained tower and is not a result.
+Training uses ``hidden_states[-2]``, the input of the last layer, so the model has one layer more than is trained. The
+held-out colour-shape pairs are never shown.
 
 Shapes: B pictures, T = 16 patches in row-major order, W = width.
 """
@@ -64,7 +64,7 @@ def build_tower() -> SiglipVisionModel:
 
 
 def build_heads() -> torch.nn.ModuleDict:
-    """Build the linear maps from a patch's feature to its labels; they are thrown away after training."""
+    """Build the linear maps from a patch's feature to its labels; they are discarded after training."""
     from torch import nn
 
     patches = (PICTURE_PIXELS // PATCH_PIXELS) ** 2
@@ -98,10 +98,10 @@ def compute_losses(
 
     Args:
         tower: The model.
-        heads: What ``build_heads`` built.
+        heads: Output of ``build_heads``.
         scenes: B scenes.
-        paint_rng: Paints half of the scenes in any colour, labelled with the nearest name: so the tower learns what a
-            shape is whatever its colour, and the other way round.
+        paint_rng: Paints half of the scenes in any colour, labelled with the nearest name, so that the tower learns
+        shape and colour independently.
     """
     import torch
     from torch.nn import functional
@@ -149,10 +149,10 @@ def train(tower: SiglipVisionModel, arguments: argparse.Namespace) -> torch.nn.M
 
 
 def scale_features(tower: SiglipVisionModel, target: float) -> None:
-    """Bring the root mean square of the selected features to ``target`` without changing what they say.
+    """Bring the root mean square of the selected features to ``target`` without changing their direction.
 
-    Everything that is added to the residual stream is scaled by one factor; the layer norms in front of attention and
-    MLP take it out again. Features of real towers are large, too, and small ones drown in the language model's layers.
+    All additions to the residual stream are scaled by one factor; the layer norms before attention and MLP remove it
+    again. Features of real towers are large too, and small ones have little effect in the language model's layers.
     """
     import torch
 

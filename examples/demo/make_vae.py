@@ -4,7 +4,7 @@
 
 The latents have 16 channels at an eighth of the picture's side, there are no quantisation convolutions, and
 ``shift_factor`` and ``scaling_factor`` bring the latents to mean 0 and variance 1. Noise on the latents during training
-makes the decoder forgiving of what a denoiser samples. The held-out colour-shape pairs are never shown.
+makes the decoder robust to errors of a denoiser. The held-out colour-shape pairs are never shown.
 
 Shapes: B pictures, P = 64 pixels.
 """

@@ -1,8 +1,8 @@
 """The whole trainer on a laptop: scenes -> shards -> conversion -> two training stages on four ranks -> answers.
 
 Trains a small ROSS model at tensor 2 x pipeline 2 on the CPU, stops it in the middle and resumes it, asks it about
-pictures it has not seen, and draws what its image states reconstruct. Ends with a table and exits non-zero when one of
-its own checks fails. Everything it makes lies under --out.
+pictures it was not trained on, and draws the reconstructions from its image states. It ends with a table, and exits
+non-zero if one of its checks fails. All output is under --out.
 
     python examples/demo/run_demo.py --out runs/demo
 """
@@ -35,7 +35,7 @@ PICTURES_SHOWN = 8
 
 LEAST_HELD_OUT, LEAST_UNSEEN, LEAST_NAMED = 0.90, 0.80, 0.70
 GUESSING_MARGIN = 0.10
-"""How far above guessing the blanked picture may lie: its noise over a few hundred questions."""
+"""Allowed accuracy above guessing with a blank picture: noise over a few hundred questions."""
 
 
 class DemoError(UserError, RuntimeError):
@@ -57,7 +57,7 @@ class Clock:
 
 
 def run(command: Sequence[str | Path]) -> None:
-    """Shows a command and runs it from the top of the repository. Raises DemoError when it fails."""
+    """Prints a command and runs it from the top of the repository. Raises DemoError if it fails."""
     print(f"$ {_shown(command)}", flush=True)
     status = subprocess.run([str(word) for word in command], cwd=ROOT, check=False).returncode
     if status:
@@ -65,7 +65,7 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 def _shown(command: Sequence[str | Path]) -> str:
-    """The command as a person would type it."""
+    """The command as typed in a shell."""
     words = [str(word).removeprefix(f"{ROOT}/") for word in command]
     return (
         shlex.join(words)
@@ -118,7 +118,7 @@ def train_and_interrupt(command: list[str | Path], run_folder: Path, at_iteratio
 
 
 def check_stream(run_folder: Path, shards: Path, seed: int) -> bool:
-    """Whether every iteration is logged once and trained on exactly the samples that the pure order says."""
+    """Whether every iteration is logged once and was trained on the samples given by the order function."""
     from ross_mcore.data.order import BlockOrder, sample_digest
     from ross_mcore.data.shard_reader import ShardReader
 
@@ -156,7 +156,7 @@ def repeat_one_step(out: Path, iteration: int, train_iters: int) -> float:
 
 
 def accuracy(trained: TrainedModel, records: list[dict[str, Any]], folder: Path) -> tuple[float, list[str]]:
-    """Share of questions answered with exactly the right word, and the answers."""
+    """Share of questions answered with exactly the right word, and all answers."""
     from ross_mcore.inference import Question, answer, read_picture
 
     preprocessing = trained.preprocessing("square")
@@ -170,7 +170,7 @@ def accuracy(trained: TrainedModel, records: list[dict[str, Any]], folder: Path)
 def reconstruct_scenes(
     trained: TrainedModel, records: list[dict[str, Any]], data: Path, output: Path
 ) -> dict[str, float]:
-    """Draws the grid; share of shapes and colours named rightly in samples, and after a mere VAE round trip."""
+    """Draws the grid; share of shapes and colours named rightly in samples, and after a VAE round trip alone."""
     import torch
     from scenes import Scene
     from templates import share_named_rightly
@@ -186,7 +186,7 @@ def reconstruct_scenes(
     with torch.no_grad():
         decoder = trained.model.pixel_decoder
         round_trip = decoder.decode(decoder.encode(torch.stack(pixels), None))
-    shown = slice(0, None, len(scenes) // PICTURES_SHOWN | 1)  # odd: four counts take turns
+    shown = slice(0, None, len(scenes) // PICTURES_SHOWN | 1)  # odd, because the counts cycle with period four
     as_picture(picture_grid([originals[shown], samples[shown]])).save(output)
     return {
         "samples": share_named_rightly([as_picture(image) for image in samples], scenes),
@@ -211,7 +211,7 @@ def first_and_last_losses(out: Path) -> dict[str, dict[str, float]]:
 
 
 def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]:
-    """All figures of summary.json but the times."""
+    """All figures of summary.json except the times."""
     import torch
     from scenes import guessing_rate
 
@@ -256,7 +256,7 @@ def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]
 
 
 def checks(summary: dict[str, Any]) -> dict[str, bool]:
-    """What the demo promises."""
+    """The demo's checks."""
     accuracies, named, resume = summary["accuracy"], summary["named_rightly"], summary["resume"]
     grey = accuracies["grey"]
     return {
@@ -333,8 +333,8 @@ def main() -> int:
         shutil.rmtree(out)
     iterations = 12 if options.short else None
     clock = Clock()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # four ranks, and not four GPUs
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a rank: there are more ranks than cores
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # four ranks without four GPUs
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per rank: there are more ranks than cores
     sys.path[:0] = [str(HERE)]
     try:
         with clock.measure("scenes and shards"):
@@ -367,7 +367,7 @@ def main() -> int:
         return 1
     summary["seconds"] = {step: round(seconds, 1) for step, seconds in clock.seconds.items()}
     summary["checks"] = checks(summary)
-    if options.short:  # too few steps to learn anything: what is left are the checks of the machinery
+    if options.short:  # too few steps to learn: only checks without accuracy remain
         summary["checks"] = {
             name: ok for name, ok in summary["checks"].items() if "resumed" in name or "restart" in name
         }

@@ -2,9 +2,9 @@
 
 A scene is one to four identical shapes on white ground, at most one in each quadrant of a 64-pixel picture. Radius and
 position vary a little, so that no two pictures need be the same. Five of the 30 colour-shape pairs never occur in a
-training set: questions about them show whether a model combines what it knows.
+training set: questions about them show whether a model combines known colours and shapes.
 
-Everything is a function of explicit seeds. Nothing here knows about models; only the command line writes files.
+All output is a function of explicit seeds; only the command line writes files.
 
     python examples/demo/scenes.py --out demo_data --count 3000 --seed 1 --eval-seed 2
 """
@@ -68,7 +68,7 @@ TRAINING_PAIRS: tuple[Pair, ...] = tuple(pair for pair in ALL_PAIRS if pair not 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """The contents of a picture.
 
     Attributes:
         colour: A key of ``COLOURS``, the same for every shape of the scene.
@@ -91,7 +91,7 @@ class Scene:
             raise ValueError(f"{len(self.quadrants)} quadrants but {len(self.offsets)} offsets")
 
     def name_in(self, quadrant: int) -> str:
-        """Name what a quadrant shows: ``"blue circle"`` or ``"nothing"``."""
+        """Name the contents of a quadrant: ``"blue circle"`` or ``"nothing"``."""
         return f"{self.colour} {self.shape}" if quadrant in self.quadrants else NOTHING
 
     @classmethod
@@ -222,7 +222,7 @@ def write_caption(scene: Scene) -> str:
 def ask(scene: Scene, kind: str) -> tuple[str, str]:
     """Return a question of one of ``QUESTION_KINDS`` and its answer of one word.
 
-    How to ask for the place depends on the count: one shape has a corner, three leave a corner free.
+    The question about the place depends on the count: one shape has a corner, three leave a corner free.
     """
     if kind == "colour":
         return "What colour is this?", scene.colour
@@ -308,7 +308,7 @@ def guessing_rate(records: Sequence[dict[str, Any]]) -> float:
 
 
 def picture_path(folder: str, number: int) -> str:
-    """Return where a picture lies below the folder of the data set."""
+    """Return the path of a picture relative to the folder of the data set."""
     return f"images/{folder}/{number:05d}.png"
 
 

@@ -1,7 +1,7 @@
-"""Name what a picture of a scene shows by its nearest templates.
+"""Name the contents of a scene's picture by its nearest templates.
 
 Each quadrant is compared with 31 templates: the 30 colour-shape pairs at the mean radius, centred, and an empty one.
-The nearest in mean squared error gives the name. No training is involved, so it can judge sampled reconstructions.
+The nearest template in mean squared error gives the name. It needs no training, so it can judge reconstructions.
 
 Shapes: P = PICTURE_PIXELS, Q = QUADRANT_PIXELS.
 """
@@ -58,8 +58,8 @@ def share_named_rightly(pictures: Sequence[Picture], scenes: Sequence[Scene], oc
 
     Args:
         pictures: Reconstructions.
-        scenes: What each of them should show.
-        occupied_only: Count only quadrants that hold a shape, the stricter figure: empty ones are easily right.
+        scenes: The expected scene of each.
+        occupied_only: Count only quadrants that hold a shape, the stricter figure, because empty ones are easy.
 
     Raises:
         ValueError: The number of pictures is not the number of scenes, or there is nothing to count.

@@ -1,7 +1,7 @@
-"""Text about scenes, without pictures: what the demo's tokenizer and language model are made from.
+"""Text about scenes, without pictures, to train the demo's tokenizer and language model.
 
 The two layouts are those of training: a caption that ends its line (template ``plain``) and a chat (template
-``qwen_2``). Where training has an image, this text has a list of what each part of the picture shows, or the caption.
+``qwen_2``). In place of an image, this text has a list of the contents of each patch, or the caption.
 """
 
 from __future__ import annotations

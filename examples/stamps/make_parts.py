@@ -1,13 +1,13 @@
-"""Makes the small models that the stamps training starts from, out of the same pictures and captions.
+"""Makes the initial models of the stamps training from its pictures and captions.
 
     python examples/stamps/make_parts.py --data runs/stamps/data --out runs/stamps/parts
 
 tokenizer        byte-level BPE, learned from the captions and the chat's system prompt
-language_model   Qwen2 with random weights: all it will know about captions it learns in training
+language_model   Qwen2 with random weights: it learns captions only in training
 pixel_decoder    AutoencoderKL with FLUX's latent layout, trained to reproduce the pictures
 vision_model     SigLIP tower, trained as the encoder of an autoencoder on the pictures; it never sees a caption
 
-VAE and tower are made from GPL-2 pictures, so they stay where they are made. Two processes train them side by side.
+VAE and tower are made from GPL-2 pictures, so they stay in their folder. Two processes train them in parallel.
 
 Shapes: B pictures, P = 64 pixels, T = 16 patches in row-major order.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PARTS = ("text", "tower", "vae")
 SETTINGS = ("vae_steps", "vae_lr", "kl_weight", "latent_noise", "tower_steps", "seed")
 COMPLETE = "complete.txt"
-"""Written last; holds the fingerprint of what the parts were made of."""
+"""Written last; contains the fingerprint of the parts' inputs."""
 VOCABULARY_LIMIT = 4000
 WIDTH = 128
 PATCH_PIXELS = 16
@@ -58,7 +58,7 @@ def read_pictures(data: Path) -> Tensor:
 def write_tokenizer(captions: Sequence[str], out: Path) -> PreTrainedTokenizerBase:
     """Learn the tokenizer from chats about the pictures, with Qwen2's rules, and save it.
 
-    Every merge there is is learned, so that each word is one token, its leading space included.
+    All merges are learned, so that each word is one token, its leading space included.
     """
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
@@ -78,7 +78,7 @@ def write_tokenizer(captions: Sequence[str], out: Path) -> PreTrainedTokenizerBa
 def write_language_model(tokenizer: PreTrainedTokenizerBase, out: Path) -> int:
     """Save a Qwen2 of random weights and return its number of parameters.
 
-    Its random layers bury the picture that the denoiser is to read off the image states, so there are few of them and
+    Its random layers hide the picture from the denoiser, which reads the image states, so there are few layers and
     ``initializer_range`` is small: with 0.1 and four layers sampled pictures were 3 dB worse.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -231,7 +231,7 @@ def fingerprint(arguments: argparse.Namespace) -> str:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the parts depend on, beside the pictures."""
+    """Settings that the parts depend on, besides the pictures."""
     return {name: getattr(arguments, name) for name in SETTINGS}
 
 
@@ -277,13 +277,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, or `arguments` in its place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="what stamps.py wrote")
+    add("--data", type=Path, required=True, metavar="DIR", help="output of stamps.py")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the parts, each in its library's layout")
     add("--only", choices=PARTS, nargs="+", help="make these, in this process; by default all")
     add("--vae-steps", type=int, default=2000, metavar="N", help="training steps of 4 pictures [%(default)s]")
     add("--vae-lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the VAE [%(default)s]")
     add("--kl-weight", type=float, default=1e-4, metavar="X", help="weight of the KL divergence [%(default)s]")
-    add("--latent-noise", type=float, default=0.5, metavar="X", help="noise the decoder learns from [%(default)s]")
+    add(
+        "--latent-noise",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="noise on the decoder's training latents [%(default)s]",
+    )
     add("--tower-steps", type=int, default=1000, metavar="N", help="training steps of 16 pictures [%(default)s]")
     add("--seed", type=int, default=0, help="of weights, batches and noise [%(default)s]")
     return parser.parse_args(arguments)

@@ -1,17 +1,17 @@
 """The trainer on real pictures: 150 of Tux Paint's stamps and their captions, at tensor 2 x pipeline 2 on the CPU.
 
 Fetches Debian's package tuxpaint-stamps-default, makes a tokenizer, a small VAE and vision tower from the same pictures
-and a language model of random weights, then trains both stages on four ranks, stopped with SIGTERM on the way and
-resumed. It ends with a table and exits non-zero when one of its checks fails.
+and a language model of random weights, then trains both stages on four ranks, stopped with SIGTERM and resumed. It ends
+with a table, and exits non-zero if one of its checks fails.
 
-What it shows is memorisation: the model sees these pictures again and again and is asked about the same ones, how many
-captions come back word for word. `make demo` asks about pictures that were held out.
+It shows memorisation: the model is trained on these pictures many times and asked about the same ones; the figure is
+the number of captions reproduced word for word. `make demo` asks about held-out pictures.
 
     python examples/stamps/run_stamps.py --out runs/stamps
 
 About ten minutes on two idle cores. The pictures (161 MB, fetched once, no root needed) are under the GPL, version 2,
-and so is what is made from them: it all stays under --out. Of that folder, cache/ (the package) and parts/ (the models
-to start from, remade when pictures or settings change) are kept for the next call, the rest is made anew.
+and so is everything made from them: all of it stays under --out. The next call keeps cache/ (the package) and parts/
+(the initial models, made again when pictures or settings change) and makes the rest again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def psnr(pictures: Tensor, originals: Tensor) -> float:
 
 
 def evaluate(out: Path) -> dict[str, Any]:
-    """How many captions are reproduced, and the grid of pictures over reconstructions."""
+    """Counts reproduced captions and draws the grid of pictures above reconstructions."""
     import torch
     from PIL import Image
 
@@ -106,7 +106,7 @@ def evaluate(out: Path) -> dict[str, Any]:
 
 
 def checks(summary: dict[str, Any]) -> dict[str, bool]:
-    """What the run promises."""
+    """The run's checks."""
     resume = summary["resume"]
     return {
         f"at least {LEAST_CAPTIONS} of {PICTURES} captions reproduced (memorised)": (
@@ -206,7 +206,9 @@ def show(summary: dict[str, Any], out: Path) -> None:
     table.add_row("total", f"{sum(summary['seconds'].values()):.0f}")
     console.print(table)
     console.print("Made before the training: VAE and vision tower from the same pictures, without their captions; the")
-    console.print("language model starts from random weights. What derives from GPL-2 pictures stays in this folder.")
+    console.print(
+        "language model starts from random weights. Everything made from the GPL-2 pictures stays in this folder."
+    )
     console.print(
         f"Open: {out}/reconstruction.png (pictures over what the image states reconstruct), {out}/summary.json",
         markup=False,

@@ -1,8 +1,8 @@
 """Real pictures with captions: the photographs and drawings of Tux Paint, as training data in the LLaVA layout.
 
-Debian's package tuxpaint-stamps-default holds some 800 small pictures, most with a sentence about them in a text file
-beside. `fetch_stamps` downloads and unpacks it (161 MB, no root needed), `select_stamps` takes pictures whose caption
-is short and no other picture's, and `write_dataset` draws them on white ground and writes one JSON of captions
+Debian's package tuxpaint-stamps-default holds some 800 small pictures, most with a sentence about them in a text file.
+`fetch_stamps` downloads and unpacks it (161 MB, no root needed), `select_stamps` takes pictures with a short caption
+that no other picture has, and `write_dataset` draws them on white ground and writes one JSON of captions
 (--training-stage pretrain) and one of chats (finetune).
 
 The pictures are under the GPL, version 2: this repository holds none of them and nothing made from them.
@@ -37,7 +37,7 @@ QUESTION = "What is in the picture?"
 
 
 class StampsError(UserError, RuntimeError):
-    """The pictures cannot be had or used; the message says what to do."""
+    """The pictures cannot be fetched or used; the message gives the remedy."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Stamp:
 
 
 def fetch_stamps(cache: Path) -> Path:
-    """Folder of the pictures, downloaded and unpacked below `cache` unless they lie there already.
+    """Folder of the pictures, downloaded and unpacked below `cache` unless it exists.
 
-    Raises StampsError, which names the remedy, when apt or dpkg-deb is missing or fails.
+    Raises StampsError with the remedy if apt or dpkg-deb is missing or fails.
     """
     unpacked = cache / "unpacked"
     if unpacked.is_dir():
@@ -74,7 +74,7 @@ def fetch_stamps(cache: Path) -> Path:
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
-    """Runs a command in `folder`; what it writes to the console is seen, its errors become part of a StampsError."""
+    """Runs a command in `folder` and shows its output; its errors become part of a StampsError."""
     remedy = (
         f"On Debian or Ubuntu run `apt-get update` and try again. Elsewhere take the package from "
         f"https://packages.debian.org/{PACKAGE} or from tuxpaint.org, unpack it, and give its stamps folder, "
@@ -111,10 +111,10 @@ def find_stamps(folder: Path) -> list[Stamp]:
 
 
 def select_stamps(stamps: Sequence[Stamp], count: int) -> list[Stamp]:
-    """`count` stamps with a caption of their own and of fair length, in the order of their paths.
+    """`count` stamps with a unique caption of suitable length, in the order of their paths.
 
-    Which ones follows from the paths alone, by their digests, so that a picture more or less in the package changes one
-    of them and not all. Raises StampsError when there are not enough.
+    The selection depends only on digests of the paths, so that one more picture in the package changes only one of
+    them. Raises StampsError if there are not enough.
     """
     times = Counter(stamp.caption for stamp in stamps)
     shortest, longest = CAPTION_CHARACTERS
@@ -155,7 +155,7 @@ def make_records(stamps: Sequence[Stamp]) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_dataset(stamps_folder: Path, out: Path, count: int) -> list[Stamp]:
-    """Writes images/*.png, pretrain.json and finetune.json below `out`, and returns the stamps they show."""
+    """Writes images/*.png, pretrain.json and finetune.json below `out`, and returns their stamps."""
     from rich.progress import track
 
     chosen = select_stamps(find_stamps(stamps_folder), count)
@@ -170,7 +170,7 @@ def write_dataset(stamps_folder: Path, out: Path, count: int) -> list[Stamp]:
 
 
 def read_captions(data: Path) -> dict[str, str]:
-    """Picture's name -> its caption, of a folder that `write_dataset` wrote."""
+    """Picture's name -> its caption, in a folder written by `write_dataset`."""
     records = json.loads((data / "finetune.json").read_text(encoding="utf-8"))
     return {record["image"]: record["conversations"][1]["value"] for record in records}
 

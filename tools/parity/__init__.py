@@ -1,1 +1,1 @@
-"""This trainer beside recorded values of the reference, quantity by quantity (tools/check_parity.py)."""
+"""Compares this trainer with recorded values of the reference, quantity by quantity (tools/check_parity.py)."""

@@ -36,15 +36,15 @@ from ross_mcore.models.pixel_decoder import PixelDecoder, group_latents
 TABLE_TOLERANCE = 1e-9
 """float64 on both sides, but 1 - alphas_cumprod cancels nine digits at the first timestep."""
 SINUSOID_TOLERANCE = 1e-4
-"""exp in float32 is not the same on every processor: MKL has one kernel per instruction set. One unit in the last place
-of a frequency, 6e-8, is 6e-5 of a cosine at t = 999; the gradient of the weight that multiplies it inherits this."""
+"""exp in float32 differs between processors: MKL has one kernel per instruction set. One unit in the last place of a
+frequency, 6e-8, is 6e-5 of a cosine at t = 999; the gradient of the weight after it has the same error."""
 SINUSOID_PARAMETER = "t_embedder.mlp.0"
 TEMPERATURE = 0.9
 """Of the recorded single sampling step."""
 
 
 def diffusion_rows(golden: Golden) -> Iterator[Row]:
-    """Every recorded table of every recorded process; loss, gradients, posterior and sampler with a toy denoiser."""
+    """All tables of the recorded processes; loss, gradients, posterior and sampler with a toy denoiser."""
     if golden.has("diffusion_schedule.safetensors"):
         tables, _ = golden.tensors("diffusion_schedule.safetensors")
         train = Schedule.cosine()
@@ -57,7 +57,7 @@ def diffusion_rows(golden: Golden) -> Iterator[Row]:
             else:
                 ours = cosine_betas(TRAIN_TIMESTEPS) if not process else _table(schedule, table)
                 if ours is None:
-                    yield unsupported("diffusion", name, "a table this trainer has no use for")
+                    yield unsupported("diffusion", name, "a table that this trainer does not use")
                 else:
                     yield compare("diffusion", name, ours, recorded, TABLE_TOLERANCE)
     if golden.has("diffusion_toy.safetensors"):
@@ -66,7 +66,7 @@ def diffusion_rows(golden: Golden) -> Iterator[Row]:
 
 
 def _table(schedule: Schedule, name: str) -> Tensor | None:
-    """A table by its name in the reference; those that are one step away from ours are derived here."""
+    """A table by its name in the reference; some are derived from ours in one step."""
     end = torch.ones(1, dtype=torch.float64)
     derived = {
         "alphas_cumprod_prev": lambda: torch.cat([end, schedule.alphas_cumprod[:-1]]),
@@ -119,7 +119,8 @@ def _toy_rows(toy: Tensors) -> Iterator[Row]:
 
 
 def denoiser_rows(golden: Golden) -> Iterator[Row]:
-    """Fixed tables, prediction, losses, and the gradient of the condition and of every parameter, on every grid."""
+    """Fixed tables, prediction, losses, and the gradient of the condition and of every parameter, on all recorded
+    grids."""
     for file in golden.names("denoiser_*.safetensors"):
         tensors, metadata = golden.tensors(file)
         name = file.removesuffix(".safetensors")
@@ -216,7 +217,7 @@ def _vae_rows(golden: Golden, name: str, tensors: Tensors, metadata: dict[str, s
 
 
 def _load(module: nn.Module, state: Tensors, name: str) -> None:
-    """Raises GoldenError when the recorded weights are those of another module."""
+    """Raises GoldenError if the recorded weights do not fit the module."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -225,7 +226,7 @@ def _load(module: nn.Module, state: Tensors, name: str) -> None:
 
 
 def _tiled_condition(tensors: Tensors, metadata: dict[str, str]) -> Tensor:
-    """The condition that the reference cuts out of hidden states and tiles: ours, in its arrangement."""
+    """Our condition [I, N, D] in the reference's arrangement: cut from the hidden states and repeated for each draw."""
     hidden, tiled = tensors["cond_hidden"], tensors["cond_z_4x"]
     starts = json.loads(metadata["boi"].replace("None", "null"))
     rows = [row for row, start in enumerate(starts) if start is not None]

@@ -1,4 +1,4 @@
-"""Rows of what reaches the model: tokens and labels, prompts, pictures, batches, the order of samples."""
+"""Rows of the model's input: tokens and labels, prompts, pictures, batches, the order of samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VARIANTS = r"maxlen\d+|im_start_end"
 
 
 class Conversations:
-    """The recorded conversations, and ours under the same settings. A case is `tokenizer|template[|variant]`."""
+    """The recorded conversations, and ours with the same settings. A case is `tokenizer|template[|variant]`."""
 
     def __init__(self, golden: Golden) -> None:
         self.golden = golden
@@ -48,7 +48,7 @@ class Conversations:
         return self._tokenizers[name]
 
     def max_length(self, case: str) -> int:
-        """The recorded `model_max_length`; a variant that records none has that of its plain case."""
+        """The recorded `model_max_length`; a variant without one has that of its plain case."""
         plain = "|".join(case.split("|")[:2])
         key = case if "model_max_length" in self.recorded[case] else plain
         return int(self.recorded[key]["model_max_length"])
@@ -108,7 +108,7 @@ def _conversation_row(conversations: Conversations, case: str, name: str) -> Ite
 
 
 def prompt_rows(golden: Golden) -> Iterator[Row]:
-    """The text of every template, the ids to generate from, and how plain text is split."""
+    """The text of each template, the ids to generate from, and the splitting of plain text."""
     if not golden.has(CONVERSATIONS):
         return
     conversations, prompts = Conversations(golden), golden.json(CONVERSATIONS).get("prompts", {})
@@ -133,11 +133,11 @@ def _text_rows(template: str, recorded: dict[str, Any], turns: list[dict[str, st
     if template not in TEMPLATES:
         yield unsupported("prompts", template, f"template {template}")
         return
-    for key, generation, spoken in (("full", False, turns), ("generation", True, turns[:-1])):
+    for key, generation, shown in (("full", False, turns), ("generation", True, turns[:-1])):
         if recorded.get(key) is None:
-            yield instead("prompts", f"{template} {key}", _said(spoken, template, generation), recorded["error"])
+            yield instead("prompts", f"{template} {key}", _prompt_text(shown, template, generation), recorded["error"])
         else:
-            text = write_prompt(spoken, 1, SampleSpec(template), generation)
+            text = write_prompt(shown, 1, SampleSpec(template), generation)
             yield compare_exactly("prompts", f"{template} {key}", text, recorded[key], "characters")
 
 
@@ -160,14 +160,14 @@ def _split_text_row(
 
 
 def _recorded_turns(prompts: dict[str, Any]) -> list[dict[str, str]]:
-    """The conversation that all prompts were written from, read back from the one whose turns are marked with ###."""
+    """The conversation of all recorded prompts, parsed from the one whose turns are marked with ###."""
     texts = (prompt.get("full") or "" for prompt in prompts.values() if isinstance(prompt, dict))
     text = next((text for text in texts if "###Human: " in text), "")
     found = re.findall(r"###(Human|Assistant): (.*?)(?=###)", text, re.DOTALL)
     return [{"from": {"Human": "human", "Assistant": "gpt"}[who], "value": said} for who, said in found]
 
 
-def _said(turns: list[dict[str, str]], template: str, generation: bool) -> str:
+def _prompt_text(turns: list[dict[str, str]], template: str, generation: bool) -> str:
     try:
         return f"writes {len(write_prompt(turns, 1, SampleSpec(template), generation))} characters"
     except ConversationError as error:
@@ -191,12 +191,12 @@ def _processor_size(processor: dict[str, Any]) -> int:
 
 
 def _facts_of_images(golden: Golden) -> dict[str, Any]:
-    """data/images.json, empty where there is none."""
+    """data/images.json; empty if there is none."""
     return golden.json("data/images.json") if golden.has("data/images.json") else {}
 
 
 def image_rows(golden: Golden) -> Iterator[Row]:
-    """What the towers see, at the recorded size and at full size, padded and not; exactly equal.
+    """The towers' input at the recorded size and at full size, padded and not; must be exactly equal.
 
     Recorded names: train.<processor>.<aspect>.<image>, real.<...>.<image>.stride<n>, gray.<processor>.<aspect> (every
     third pixel of the grey image), anyres.* (which the reference cannot train on).
@@ -239,7 +239,7 @@ def _image_rows(golden: Golden, name: str, recorded: Tensor, processors: dict[st
 
 
 def _stride(size: int, kept: int) -> int:
-    """The step at which `kept` of `size` pixels are left, every third if that fits."""
+    """The step that keeps `kept` of `size` pixels; 3 if that fits."""
     fitting = [step for step in range(1, size + 1) if -(-size // step) == kept]
     if not fitting:
         raise NotRecorded(f"no step leaves {kept} of {size} pixels")
@@ -247,10 +247,10 @@ def _stride(size: int, kept: int) -> int:
 
 
 def collated_rows(golden: Golden) -> Iterator[Row]:
-    """A batch of the recorded samples, made by our own path from text and picture to `Batch`.
+    """A batch of the recorded samples, built by our code from text and picture to `Batch`.
 
-    Which tokenizer, template, processor and aspect ratio it was made with is found by trying the recorded ones. The
-    reference expands pictures inside the model; here they are expanded before, so its rows are expanded for comparison.
+    Its tokenizer, template, processor and aspect ratio are found by trying the recorded ones. The reference expands
+    pictures inside the model, this trainer before it, so the reference's rows are expanded for the comparison.
     """
     if golden.has("data/collated.safetensors"):
         yield from where_recorded("collated", "collated batch", _collated_rows(golden))
@@ -306,7 +306,7 @@ def _tokens_are(conversations: Conversations, case: str, samples: list[dict[str,
 
 
 def _pixels_like(golden: Golden, samples: list[dict[str, Any]], recorded: Tensor) -> Iterator[list[Tensor | None]]:
-    """The samples' pictures by every recorded processor and aspect ratio that gives the recorded ones."""
+    """The samples' pictures for each recorded processor and aspect ratio that reproduces the recorded pictures."""
     for _, processor in golden.processors():
         if _processor_size(processor) != recorded.shape[-1]:
             continue
@@ -326,7 +326,7 @@ def _read(golden: Golden, name: str, read: ImagePreprocessing) -> Tensor:
 
 
 def order_rows(golden: Golden) -> Iterator[Row]:
-    """The lengths by which the reference groups samples, and the order it makes of them."""
+    """The lengths by which the reference groups samples, and the resulting order."""
     if golden.has("data/samples.json") and "modality_lengths" in _facts_of_images(golden):
         samples = golden.json("data/samples.json", list)
         words = [count_words(sample["conversations"]) for sample in samples]

@@ -1,4 +1,4 @@
-"""A folder of recorded values of the reference, discovered: nothing here knows a model's name, a shape or a seed.
+"""A folder of recorded values of the reference. Its contents are discovered: no names of models, shapes or seeds here.
 
 ```
 components/<tower or VAE>/                      Hugging Face and diffusers folders
@@ -35,16 +35,15 @@ MOST_NAMED = 6
 
 
 class GoldenError(UserError, ValueError):
-    """A folder that does not hold recorded values; the message names the file."""
+    """A folder without usable recorded values; the message names the file."""
 
 
 class NotRecorded(Exception):
-    """A value that this folder does not hold; the message names file and key. It never reaches the user as an error:
-    `where_recorded` makes it a row."""
+    """A value that the folder lacks; the message names file and key. `where_recorded` turns it into a row."""
 
 
 def where_recorded(family: str, name: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, and in place of those that the folder lacks values for one that says so."""
+    """The rows; rows after a missing value are replaced by one `not recorded` row."""
     try:
         yield from rows
     except NotRecorded as missing:
@@ -52,11 +51,11 @@ def where_recorded(family: str, name: str, rows: Iterator[Row]) -> Iterator[Row]
 
 
 def usable(golden: Golden, family: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, and GoldenError in the place of whatever values of another kind or shape than recorded ones lead to."""
+    """The rows. Errors caused by values of an unexpected type or shape become a GoldenError."""
     golden.read = {}
     try:
         yield from rows
-    except Exception as error:  # nothing here says what a folder of recorded values must be; the rows use it as it is
+    except Exception as error:  # the folder is not validated first, so its values can cause any error
         may_name_no_file = isinstance(error, (ArchitectureError, ConversationError, ImageError))
         names_no_file = may_name_no_file and str(golden.folder) not in str(error)
         if isinstance(error, UserError) and not names_no_file:
@@ -69,7 +68,7 @@ def usable(golden: Golden, family: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 class _Recorded(dict[str, Any]):
-    """What a file holds. A key that is not there raises NotRecorded."""
+    """Contents of a file. A missing key raises NotRecorded."""
 
     def __init__(self, values: Any, file: str) -> None:
         super().__init__(values)
@@ -80,19 +79,19 @@ class _Recorded(dict[str, Any]):
 
 
 class Golden:
-    """Reads files of the folder. Raises GoldenError naming one that is damaged, NotRecorded for what is not there."""
+    """Reads files of the folder. Raises GoldenError naming a damaged file, NotRecorded for a missing one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.read: dict[str, None] = {}
-        """Names of the files that were read, in order."""
+        """Names of the files read so far, in order."""
         if not any(self.folder.glob("*.safetensors")) and not self.models:
             raise GoldenError(
                 f"{self.folder} holds no recorded values: no model_*/ and no *.safetensors; give another folder"
             )
 
     def tensors(self, name: str) -> tuple[Tensors, dict[str, str]]:
-        """(tensors, metadata); what was stored in float16 without loss comes back as float32."""
+        """(tensors, metadata); tensors stored in float16 without loss are returned as float32."""
         self.read[name] = None
         try:
             checked.require_regular(self.folder / name)
@@ -107,7 +106,7 @@ class Golden:
         return _Recorded(tensors, name), _Recorded(metadata, name)
 
     def json(self, name: str, kind: type = dict) -> Any:
-        """The contents, which must be of that kind."""
+        """The contents. Raises GoldenError unless they are of that kind."""
         self.read[name] = None
         try:
             contents = checked.read_json(self.folder / name, as_mapping=partial(_Recorded, file=name))
@@ -123,7 +122,7 @@ class Golden:
         return contents
 
     def picture(self, name: str) -> Image.Image:
-        """The picture, whatever its suffix. Raises GoldenError, NotRecorded."""
+        """The picture, with any suffix. Raises GoldenError, NotRecorded."""
         names = self.names(f"data/images/{name}.*")
         if not names:
             raise NotRecorded(f"data/images has no picture {name}")
@@ -138,7 +137,7 @@ class Golden:
         return (self.folder / name).exists()
 
     def names(self, pattern: str) -> list[str]:
-        """Paths in the folder that match, relative to it."""
+        """Matching paths in the folder, relative to it."""
         return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern))
 
     @property
@@ -155,7 +154,7 @@ class Golden:
         raise NotRecorded("components/ holds no AutoencoderKL")
 
     def tokenizer_folder(self, name: str) -> Path:
-        """The tokenizer that a recorded case calls `name`: data/tok_<name>, or the one that begins so."""
+        """The tokenizer that a recorded case calls `name`: data/tok_<name>, or the only one with this prefix."""
         folders = [self.folder / path for path in self.names("data/tok_*")]
         exact = [folder for folder in folders if folder.name == f"tok_{name}"]
         found = exact or [folder for folder in folders if folder.name.startswith(f"tok_{name}")]

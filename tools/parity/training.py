@@ -21,14 +21,14 @@ from ross_mcore.options import OptimizerOptions
 from ross_mcore.parallel.collectives import gather
 
 CURVE_TOLERANCE = 1e-4
-"""Twenty steps of Adam: its update is the gradient's sign where gradients are as small as their rounding."""
+"""Twenty steps of Adam, whose update is only the gradient's sign where gradients are as small as their rounding."""
 SCHEDULE_TOLERANCE = 1e-12
 """The same cosine in float64, in another order of operations."""
 ADAM_SHARE = 1e-2
-"""A weight may end this share of the farthest that Adam can carry it (rate x steps) away, for the same reason."""
+"""Allowed difference of a final weight, relative to the largest movement under Adam (rate x steps); same reason."""
 KEY_BIASES = ("attn.qkv.bias", "k_proj.bias")
-"""A key's bias adds the same to all scores of a query, rotation aside, so its gradient is mostly rounding, of which
-Adam makes full steps: ten times that share."""
+"""A key's bias adds an equal amount to all scores of a query, except for rotation, so its gradient is mostly rounding,
+from which Adam makes full steps: ten times that share."""
 
 
 def schedule_rows(golden: Golden) -> Iterator[Row]:
@@ -53,7 +53,7 @@ def schedule_rows(golden: Golden) -> Iterator[Row]:
 
 
 def optimizer_rows(golden: Golden, name: str, checkpoint: Checkpoint, layout: Layout) -> Iterator[Row]:
-    """Every parameter's learning rate, weight decay, betas and eps, in each recorded setting of this family."""
+    """Every parameter's learning rate, weight decay, betas and eps, in each recorded setting of the model's family."""
     if not golden.has("data/optimizer_groups.json"):
         return
     family = checkpoint.model_config().language.model_type
@@ -89,7 +89,7 @@ def _optimizer_settings(trial: Trial) -> set[tuple[Any, ...]]:
             group = group_of[id(parameter)]
             settings.append((group["lr"], group["weight_decay"], *group["betas"], group["eps"]))
             marked[key] = torch.full_like(parameter, float(len(settings) - 1))
-    # the settings travel as numbers: the tensors that carry them are split and renamed as the parameters are
+    # settings are encoded as numbers in tensors, which are split and renamed like the parameters
     table = sorted({setting for own in gather(settings) for setting in own})
     coded = {key: value.fill_(float(table.index(settings[int(value.flatten()[0])]))) for key, value in marked.items()}
     found = trial.by_their_names(coded)
@@ -97,7 +97,7 @@ def _optimizer_settings(trial: Trial) -> set[tuple[Any, ...]]:
 
 
 def curve_rows(golden: Golden, name: str, checkpoint: Checkpoint, stage: int, layout: Layout) -> Iterator[Row]:
-    """Twenty training steps of this trainer's own step on the recorded batches and draws."""
+    """Twenty training steps on the recorded batches and draws."""
     curve = golden.json(f"{name}/train20_stage{stage}.json")
     tensors, _ = golden.tensors(f"{name}/train20.safetensors")
     train_iters = len(curve["batch_index"])

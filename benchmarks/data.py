@@ -7,7 +7,7 @@ SigLIP-384's preprocessing, padded to a square. Four methods, each in one worker
 time, interleaved and repeated; medians are compared:
 
 - ours: StepLoader, from tar to tokens, labels and pictures as 8-bit levels, which the model normalises on its device
-(0.3 ms a picture on a core); in shuffled order;
+  (0.3 ms a picture on a core); in shuffled order;
 - webdataset: the library's own pipeline over the same tars, front to back: decode with PIL, the same preprocessing to
   normalised float32, no tokens;
 - PIL, prepared: the same pictures read from files in order, decoded and preprocessed: the minimum work for this tower;

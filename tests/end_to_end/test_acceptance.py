@@ -1,4 +1,4 @@
-"""examples/gpu_acceptance.sh in its CPU form, shortened: real trainings at several layouts, and the page about them."""
+"""examples/gpu_acceptance.sh in its CPU form, shortened: real trainings at several layouts, and the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "PYTHON": sys.executable}
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_pass_and_the_report_says_so(tmp_path: Path) -> None:
+def test_two_ranks_pass_and_are_reported(tmp_path: Path) -> None:
     command = [str(SCRIPT), "--cpu", "--ranks", "2", "--parts", "layouts,resume,engines,fp8", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=tmp_path)
     page = (tmp_path / "report.md").read_text()
@@ -37,19 +37,19 @@ def test_two_ranks_pass_and_the_report_says_so(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_the_report_so_far(tmp_path: Path) -> None:
     command = [str(SCRIPT), "--cpu", "--out", str(tmp_path)]
-    # a shell without job control starts what is in its background without SIGINT
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, **heard)
+    # a shell without job control starts background processes with SIGINT ignored
+    restored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, **restored)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "logs" / "environment.log").exists():  # its first command runs
             assert started.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         started.send_signal(signal.SIGINT)
-        said = started.communicate(timeout=60)[0]
+        output = started.communicate(timeout=60)[0]
     finally:
         started.kill()
-    assert started.returncode == 130, said
+    assert started.returncode == 130, output
     assert "**Not complete**: it was interrupted." in (tmp_path / "report.md").read_text()
 
 

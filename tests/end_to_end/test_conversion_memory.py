@@ -1,4 +1,4 @@
-"""Conversion of a model of a few hundred MB, out and in again: memory stays near one shard."""
+"""Export and import of a model of a few hundred MB: memory stays near one shard."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ print("grew by", peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak of a process")
 def test_memory_stays_near_one_shard(tmp_path: Path) -> None:
-    """257 MB in shards of at most 64 MB, out and in again. Measured: out 75 MB, in 73 MB (a vocabulary matrix of 33 MB
-    and its padded copy)."""
+    """257 MB in shards of at most 64 MB, exported and imported. Measured: export 75 MB, import 73 MB (a vocabulary
+    matrix of 33 MB and its padded copy)."""
     big = Source("qwen2", "siglip", dtype=torch.bfloat16)
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
     source = write_source(tmp_path / "source", big, shape, 16001)

@@ -1,10 +1,10 @@
-"""The patches of cpu_megatron.py: with all of them mcore's code runs on a CPU, with all but one it fails.
+"""The patches of cpu_megatron.py: with all of them mcore's code runs on a CPU; without any one of them it fails.
 
 When a newer megatron-core no longer needs a patch, its row fails: remove the patch.
 
-One process of its own runs all rows. It imports megatron.core before the hook is installed, so that patching modules
-that are already loaded is tested as well. Its process group is torch's fake one: the first of four ranks, in which two
-pipeline stages are replicated twice.
+A separate process runs all rows. It imports megatron.core before the hook is installed, so that patching of loaded
+modules is tested too. Its process group is torch's fake one: the first of four ranks, in which two pipeline stages are
+replicated twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read_the_generator() -> None:
 
 
 def set_the_generator() -> None:
-    """torch's own way ends in a list of calls for when CUDA is initialized."""
+    """torch's own function only adds the call to a list for the initialization of CUDA."""
     state = torch.get_rng_state()
     torch.manual_seed(7)
     core("tensor_parallel.random")._set_cuda_rng_state(state)
@@ -62,7 +62,7 @@ def draw_within_a_region() -> None:
 
 
 def free_what_is_sent() -> None:
-    """What is handed over for sending, and the request, outlive the output tensor that the schedule frees."""
+    """The tensor to send, and the request, outlive the output tensor that the schedule frees."""
     sent: list[Any] = []
 
     class Request:
@@ -150,7 +150,8 @@ def tie_embeddings() -> None:
 
 
 class Model(torch.nn.Linear):
-    """Two weights, of which each data-parallel rank has one's master, and what mcore asks of a model."""
+    """Two weights, with the master of one on each data-parallel rank, and the attributes that mcore needs of a
+    model."""
 
     def __init__(self, dtype: Any = torch.float32, **options: Any) -> None:
         super().__init__(2, 2, dtype=dtype)
@@ -203,7 +204,7 @@ def optimizer(sharded: bool = True, dtype: Any = torch.bfloat16) -> Any:
 
 
 def shard_the_optimizer() -> None:
-    """Weights whose master another rank has are marked too."""
+    """Weights with a master on another rank are marked too."""
     assert all(weight.main_param_sharded for chunk in optimizer().model_chunks for weight in chunk.parameters())
 
 
@@ -278,7 +279,7 @@ USES: dict[str, Callable[[], object]] = {
     ),
     "optimizer.clip_grads:clip_grad_by_total_norm_fp32": clip,
 }
-"""Module of mcore and what is patched in it -> a use of that."""
+"""Module of mcore and the patched name -> a use of it."""
 
 ON_CPU = {
     f"{module.removeprefix('megatron.core.')}:{name}"
@@ -288,11 +289,11 @@ ON_CPU = {
     for name in patch.functions
 }
 COMPILED = "jit:never_compile"
-"""The one row whose patch cannot be taken back: it is tried before and after."""
+"""The one row whose patch cannot be undone: it is tried before and after."""
 
 
 def place_of(row: str) -> tuple[Any, str]:
-    """What a row's patch sets: an attribute of a function, a module or its logger."""
+    """The place that a row's patch sets: an attribute of a function, a module or its logger."""
     module, _, name = row.partition(":")
     if row in ON_CPU:
         return function_of(core(module), name), "__code__"
@@ -308,7 +309,7 @@ def failure_of(use: Callable[[], object]) -> str | None:
 
 
 def try_all() -> dict[str, tuple[str | None, str | None]]:
-    """Row -> how its use fails without its patch but with all others, and how with all; None where it does not."""
+    """Row -> the error of its use without its patch but with all others, and with all; None for no error."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Hook)]

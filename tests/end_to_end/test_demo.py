@@ -1,4 +1,4 @@
-"""The README's demo command, shortened: every step runs for real, with too few iterations to learn anything."""
+"""The README's demo command, shortened: all steps run, with too few iterations to learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that end: with the program that started them, or when a command takes too long."""
+"""Processes end with the program that started them, or when a command takes too long."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from examples.acceptance.runner import CommandError, Runner
 
 
 def test_a_command_that_takes_too_long_is_killed_with_all_it_started(tmp_path: Path) -> None:
-    """A busy machine may need several seconds until the command has started what is to be killed."""
+    """A busy machine may need several seconds until the command has started its child."""
     child = 's.Popen(["sleep", "100"], start_new_session=True)'
     code = f"import subprocess as s; p = {child}; print(p.pid, flush=True); p.wait()"
     runner, said = Runner(tmp_path, Machine(False, 1), {}), ""
@@ -29,7 +29,7 @@ def test_a_command_that_takes_too_long_is_killed_with_all_it_started(tmp_path: P
 
 
 def test_a_program_that_forgets_to_close_still_ends() -> None:
-    """Workers ignore SIGTERM, by which Python would end them at exit: without care that exit would hang."""
+    """Workers ignore SIGTERM, which Python sends at exit, so without extra handling the exit would hang."""
     script = """
 from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.order import SampleOrder

@@ -1,4 +1,4 @@
-"""What `pip install .` brings: the command `ross`, and recipes, without the repository."""
+"""`pip install .` provides the command `ross` and the recipes, without the repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PUBLISHED = ROOT / "tests" / "published"
 
 @dataclass(frozen=True)
 class Installed:
-    """The package in a folder of its own; called, it runs `ross` outside of the repository."""
+    """The package in a separate folder; calling the object runs `ross` outside the repository."""
 
     site: Path
 

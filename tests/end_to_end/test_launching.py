@@ -1,4 +1,4 @@
-"""docs/gpu.md, "Launching": its plans are what the tool prints, and its commands would start."""
+"""docs/gpu.md, "Launching": its plans equal the tool's output, and its commands are accepted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def words(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("command", "_", "printed"), PLANS, ids=range(len(PLANS)))
-def test_plans_are_what_the_tool_prints(
+def test_plans_equal_the_output_of_the_tool(
     command: str, _: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -54,7 +54,7 @@ def test_jobs_have_flags_of_the_trainer(command: str, monkeypatch: pytest.Monkey
         (["--load", "x", "--micro-batch", "1"], "unrecognized argument --micro-batch"),
     ],
 )
-def test_what_would_be_refused_is(
+def test_plans_that_cannot_work_are_refused(
     arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["plan_layout.py", "--world-size", "8", *arguments])

@@ -1,7 +1,7 @@
 """ross_mcore/recipes against the reference's scripts, and the published models built at full size on the meta device.
 
-Every recipe is placed on a simulated world of eight ranks: torch's fake process groups give each rank its place without
-the other seven, and the meta device gives it its tensors without their memory.
+Every recipe is placed on a simulated world of eight ranks: torch's fake process groups place each rank without the
+other seven, and the meta device builds tensors without memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ PARAMETERS = {
     "siglip": 428_225_600,
     "pixel_decoder": 83_819_683,
 }
-"""As published: Qwen2-7B 7.62B, Vicuna-13B 13.0B, CLIP-L/336's tower 303.5M, SigLIP-SO400M's 428.2M, FLUX VAE 83.8M."""
+"""Published sizes: Qwen2-7B 7.62B, Vicuna-13B 13.0B, CLIP-L/336's tower 303.5M, SigLIP-SO400M's 428.2M, FLUX VAE
+83.8M."""
 DENOISER_PARAMETERS = {
     ("clip", "qwen2"): 64_474_176,
     ("clip", "vicuna"): 66_047_040,
@@ -75,7 +76,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One script of the reference: where it lies, what differs from its likes, and the layout chosen for it."""
+    """One script of the reference: its path, its differences from similar scripts, and the layout chosen for it."""
 
     folder: str
     name: str
@@ -100,7 +101,7 @@ class Recipe:
         return self.name.split("_")
 
     def options(self) -> dict[str, Any]:
-        """All that the file says."""
+        """All options of the file."""
         own = {
             "training_stage": self.parts[0],
             "tensor_model_parallel_size": self.tensor,
@@ -224,21 +225,21 @@ def test_the_commands_in_the_header_are_accepted(
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank of the simulated world built."""
+    """The model built by one rank of the simulated world."""
 
     number: int
     pipeline_rank: int
     shards: dict[str, tuple[tuple[int, ...], int]]
-    """Name in the checkpoint -> global shape, and elements of it that this rank is the one to write."""
+    """Name in the checkpoint -> global shape, and the number of its elements that this rank writes."""
     weight_bytes: int
     trained: int
     """Parameters that train."""
 
 
 def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
-    """Of every recipe's world, the ranks of the first data-parallel copy: the other copies are the same.
+    """For each recipe, the ranks of the first data-parallel copy: the other copies are equal.
 
-    To be called in a process of its own, because it fakes the process groups.
+    Call it in a separate process, because it fakes the process groups.
     """
     import torch
     import torch.distributed as dist
@@ -254,7 +255,7 @@ def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
 
     torch.set_num_threads(1)
     new_group = dist.new_group
-    # mcore asks for gloo groups beside the default ones by name; they would wait for the other ranks
+    # mcore creates additional gloo groups by name; they would wait for the other ranks
     dist.new_group = lambda *args, **options: new_group(*args, **{**options, "backend": "fake"})
 
     def build(recipe: Recipe, config: Config, rank: int) -> Rank | None:
@@ -327,7 +328,7 @@ def test_eight_ranks_hold_the_published_model(recipe: Recipe, worlds: dict[str, 
 
 
 @every_recipe
-def test_stages_host_what_the_layout_says(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
+def test_stages_have_the_layers_of_the_layout(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
     layout = place(recipe, read_config(recipe), read_model(recipe))
     assert len(worlds[str(recipe)]) == recipe.tensor * recipe.pipeline
     ross = recipe.folder == "train_ross"
@@ -360,8 +361,8 @@ def test_memory_in_the_header(recipe: Recipe, worlds: dict[str, list[Rank]]) -> 
 
 
 @every_recipe
-def test_planned_memory_is_what_is_built(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
-    """Of every stage: the weights' bytes, and the parameters that train."""
+def test_planned_memory_equals_the_built_model(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
+    """For each stage: the weights' bytes, and the parameters that train."""
     from ross_mcore.models.inventory import inventory
     from ross_mcore.parallel.memory import Plan, stage_memory
 

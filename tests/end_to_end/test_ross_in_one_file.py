@@ -42,15 +42,15 @@ DEMO_TEMPLATES = {"pretrain": "plain", "finetune": "qwen_2"}
 STEPS, WARMUP_STEPS, BATCHES, BATCH_SIZE, WEIGHT_DECAY = 10, 2, 3, 3, 0.1
 
 TOLERANCE = 1e-5
-"""Of losses, relative; of the difference of a weight (L2 norm), relative to how far training has moved it."""
+"""For losses, relative; for the difference of a weight (L2 norm), relative to its movement in training."""
 STORED = 2**-24
-"""Relative rounding of a float32, which a weight is after every step."""
+"""Relative rounding of float32, the dtype of a weight after every step."""
 KEY_BIAS_TOLERANCE = 1e-4
-"""Of a key's bias, relative to the farthest that Adam can carry it (rate x steps). It adds the same to all scores of a
-query, rotation aside, so its gradient is mostly rounding."""
+"""For a key's bias, relative to its largest movement under Adam (rate x steps). It adds an equal amount to all scores
+of a query, except for rotation, so its gradient is mostly rounding."""
 ADAM_EPSILON = 1e-6
-"""On both sides, in place of 1e-8: above the rounding of gradients. Adam makes full steps of rounding where a gradient
-is nothing else, such as that of the embedding of a word on which the losses hardly depend."""
+"""On both sides, instead of 1e-8: above the rounding of gradients. Adam makes full steps from a gradient that is only
+rounding, for example that of the embedding of a word with almost no effect on the losses."""
 PREFIXES = {
     "language_model.": "",
     "tower.": "model.vision_tower.vision_tower.vision_model.",
@@ -63,7 +63,7 @@ PREFIXES = {
 
 @dataclass(frozen=True)
 class Model:
-    """One model twice: the trainer's checkpoint, and the folder that the file's `Ross` reads."""
+    """One model in two forms: the trainer's checkpoint, and the folder that the file's `Ross` reads."""
 
     name: str
     checkpoint: Checkpoint
@@ -163,7 +163,7 @@ def weights_of(ross: one_file.Ross) -> dict[str, Tensor]:
 
 
 def in_pieces(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, with the biases of the denoiser's queries, keys and values apart from each other."""
+    """The weights, with separate biases of the denoiser's queries, keys and values."""
     pieces = {}
     for name, weight in weights.items():
         if name.endswith("attn.qkv.bias"):
@@ -201,7 +201,7 @@ def test_trains_as_the_trainer_does(
     if model.name == "demo":
         samples = scene_samples(model, scenes, stage, tmp_path / "shards")
         batches = [samples[start : start + BATCH_SIZE] for start in range(0, len(samples), BATCH_SIZE)]
-    else:  # rows of which some have no picture
+    else:  # some rows have no picture
         tensors, _ = Golden(GOLDEN).tensors(f"model_{model.name}/train20.safetensors")
         batches = [recorded_rows(tensors, f"batch{n}.", trial.model_config.vision) for n in range(BATCHES)]
     generator = torch.Generator().manual_seed(1)
@@ -245,7 +245,7 @@ def test_reads_what_the_trainer_reads(model: Model, stage: str, scenes: Path, tm
 
 @pytest.mark.parametrize("model", ["demo"], indirect=True)
 def test_a_new_denoiser_is_like_the_trainers(model: Model) -> None:
-    """The same noise schedule and table of positions, weights of the same spread."""
+    """Equal noise schedule and table of positions, weights with the same standard deviation."""
     new, converted = one_file.Ross(model.parts, denoiser_width=96), model.ross().denoiser.state_dict()
     torch.testing.assert_close(new.signal, Schedule.cosine().alphas_cumprod, rtol=1e-9, atol=0)
     fresh = new.denoiser.state_dict()
@@ -264,7 +264,7 @@ def test_main_prints_losses(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert all("lm_loss" in line and "vm_loss" in line for line in lines)
 
 
-def test_it_is_short_and_stands_alone() -> None:
+def test_it_is_short_and_self_contained() -> None:
     text = FILE.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 200
     imported = set()

@@ -1,4 +1,4 @@
-"""A plain Python session that trains, loads, asks and trains again, without torchrun or any call before."""
+"""A plain Python session that trains, loads, asks and trains again, without torchrun and without a setup call."""
 
 from __future__ import annotations
 

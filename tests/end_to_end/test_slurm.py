@@ -1,7 +1,7 @@
-"""examples/slurm/train.sbatch with stand-ins for Slurm's commands, and everything else real.
+"""examples/slurm/train.sbatch with stand-ins for Slurm's commands; everything else is real.
 
-The stand-in for srun becomes torchrun, so its process is the step; that for scancel signals every process of the step,
-as Slurm does; that for scontrol writes down what it is asked; that for squeue says that the job is running.
+The stand-in for srun becomes torchrun, so its process is the step. scancel signals every process of the step, as Slurm
+does. scontrol records its arguments. squeue reports that the job is running.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.distributed.conftest import base, shards, workplace  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
-JOB = str(os.getpid())  # the port of the rendezvous follows from it
+JOB = str(os.getpid())  # determines the port of the rendezvous
 LIMIT_SECONDS = 240
 STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do [[ $1 == *=* ]] || shift; shift; done; echo $$ > "$STEP"; exec "$@"\n',
@@ -86,8 +86,8 @@ def test_a_job_is_requeued_until_the_run_has_finished(
     shards: Callable[[str], Path],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """SIGTERM to the script after three steps, as when the time limit nears; then the job once more, to its end; then
-    a run that cannot start."""
+    """SIGTERM to the script after three steps, as before the time limit; then the job again, to its end; then a run
+    that cannot start."""
     run = tmp_path / "run"
     flags = f"""--load {base("qwen2_siglip")} --data-path {shards("captions")} --save {run} --seq-length 256
         --global-batch-size 4 --micro-batch-size 2 --no-pack --num-workers 1 --train-iters 60

@@ -1,6 +1,6 @@
 """Runs on Transformer Engine's Python layer with stand-in kernels (standin.py).
 
-Only where its wheel is installed, in an environment of its own: `make test-te`.
+Only where its wheel is installed, in a separate environment: `make test-te`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How FP8 converges on the stand-ins: the demo's second stage in fp32, bf16 and FP8 on the same samples and draws.
+"""Convergence of FP8 on the stand-ins: the demo's second stage in fp32, bf16 and FP8 on the same samples and draws.
 
 Starts every run from the weights of the demo's first stage (`run_demo.py --only-pretrain`, or a whole demo), trains
-each in one process of one thread, two at a time, and writes one picture and one table. docs/gpu.md says what this shows
-and what it does not.
+each in one process of one thread, two at a time, and writes one picture and one table. docs/gpu.md describes the result
+and its limits.
 
     python -m tests.te.convergence --demo runs/demo --out runs/fp8_convergence --picture docs/fp8_convergence.svg
 """
@@ -30,7 +30,7 @@ from tests.te.curves import Curve, Panel, draw
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo"
 WINDOW = 20
-"""Steps whose mean is a figure of the table and a point of the curves."""
+"""Number of steps averaged in a figure of the table and in a point of the curves."""
 
 LOSSES = ("lm_loss", "vm_loss")
 
@@ -41,7 +41,7 @@ DELAYED = ("--fp8-recipe", "delayed", "--fp8-amax-history-len", "16", "--fp8-ama
 
 @dataclass(frozen=True)
 class Way:
-    """A way to compute the same training."""
+    """One method to compute the same training."""
 
     name: str
     flags: tuple[str, ...]
@@ -56,13 +56,13 @@ WAYS = (
     Way("FP8 delayed", (*FP8, *DELAYED), "#d9480f"),
     Way("FP8 tensorwise", (*FP8, "--fp8-recipe", "tensorwise"), "#2b8a3e"),
 )
-"""The first is what the others are compared with; the second differs from it in the order of sums alone, so it shows
-how far two runs of the same arithmetic part."""
+"""The first is the reference of the others. The second differs from it only in the order of sums, so it shows the
+difference between two runs of the same arithmetic."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its steps, both losses over the held-out questions, the share it answers rightly."""
+    """A finished run: its steps, both losses over the held-out questions, the share answered correctly."""
 
     steps: list[dict[str, Any]]
     held_out: dict[str, float]
@@ -70,7 +70,7 @@ class Outcome:
 
 
 def run(arguments: Sequence[str | Path], log: Path) -> None:
-    """Runs Python with `arguments` from the top of the repository, in one thread. Ends the program when it fails."""
+    """Runs Python with `arguments` from the top of the repository, in one thread. Exits if it fails."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def folder_of(way: Way, seed: int, out: Path) -> Path:
 
 
 def outcome_of(folder: Path, demo: Path) -> Outcome:
-    """Reads what a run left; its weights answer the demo's held-out questions in fp32, with the local layers."""
+    """Reads a run's output; its weights answer the demo's held-out questions in fp32, with the local layers."""
     from ross_mcore.inference import load_model
 
     sys.path[:0] = [str(DEMO)] if str(DEMO) not in sys.path else []
@@ -107,7 +107,7 @@ def outcome_of(folder: Path, demo: Path) -> Outcome:
 
 
 def assert_same_work(outcomes: Sequence[Outcome]) -> None:
-    """Every run trained, step by step, on the same samples, labels and pictures."""
+    """Checks that all runs trained, step by step, on the same samples, labels and pictures."""
     names = ("sample_digest", "num_tokens", "num_images")
     work = [[[step[name] for name in names] for step in outcome.steps] for outcome in outcomes]
     if any(other != work[0] for other in work[1:]):
@@ -117,7 +117,7 @@ def assert_same_work(outcomes: Sequence[Outcome]) -> None:
 
 
 def table(outcomes: dict[tuple[str, int], Outcome], seeds: Sequence[int]) -> str:
-    """Markdown: means over the seeds, and in brackets the differences to fp32 seed by seed."""
+    """Markdown: means over the seeds, and in brackets the differences from fp32 for each seed."""
     titles = (f"lm_loss, last {WINDOW} steps", f"vm_loss, last {WINDOW} steps", "held-out lm_loss", "held-out vm_loss")
     lines = [f"| | {' | '.join(titles)} | held-out answers right |", "|---" * (len(titles) + 2) + "|"]
     for way in WAYS:
@@ -158,7 +158,7 @@ def picture(outcomes: Sequence[Outcome], seed: int) -> str:
 
 
 def train_all(runs: Sequence[tuple[Way, int]], iterations: int | None, demo: Path, out: Path) -> None:
-    """Makes every run of `out` anew, two at a time."""
+    """Makes all runs of `out` again, two at a time."""
     if find_checkpoint(demo / "pretrain") is None:
         raise SystemExit(f"{demo} has no first stage; run examples/demo/run_demo.py --out {demo} --only-pretrain")
     shutil.rmtree(out, ignore_errors=True)
@@ -177,14 +177,20 @@ def train_all(runs: Sequence[tuple[Way, int]], iterations: int | None, demo: Pat
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="where the first stage lies [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("runs/fp8_convergence"), help="the runs [%(default)s]")
+    parser.add_argument(
+        "--demo", type=Path, default=Path("runs/demo"), help="folder with the first stage [%(default)s]"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/fp8_convergence"), help="folder of the runs [%(default)s]"
+    )
     parser.add_argument("--picture", type=Path, required=True, help="SVG to write")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[42, 43], help="the first one's curves are drawn %(default)s"
+        "--seeds", type=int, nargs="+", default=[42, 43], help="curves are drawn for the first %(default)s"
     )
     parser.add_argument("--train-iters", type=int, help="instead of the recipe's")
-    parser.add_argument("--redraw", action="store_true", help="train nothing: table and picture of the runs in --out")
+    parser.add_argument(
+        "--redraw", action="store_true", help="table and picture of the runs in --out, without training"
+    )
     options = parser.parse_args()
     demo, out, seeds = options.demo.resolve(), options.out.resolve(), options.seeds
     runs = [(way, seed) for seed in seeds for way in WAYS]
@@ -198,7 +204,7 @@ def main() -> int:
         assert_same_work([outcomes[way.name, seed] for way in WAYS])
     options.picture.write_text(picture([outcomes[way.name, seeds[0]] for way in WAYS], seeds[0]), encoding="utf-8")
     print(table(outcomes, seeds))
-    print(f"{options.picture} is written; all of it took {time.perf_counter() - began:.0f} s")
+    print(f"{options.picture} is written; total time {time.perf_counter() - began:.0f} s")
     return 0
 
 

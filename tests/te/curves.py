@@ -1,6 +1,6 @@
-"""Loss curves as an SVG: over each panel's curves, their differences to the first of them.
+"""Loss curves as an SVG: each panel has the curves, and below them their differences from the first.
 
-PURE: numbers in, text out; Python's standard library alone.
+Pure functions, with only Python's standard library.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves of one quantity; the first is the one that the others are compared with."""
+    """Curves of one quantity; the first is the reference of the others."""
 
     title: str
     curves: Sequence[Curve]
@@ -44,13 +44,13 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def differences(values: Sequence[float], reference: Sequence[float], window: int) -> list[float]:
-    """By how much the smoothed values lie above the smoothed reference."""
+    """Smoothed values minus the smoothed reference."""
     pairs = zip(smoothed(values, window), smoothed(reference, window), strict=True)
     return [ours - theirs for ours, theirs in pairs]
 
 
 def apart(heights: Sequence[float], least: float) -> list[float]:
-    """The same heights, moved as little as a downward sweep needs for labels to stand `least` from each other."""
+    """The heights, moved by one downward sweep so that labels are at least `least` apart."""
     moved = dict.fromkeys(range(len(heights)), 0.0)
     last = -math.inf
     for number in sorted(moved, key=lambda n: heights[n]):
@@ -59,7 +59,7 @@ def apart(heights: Sequence[float], least: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten from `low` to `high`; where these are few, even ones."""
+    """1, 2 and 5 times powers of ten from `low` to `high`; even ticks if these are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
     return ticks if len(ticks) > 2 else even_ticks(low, high, 5)
@@ -91,7 +91,7 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], window: int) -> str
 
 def _panel(panel: Panel, x: float, width: float, window: int) -> list[str]:
     lines = [smoothed(curve.values, window) for curve in panel.curves]
-    drawn = [line[window // 2 :] for line in lines]  # a mean over few steps is one over few pictures
+    drawn = [line[window // 2 :] for line in lines]  # a mean over few steps covers few pictures
     low, high = min(map(min, drawn)) / 1.15, max(map(max, drawn)) * 1.15
     steps = len(lines[0])
 

@@ -1,6 +1,7 @@
-"""The module `transformer_engine_torch` that Transformer Engine imports: its names, and how often each function ran.
+"""The module `transformer_engine_torch` that Transformer Engine imports: its names, and a count of calls for each
+function.
 
-Every name can be imported, used as a type and read as an enumeration; one that has no stand-in raises when called.
+Every name can be imported, used as a type and read as an enumeration; a name without a stand-in raises when called.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 CALLS: Counter = Counter()
-"""How often each function ran; of attention also how often for each layout of its tensors (BSHD_BSHD_BSHD, ...)."""
+"""Calls of each function; for attention also calls for each layout of its tensors (BSHD_BSHD_BSHD, ...)."""
 
 
 def _enumeration(name, **members):
@@ -49,7 +50,7 @@ ENUMS = (DType, FP8FwdTensors, FP8BwdTensors, NVTE_Fused_Attn_Backend)
 
 
 class _Missing(type):
-    """A name of the extension that has no stand-in: can be imported, is a type and an enumeration, cannot be called."""
+    """A name of the extension without a stand-in: can be imported, is a type and an enumeration, cannot be called."""
 
     def __getattr__(cls, name):
         if name.startswith("_"):
@@ -75,7 +76,7 @@ class Extension(types.ModuleType):
 
 
 def extension(functions: Iterable[Callable]) -> Extension:
-    """The module `transformer_engine_torch` with these stand-ins, which are counted."""
+    """The module `transformer_engine_torch` with these stand-ins, whose calls are counted."""
     module = Extension("transformer_engine_torch")
     for function in functions:
         setattr(module, function.__name__, _counted(function))

@@ -1,6 +1,7 @@
-"""Transformer Engine's compiled functions in plain torch: what `transformer_engine_torch` is in tests/te.
+"""Transformer Engine's compiled functions in plain torch, for tests/te in place of `transformer_engine_torch`.
 
-Names, argument orders and results are those of Transformer Engine 2.9's Python sources, which call them. Stood in for:
+Names, argument orders and results are those of Transformer Engine 2.9's Python sources, which call them. Replaced
+functions:
 
 - fp32, bf16, unfused attention: generic_gemm, rmsnorm_fwd and _bwd, layernorm_fwd and _bwd, get_cudnn_version
 - bf16 and packed attention (attention.py): get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd
@@ -8,7 +9,7 @@ Names, argument orders and results are those of Transformer Engine 2.9's Python 
   FP8 compute_amax, multi_tensor_compute_scale_and_scale_inv
 - mcore's optimizer: multi_tensor_scale, multi_tensor_l2norm, multi_tensor_adam
 
-extension.py makes a module of them, which has every other name too.
+extension.py makes a module of them, with all other names too.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def generic_gemm(
         raise RuntimeError("cuBLAS multiplies FP8 matrices with FP8 matrices alone")
     if hasattr(A, "_fp8_dtype") and any(size % 16 for size in (*a.shape, *b.shape)):
         raise RuntimeError(f"cuBLAS multiplies FP8 matrices in blocks of 16; got {list(a.shape)} and {list(b.shape)}")
-    a, b = a.float(), b.float()  # cuBLAS accumulates so, and it is faster than torch's bf16 product on a CPU
+    a, b = a.float(), b.float()  # like cuBLAS, and faster than torch's bf16 product on a CPU
     out = (b.t() if transB else b) @ (a.t() if transA else a)
     if alpha != 1.0:
         out = out * alpha
@@ -139,7 +140,7 @@ def layernorm_bwd(dz, x, mu, rsigma, gamma, sm_margin, zero_centered_gamma):
 
 
 def _scale_of(amax, top, epsilon, power_of_2):
-    """[1] what brings `amax` to the largest number of the format."""
+    """[1] the factor that scales `amax` to the largest number of the format."""
     scale = top / max(amax, epsilon, 1e-38) if amax else 1.0
     return torch.tensor([2.0 ** math.floor(math.log2(scale)) if power_of_2 else scale])
 
@@ -157,7 +158,7 @@ def quantize(tensor, quantizer, output=None, noop=None):
     if isinstance(quantizer, f8.Float8Quantizer):  # scale from the history, record amax
         scale = quantizer.scale.clone().view(1)
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
-    else:  # scale from this very tensor
+    else:  # scale from this tensor
         if quantizer.with_amax_reduction:
             torch.distributed.all_reduce(
                 amax, torch.distributed.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group()
@@ -209,7 +210,7 @@ def multi_tensor_compute_scale_and_scale_inv(chunk_size, noop, lists, max_fp8, f
         scale_inv.copy_(scale.reciprocal())
 
 
-# optimizer kernels: megatron.core takes TE's FusedAdam, l2norm and scale as soon as TE imports ----
+# optimizer kernels: megatron.core uses TE's FusedAdam, l2norm and scale if TE can be imported ----
 
 
 def multi_tensor_scale(chunk_size, noop, lists, scale):

@@ -1,4 +1,4 @@
-"""A rank of a training run that writes down what ran: which layers in FP8, with which recipe, on which tokens."""
+"""A rank of a training run that records which layers ran in FP8, with which recipe and on which tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.te.extension import CALLS
 def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None:
     """Trains as `train_one_rank` does and writes `seen_<rank>.json` into the run's folder.
 
-    linears: "layer/name" of every Transformer Engine linear -> how its passes ran, in order of first appearance, as
-    "Recipe/format" or "off"; fp8_elsewhere: other modules, outside of the decoder layers, that ran inside an FP8
-    context; first_passes: for one linear, which passes were told that weights have changed; tokens: lengths of its
-    inputs; optimizer: classes; calls: of stand-in kernels; histories: whether any amax was kept.
+    linears: "layer/name" of every Transformer Engine linear -> the precision of its passes, in order of first
+    appearance, as "Recipe/format" or "off"; fp8_elsewhere: other modules, outside of the decoder layers, that ran
+    inside an FP8 context; first_passes: for one linear, the passes whose argument marked the weights as changed;
+    tokens: lengths of its inputs; optimizer: classes; calls: of stand-in kernels; histories: whether an amax was kept.
     """
     from ross_mcore.training import opening
 
@@ -46,7 +46,7 @@ def train_and_look(flags: dict[str, Any], stop_after: int | None = None) -> None
 
 
 def looks_of(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of a run wrote, in rank order."""
+    """The files written by the ranks of a run, in rank order."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("seen_*.json"))]
 
 

@@ -1,4 +1,4 @@
-"""Imported once by the fork server of tests/te: the stand-in first, then what all ranks need."""
+"""Imported once by the fork server of tests/te: the stand-in first, then the modules that all ranks need."""
 
 from tests.te import standin
 

@@ -1,4 +1,5 @@
-"""The trainer on stand-ins for Transformer Engine's kernels: `python -m tests.te.pretrain_ross`, flags as ever."""
+"""The trainer on stand-ins for Transformer Engine's kernels: `python -m tests.te.pretrain_ross`, with the same
+flags."""
 
 from __future__ import annotations
 

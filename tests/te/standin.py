@@ -1,17 +1,17 @@
 """Transformer Engine's own Python layer on a machine without a GPU.
 
-`install()` comes before anything imports transformer_engine or megatron.core. It does two things, both seen inside
-`transformer_engine.*` alone:
+Call `install()` before transformer_engine or megatron.core is imported. It does two things, both visible only inside
+`transformer_engine.*`:
 
 1. `transformer_engine_torch`, the compiled extension, becomes a module (extension.py) of plain torch functions
    (kernels.py, attention.py).
-2. An import hook spells the device anew in Transformer Engine's sources while they load (RULES, seven patterns of one
-   line), because they say "cuda", assert `.is_cuda` and ask torch.cuda for the architecture.
+2. An import hook replaces the device in Transformer Engine's sources while they load (RULES, seven patterns of one
+line), because they name "cuda", assert `.is_cuda` and query torch.cuda for the architecture.
 
 So classes, parameter names, recipes, autocast, caches and extra state are Transformer Engine's; numbers, speed, memory
 and the shapes that a kernel refuses are not. It needs the pure Python wheel (`pip install --no-deps
-transformer-engine`) with einops and pydantic. Where that wheel is installed and `install()` was not called, importing
-megatron.core fails: hence an environment of its own (`make test-te`).
+transformer-engine`) with einops and pydantic. With that wheel installed, importing megatron.core fails unless
+`install()` was called; so it has a separate environment (`make test-te`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.te.extension import Extension, extension
 from tests.te.kernels import FUNCTIONS
 
 ARCHITECTURE = (9, 0)
-"""The GPU that Transformer Engine is told to be on: Hopper, whose FP8 matrix products take row-major copies only."""
+"""The GPU reported to Transformer Engine: Hopper, whose FP8 matrix products take only row-major copies."""
 
 RULES = [
     (re.compile(pattern), replacement)
@@ -65,7 +65,7 @@ def _no_context(*_: Any) -> contextlib.AbstractContextManager[None]:
 
 
 class _Cuda:
-    """What `torch.cuda` is inside Transformer Engine. Names that are not here come from the real torch.cuda."""
+    """Replaces `torch.cuda` inside Transformer Engine. Other names come from the real torch.cuda."""
 
     _properties = types.SimpleNamespace(
         major=ARCHITECTURE[0], minor=ARCHITECTURE[1], multi_processor_count=132, name="CPU stand-in"
@@ -106,7 +106,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _StubLoader(importlib.abc.Loader):
-    """Submodules replaced whole: Triton kernels and the ONNX export table, whose libraries are not needed here."""
+    """Submodules replaced entirely: Triton kernels and the ONNX export table, whose libraries are not needed here."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return Extension(spec.name)
@@ -128,7 +128,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Makes Transformer Engine importable here. Does nothing where there is a GPU, or when called again."""
+    """Makes Transformer Engine importable here. Does nothing on a machine with a GPU, or when called again."""
     if torch.cuda.is_available() or "transformer_engine_torch" in sys.modules:
         return
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # transformer_engine/common: do not load CUDA libraries

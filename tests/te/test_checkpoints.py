@@ -1,4 +1,4 @@
-"""Checkpoints go between `local` and Transformer Engine layers, both ways; FP8 runs resume exactly."""
+"""`local` and Transformer Engine layers load each other's checkpoints; FP8 runs resume exactly."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("name", "before", "after"), SWITCHES, ids=[row[0] for row in SWITCHES])
-def test_a_run_goes_on_with_the_other_layers(
+def test_a_run_resumes_with_the_other_layers(
     name: str, before: Case, after: Case, start: Callable[..., Finished], reference: Callable[[Case], Finished]
 ) -> None:
-    """One step with one kind, two with the other, at another layout: as the uninterrupted local run."""
+    """One step with one kind, two with the other at another layout: equal to the uninterrupted local run."""
     folder = "switch_" + name.replace(" ", "_").replace(",", "")
     start(before, folder, exit_duration_in_mins=1e-6)
     run = start(after, folder)
@@ -36,10 +36,10 @@ def test_a_run_goes_on_with_the_other_layers(
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, FP8], ids=["fp32", "bf16", "FP8"])
-def test_what_is_saved_before_any_step_was_applied_goes_on(
+def test_a_checkpoint_from_before_the_first_applied_step_resumes(
     options: dict[str, Any], start: Callable[..., Finished]
 ) -> None:
-    """Transformer Engine's Adam counts its steps from its first one on."""
+    """Transformer Engine's Adam has a step counter only after its first step."""
     case, name = Case("", 1, {**ENGINE, **options}), f"late_{'_'.join(options)}"
     straight = start(case, name, skip_iterations="1", save_interval=None)
     start(case, f"{name}_stopped", skip_iterations="1", exit_interval=1)
@@ -54,7 +54,7 @@ def scales(folder: Path) -> dict[str, Any]:
 
 
 def refuse_others(checkpoint: Path) -> None:
-    """What is missing beside FP8 state is an error that names it."""
+    """Missing values other than FP8 state are an error that names them."""
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -74,9 +74,9 @@ def refuse_others(checkpoint: Path) -> None:
 
 
 def test_fp8_resumes_exactly(start: Callable[..., Finished]) -> None:
-    """Scales and histories are saved and restored: every number of the run that was stopped is the other's, bit by bit.
+    """Scales and histories are saved and restored: all numbers of the stopped run equal those of the other, bit by bit.
 
-    Tensor-parallel ranks agree on them, so they are stored once; the same run without them goes another way.
+    Tensor-parallel ranks agree on them, so they are stored once; the same run without them gives other numbers.
     """
     case = Case("", 2, {**HISTORY, **layout(2, sequence_parallel=True)})
     whole = start(case, "fp8_whole")
@@ -92,9 +92,9 @@ def test_fp8_resumes_exactly(start: Callable[..., Finished]) -> None:
     assert all(len(history) == 4 and history[-1].any() for history in histories)
 
     other = start(case, "fp8_stopped_other", exit_duration_in_mins=1e-6)
-    other = start(case, "fp8_stopped_other", fp8_amax_history_len=2)  # no histories of this length: afresh
+    other = start(case, "fp8_stopped_other", fp8_amax_history_len=2)  # no histories of this length: they start empty
     assert other.metrics[1]["lm_loss"] != whole.metrics[1]["lm_loss"]
     assert other.metrics[1]["lm_loss"] == pytest.approx(whole.metrics[1]["lm_loss"], rel=2e-2)
-    bf16 = start(Case("", 1, {"bf16": True}), "fp8_stopped_other", train_iters=4)  # local layers have no use for them
+    bf16 = start(Case("", 1, {"bf16": True}), "fp8_stopped_other", train_iters=4)  # local layers do not use them
     assert len(bf16.metrics) == 4 and not scales(bf16.folder / "iter_0000004")
     run_ranks(refuse_others, 1, whole.folder)

@@ -1,4 +1,4 @@
-"""The picture of loss curves: what is drawn where."""
+"""The picture of loss curves and the places of its elements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_ticks_are_round_numbers() -> None:
 
 
 def test_every_curve_is_drawn_twice_and_labelled() -> None:
-    """Over its panel and below, as a difference; the first, compared with itself, is labelled once."""
+    """In its panel, and below as a difference; the first, the reference, is labelled once."""
     values = [1.0, 0.5, 0.25, 0.2]
     curves = [Curve("a < b", "#000000", values), Curve("c", "#ff0000", [2 * v for v in values], is_dashed=True)]
     picture = xml.fromstring(draw("title", "more", [Panel("loss", curves), Panel("other", curves)], window=2))

@@ -1,4 +1,4 @@
-"""Every option of precision and kernels, read where it must arrive: in the built modules, recipes and optimizers."""
+"""Each option of precision and kernels is checked at its destination: the built modules, recipes and optimizers."""
 
 from __future__ import annotations
 
@@ -127,15 +127,15 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"config.gradient_accumulation_fusion": True},
     ),
 }
-"""Options, and what must be seen of them. Of fused gradients the configuration alone: without Apex's extension mcore
-builds no output layer."""
+"""Options and their expected effect. For fused gradients only the configuration: without Apex's extension mcore builds
+no output layer."""
 
 OVERLAP = {**FP8, **layout(2, sequence_parallel=True), "tp_comm_overlap": True, "fp8_recipe": "tensorwise"}
 OVERLAP |= {"seq_length": 250, "micro_batch_size": 2, "first_last_layers_bf16": True}
 
 
 def read_rows(rows: dict[str, dict[str, Any]], base: str, folder: str) -> None:
-    """What each rank runs: builds every row and writes what it sees of it to `seen_<rank>.json`."""
+    """Runs on each rank: builds every row and writes the observed effects to `seen_<rank>.json`."""
     import os
 
     from ross_mcore import platform
@@ -143,7 +143,7 @@ def read_rows(rows: dict[str, dict[str, Any]], base: str, folder: str) -> None:
     platform.initialize_process_group(1)
     seen = {}
     for name, flags in rows.items():
-        for variable in ATTENTION_VARIABLES:  # mcore sets them, and refuses others than it would set
+        for variable in ATTENTION_VARIABLES:  # mcore sets them, and refuses other values
             os.environ.pop(variable, None)
         seen[name] = _read(Config.from_flat(**flags), base)
     Path(folder, f"seen_{os.environ['RANK']}.json").write_text(json.dumps(seen, default=str))
@@ -218,14 +218,14 @@ def seen(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_an_option_arrives(name: str, seen: dict[str, dict[str, Any]]) -> None:
+def test_an_option_has_its_effect(name: str, seen: dict[str, dict[str, Any]]) -> None:
     expected = ROWS[name][1]
     assert {key: seen[name].get(key, "missing") for key in expected} == expected
 
 
-def test_tensor_parallel_overlap_arrives(base: Callable[[str], Path], tmp_path: Path) -> None:
-    """Buffers are made once, before the layers, for micro-batches of one length, in every precision that is asked for;
-    and the linears use them. Nothing is computed: that needs GPUs."""
+def test_tensor_parallel_overlap_has_its_effect(base: Callable[[str], Path], tmp_path: Path) -> None:
+    """Buffers are made once, before the layers, for micro-batches of one length, in each requested precision, and the
+    linears use them. Nothing is computed: that needs GPUs."""
     run_ranks(read_rows, 2, {"overlap": OVERLAP}, str(base("qwen2_siglip")), str(tmp_path))
     for rank in range(2):
         looked = json.loads((tmp_path / f"seen_{rank}.json").read_text())["overlap"]

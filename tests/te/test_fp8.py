@@ -1,4 +1,4 @@
-"""FP8 reaches every linear of the language model's decoder, as asked, and nothing else."""
+"""FP8 reaches exactly the linears of the language model's decoder, as configured."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_fp8_runs_where_it_should(
     assert linears == expected
     for ours, theirs in zip(run.metrics, reference(BF16).metrics, strict=True):
         assert ours["applied"]
-        # an e4m3 number has 3 bits after the first: about 4% of each product, which the sums average out
+        # an e4m3 number has 3 bits after the first: about 4% of each product, which sums average out
         for name in ("lm_loss", "vm_loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2), name
             assert ours[name] != theirs[name]
@@ -75,7 +75,7 @@ def test_fp8_runs_where_it_should(
 def test_weights_kept_in_fp8_are_those_that_a_step_would_cast(
     recipe: str, more: dict, start: Callable[..., Finished]
 ) -> None:
-    """--fp8-param-gather casts the same masters earlier, and again when a run goes on: not a bit of a loss changes.
+    """--fp8-param-gather casts the same masters earlier, and again when a run resumes: losses are bit-equal.
 
     The gradient norm is summed in another order of parameters, in fp32.
     """

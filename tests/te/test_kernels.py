@@ -1,4 +1,4 @@
-"""The stand-ins' FP8: an FP8 linear is what casting by hand and multiplying gives, in all three of its products."""
+"""The stand-ins' FP8: all three products of an FP8 linear equal products of values cast by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 
 
 def cast(x: Tensor, to: dtype, scale: float) -> Tensor:
-    """x as float32 after it was scaled and cast to FP8; numbers larger than `to` has become its largest."""
+    """x scaled, cast to FP8 and converted back to float32; larger numbers become the largest of format `to`."""
     import torch
 
     top = torch.finfo(to).max
@@ -40,7 +40,7 @@ def test_all_three_products_are_of_fp8_numbers(recipe: str) -> None:
     weight = draw(48, 64)
     linear.weight.data.copy_(weight)
     before = [draw(32, 64), weight, 1e-3 * draw(32, 48)]
-    now = [3 * before[0], weight, 1e-3 * draw(32, 48)]  # larger than ever: delayed scaling cuts the largest off
+    now = [3 * before[0], weight, 1e-3 * draw(32, 48)]  # larger than before: delayed scaling clips the largest
     for inputs, _, gradient in (before, now):
         inputs.requires_grad_()
         linear.weight.grad = None

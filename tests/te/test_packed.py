@@ -1,4 +1,4 @@
-"""Samples packed into rows train as samples in rows of their own, through Transformer Engine's attention (THD)."""
+"""Packed samples train as samples in separate rows, through Transformer Engine's attention (THD)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.te.test_fp8 import FP8
 BF16: dict[str, Any] = {"transformer_impl": "transformer_engine", "bf16": True}
 
 LOSSES, GRADIENTS = 3e-4, 2e-2
-"""bf16 keeps 8 bits (4e-3). The same sums in other parts, rounded in other places: measured up to 7e-5 on losses and
-norm and 6e-3 of a family's largest gradient. Attention across the samples of a row: 1e-3 on lm_loss, 7e-2 on the norm,
-8e-2 (denoiser) to 2e-1 (projector) on gradients."""
+"""bf16 has 8 bits (4e-3). The same sums, split and rounded differently: measured up to 7e-5 on losses and norm and 6e-3
+of a family's largest gradient. Attention across the samples of a row: 1e-3 on lm_loss, 7e-2 on the norm, 8e-2
+(denoiser) to 2e-1 (projector) on gradients."""
 
 
 def train_across_samples(flags: dict[str, Any], stop_after: int | None = None) -> None:
-    """`train_and_look` with an attention that sees a row, micro-batches being of one, as one sample."""
+    """`train_and_look` with an attention that treats a row as one sample; micro-batches have one row."""
     from ross_mcore.models.language import packed_sequence
     from ross_mcore.models.transformer_engine import CoreAttention
 
@@ -60,7 +60,7 @@ def attention_layouts(run: Finished) -> set[str]:
 def test_packed_and_separate_samples_train_alike(
     case: Case, separate: Finished, start: Callable[..., Finished], workplace: Path
 ) -> None:
-    """As tests/distributed/test_layouts.py has it for the local layers in fp32, for which thd has no kernel."""
+    """Like tests/distributed/test_layouts.py for the local layers in fp32, for which thd has no kernel."""
     flags = packed_flags(workplace / "shards_mixed")
     packed = start(case, f"engine_packed_{case.name}", rank=train_and_look, **flags)
     assert "THD_THD_THD" in attention_layouts(packed)  # beside rows of one sample
@@ -71,10 +71,10 @@ def test_packed_and_separate_samples_train_alike(
         assert difference[family] <= GRADIENTS * largest[family], (family, difference, largest)
 
 
-def test_attention_across_samples_would_be_seen(
+def test_attention_across_samples_is_detected(
     separate: Finished, start: Callable[..., Finished], workplace: Path
 ) -> None:
-    """What the test above bounds is less than what a wrong mask does: in the loss and in every family."""
+    """A wrong mask exceeds the tolerances of the test above: in the loss and in every family."""
     flags = packed_flags(workplace / "shards_mixed")
     blurred = start(Case("", 1, BF16), "engine_blurred", rank=train_across_samples, **flags)
     (ours,), (theirs,) = blurred.metrics, separate.metrics
@@ -86,7 +86,7 @@ def test_attention_across_samples_would_be_seen(
 
 
 def test_fp8_takes_packed_rows(separate: Finished, start: Callable[..., Finished], workplace: Path) -> None:
-    """Under sequence parallelism each of two ranks has a whole number of blocks of 16 of a row's tokens."""
+    """Under sequence parallelism each of two ranks has a multiple of 16 of a row's tokens."""
     case = Case("", 4, {**FP8, **layout(2, 2, sequence_parallel=True), "fp8_recipe": "tensorwise"})
     packed = start(case, "engine_packed_fp8", rank=train_and_look, **packed_flags(workplace / "shards_mixed"))
     assert "THD_THD_THD" in attention_layouts(packed)  # beside rows of one sample

@@ -1,4 +1,4 @@
-"""Fingerprints of weights that are kept in FP8."""
+"""Fingerprints of weights kept in FP8."""
 
 from __future__ import annotations
 

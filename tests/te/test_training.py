@@ -1,4 +1,4 @@
-"""Whole ROSS models on Transformer Engine's layers beside the `local` ones: same losses, gradients and steps."""
+"""Whole ROSS models on Transformer Engine's layers and on `local` ones: same losses, gradients and steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stamps example without its pictures: which are chosen, how they are drawn, what the records say, what fails."""
+"""The stamps example without its pictures: selection, drawing, records and errors."""
 
 from __future__ import annotations
 

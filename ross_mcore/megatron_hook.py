@@ -52,7 +52,7 @@ class Hook:
             for patch in patches or ():
                 patch(module)
 
-        spec.loader.exec_module = execute  # type: ignore[method-assign]  # the loader of this module alone
+        spec.loader.exec_module = execute  # type: ignore[method-assign]  # this loader loads one module
         return spec
 
 

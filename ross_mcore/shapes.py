@@ -1,7 +1,7 @@
 """Named shapes of tensors, and the differences between two sets of them.
 
 Each module's file has a function `weight_shapes` that computes its shapes without building it. So config.json is
-compared with a checkpoint before anything is built: a damaged one may ask for 4,096 layers, which take over 20 seconds
+compared with a checkpoint before anything is built: a damaged one may have 4,096 layers, which take over 20 seconds
 to build on the meta device, or for sizes that overflow there. Tests compare the shapes with the modules.
 """
 

@@ -197,7 +197,7 @@ def balance(
 def parse_layers(text: str, num_layers: int, stages: int) -> tuple[int, ...]:
     """Parses `--pipeline-layout 7,8,9,4`: decoder layers per chunk; with k * stages numbers each rank has k chunks.
 
-    Raises LayoutError for text that is no list of numbers, and for counts that do not fit stages and layers.
+    Raises LayoutError for text that is not a list of numbers, and for counts that do not fit stages and layers.
     """
     try:
         counts = tuple(int(part) for part in text.split(","))

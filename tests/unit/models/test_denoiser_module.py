@@ -1,4 +1,4 @@
-"""The denoiser where no recorded value is needed: initialisation, precision, draws of an image, empty batches."""
+"""The denoiser without recorded values: initialisation, precision, draws of an image, empty batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHANNELS, CONDITION, GRID, DRAWS = 8, 12, 3, 4
 
 
 def build(seed: int = 0, informative: bool = True) -> Denoiser:
-    """A denoiser with every parameter drawn, also those that are zero at first, so that everything has an effect."""
+    """A denoiser; `informative` draws the parameters that are initialised to zero too, so that all have an effect."""
     denoiser = Denoiser(CONFIG, CHANNELS, CONDITION, GRID)
     generator = torch.Generator().manual_seed(seed)
     denoiser.reset_parameters(generator)
@@ -57,7 +57,7 @@ def test_initial_weights():
 
 
 def test_draws_of_an_image_share_its_condition():
-    """Expanding the condition outside gives the same predictions and, summed over draws, the same gradient."""
+    """A condition repeated by the caller gives the same predictions and, summed over draws, the same gradient."""
     denoiser = build()
     x, timesteps, condition = inputs(3)
     shared = condition.clone().requires_grad_()
@@ -71,8 +71,8 @@ def test_draws_of_an_image_share_its_condition():
     torch.testing.assert_close(shared.grad, expanded.grad)
 
 
-def test_computes_in_float32_whatever_the_inputs():
-    """bfloat16 inputs and weights are cast up, never the arithmetic down, also under autocast."""
+def test_computes_in_float32_for_all_inputs():
+    """bfloat16 inputs and weights are cast to float32, also under autocast."""
     denoiser = build()
     x, timesteps, condition = inputs(2)
     rounded = condition.bfloat16()

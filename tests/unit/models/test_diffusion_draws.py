@@ -1,4 +1,4 @@
-"""Keyed draws, the sampler and the loss where no recorded value is needed: independence, statistics, empty batches."""
+"""Keyed draws, sampler and loss without recorded values: independence, statistics, empty batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def keyed(positions, ordinals, seed=1):
 
 
 def test_an_image_draws_the_same_in_every_batch():
-    """Positions and ordinals name the image; batch size, order and neighbours do not matter."""
+    """Draws depend on positions and ordinals, not on batch size, order or neighbours."""
     whole = keyed([5, 5, 9, 2**40], [0, 1, 0, 0])
     for image in range(4):
         alone = keyed([[5, 5, 9, 2**40][image]], [[0, 1, 0, 0][image]])

@@ -1,4 +1,4 @@
-"""Splice, gather and supervised positions: inverse to each other, differentiable, strict about counts."""
+"""Splice, gather and supervised positions: inverse to each other, differentiable, counts are checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LENGTH, WIDTH, TOKENS = 27, 2, 3
 IMAGE_STARTS = torch.tensor([19, 6, 23])
 
 
-def test_splice_puts_each_image_at_its_place_and_gather_takes_it_back():
+def test_gather_is_the_inverse_of_splice():
     embeddings = torch.randn(LENGTH, 1, WIDTH)
     before = embeddings.clone()
     features = torch.randn(3, TOKENS, WIDTH)
@@ -84,7 +84,7 @@ def test_supervised_positions():
     assert supervised.select(hidden).flatten().tolist() == [1, 3, 7]
 
 
-def test_a_batch_without_labels_has_one_position_that_weighs_nothing():
+def test_a_batch_without_labels_has_one_position_of_weight_zero():
     hidden = torch.randn(8, 1, 3, requires_grad=True)
     supervised = supervised_positions(torch.full((8,), -100))
     assert [value.tolist() for value in supervised] == [[0], [0], [0]]
@@ -92,6 +92,6 @@ def test_a_batch_without_labels_has_one_position_that_weighs_nothing():
     assert hidden.grad is not None and not hidden.grad.any()
 
 
-def test_a_position_lies_in_the_sample_that_began_last_before_it():
+def test_a_position_belongs_to_the_last_sample_that_starts_before_it():
     starts = torch.tensor([0, 3, 3, 6])
     assert samples_at(torch.tensor([0, 2, 3, 5, 6, 9]), starts).tolist() == [0, 0, 2, 2, 3, 3]

@@ -1,4 +1,4 @@
-"""Described shapes against the modules that have them, built on the meta device."""
+"""Shapes computed by `weight_shapes`, compared with modules on the meta device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ross_mcore.architecture import DenoiserConfig, PixelDecoderConfig, Projecto
 from ross_mcore.models import denoiser, language_weights, pixel_decoder, projector, vision
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.projector import VisionProjection
-from tests.unit.checkpoint.conftest import SIGLIP, VAE
+from tests.unit.conversion.conftest import SIGLIP, VAE
 from tests.unit.parallel.test_layout import QWEN2_7B
 
 HALF = (0.5, 0.5, 0.5)

@@ -52,7 +52,7 @@ def test_shares_partition_the_items(count: int, size: int) -> None:
 @settings(deadline=None)
 @given(st.integers(1, 5), st.integers(0, 5), st.floats(0, 4), st.floats(0, 4))
 def test_balance_is_optimal(stages: int, more: int, first: float, last: float) -> None:
-    """Against every possible placement."""
+    """Compared with all possible placements."""
     layers = stages + more
 
     def slowest(counts: tuple[int, ...]) -> float:
@@ -66,8 +66,11 @@ def test_balance_is_optimal(stages: int, more: int, first: float, last: float) -
 
 
 def test_forward_flops_of_the_published_sample() -> None:
-    """Qwen2-7B + SigLIP-384, 729 image + 300 text tokens, in TFLOP, to the two or three digits published. Those figures
-    run all 27 tower layers (ROSS needs 26) and embed the condition once a draw (here once an image)."""
+    """Qwen2-7B + SigLIP-384, 729 image + 300 text tokens, in TFLOP, as published with two or three digits.
+
+    The published figures count all 27 tower layers (ROSS runs 26) and embed the condition once per draw (here once per
+    image).
+    """
     parts = forward_flops(ROSS_7B, tokens=1029, labelled_tokens=1029)
     condition = 3 * 2 * 729 * 3584 * 1024 / 1e12
     assert parts.layer / 1e12 == pytest.approx(0.487, abs=5e-4)
@@ -78,7 +81,7 @@ def test_forward_flops_of_the_published_sample() -> None:
 
 
 def test_operations_follow_from_the_shapes_of_weights() -> None:
-    """Two a token and number of a matrix, and those of attention."""
+    """Two operations per token and element of a matrix, plus attention."""
     shapes, parts = inventory(ROSS_7B), forward_flops(ROSS_7B, tokens=1029, labelled_tokens=7)
 
     def matrices(*prefixes: str) -> int:

@@ -1,4 +1,4 @@
-"""A rank's memory, and how many micro-batches a stage holds."""
+"""Memory of a rank, and micro-batches in flight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def memory_of(layout: Layout, stage: int, **changes: object) -> Memory:
     return stage_memory(ROSS_7B, inventory(ROSS_7B), layout, layout.stage(stage), replace(PLAN, **changes))
 
 
-def test_one_rank_has_all_of_the_model() -> None:
+def test_one_rank_holds_the_whole_model() -> None:
     """Published parameter counts: Qwen2-7B, SigLIP-SO400M's tower, the denoiser, the FLUX VAE; and the projector."""
     language, tower, denoiser = 7_615_616_512, 428_225_600, 64_630_848
     vae = 83_819_683 + (32 * 32 + 32) + (16 * 16 + 16)  # with the two 1x1 convolutions that the published one lacks
@@ -52,7 +52,7 @@ def test_tensor_parallel_ranks_share_matrices_and_not_norms() -> None:
     assert whole.weights - halves.weights == 2 * shared / 2
 
 
-def test_stages_hold_the_model_between_them() -> None:
+def test_the_stages_together_hold_the_model() -> None:
     parts = [memory_of(SPLIT, stage) for stage in (0, 1)]
     assert sum(part.weights for part in parts) == memory_of(Layout(2, 1, 1, (28,)), 0).weights
     assert [round(getattr(parts[0], name) / 1e9, 1) for name in ("weights", "gradients", "optimizer")] == [

@@ -282,17 +282,6 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def micro_batch_positions(
-    consumed_samples: int, micro_batch: int, dp_rank: int, dp_size: int, micro_batch_size: int
-) -> NDArray[np.int64]:
-    """Stream positions [micro_batch_size] of micro-batch number `micro_batch` of a step on a data-parallel rank.
-
-    Every split of a global batch into ranks and micro-batches covers the same positions, from consumed_samples on.
-    """
-    start = consumed_samples + (micro_batch * dp_size + dp_rank) * micro_batch_size
-    return np.arange(start, start + micro_batch_size, dtype=np.int64)
-
-
 def evenly_spaced(num_samples: int, most: int) -> list[int]:
     """At most `most` sample numbers, evenly spaced from the first to the last of `num_samples`."""
     spaced = np.linspace(0, num_samples - 1, min(num_samples, most)).round().astype(np.int64)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ross_mcore.data.order import Order, micro_batch_positions
+from ross_mcore.data.order import Order
 from ross_mcore.data.packing import Rows, pack, unpacked
 
 Lengths = Callable[[NDArray[np.int64]], NDArray[np.int64]]
@@ -66,12 +66,6 @@ class RowStream:
         self.window_samples = min(window_samples, order.num_samples)
         self.cursor = Cursor()
         self._planned: tuple[int, Rows] | None = None
-
-    def __iter__(self) -> Iterator[PlannedRow]:
-        return self
-
-    def __next__(self) -> PlannedRow:
-        return self.take(1)[0]
 
     def take(self, count: int) -> list[PlannedRow]:
         """The next `count` rows: faster than one by one."""
@@ -164,7 +158,5 @@ def micro_batches(rows: Sequence[T], micro_batch_size: int, dp_rank: int, dp_siz
             f"{len(rows)} rows of a step are not a multiple of micro_batch_size={micro_batch_size} x data-parallel "
             f"size {dp_size}"
         )
-    return [
-        [rows[place] for place in micro_batch_positions(0, number, dp_rank, dp_size, micro_batch_size)]
-        for number in range(len(rows) // (micro_batch_size * dp_size))
-    ]
+    starts = range(dp_rank * micro_batch_size, len(rows), dp_size * micro_batch_size)
+    return [list(rows[start : start + micro_batch_size]) for start in starts]

@@ -89,14 +89,19 @@ class ShardIndex:
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes the part, with `about`, the values it depends on."""
-        facts = {"quarantine": self.quarantine, "lost_bytes": self.lost_bytes, "others": self.others}
+        facts = {"quarantine": self.quarantine, "lost_bytes": self.lost_bytes, "others": self.others, "about": about}
         facts |= {"num_samples": len(self.samples), "num_images": len(self.images), "key_bytes": len(self.keys)}
         facts["part_sources"] = self.part_sources
-        data = {"samples": self.samples, "images": self.images, "parts": self.parts, "digests": self.digests}
-        data["keys"] = np.frombuffer(self.keys, np.uint8)
-        data["facts"] = np.frombuffer(json.dumps({**facts, "about": about}).encode(), np.uint8)
         with replacing(path) as stream:
-            np.savez(stream, **data)  # type: ignore[arg-type]  # numpy has an argument of its own among them
+            np.savez(
+                stream,
+                samples=self.samples,
+                images=self.images,
+                parts=self.parts,
+                digests=self.digests,
+                keys=np.frombuffer(self.keys, np.uint8),
+                facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
+            )
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
@@ -207,8 +212,7 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
                 parts.write(part.parts.tobytes())
             keys.write(part.keys)
             content.update(part.digests.tobytes())
-            for line in quarantine_lines(shard.name, part):
-                quarantine.write(line)
+            quarantine.writelines(quarantine_lines(shard.name, part))
             number += len(rows) > 0
             key_offset, first_image = key_offset + len(part.keys), first_image + len(part.images)
         facts = {

@@ -226,9 +226,9 @@ def _summary(entries: Sequence[IndexedShard], bounds: SampleBounds) -> Indexing:
         done.lost_bytes += part.lost_bytes
         done.quarantined += sum(key is not None for key, _ in part.quarantine)
         done.reasons.update(reason.partition(":")[0] for key, reason in part.quarantine if key is not None)
-        done.reasons["a shard is empty or partly damaged"] += any(key is None for key, _ in part.quarantine)
+        if any(key is None for key, _ in part.quarantine):
+            done.reasons["a shard is empty or partly damaged"] += 1
         held_bytes += entry.bytes - part.lost_bytes
-    done.reasons += Counter()  # drops what never occurred
     mean_bytes = held_bytes / max(1, done.samples + done.quarantined)
     done.over_bounds = sum(done.reasons[reason] for reason in bounds.reasons)
     done.bad = done.quarantined - done.over_bounds + round(done.lost_bytes / max(1.0, mean_bytes))

@@ -88,7 +88,7 @@ def test_rows_of_a_mixture_hold_each_position_once() -> None:
     stream = RowStream(mixture, lambda numbers: 1 + numbers % 20, 20, packed=True, window_samples=50)
     rows = []
     while stream.cursor.consumed_samples < mixture.num_samples:
-        rows.append(next(stream))
+        rows += stream.take(1)
     assert sorted(np.concatenate([row.positions for row in rows]).tolist()) == list(range(125))
     numbers = np.concatenate([row.samples for row in rows])
     assert np.bincount(numbers, minlength=130)[:40].tolist() == [2] * 40

@@ -18,10 +18,10 @@ from ross_mcore.data.order import (
     BlockOrder,
     ModalityLengthOrder,
     SampleOrder,
-    micro_batch_positions,
     modality_length_order,
     sample_digest,
 )
+from ross_mcore.data.rows import micro_batches
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,13 +166,10 @@ def test_malformed_orders_are_refused() -> None:
 def test_every_split_covers_the_same_global_batch(
     dp_size: int, micro_batch_size: int, count: int, consumed: int
 ) -> None:
-    parts = [
-        micro_batch_positions(consumed, number, rank, dp_size, micro_batch_size)
-        for number in range(count)
-        for rank in range(dp_size)
-    ]
-    total = dp_size * micro_batch_size * count
-    assert np.concatenate(parts).tolist() == list(range(consumed, consumed + total))
+    rows = range(consumed, consumed + dp_size * micro_batch_size * count)
+    ranks = [micro_batches(rows, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
+    parts = [ranks[rank][number] for number in range(count) for rank in range(dp_size)]
+    assert np.concatenate(parts).tolist() == list(rows)
 
 
 def test_digest() -> None:

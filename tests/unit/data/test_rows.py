@@ -41,7 +41,7 @@ def rows_of(stream: RowStream, epochs: int) -> list[PlannedRow]:
     """The rows of the next epochs, one at a time."""
     rows = []
     while stream.cursor.consumed_samples < epochs * stream.order.num_samples:
-        rows.append(next(stream))
+        rows += stream.take(1)
     return rows
 
 

@@ -105,10 +105,10 @@ def timed(action: Callable[[], object]) -> float:
 
 def steps_with(training: Training, steps: int, start: Callable[[], RunningSave | None]) -> tuple[float, float]:
     """(seconds of a sequence of steps with one save, seconds that training was blocked)."""
-    stood = 0.0
+    blocked = 0.0
 
     def run() -> None:
-        nonlocal stood
+        nonlocal blocked
         running: RunningSave | None = None
         for number in range(steps):
             training.step()
@@ -117,13 +117,13 @@ def steps_with(training: Training, steps: int, start: Callable[[], RunningSave |
                 running = start()
             elif running is not None and running.poll() is not None:
                 running = None
-            stood += time.perf_counter() - began
+            blocked += time.perf_counter() - began
         began = time.perf_counter()
         if running is not None:
             running.finish()
-        stood += time.perf_counter() - began
+        blocked += time.perf_counter() - began
 
-    return timed(run), stood
+    return timed(run), blocked
 
 
 def forget(folder: Path) -> None:
@@ -195,12 +195,12 @@ def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str
         for way, start in ways.items():
             found[way].append(steps_with(training, steps, start))
     seconds = {way: statistics.median(total for total, _ in own) for way, own in found.items()}
-    stood = {way: statistics.median(still for _, still in own) for way, own in found.items()}
+    blocked = {way: statistics.median(still for _, still in own) for way, own in found.items()}
     sync, beside = (seconds[way] - seconds["none"] for way in ("sync", "async"))
     say(f"a step takes {step:.3f} s; {steps} steps: {seconds['none']:.2f} s, with a sync save {seconds['sync']:.2f} s,")
     say(f"  with an async save {seconds['async']:.2f} s; copy in host memory {copies.bytes / 2**20:.0f} MiB a rank")
-    say(f"training stands still for {stood['async']:.3f} s async, {stood['sync']:.3f} s sync:")
-    say(f"  async stall / sync stall        {stood['async'] / stood['sync']:8.1%}   (aim: below 10%)")
+    say(f"training is blocked for {blocked['async']:.3f} s async, {blocked['sync']:.3f} s sync:")
+    say(f"  async stall / sync stall        {blocked['async'] / blocked['sync']:8.1%}   (aim: below 10%)")
     say(f"  the same with slower steps      {beside / sync:8.1%}   (the writer takes its share of the processors)")
 
 

@@ -308,7 +308,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
     table.add_row("total", f"{sum(summary['seconds'].values()):.0f}")
     console.print(table)
     console.print(
-        "Pre-trained before the demo, by the scripts beside it: the VAE on such pictures, the vision tower on"
+        "Pre-trained before the demo, by scripts in its folder: the VAE on such pictures, the vision tower on"
     )
     console.print("such pictures with their labels, the language model on text about such scenes without pictures.")
     console.print(

@@ -257,7 +257,7 @@ def make(part: str, arguments: argparse.Namespace) -> str:
 
 
 def make_all(arguments: argparse.Namespace) -> None:
-    """Make all parts, the tower in a second process beside the VAE, and print a line about each."""
+    """Make all parts, the tower in a second process in parallel with the VAE, and print a line about each."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings(arguments).items()]
     folders = ["--data", str(arguments.data), "--out", str(arguments.out)]
     command = [sys.executable, str(Path(__file__).resolve()), *folders, *options, "--only", "tower"]

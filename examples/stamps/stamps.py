@@ -90,7 +90,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
 
 def find_stamps(folder: Path) -> list[Stamp]:
-    """Every picture with a caption, the first line of the text beside it, in the order of their paths.
+    """Every picture with a caption, the first line of its text file, in the order of their paths.
 
     Leaves out symbols and the mirrored and flipped copies. Raises StampsError when there is none.
     """
@@ -104,8 +104,8 @@ def find_stamps(folder: Path) -> list[Stamp]:
             found.append(Stamp(path.as_posix(), lines[0].strip() if lines else ""))
     if not found:
         raise StampsError(
-            f"{folder} holds no pictures with captions (*.png with a *.txt beside); with --stamps-dir give the folder "
-            f"that is {INSIDE_PACKAGE} in the package"
+            f"{folder} holds no pictures with captions (*.png with a *.txt of that name); give with --stamps-dir "
+            f"the folder that is {INSIDE_PACKAGE} in the package"
         )
     return found
 

@@ -22,7 +22,7 @@ def test_a_command_that_takes_too_long_is_killed_with_all_it_started(tmp_path: P
     for seconds in (1, 5, 25):
         with pytest.raises(CommandError, match=rf"slow\.log: took more than {seconds} s") as caught:
             runner.command(f"python -c '{code}'", "slow", Part("slow", "", limit_seconds=seconds))
-        said = caught.value.said.splitlines()[-1]
+        said = caught.value.last_lines.splitlines()[-1]
         if said.isdigit():
             break
     assert not psutil.pid_exists(int(said)) or psutil.Process(int(said)).status() == psutil.STATUS_ZOMBIE

@@ -111,7 +111,7 @@ def assert_same_work(outcomes: Sequence[Outcome]) -> None:
     names = ("sample_digest", "num_tokens", "num_images")
     work = [[[step[name] for name in names] for step in outcome.steps] for outcome in outcomes]
     if any(other != work[0] for other in work[1:]):
-        raise SystemExit("convergence: the runs did not train on the same samples; make them anew")
+        raise SystemExit("convergence: the runs did not train on the same samples; make them again")
     if not all(step["applied"] for outcome in outcomes for step in outcome.steps):
         raise SystemExit("convergence: a run left out steps, whose losses or gradients were not finite; see its log")
 
@@ -154,7 +154,7 @@ def picture(outcomes: Sequence[Outcome], seed: int) -> str:
         f"The demo's second stage, {len(outcomes[0].steps)} steps of 8 samples, seed {seed}; means over {WINDOW} "
         "steps. Transformer Engine's Python layer, its kernels emulated on a CPU."
     )
-    return draw("FP8 beside bf16 and fp32", subtitle, panels, WINDOW)
+    return draw("FP8, bf16 and fp32", subtitle, panels, WINDOW)
 
 
 def train_all(runs: Sequence[tuple[Way, int]], iterations: int | None, demo: Path, out: Path) -> None:

@@ -63,7 +63,7 @@ def test_packed_and_separate_samples_train_alike(
     """Like tests/distributed/test_layouts.py for the local layers in fp32, for which thd has no kernel."""
     flags = packed_flags(workplace / "shards_mixed")
     packed = start(case, f"engine_packed_{case.name}", rank=train_and_look, **flags)
-    assert "THD_THD_THD" in attention_layouts(packed)  # beside rows of one sample
+    assert "THD_THD_THD" in attention_layouts(packed)  # in addition to rows of one sample
     assert_same_step(packed, separate, LOSSES)
     largest, difference = compared_gradients(packed, separate)
     for family in largest:
@@ -89,7 +89,7 @@ def test_fp8_takes_packed_rows(separate: Finished, start: Callable[..., Finished
     """Under sequence parallelism each of two ranks has a multiple of 16 of a row's tokens."""
     case = Case("", 4, {**FP8, **layout(2, 2, sequence_parallel=True), "fp8_recipe": "tensorwise"})
     packed = start(case, "engine_packed_fp8", rank=train_and_look, **packed_flags(workplace / "shards_mixed"))
-    assert "THD_THD_THD" in attention_layouts(packed)  # beside rows of one sample
+    assert "THD_THD_THD" in attention_layouts(packed)  # in addition to rows of one sample
     for look in looks_of(packed.folder):
         assert look["calls"]["quantize"] > 0 and look["tokens"] and not any(count % 16 for count in look["tokens"])
     (ours,), (theirs,) = packed.metrics, separate.metrics

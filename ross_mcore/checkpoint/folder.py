@@ -167,7 +167,7 @@ def nothing_at(path: Path, problems: list[str]) -> CheckpointError:
 
 
 def begin(root: Path, iteration: int) -> Path:
-    """Creates `partial_folder`, and removes what dead processes left. Raises CheckpointError."""
+    """Creates `partial_folder`, and removes unfinished folders of dead processes. Raises CheckpointError."""
     partial = partial_folder(root, iteration)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def begin(root: Path, iteration: int) -> Path:
 
 
 def tidy(root: Path, newest: Checkpoint | None) -> None:
-    """Removes what a dead process left and renames damaged checkpoints, so that `retire` counts neither.
+    """Removes unfinished folders of dead processes and renames damaged checkpoints, so that `retire` counts neither.
 
     newest: the intact checkpoint of `root` that a run resumes from, None for a new run; newer ones were skipped because
     they are damaged. Called when a run starts; failures are logged.
@@ -237,7 +237,7 @@ def publish(
     records: Mapping[str, FileRecord] | None = None,
     layout: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Completes what is in `partial_folder` and makes it the newest checkpoint of `root`: marker, rename, pointer.
+    """Completes `partial_folder` and makes it the newest checkpoint of `root`: small files, marker, rename, pointer.
 
     assets: a folder with `tokenizer/` and `preprocessor_config.json`, for example the checkpoint that was loaded; if it
     no longer exists, the newest checkpoint of `root` that has them is used. records: of files that are synced to the
@@ -268,8 +268,7 @@ def publish(
         sync(root)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {iteration} under {root} was not completed: {error}; remove what is there, or give another "
-            "folder"
+            f"checkpoint {iteration} under {root} was not completed: {error}; correct this, or give another folder"
         ) from None
     try:
         _remove(former)

@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{marker} is malformed: {error}") from None
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{marker} lists {checked.shown(name)}, which lies outside the checkpoint")
+            raise CheckpointError(f"{marker} lists {checked.shown(name)}, which is outside the checkpoint")
     return manifest
 
 

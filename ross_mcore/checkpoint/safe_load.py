@@ -2,7 +2,7 @@
 
 | pickle | read by mcore 0.16.1 and torch with | here |
 |---|---|---|
-| `.metadata`: shapes, and which bytes of which file hold what | `pickle.load` | an unpickler that knows ALLOWED only |
+| `.metadata`: shape of every tensor, its files and bytes | `pickle.load` | an unpickler for the classes of ALLOWED |
 | `common.pt`: parameter groups of the optimizer, content metadata | torch's default | `weights_only=True` |
 | `*.distcp`, tensors | `weights_only=True` | the same |
 | `*.distcp`, mcore's ShardedObject | `weights_only=False` | `weights_only=True` (sharded.py, _LoadPlanner) |

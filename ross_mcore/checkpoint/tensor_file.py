@@ -56,7 +56,7 @@ class _Stream:
         return count
 
     def _start_writing(self) -> None:
-        """Makes the system write its cache of this file to the disk, and drop what is written."""
+        """Makes the system write its cache of this file to the disk, and drop the pages already written."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self.started = self.written

@@ -26,7 +26,7 @@ def find_intact(path: Path, verify: bool = True) -> Checkpoint | None:
     path = Path(path)
     found, problems = all_or_none(lambda: scan(path), CheckpointError)
     if not same_on_all_ranks([str(checkpoint.path) for checkpoint in found]):
-        raise CheckpointError(f"ranks see different checkpoints in {path}: it must lie on a file system that all share")
+        raise CheckpointError(f"ranks see different checkpoints in {path}: it must be on a file system that all share")
     first = dist.get_rank() == 0
     for checkpoint in found:
         damaged = shared_damage(checkpoint) if verify else []

@@ -26,7 +26,7 @@ from ross_mcore.checkpoint.tensor_file import TensorFile, write_index
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, sharding_metadata
 
 PART_BYTES = 4 * 2**30
-"""A larger file of tensors is closed and the next one begun, so that ranks can read several at once."""
+"""Size above which a file of tensors is closed and the next one opened, so that ranks can read several at once."""
 
 
 class TensorWriter:

@@ -2,13 +2,13 @@
 
 The frozen tower turns a picture into features. The projector carries them into the language model, where they take the
 place of `<image>` in a chat, and the model learns to answer: lm_loss. Its hidden states at these places then condition
-a diffusion transformer that removes noise from a frozen VAE's latents of the same picture: vm_loss, the lower the more
-they keep of it. The demo's model trains in two stages, its language model in the second alone (75 CPU seconds):
+a diffusion transformer that removes noise from a frozen VAE's latents of the same picture: vm_loss, which is low when
+the hidden states keep the picture. The demo trains in two stages, the language model only in stage 2 (75 CPU seconds):
     python examples/demo/scenes.py --out runs/scenes && python examples/ross_in_one_file.py --data runs/scenes
 The trainer computes the same on many ranks; tests/end_to_end/test_ross_in_one_file.py compares losses and weights.
 
 Legend: B rows of L tokens; D width of the language model; I images of N = g * g tokens, in the order of the rows;
-C channels of VAE latents, which are 2g x 2g; M = 4 * I noisy latents, 4 neighbours an image; W width of the denoiser.
+C channels of VAE latents, which are 2g x 2g; M = 4 * I noisy latents, the 4 of an image adjacent; W its width.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def train(model: Ross, stage: str, batches: Iterable[Any], decay: float = 0) -> 
     model.requires_grad_(False)
     for part, rate in rates.items():
         for name, weight in getattr(model, part).named_parameters():
-            weight.requires_grad_(name != "pos_embed" or stage == "pretrain")
+            weight.requires_grad_(name != "pos_embed" or stage == "pretrain")  # as the reference does
             groups.append({"params": [weight], "lr": rate, "weight_decay": decay if weight.dim() > 1 else 0})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = optimization.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
@@ -167,7 +167,7 @@ def read(record: dict[str, Any], folder: Path, stage: str, model: Ross) -> tuple
     start, encoded = model.tokenizer(before).input_ids, model.tokenizer(after, return_offsets_mapping=True)
     start += [IMAGE] * model.grid**2
     tokens = torch.tensor(start + encoded.input_ids)
-    is_learned = [is_answer[end - 1 - len(after)] for _, end in encoded.offset_mapping]  # by a token's last character
+    is_learned = [is_answer[end - 1 - len(after)] for _, end in encoded.offset_mapping]  # of a token's last character
     labels = tokens.where(torch.tensor([False] * len(start) + is_learned), IGNORE)
     return tokens, labels, model.processor(Image.open(folder / record["image"]), return_tensors="pt").pixel_values[0]
 

@@ -24,8 +24,9 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Batch, Sample, collate, segments
 from ross_mcore.checked import shown
 from ross_mcore.checkpoint.fit import architecture_of
-from ross_mcore.checkpoint.folder import TRAIN_STATE
-from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, require_checkpoint, sharding_metadata
+from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, require_checkpoint
+from ross_mcore.checkpoint.sharded import load_model_weights
+from ross_mcore.checkpoint.torch_dist import sharding_metadata
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, check_turns, expand_images, require_pictures
 from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image, rgb_picture
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES

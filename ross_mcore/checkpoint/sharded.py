@@ -53,7 +53,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checked import reason, shown
 from ross_mcore.checkpoint import folder
-from ross_mcore.checkpoint.folder import REMEDY, Checkpoint, find_checkpoint, require_checkpoint
+from ross_mcore.checkpoint.folder import REMEDY, Checkpoint
 from ross_mcore.checkpoint.manifest import read_json
 from ross_mcore.checkpoint.safe_load import Reader, read_common, read_metadata, tensor_shapes, tensors_of
 from ross_mcore.checkpoint.saving import Destination, begin_save, is_extra_state
@@ -66,22 +66,10 @@ from ross_mcore.checkpoint.torch_dist import (
     OPTIMIZER_PREFIX,
     PLAIN_MASTERS,
     SHARDING,
-    sharding_metadata,
 )
 from ross_mcore.errors import CheckpointError
 from ross_mcore.parallel.collectives import all_or_none, gather
 from ross_mcore.shapes import differences
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "find_checkpoint",
-    "load_model_weights",
-    "load_training_state",
-    "require_checkpoint",
-    "save_checkpoint",
-    "sharding_metadata",
-]
 
 
 def save_checkpoint(

@@ -16,9 +16,15 @@ from torch import Tensor
 
 from ross_mcore import checked
 from ross_mcore.checkpoint.carried import CarriedWeights
-from ross_mcore.checkpoint.folder import TRAIN_STATE
-from ross_mcore.checkpoint.sharded import Checkpoint, load_model_weights, load_training_state, sharding_metadata
-from ross_mcore.checkpoint.torch_dist import FP8_PREFIX, MASTER_PREFIX, PLAIN_MASTER_PREFIX, PLAIN_MASTERS
+from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint
+from ross_mcore.checkpoint.sharded import load_model_weights, load_training_state
+from ross_mcore.checkpoint.torch_dist import (
+    FP8_PREFIX,
+    MASTER_PREFIX,
+    PLAIN_MASTER_PREFIX,
+    PLAIN_MASTERS,
+    sharding_metadata,
+)
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.engine import Engine

@@ -12,8 +12,7 @@ from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.fit import architecture_of
-from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE
-from ross_mcore.checkpoint.sharded import Checkpoint
+from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE, Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.replacement import Replacement

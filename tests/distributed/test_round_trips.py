@@ -34,7 +34,8 @@ def name_of(row: Source | str) -> str:
 def pass_through_model(root: str, names: list[str], layout_name: str) -> None:
     """On each rank: loads every base checkpoint into a model of this layout and saves it."""
     platform.initialize_process_group(1)
-    from ross_mcore.checkpoint.sharded import load_model_weights, save_checkpoint, sharding_metadata
+    from ross_mcore.checkpoint.sharded import load_model_weights, save_checkpoint
+    from ross_mcore.checkpoint.torch_dist import sharding_metadata
     from ross_mcore.models.language import Execution
     from ross_mcore.models.ross import RossModel
     from ross_mcore.parallel import groups

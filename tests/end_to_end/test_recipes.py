@@ -247,7 +247,7 @@ def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from ross_mcore.checkpoint.sharded import sharding_metadata
+    from ross_mcore.checkpoint.torch_dist import sharding_metadata
     from ross_mcore.engine.optimizer import set_trainable
     from ross_mcore.models.language import Execution
     from ross_mcore.models.ross import RossModel

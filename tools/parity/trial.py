@@ -18,7 +18,8 @@ from ross_mcore.architecture import ModelConfig, VisionConfig
 from ross_mcore.batch import Sample
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
-from ross_mcore.checkpoint.sharded import save_checkpoint, sharding_metadata
+from ross_mcore.checkpoint.sharded import save_checkpoint
+from ross_mcore.checkpoint.torch_dist import sharding_metadata
 from ross_mcore.config import Config
 from ross_mcore.conversion.assembly import import_ross
 from ross_mcore.conversion.mapping import ross_table

@@ -8,7 +8,7 @@ the hidden states keep the picture. The demo trains in two stages, the language 
 The trainer computes the same on many ranks; tests/end_to_end/test_ross_in_one_file.py compares losses and weights.
 
 Legend: B rows of L tokens; D width of the language model; I images of N = g * g tokens, in the order of the rows;
-C channels of VAE latents, which are 2g x 2g; M = 4 * I noisy latents, the 4 of an image adjacent; W its width.
+C channels of VAE latents, which are 2g x 2g; M = 4 * I noisy latents, an image's 4 adjacent; W width of the denoiser.
 """
 
 import argparse

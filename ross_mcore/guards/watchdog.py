@@ -106,6 +106,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         try:
+            self._publish()  # at once: a rank that dies soon is reported as one that did start
             while not self._ended.wait(self._beat_seconds):
                 self._publish()
                 if self._beating.check([_VERDICT]):

@@ -52,6 +52,7 @@ def hang(_: float) -> None:
 
 
 def die(_: float) -> None:
+    time.sleep(2)  # longer than the time between heartbeats: where it died is known
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -35,12 +35,12 @@ def watch(descriptor: int, writable: Sequence[Path]) -> None:
     import sys
 
     allowed = tuple(os.path.realpath(folder) for folder in writable) + DEVICES
-    told: set[str] = set()
+    reported: set[str] = set()
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         line = _forbidden(event, arguments, allowed)
-        if line is not None and line not in told:
-            told.add(line)
+        if line is not None and line not in reported:
+            reported.add(line)
             os.write(descriptor, line.encode("utf-8", "backslashreplace").replace(b"\n", b"?") + b"\n")
 
     sys.addaudithook(hook)

@@ -194,7 +194,7 @@ def _be_child(
             os.dup2(descriptor, number)
             os.close(descriptor)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, encoding="utf-8", errors="backslashreplace") for n in (1, 2))
-        told = os.open(log.with_suffix(".acts"), flags | os.O_APPEND, 0o644)
+        acts_file = os.open(log.with_suffix(".acts"), flags | os.O_APPEND, 0o644)
         _limit(limits)
         os.chdir(folder)
         os.environ["TMPDIR"] = str(folder / "tmp")
@@ -204,7 +204,7 @@ def _be_child(
         sys.argv = [str(ROOT / script), *arguments]
         sys.dont_write_bytecode = True
         known = set(sys.modules)
-        acts.watch(told, writable)
+        acts.watch(acts_file, writable)
         status = _status_of(script)
         if modules is not None:
             os.write(os.open(modules, flags, 0o644), "\n".join(n for n in sys.modules if n not in known).encode())

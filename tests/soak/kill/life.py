@@ -78,15 +78,15 @@ def live(flags: dict[str, Any], world: int, folder: Path, kill: Kill | None) -> 
     context = multiprocessing.get_context("forkserver")
     port, began = free_port(), time.monotonic()
     ranks: list[BaseProcess] = []
-    hears, tells = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     for rank in range(world):
         errand = kill.errand if kill is not None and rank == kill.rank else None
-        arguments = (rank, world, port, flags, folder, errand, tells)
+        arguments = (rank, world, port, flags, folder, errand, sender)
         ranks.append(context.Process(target=_rank, args=arguments))
         ranks[-1].start()
-    tells.close()
+    sender.close()
     try:
-        killed = _watch_over(ranks, kill, hears)
+        killed = _watch_over(ranks, kill, receiver)
     except TimeoutError:
         alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
         for process in ranks:
@@ -99,7 +99,7 @@ def live(flags: dict[str, Any], world: int, folder: Path, kill: Kill | None) -> 
     return Life(None, True, seconds, f"ranks ended with {codes}, and none was killed" if any(codes) else None)
 
 
-def _watch_over(ranks: list[BaseProcess], kill: Kill | None, hears: Connection) -> bool:
+def _watch_over(ranks: list[BaseProcess], kill: Kill | None, receiver: Connection) -> bool:
     """Whether the kill happened; returns when all ranks have ended. Raises TimeoutError."""
     began = time.monotonic()
     limit, killed = began + LIMIT_SECONDS, False
@@ -117,10 +117,10 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, hears: Connection) 
                 process.kill()
         waited_for: list[Any] = [process.sentinel for process in alive]
         if kill is not None and kill.errand is not None and due is None and not killed:
-            waited_for.append(hears)
+            waited_for.append(receiver)
         ready = wait(waited_for, max(0.0, min(due or limit, last) - time.monotonic()))
-        if hears in ready:
-            due = _time_of_death(hears, kill)
+        if receiver in ready:
+            due = _time_of_death(receiver, kill)
         if kill is not None and not killed and ranks[kill.rank].exitcode == -signal.SIGKILL:
             killed = True
             for process in ranks:
@@ -129,11 +129,11 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, hears: Connection) 
     return killed
 
 
-def _time_of_death(hears: Connection, kill: Kill | None) -> float:
+def _time_of_death(receiver: Connection, kill: Kill | None) -> float:
     """Time at which to kill a rank that has arrived at its place."""
     assert kill is not None and kill.errand is not None
     try:
-        hears.recv_bytes()
+        receiver.recv_bytes()
     except EOFError:  # all ranks have ended
         return float("inf")
     return time.monotonic() + (kill.errand.delay or 0.0)

@@ -1,8 +1,8 @@
 """Reads one piece of a tensor, which is the output of `torch.save` somewhere in a larger file, into existing memory.
 
-torch.load allocates memory for every piece, which takes as long as filling it from the disk. So loading runs at 1.8 to
-2.5 times the speed of torch.distributed.checkpoint, and at 1.2 to 2.2 times with checksums compared before
-(benchmarks/checkpoint.py, two runs on two busy cores).
+torch.load allocates memory for every piece, which takes as long as filling it from the disk. So loading runs at 1.3 to
+2.5 times the speed of torch.distributed.checkpoint, and at 1.06 to 2.2 times with checksums compared before
+(benchmarks/checkpoint.py, four runs).
 """
 
 from __future__ import annotations

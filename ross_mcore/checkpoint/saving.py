@@ -14,9 +14,9 @@ deadlock; its shared queue needs a server process and seconds to start; and thre
 checksums release the interpreter's lock.
 
 Over torch's async_save: errors of one rank reach all, a save is read back before it is published, and no process is
-started. benchmarks/checkpoint.py: training is blocked for 5.7 to 6.7% of a save that it waits for (11% on busy cores);
-writing runs at 0.80 to 0.91 of torch.save and fsync (0.5 to 0.6 on busy cores, where torch's checkpoints are no faster:
-0.93 to 0.98 of torch.distributed.checkpoint, which computes no checksum).
+started. The price, by benchmarks/checkpoint.py, varies with machine and disk: training is blocked for 6 to 18% of a
+save that it waits for; writing runs at 0.37 to 0.91 of torch.save and fsync, and at 0.45 to 0.98 of
+torch.distributed.checkpoint, which computes no checksum.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every piece is the output of `torch.save`; the index holds its file, offset and length. Over torch's own writer: errors
 name the file, and the checksum of the whole file is computed while it is written, instead of one per piece, which no
-reader checks. It runs at 0.93 to 0.98 of the speed of torch's (benchmarks/checkpoint.py).
+reader checks. It runs at 0.45 to 0.98 of the speed of torch's (benchmarks/checkpoint.py, four runs).
 """
 
 from __future__ import annotations

@@ -40,7 +40,10 @@ def problem(steps: Sequence[dict[str, Any]], iterations: int, falls: bool = True
             return f"iteration {step['iteration']} was not applied: its losses or gradients are not finite"
     third = iterations // 3
     for name in LOSSES if falls else ():
-        first, last = (statistics.mean(step[name] for step in part) for part in (steps[:third], steps[-third:]))
+        parts = [[step[name] for step in part if step[name] is not None] for part in (steps[:third], steps[-third:])]
+        if not all(parts):
+            return f"{name} is null in all of the first or of the last steps: they have no label or no image"
+        first, last = map(statistics.mean, parts)
         if not last < first:
             return f"{name} does not fall: {first:.4f} over the first steps, {last:.4f} over the last"
     return None

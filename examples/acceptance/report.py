@@ -55,9 +55,9 @@ class Report:
         return any(outcome.status == FAIL for outcome in self.outcomes)
 
     def curves(self, loss: str) -> dict[str, list[float]]:
-        """Values of one loss by name of training, for each training that passed."""
+        """Values of one loss by name of training, for each training that passed, without steps that do not have it."""
         results = [result for outcome in self.outcomes for result in outcome.results if result.status == PASS]
-        return {result.name: [step[loss] for step in result.steps] for result in results}
+        return {r.name: [step[loss] for step in r.steps if step[loss] is not None] for r in results}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -106,7 +106,8 @@ def _comparison(outcome: Outcome) -> list[str]:
     rows = []
     for result in outcome.results:
         far = "-" if result.difference is None else f"{result.difference:.1e}"
-        ends = [f"{result.steps[0][n]:.4f} to {result.steps[-1][n]:.4f}" if result.steps else "-" for n in LOSSES]
+        losses = [[step[name] for step in result.steps if step[name] is not None] for name in LOSSES]
+        ends = [f"{values[0]:.4f} to {values[-1]:.4f}" if values else "-" for values in losses]
         rows.append((result.name, f"**{result.status}**", far, *ends, result.why))
     return lines + table(("training", "", "largest relative difference of a loss", *LOSSES, "reason"), rows)
 

@@ -152,7 +152,10 @@ def repeat_one_step(out: Path, iteration: int, train_iters: int) -> float:
     if here["sample_digest"] != there["sample_digest"] or here["iteration"] != there["iteration"]:
         return float("inf")
     names = ("lm_loss", "vm_loss", "grad_norm")
-    return max(abs(here[name] - there[name]) / abs(there[name]) for name in names)
+    pairs = [(here[name], there[name]) for name in names]
+    if any((ours is None) != (theirs is None) for ours, theirs in pairs):  # None: a loss over nothing
+        return float("inf")
+    return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs if theirs is not None)
 
 
 def accuracy(trained: TrainedModel, records: list[dict[str, Any]], folder: Path) -> tuple[float, list[str]]:
@@ -205,8 +208,9 @@ def first_and_last_losses(out: Path) -> dict[str, dict[str, float]]:
         entries = metrics_of(out / stage)
         window = max(1, min(20, len(entries) // 4))
         for name in ("lm_loss", "vm_loss"):
-            values = [entry[name] for entry in entries]
-            losses[f"{stage} {name}"] = {"first": values[0], "last": sum(values[-window:]) / window}
+            values = [entry[name] for entry in entries if entry[name] is not None]  # null: over nothing
+            last = values[-window:]
+            losses[f"{stage} {name}"] = {"first": values[0], "last": sum(last) / len(last)}
     return losses
 
 

@@ -160,7 +160,7 @@ class Engine:
         self.model.gather_weights()
         kept = [part for step in steps for part in self._schedule(step, "losses", objective, randomness, True)]
         at("losses")
-        return combine_losses(kept, self.groups, self.device).datasets[0]
+        return self._combined(kept, 1).datasets[0]
 
     @torch.no_grad()
     def hidden(self, step: AgreedStep) -> list[Tensor]:
@@ -173,7 +173,11 @@ class Engine:
     ) -> Computed:
         kept = self._schedule(step, "losses", objective or self.objective, randomness, forward_only)
         at("losses")
-        return Computed(combine_losses(kept, self.groups, self.device, self.num_datasets), kept)
+        return Computed(self._combined(kept, self.num_datasets), kept)
+
+    def _combined(self, kept: list[MicroBatchLosses], num_datasets: int) -> Losses:
+        denoises = self.model_config.denoiser is not None
+        return combine_losses(kept, self.groups, self.device, denoises=denoises, num_datasets=num_datasets)
 
     def _schedule(
         self,

@@ -45,7 +45,7 @@ class DataSetLosses:
     """One data set's share of a step, over all ranks.
 
     samples: without skipped ones; labels, images: their number; lm_loss, vm_loss: means over these labels and images
-    (and over blank samples, if the step's vm_loss covers them), None without any.
+    (and over blank samples, if the step's vm_loss covers them), None without any, and vm_loss without a denoiser.
     """
 
     samples: int
@@ -58,15 +58,16 @@ class DataSetLosses:
 @dataclass(frozen=True)
 class Losses:
     """lm_loss: mean cross-entropy over the step's labels; vm_loss: mean reconstruction loss over its images; datasets:
-    the losses of each data set, in order."""
+    the losses of each data set, in order. A loss over nothing is None."""
 
-    lm_loss: float
-    vm_loss: float
+    lm_loss: float | None
+    vm_loss: float | None
     datasets: tuple[DataSetLosses, ...] = ()
 
     @property
     def loss(self) -> float:
-        return self.lm_loss + self.vm_loss
+        """The sum of both; a loss over nothing adds 0."""
+        return (self.lm_loss or 0.0) + (self.vm_loss or 0.0)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,13 @@ def weighted_loss(
     return terms.sum().float(), torch.zeros((), dtype=torch.int, device=sums.device), kept
 
 
-def combine_losses(kept: list[MicroBatchLosses], groups: Groups, device: torch.device, num_datasets: int = 1) -> Losses:
-    """The losses of all micro-batches on the last stage -> the step's losses, on every rank. Collective."""
+def combine_losses(
+    kept: list[MicroBatchLosses], groups: Groups, device: torch.device, *, denoises: bool, num_datasets: int = 1
+) -> Losses:
+    """The losses of all micro-batches on the last stage -> the step's losses, on every rank. Collective.
+
+    denoises: whether the model has a denoiser; without one there is no vm_loss.
+    """
     step, datasets = torch.zeros(2, dtype=torch.float64), torch.zeros(num_datasets, 6, dtype=torch.float64)
     if kept and groups.tensor_rank == 0:
         step = torch.stack([losses.terms for losses in kept]).double().sum(0).cpu()
@@ -138,14 +144,18 @@ def combine_losses(kept: list[MicroBatchLosses], groups: Groups, device: torch.d
         datasets.index_add_(0, torch.cat([losses.sources for losses in kept]), columns)
     lm_loss, vm_loss, *own = sum_over_ranks([*step.tolist(), *datasets.flatten().tolist()], device)
     rows = [own[start : start + 6] for start in range(0, len(own), 6)]
-    any_image = any(images for _, _, images, *_ in rows)
-    return Losses(lm_loss, vm_loss, tuple(_data_set_losses(*row, any_image=any_image) for row in rows))
+    has_vm_loss = denoises and any(images for _, _, images, *_ in rows)
+    return Losses(
+        lm_loss if any(labels for _, labels, *_ in rows) else None,
+        vm_loss if has_vm_loss else None,
+        tuple(_data_set_losses(*row, has_vm_loss=has_vm_loss) for row in rows),
+    )
 
 
 def _data_set_losses(
-    samples: float, labels: float, images: float, blanks: float, lm_sum: float, vm_sum: float, *, any_image: bool
+    samples: float, labels: float, images: float, blanks: float, lm_sum: float, vm_sum: float, *, has_vm_loss: bool
 ) -> DataSetLosses:
-    denoised = images + blanks if any_image else 0  # blank samples without any image do not count, see loss_weights
+    denoised = images + blanks if has_vm_loss else 0  # blank samples without any image do not count, see loss_weights
     return DataSetLosses(
         int(samples),
         int(labels),

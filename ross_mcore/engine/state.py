@@ -40,9 +40,9 @@ _logger = logging.getLogger(__name__)
 RECENT_LOSSES = 100
 
 
-def remembered(recent: Sequence[float], value: float) -> tuple[float, ...]:
-    """`recent` with `value`, at most RECENT_LOSSES of them."""
-    return (*recent, value)[-RECENT_LOSSES:]
+def remembered(recent: Sequence[float], value: float | None) -> tuple[float, ...]:
+    """`recent` with `value`, if there is one: at most RECENT_LOSSES of them."""
+    return tuple(recent) if value is None else (*recent, value)[-RECENT_LOSSES:]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class FiniteNumbers(Guard):
         if trained is None or trained.applied:
             return ()
         losses = trained.losses
-        figures = f"lm_loss {losses.lm_loss}, vm_loss {losses.vm_loss}, gradient norm {trained.grad_norm}"
+        named = {"lm_loss": losses.lm_loss, "vm_loss": losses.vm_loss, "gradient norm": trained.grad_norm}
+        figures = ", ".join(f"{name} {'-' if value is None else value}" for name, value in named.items())
         reason = f"{figures}; {diagnose(self.run.engine.model)}"
         return [Incident(result.state.iteration, "not finite", reason, samples_behind(None, self.run, result))]
 

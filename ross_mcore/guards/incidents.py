@@ -82,7 +82,7 @@ def samples_behind(loss: LossName | None, run: Run, result: StepResult) -> list[
             run.dataset.keys([numbers[position]])[0],
             run.dataset.shard(numbers[position]),
             lm_sum / labels if labels else None,
-            vm_sum / images if images else None,
+            vm_sum / images if images and run.model_config.denoiser else None,
         )
         for position, lm_sum, labels, vm_sum, images in found[:MOST_SAMPLES]
     ]

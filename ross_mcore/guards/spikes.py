@@ -28,9 +28,12 @@ class Spike:
         return f"{self.loss} {self.value:.4g} is {times} the median {self.median:.4g} of {self.steps} steps"
 
 
-def find_spike(loss: LossName, value: float, recent: Sequence[float], factor: float) -> Spike | None:
-    """A spike if `value` is above `factor` (0: never) times the median of the `recent` values, newest last."""
-    if not factor or len(recent) < LEAST:
+def find_spike(loss: LossName, value: float | None, recent: Sequence[float], factor: float) -> Spike | None:
+    """A spike if `value` is above `factor` (0: never) times the median of the `recent` values, newest last.
+
+    value: None for a loss over nothing, which is no spike.
+    """
+    if value is None or not factor or len(recent) < LEAST:
         return None
     middle = median(recent)
     return Spike(loss, value, middle, len(recent)) if value > factor * middle else None
@@ -43,11 +46,10 @@ class LossSpikes(Guard):
         before, trained = result.read.before, result.trained
         if trained is None or not trained.applied:
             return ()
-        size, factor = result.read.step.size, self.run.config.training.loss_spike_factor
-        losses = trained.losses
+        losses, factor = trained.losses, self.run.config.training.loss_spike_factor
         spikes = [
-            find_spike("lm_loss", losses.lm_loss, before.recent_lm_losses, factor) if size.label_tokens else None,
-            find_spike("vm_loss", losses.vm_loss, before.recent_vm_losses, factor) if size.images else None,
+            find_spike("lm_loss", losses.lm_loss, before.recent_lm_losses, factor),
+            find_spike("vm_loss", losses.vm_loss, before.recent_vm_losses, factor),
         ]
         return [
             Incident(result.state.iteration, "spike", str(spike), samples_behind(spike.loss, self.run, result))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -17,16 +16,16 @@ from ross_mcore.reporting.metrics import StepMetrics
 class Averages:
     """Means over the last iterations, up to `iteration`; losses and the norm over applied steps only.
 
-    data_share: share of the time spent waiting for data; remaining_seconds: of the run, at this speed; datasets: see
-    means_by_data_set.
+    lm_loss: over the steps with labels, vm_loss: over those with images; None without any such step. data_share: share
+    of the time spent waiting for data; remaining_seconds: of the run, at this speed; datasets: see means_by_data_set.
     """
 
     iteration: int
     consumed_samples: int
-    lm_loss: float
-    vm_loss: float
-    loss: float
-    grad_norm: float
+    lm_loss: float | None
+    vm_loss: float | None
+    loss: float | None
+    grad_norm: float | None
     learning_rate: float
     tokens_per_second: float
     samples_per_second: float
@@ -37,8 +36,9 @@ class Averages:
     datasets: dict[str, float]
 
     def scalars(self) -> dict[str, float]:
-        """The values by TensorBoard's names."""
-        losses = {name: getattr(self, name) for name in ("lm_loss", "vm_loss", "loss", "grad_norm", "learning_rate")}
+        """The values by TensorBoard's names, without those that are None."""
+        named = {name: getattr(self, name) for name in ("lm_loss", "vm_loss", "loss", "grad_norm", "learning_rate")}
+        losses = {name: value for name, value in named.items() if value is not None}
         speed = ("tokens_per_second", "samples_per_second", "teraflops_per_device", "data_share")
         throughput = {f"throughput/{name}": getattr(self, name) for name in speed}
         return {**losses, **throughput, "memory/peak_gib": self.peak_gib, **self.datasets}
@@ -63,17 +63,20 @@ class Window:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._steps: list[tuple[StepMetrics, int]] = []
+        self._samples = 0
 
     def add(self, metrics: StepMetrics, result: StepResult) -> Averages | None:
         """Adds a step, unless it was skipped or empty; returns the averages when they are due."""
         row_tokens = result.read.step.size.row_tokens
         if result.trained is not None and row_tokens:
             self._steps.append((metrics, row_tokens))
+            self._samples += metrics.consumed_samples - result.read.before.consumed_samples
         is_due = self._run.is_due(metrics.iteration, self._run.config.logging.log_interval)
         if not self._steps or not is_due:
             return None
         found = self._averages(metrics)
         self._steps.clear()
+        self._samples = 0
         return found
 
     def _averages(self, last: StepMetrics) -> Averages:
@@ -81,8 +84,9 @@ class Window:
         applied = [metrics for metrics in steps if metrics.applied]
         seconds, tokens = sum(m.step_seconds for m in steps), sum(tokens for _, tokens in self._steps)
 
-        def mean(name: str) -> float:
-            return sum(getattr(m, name) for m in applied) / len(applied) if applied else math.nan
+        def mean(name: str) -> float | None:
+            values = [value for m in applied if (value := getattr(m, name)) is not None]
+            return sum(values) / len(values) if values else None
 
         rows = len(steps) * run.rows_per_step
         labels, images = sum(m.num_tokens for m in steps), sum(m.num_images for m in steps)
@@ -101,7 +105,7 @@ class Window:
             grad_norm=mean("grad_norm"),
             learning_rate=last.learning_rate,
             tokens_per_second=tokens / seconds,
-            samples_per_second=rows / seconds,
+            samples_per_second=self._samples / seconds,
             teraflops_per_device=flops / seconds / dist.get_world_size() / 1e12,
             peak_gib=last.peak_memory_bytes / 2**30,
             data_share=sum(m.data_seconds for m in steps) / seconds,

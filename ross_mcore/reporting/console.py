@@ -15,7 +15,7 @@ from ross_mcore.guards.incidents import Incident
 from ross_mcore.logs import say
 from ross_mcore.parts import DENOISER, PROJECTOR, VAE
 from ross_mcore.reporting.averages import Averages
-from ross_mcore.reporting.metrics import StepMetrics, Validation, duration
+from ross_mcore.reporting.metrics import StepMetrics, Validation, duration, loss_text
 from ross_mcore.reporting.reporter import Reporter
 
 IGNORED_SHARE_TO_WARN = 0.01
@@ -50,7 +50,7 @@ class Console(Reporter):
             f"{run.config.training.training_stage}: {where} of {run.start.path}\n"
             f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
             f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(_stages(run))}\n"
-            f"data: {len(dataset)} samples, {run.rows_per_step} a step, {run.train_iters} iterations\n"
+            f"data: {len(dataset)} samples, {run.rows_per_step} rows a step, {run.train_iters} iterations\n"
             f"process {os.getpid()} on {socket.gethostname()}: SIGUSR1 saves and continues, SIGTERM saves and ends"
         )
         changed = changed_options(run.start.train_state(), state) if run.resume else []
@@ -70,11 +70,12 @@ class Console(Reporter):
         self._ignored += metrics.ignored_samples
 
     def averages(self, found: Averages) -> None:
+        norm = "-" if found.grad_norm is None else f"{found.grad_norm:.3f}"
         say(
             f"iteration {found.iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
             f"samples {found.consumed_samples} | "
-            f"lm_loss {found.lm_loss:.4f} | vm_loss {found.vm_loss:.4f} | "
-            f"lr {found.learning_rate:.2e} | grad norm {found.grad_norm:.3f} | "
+            f"lm_loss {loss_text(found.lm_loss)} | vm_loss {loss_text(found.vm_loss)} | "
+            f"lr {found.learning_rate:.2e} | grad norm {norm} | "
             f"{found.tokens_per_second:,.0f} tokens/s | {found.samples_per_second:.1f} samples/s | "
             f"{found.teraflops_per_device:.3f} TFLOP/s/device | "
             f"{found.peak_gib:.2f} GiB | ETA {duration(found.remaining_seconds)}"
@@ -87,10 +88,9 @@ class Console(Reporter):
     def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
         self.bad_samples(bad)
         for name, own in found.datasets.items():
-            lm_loss, vm_loss = (f"{x:.4f}" if x is not None else "-" for x in (own.lm_loss, own.vm_loss))
             say(
-                f"validation after iteration {found.iteration} | {name} | lm_loss {lm_loss} | vm_loss {vm_loss} | "
-                f"{own.samples} samples, {own.labels} labels, {own.images} images"
+                f"validation after iteration {found.iteration} | {name} | lm_loss {loss_text(own.lm_loss)} | "
+                f"vm_loss {loss_text(own.vm_loss)} | {own.samples} samples, {own.labels} labels, {own.images} images"
             )
 
     def bad_samples(self, bad: Sequence[BadSample]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from ross_mcore.engine.losses import DataSetLosses, Losses
@@ -14,21 +13,23 @@ from ross_mcore.engine.run import Run, StepResult
 class StepMetrics:
     """One line of metrics.jsonl.
 
-    lm_loss, vm_loss, loss: means over the step's labels and images; grad_norm: before clipping; learning_rate: that of
+    lm_loss, vm_loss: means over the step's labels and images; loss: their sum, in which a loss over nothing is 0;
+    grad_norm: before clipping; learning_rate: that of
     --lr in this step; num_tokens: labels; num_images: images; sample_digest: hash of the ids of the trained samples, in
     global order; step_seconds: the whole step; data_seconds: its wait for the loader; bad_samples: replaced ones;
     skipped_samples: empty rows; ignored_samples: rows without any label; peak_memory_bytes: the largest of all ranks up
     to this step, on the GPU or in RAM; applied: false when the update was skipped, on request or because a number was
-    not finite; datasets: the losses of each data set, absent with a single one. Numbers that are not finite or not
-    computed are null.
+    not finite; datasets: the losses of each data set, absent with a single one. A loss over nothing is null: lm_loss of
+    a step without labels, vm_loss of a step without images or of a model without a denoiser. So are numbers that are
+    not finite, and those of a skipped step.
     """
 
     iteration: int
     consumed_samples: int
-    lm_loss: float
-    vm_loss: float
-    loss: float
-    grad_norm: float
+    lm_loss: float | None
+    vm_loss: float | None
+    loss: float | None
+    grad_norm: float | None
     learning_rate: float
     num_tokens: int
     num_images: int
@@ -44,17 +45,17 @@ class StepMetrics:
 
     @classmethod
     def of(cls, run: Run, result: StepResult) -> StepMetrics:
-        """The figures of a step. The losses of a skipped step are NaN."""
+        """The figures of a step. A skipped step has no losses."""
         read, trained = result.read, result.trained
         size, names = read.step.size, run.dataset.names
-        losses = Losses(math.nan, math.nan) if trained is None else trained.losses
+        losses = Losses(None, None) if trained is None else trained.losses
         return cls(
             iteration=result.state.iteration,
             consumed_samples=result.state.consumed_samples,
             lm_loss=losses.lm_loss,
             vm_loss=losses.vm_loss,
-            loss=losses.loss,
-            grad_norm=math.nan if trained is None else trained.grad_norm,
+            loss=None if trained is None else losses.loss,
+            grad_norm=None if trained is None else trained.grad_norm,
             learning_rate=learning_rate(read.before.iteration, run.train_iters, run.config.optimizer),
             num_tokens=0 if trained is None else size.label_tokens,
             num_images=0 if trained is None else size.images,
@@ -77,6 +78,11 @@ class Validation:
     iteration: int
     datasets: dict[str, DataSetLosses]
     seconds: float
+
+
+def loss_text(loss: float | None) -> str:
+    """0.5 -> `0.5000`; a loss over nothing -> `-`."""
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def duration(seconds: float) -> str:

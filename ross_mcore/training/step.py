@@ -30,16 +30,15 @@ def train_step(run: Run, read: ReadStep) -> StepResult:
 
 
 def _state_after(read: ReadStep, trained: Trained | None) -> TrainState:
-    before, size = read.before, read.step.size
+    before = read.before
     state = replace(before, iteration=read.iteration, data=read.step.loaded.cursor, bad_samples=read.bad_samples_so_far)
     if trained is None:
         return state
     if not trained.applied:
         return replace(state, bad_steps_in_a_row=before.bad_steps_in_a_row + 1)
-    lm_losses, vm_losses = before.recent_lm_losses, before.recent_vm_losses
     return replace(
         state,
         bad_steps_in_a_row=0,
-        recent_lm_losses=remembered(lm_losses, trained.losses.lm_loss) if size.label_tokens else lm_losses,
-        recent_vm_losses=remembered(vm_losses, trained.losses.vm_loss) if size.images else vm_losses,
+        recent_lm_losses=remembered(before.recent_lm_losses, trained.losses.lm_loss),
+        recent_vm_losses=remembered(before.recent_vm_losses, trained.losses.vm_loss),
     )

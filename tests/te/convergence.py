@@ -133,7 +133,7 @@ def table(outcomes: dict[tuple[str, int], Outcome], seeds: Sequence[int]) -> str
 
 def losses_of(outcome: Outcome) -> list[float]:
     """Both losses at the end of training, then over the held-out questions."""
-    trained = [fmean(step[loss] for step in outcome.steps[-WINDOW:]) for loss in LOSSES]
+    trained = [fmean(step[loss] for step in outcome.steps[-WINDOW:] if step[loss] is not None) for loss in LOSSES]
     return trained + [outcome.held_out[loss] for loss in LOSSES]
 
 

@@ -117,7 +117,8 @@ def _single_loss_rows(name: str, trial: Trial, tensors: Tensors, oracle: dict[st
 
 
 def _loss_rows(family: str, title: str, losses: Losses, recorded: dict[str, float]) -> Iterator[Row]:
-    for key, value in (("lm", losses.lm_loss), ("vm", losses.vm_loss), ("total", losses.loss)):
+    ours = {"lm": losses.lm_loss or 0.0, "vm": losses.vm_loss or 0.0, "total": losses.loss}  # over nothing: 0
+    for key, value in ours.items():
         if math.isnan(recorded[key]):
             yield instead(family, f"{title}: {key} loss", f"{value:.8g}", "NaN")
         else:
@@ -211,7 +212,7 @@ def _edge_rows(title: str, case: str, trial: Trial, tensors: Tensors, oracle: di
         return
     losses = trial.losses(rows, replayed(tensors, prefix + "tape." if own else "tape.", rows))
     if "grad_total" not in recorded:
-        yield compare("edge cases", f"{title}: lm loss", losses.lm_loss, recorded["lm_loss"])
+        yield compare("edge cases", f"{title}: lm loss", losses.lm_loss or 0.0, recorded["lm_loss"])
         return
     yield from _loss_rows("edge cases", title, losses, recorded)
     gradients = trial.gradients()

@@ -106,7 +106,8 @@ def curve_rows(golden: Golden, name: str, checkpoint: Checkpoint, stage: int, la
         rows = recorded_rows(tensors, f"batch{number}.", trial.model_config.vision)
         done = trial.train(rows, replayed(tensors, f"step{step:02d}.", rows), step)
         losses = done.losses
-        ours = {"lm": losses.lm_loss, "vm": losses.vm_loss, "total": losses.loss, "grad_norm": done.grad_norm}
+        ours = {"lm": losses.lm_loss or 0.0, "vm": losses.vm_loss or 0.0, "total": losses.loss}  # over nothing: 0
+        ours["grad_norm"] = done.grad_norm
         for key, value in ours.items():
             title = f"{name} stage {stage} step {step + 1}: {key}"
             yield compare("curves", title, value, curve[key][step], CURVE_TOLERANCE)

@@ -90,7 +90,7 @@ def test_losses_are_the_sum_of_the_terms_and_split_by_data_set(with_blank_sample
         MicroBatchLosses.of(samples[place], terms, sums[place], with_blank_samples)
         for place, terms in ((slice(0, 1), torch.tensor([0.5, 0.25])), (slice(1, 4), torch.tensor([1.5, 1.25])))
     ]
-    losses = combine_losses(kept, groups, torch.device("cpu"), num_datasets=3)  # type: ignore[arg-type]
+    losses = combine_losses(kept, groups, torch.device("cpu"), denoises=True, num_datasets=3)  # type: ignore[arg-type]
     assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)
     assert losses.datasets == (
         DataSetLosses(2, 2 + 3, 1, 10 / 5, first_vm_loss),

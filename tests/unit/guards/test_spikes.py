@@ -14,10 +14,11 @@ def test_a_loss_is_compared_with_the_median_before_it() -> None:
     assert find_spike("vm_loss", 3.1, recent, factor=0.0) is None
     assert find_spike("vm_loss", 3.1, recent[1:], factor=3.0) is None, "too few to compare with"
     assert find_spike("vm_loss", 0.1, (0.0,) * LEAST, factor=3.0) is not None
+    assert find_spike("vm_loss", None, recent, factor=3.0) is None, "a loss over nothing"
 
 
 def test_only_the_newest_are_remembered() -> None:
     recent: tuple[float, ...] = ()
     for number in range(RECENT_LOSSES + 5):
-        recent = remembered(recent, float(number))
+        recent = remembered(remembered(recent, float(number)), None)
     assert recent == tuple(map(float, range(5, RECENT_LOSSES + 5)))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ross_mcore.config import Config
 from ross_mcore.data.sample import IgnoredLabels
 from ross_mcore.engine.losses import DataSetLosses
-from ross_mcore.reporting.averages import means_by_data_set
-from ross_mcore.reporting.console import ignored_warning
+from ross_mcore.engine.state import TrainState
+from ross_mcore.reporting.averages import Averages, means_by_data_set
+from ross_mcore.reporting.console import Console, ignored_warning
 
 
 def test_a_wrong_template_is_reported_with_share_keys_and_remedy() -> None:
@@ -20,6 +27,20 @@ def test_a_wrong_template_is_reported_with_share_keys_and_remedy() -> None:
 def test_a_few_samples_without_labels_give_no_warning() -> None:
     assert ignored_warning(IgnoredLabels(1000, 10, ["a"], from_index=True), "v1") is None
     assert ignored_warning(IgnoredLabels(3, 0, [], from_index=False), "v1") is None
+
+
+def averages(lm_loss: float | None, grad_norm: float | None) -> Averages:
+    speed = {"tokens_per_second": 1.0, "samples_per_second": 2.5, "teraflops_per_device": 0.1, "peak_gib": 0.2}
+    rest: dict[str, Any] = {"consumed_samples": 8, "learning_rate": 1e-3, "data_share": 0.0, "remaining_seconds": 1.0}
+    return Averages(7, vm_loss=0.5, lm_loss=lm_loss, loss=0.5, grad_norm=grad_norm, datasets={}, **speed, **rest)
+
+
+def test_a_loss_over_nothing_is_a_dash_and_no_scalar(capsys: pytest.CaptureFixture[str]) -> None:
+    run: Any = SimpleNamespace(train_iters=9, config=Config())
+    Console(run, TrainState()).averages(found := averages(None, None))
+    assert "| lm_loss - | vm_loss 0.5000 | lr 1.00e-03 | grad norm - |" in capsys.readouterr().out
+    assert not {"lm_loss", "grad_norm"} & found.scalars().keys() and "vm_loss" in found.scalars()
+    assert averages(2.0, 1.0).scalars()["lm_loss"] == 2.0
 
 
 def test_losses_of_a_data_set_are_weighted_by_labels_and_images() -> None:

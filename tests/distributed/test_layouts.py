@@ -102,7 +102,8 @@ def assert_adds_up(run: Finished) -> None:
         consumed = entry["consumed_samples"]
         for loss, over, count in (("lm_loss", "labels", "num_tokens"), ("vm_loss", "images", "num_images")):
             assert sum(x[over] for x in own) == entry[count]
-            assert sum((x[loss] or 0) * x[over] for x in own) == pytest.approx((entry[loss] or 0) * entry[count], rel=1e-6)
+            total = (entry[loss] or 0) * entry[count]
+            assert sum((x[loss] or 0) * x[over] for x in own) == pytest.approx(total, rel=1e-6)
     first, second = (sum(entry["datasets"][name]["samples"] for entry in run.metrics) for name in ("first", "second"))
     assert first > second > 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import types
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ross_mcore import checked
+from ross_mcore.arguments import Parser, answer
 from ross_mcore.config import SECTIONS, Config, require_complete
 from ross_mcore.errors import ConfigError
 from ross_mcore.options import flag_of
@@ -56,16 +56,14 @@ def field_help(section: type) -> dict[str, str]:
     return texts
 
 
-def build_parser(prog: str = SCRIPT) -> argparse.ArgumentParser:
+def build_parser(prog: str = SCRIPT) -> Parser:
     """The parser of `prog`. Defaults are suppressed, so that the parsed values are those that were given."""
     started = prog if prog == SCRIPT else f"--no-python {prog}"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"torchrun --nproc-per-node N {started} [--config YAML] [options]",
         description=DESCRIPTION,
         epilog=EPILOG.format(started=started),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="append", default=[], metavar="YAML", help="options from a YAML file or a recipe; repeatable"
@@ -101,12 +99,9 @@ def parse(argv: Sequence[str] | None = None, complete: bool = True, prog: str = 
     `complete=False` accepts options that a run still lacks. `prog` is the program that errors name.
     """
     parser = build_parser(prog)
-    known, unknown = parser.parse_known_args(argv)
-    given = vars(known)
+    given = vars(parser.parse_args(argv))
     files = given.pop("config")
     try:
-        if unknown:
-            raise ConfigError(f"unrecognized argument {unknown[0]}{_hint(unknown[0].split('=')[0].lstrip('-'))}")
         merged: dict[str, Any] = {}
         for source in (*(read_yaml(path, parser) for path in files), given):
             for pair in EXCLUSIVE:
@@ -119,14 +114,7 @@ def parse(argv: Sequence[str] | None = None, complete: bool = True, prog: str = 
             require_complete(config)
         return config
     except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-def _hint(name: str) -> str:
-    """`; did you mean --seq-length?` for a name close to a flag's, else a hint at --help."""
-    known = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {flag_of(close[0])}?" if close else "; --help lists all of them"
+        parser.refuse(str(error))
 
 
 def recipes() -> dict[str, Path]:
@@ -141,14 +129,14 @@ def _read_file_or_recipe(path: str) -> Any:
         return checked.read_yaml(recipes().get(path, Path(path)))
 
 
-class _Refusing(argparse.ArgumentParser):
-    """Turns argparse's exit into a ConfigError that names the YAML file."""
+class _Refusing(Parser):
+    """Turns the parser's exit into a ConfigError that names the YAML file."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
-def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def read_yaml(path: str, parser: Parser) -> dict[str, Any]:
     """Options from a YAML mapping of flag names (dashes or underscores), checked like the command line.
 
     `path` is a file or the name of a recipe. Raises ConfigError.
@@ -168,7 +156,7 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ConfigError(f"--config {path}: unknown option {checked.shown(key)}{_hint(name)}")
+            raise ConfigError(f"--config {path}: unknown option {checked.shown(key)}{answer(name, parser.flags())}")
         if isinstance(value, bool):
             tokens.append(flag_of(name) if value else "--no-" + flag_of(name)[2:])
         elif isinstance(value, (str, int, float)):

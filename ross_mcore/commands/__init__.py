@@ -7,9 +7,14 @@ that `--help` and errors in arguments appear immediately.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from ross_mcore.arguments import Parser
+from ross_mcore.errors import UserError
+from ross_mcore.launcher import record_failure
 
 if TYPE_CHECKING:
     from ross_mcore.data.spec import SampleSpec
@@ -40,14 +45,9 @@ UNDER_TORCHRUN = ("train", "precompute")
 """Commands that run as several processes: `torchrun ... --no-python ross NAME`."""
 
 
-def build_parser(prog: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser that keeps line breaks in help; scripts are named as subcommands when `prog` is one."""
-    return argparse.ArgumentParser(
-        prog=prog,
-        description=as_started(description or "", prog),
-        epilog=as_started(epilog or "", prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser(prog: str, description: str | None, epilog: str | None = None) -> Parser:
+    """The parser of a command; scripts are named as subcommands when `prog` is one."""
+    return Parser(prog=prog, description=as_started(description or "", prog), epilog=as_started(epilog or "", prog))
 
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +99,35 @@ def require_template(template: str | None) -> None:
         raise TokenizerError(f"--template {template} is not one of {', '.join(TRAINING_TEMPLATES)}")
 
 
-def refuse(prog: str, message: object) -> int:
-    """Prints an error message of `prog` and returns the exit status 2."""
-    print(f"{prog}: {as_started(str(message), prog)}", file=sys.stderr)
+REMEDIES = {
+    errno.ENOENT: "give a path that exists",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EISDIR: "this is a folder; give a file",
+    errno.EACCES: "give this user the right to it, or another path",
+    errno.EPERM: "give this user the right to it, or another path",
+    errno.EROFS: "give a path that can be written",
+    errno.ENOSPC: "free some space, or give a path on another disk",
+    errno.EDQUOT: "free some space, or give a path on another disk",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "a link on this path leads to itself",
+}
+"""Errors of the operating system -> what to do."""
+
+
+def refuse(prog: str, error: object) -> int:
+    """Prints an error or message of `prog`, leaves it for torchrun, and returns the exit status 2."""
+    text = f"{prog}: {as_started(describe(error), prog)}"
+    record_failure(text)
+    print(text, file=sys.stderr)
     return 2
+
+
+def describe(error: object) -> str:
+    """An error as one paragraph: an OSError of Python as `file: reason; remedy`."""
+    if isinstance(error, UserError) or not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{files or 'a file'}: {error.strerror}; {REMEDIES.get(error.errno or 0, 'try again, or give another path')}"
 
 
 def as_started(text: str, prog: str) -> str:

@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from ross_mcore.commands import as_started
+from ross_mcore.launcher import record_failure
 
 if TYPE_CHECKING:
     from ross_mcore.config import Config
@@ -34,8 +36,10 @@ def train_status(config: Config, prog: str = SCRIPT) -> int:
     try:
         train(config)
     except UserError as error:
+        text = as_started(f"{prog}: error: {error}", prog)
+        record_failure(text)
         if os.environ.get("RANK", "0") == "0":
-            complain(as_started(f"{prog}: error: {error}", prog))
+            complain(text)
         return 2
     return 0
 
@@ -52,7 +56,11 @@ def run(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
     signal.signal(signal.SIGINT, end_at_once)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save, but there is nothing to save yet
-    status = main(arguments, prog)
+    try:
+        status = main(arguments, prog)
+    except Exception:
+        record_failure(traceback.format_exc())
+        raise
     if status:  # torch's threads sometimes abort a process while its interpreter ends
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

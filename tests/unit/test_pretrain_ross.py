@@ -23,6 +23,8 @@ def test_ctrl_c_during_imports_ends_with_a_line(tmp_path: Path) -> None:
     script = shutil.copy(ROOT / "pretrain_ross.py", tmp_path)
     shutil.copytree(ROOT / "ross_mcore" / "commands", tmp_path / "ross_mcore" / "commands")
     (tmp_path / "ross_mcore" / "__init__.py").touch()
+    for name in ("arguments.py", "launcher.py", "errors.py"):
+        shutil.copy(ROOT / "ross_mcore" / name, tmp_path / "ross_mcore")
     (tmp_path / "ross_mcore" / "flags.py").write_text(SLOW_IMPORTS)
     for rank, errors in (("0", b"pretrain_ross.py: interrupted\n"), ("1", b"")):
         environment = {**os.environ, "RANK": rank}

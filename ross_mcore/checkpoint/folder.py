@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ross_mcore.architecture import ModelConfig, read_model_config
+from ross_mcore.checked import reason
 from ross_mcore.checkpoint.manifest import (
     MARKER,
     FileRecord,
@@ -174,7 +175,9 @@ def begin(root: Path, iteration: int) -> Path:
         _remove_left_overs(root)
         partial.mkdir()
     except OSError as error:
-        raise CheckpointError(f"cannot write a checkpoint under {root}: {error}") from None
+        raise CheckpointError(
+            f"cannot write a checkpoint under {root}: {reason(error)}; give another --save, or make room"
+        ) from None
     return partial
 
 
@@ -268,7 +271,8 @@ def publish(
         sync(root)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {iteration} under {root} was not completed: {error}; correct this, or give another folder"
+            f"checkpoint {iteration} under {root} was not completed: {reason(error)}; "
+            "correct this, or give another folder"
         ) from None
     try:
         _remove(former)

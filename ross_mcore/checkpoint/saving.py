@@ -58,6 +58,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
+from ross_mcore.checked import reason
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.folder import Checkpoint
@@ -249,7 +250,7 @@ class RunningSave:
             write_index(partial, self._metadata)
             (partial / COMMON_FILE).write_bytes(self._common_file)
         except OSError as error:
-            raise CheckpointError(f"{partial} cannot be written: {error}") from None
+            raise CheckpointError(f"{partial} cannot be written: {reason(error)}") from None
         checkpoint = folder.publish(
             to.root, to.iteration, to.model_config, self._train_state, to.assets, records, to.layout
         )

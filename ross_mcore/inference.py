@@ -227,7 +227,7 @@ def _require_model(trained: TrainedModel) -> None:
 
 
 def _turns(question: Question, name: str) -> list[dict[str, str]]:
-    """The turns of a question, with a mark for every picture. Raises ConversationError with the question's name."""
+    """The turns of a question. Raises ConversationError with the question's name."""
     if not isinstance(question, Question):
         raise TypeError(f"{name} is a {type(question).__name__}, expected a Question")
     if isinstance(question.pictures, (str, Path, Image.Image)):
@@ -241,10 +241,6 @@ def _turns(question: Question, name: str) -> list[dict[str, str]]:
     placed, pictures = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked), len(question.pictures)
     if placed > pictures:
         raise ConversationError(f"{name}: {placed} {IMAGE_PLACEHOLDER} in the text, {pictures} pictures")
-    if pictures == 1 and not placed:  # as in the reference and in training
-        first = next((place for place, (role, _) in enumerate(checked) if role == "human"), 0)
-        marked = {**turns[first], "value": f"{IMAGE_PLACEHOLDER}\n{turns[first]['value']}"}
-        turns = [*turns[:first], marked, *turns[first + 1 :]]
     return turns
 
 

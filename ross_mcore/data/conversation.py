@@ -5,7 +5,8 @@ Ids contain one IMAGE_TOKEN_INDEX per image until `expand_images` inserts the to
 The reference has at most one picture in a sample and moves it to the start of its turn; so do we, with equal ids.
 Several pictures stay at their `<image>`, in any turn, in text order. Pictures that the text does not show are put
 first, each on its own line at the start of the human's first turn; a text that shows more pictures than the sample has
-is an error (`require_pictures`). templates.py turns conversations into text.
+is an error (`require_pictures`). A first turn of the gpt's is dropped, as in the reference. templates.py turns
+conversations into text.
 Legend: L tokens of a row.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,19 +49,28 @@ class SampleBounds:
                 raise NothingLeft(reason)
 
 
+class Dialogue(NamedTuple):
+    """The system text, None where the conversation has none, and (role, text) of every other turn."""
+
+    system: str | None
+    turns: list[tuple[str, str]]
+
+
 def check_turns(conversations: Any, roles: tuple[str, ...] | None = ("human", "gpt")) -> list[tuple[str, str]]:
-    """(role, text) of every turn; `roles` None allows every role.
+    """(role, text) of every turn; `roles` None allows every role, others allow `system` too, in the first place.
 
     Raises ConversationError when the value is not a list of well-formed turns.
     """
     if not isinstance(conversations, list) or not conversations:
         raise ConversationError("conversations is not a list of turns")
-    turns = []
+    turns: list[tuple[str, str]] = []
     for turn in conversations:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ConversationError("a turn has no text")
         who = turn.get("from")
-        if not isinstance(who, str) or (roles is not None and who not in roles):
+        if who == "system" and turns and roles is not None:
+            raise ConversationError("a system turn is not the first turn")
+        if not isinstance(who, str) or (roles is not None and who not in (*roles, "system")):
             raise ConversationError("a turn is neither the human's nor the gpt's")
         try:
             turn["value"].encode("utf-8")
@@ -87,6 +97,23 @@ def normalise_images(text: str) -> str:
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
 
 
+def as_dialogue(conversations: Any, num_images: int) -> Dialogue:
+    """A conversation as it is trained on: it begins with the human and shows its pictures.
+
+    Raises ConversationError when it is not a list of well-formed turns, or has no turn of the human.
+    """
+    turns = check_turns(conversations)
+    system = turns.pop(0)[1] if turns[0][0] == "system" else None
+    if turns and turns[0][0] != "human":
+        turns = turns[1:]
+    if not turns:
+        raise ConversationError("nothing to answer: no turn is the human's")
+    turns = with_missing_images(turns, num_images)
+    if num_images == 1:
+        turns = [(role, normalise_images(text)) for role, text in turns]
+    return Dialogue(system, turns)
+
+
 def with_missing_images(turns: list[tuple[str, str]], num_images: int) -> list[tuple[str, str]]:
     """Puts an `<image>` line before the human's first text for each of `num_images` pictures that no turn shows."""
     missing = num_images - sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
@@ -98,11 +125,8 @@ def with_missing_images(turns: list[tuple[str, str]], num_images: int) -> list[t
 
 
 def require_pictures(image_spans: int, num_images: int) -> None:
-    """Raises ConversationError unless a text shows all of the sample's pictures.
-
-    As in the reference, a text may leave out a single picture, which is then not trained on.
-    """
-    if image_spans != num_images and (image_spans or num_images > 1):
+    """Raises ConversationError unless a text shows all of the sample's pictures."""
+    if image_spans != num_images:
         raise ConversationError(f"{image_spans} <image> in the text, {num_images} pictures")
 
 

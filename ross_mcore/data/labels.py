@@ -13,7 +13,6 @@ from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, encode_text
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import encode
-from ross_mcore.errors import ConversationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,11 +61,6 @@ class Prompt:
                 rounds[-1].append(token)
         return rounds
 
-    def require_shown(self) -> None:
-        """Raises ConversationError when no text shows the picture."""
-        if self.num_images and IMAGE_PLACEHOLDER not in self.text:
-            raise ConversationError("a picture but no <image> in the text")
-
     def present(self) -> int:
         """Number of ids that are not padding. As in the reference, a padding token in the text leads to a mismatch."""
         return len(self.ids) - self.ids.count(self.tokenizer.pad_token_id)
@@ -106,9 +100,8 @@ def mask_sentencepiece(prompt: Prompt) -> tuple[list[int], bool]:
 
     The reference's constants count tokens: an instruction tokenised alone starts with BOS and ends with a token that
     merges with the answer (-2); after `</s>` a non-legacy tokenizer gives USER one token fewer (-1). With another
-    tokenizer they fit a single round only (v1_qwen2). Raises ConversationError when no text shows the picture.
+    tokenizer they fit a single round only (v1_qwen2).
     """
-    prompt.require_shown()
     shorter = int(not getattr(prompt.tokenizer, "legacy", False))
     return _mask_by_count(prompt, first_token=1, before_answer=2, later_rounds=shorter)
 
@@ -142,11 +135,7 @@ def _mask_by_count(
 
 
 def mask_caption(prompt: Prompt) -> tuple[list[int], bool]:
-    """Labels for `plain`: all tokens after BOS and an image at the start.
-
-    Raises ConversationError when no text shows the picture.
-    """
-    prompt.require_shown()
+    """Labels for `plain`: all tokens after BOS and an image at the start."""
     before = IMAGE_PLACEHOLDER if prompt.text.startswith(IMAGE_PLACEHOLDER) else ""
     start = len(encode_text(before, True, prompt.tokenizer))
     return [IGNORE_INDEX] * start + prompt.ids[start:], False

@@ -40,9 +40,19 @@ def length_source(tokenizer: PreTrainedTokenizerBase, spec: SampleSpec) -> Lengt
 def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: Path | str) -> str | None:
     """None if the lengths of an index have this source, else the difference and the command that measures again."""
     found = reader.length_source
-    if found == source:
+    if found is None:
+        was = "has no lengths"
+    elif found != source:
+        was = f"was measured with another {found.difference(source)}"
+    elif never_shown(reader):
+        was = f"was measured without the pictures of {never_shown(reader)} samples whose text has no <image>"
+    else:
         return None
-    was = "has no lengths" if found is None else f"was measured with another {found.difference(source)}"
     flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
     flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
     return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"
+
+
+def never_shown(reader: ShardReader) -> int:
+    """Number of samples whose picture the index leaves out of the row, which indexes of earlier versions have."""
+    return int(((reader.samples["image_spans"] == 0) & (reader.samples["num_images"] > 0)).sum())

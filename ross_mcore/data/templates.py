@@ -1,6 +1,7 @@
 """Templates: conversations -> text -> token ids and labels, as in the reference.
 
-Reference: conversation.py:264-520 and train.py:620-893; tests compare every token with recorded values.
+Reference: conversation.py:264-520 and train.py:620-893; tests compare every token with recorded values. The reference
+has no system turns; here one replaces the template's own system text.
 Legend: L tokens of a row.
 """
 
@@ -14,10 +15,8 @@ from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_INDEX,
-    check_turns,
+    as_dialogue,
     encode_text,
-    normalise_images,
-    with_missing_images,
 )
 from ross_mcore.data.labels import Prompt, mask_byte_pairs, mask_caption, mask_headers, mask_sentencepiece
 from ross_mcore.data.spec import SampleSpec
@@ -28,11 +27,13 @@ if TYPE_CHECKING:
 
 IMAGE_PLACEHOLDER_IN_TEXT = "<im_start><image><im_end>"
 ROLES = {"human": "USER", "gpt": "ASSISTANT"}
+ANSWER_START = " ASSISTANT: "
+END_OF_TURN = "<|eot_id|>"
 HEADERS = {
+    "system": f"<|start_header_id|>system<|end_header_id|>\n\n{{text}}{END_OF_TURN}",
     "human": "<|start_header_id|>user<|end_header_id|>\n\n",
     "gpt": "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
-END_OF_TURN = "<|eot_id|>"
 
 Turn = tuple[str, str | None]
 """(role, text) of a turn; the text is None for an answer to be generated."""
@@ -65,17 +66,25 @@ class Tokenized:
 class Template:
     """How turns become text and labels.
 
-    `system` opens the prompt, `answer_start` precedes and `round_end` follows every answer. `write` returns the text of
-    a conversation, `mask` its labels and whether they are a mismatch. If not `tokenized`, `round_end` is removed from
-    the text before it is tokenized.
+    `system` opens the prompt; `system_form` is how a conversation's own system text is written in its place, "" if it
+    is left out. `answer_start` precedes and `round_end` follows every answer. `write` returns the text of the turns,
+    `mask` the labels and whether they are a mismatch. If not `tokenized`, `round_end` is removed from the text before
+    it is tokenized.
     """
 
     system: str
+    system_form: str
     answer_start: str
     round_end: str
     write: Callable[[list[Turn], Template], str]
     mask: Callable[[Prompt], tuple[list[int], bool]]
     tokenized: bool = True
+
+    def opening(self, system: str | None) -> str:
+        """The text before the first turn; a blank `system` leaves out the template's own."""
+        if system is None:
+            return self.system
+        return self.system_form.replace("{text}", system) if system.strip() else ""
 
 
 def _write_caption(turns: list[Turn], style: Template) -> str:
@@ -86,29 +95,29 @@ def _write_caption(turns: list[Turn], style: Template) -> str:
     pictures = IMAGE_PLACEHOLDER * (turns[0][1] or "").count(IMAGE_PLACEHOLDER)
     if turns[-1][1] is None:
         return pictures or IMAGE_PLACEHOLDER
-    if len(turns) != 2:
+    if [role for role, _ in turns] != ["human", "gpt"]:
         raise ConversationError("plain takes two turns, an instruction and a caption")
     return f"{pictures}{turns[1][1]}{style.round_end}"
 
 
 def _write_dialogue(turns: list[Turn], style: Template) -> str:
-    """`<system> USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon."""
+    """`USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon."""
     ends = {"human": " ", "gpt": style.round_end}
-    written = [f"{ROLES[role]}: {text}{ends[role]}" if text else f"{ROLES[role]}:" for role, text in _dialogue(turns)]
-    return style.system + "".join(written)
+    return "".join(
+        f"{ROLES[role]}: {text}{ends[role]}" if text else f"{ROLES[role]}:" for role, text in _alternating(turns)
+    )
 
 
 def _write_headers(turns: list[Turn], style: Template) -> str:
     """A header, the text and `<|eot_id|>` for every turn; an answer to be generated is its header alone."""
     ends = {"human": END_OF_TURN, "gpt": END_OF_TURN + style.round_end}
-    return style.system + "".join(
-        HEADERS[role] if text is None else f"{HEADERS[role]}{text}{ends[role]}" for role, text in _dialogue(turns)
+    return "".join(
+        HEADERS[role] if text is None else f"{HEADERS[role]}{text}{ends[role]}" for role, text in _alternating(turns)
     )
 
 
-def _dialogue(turns: list[Turn]) -> list[Turn]:
-    """The turns without a first one that is not the human's. Raises ConversationError unless they alternate."""
-    turns = turns[1:] if turns[0][0] != "human" else turns
+def _alternating(turns: list[Turn]) -> list[Turn]:
+    """The turns. Raises ConversationError unless human and gpt alternate."""
     if any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
         raise ConversationError("the turns do not alternate between human and gpt")
     return turns
@@ -122,11 +131,13 @@ def _system(human: str) -> str:
 
 
 TEMPLATES = {
-    "plain": Template("", "", "\n", _write_caption, mask_caption),
-    "qwen_2": Template(_system("human"), " ASSISTANT: ", "<|im_end|>", _write_dialogue, mask_byte_pairs),
-    "v1": Template(_system("user"), " ASSISTANT: ", "</s>", _write_dialogue, mask_sentencepiece),
-    "llama3": Template("", HEADERS["gpt"], "<|eot_conversation|>", _write_headers, mask_headers, tokenized=False),
-    "v1_qwen2": Template(_system("human"), " ASSISTANT: ", "<|im_end|>", _write_dialogue, mask_sentencepiece),
+    "plain": Template("", "", "", "\n", _write_caption, mask_caption),
+    "qwen_2": Template(_system("human"), "{text} ", ANSWER_START, "<|im_end|>", _write_dialogue, mask_byte_pairs),
+    "v1": Template(_system("user"), "{text} ", ANSWER_START, "</s>", _write_dialogue, mask_sentencepiece),
+    "llama3": Template(
+        "", HEADERS["system"], HEADERS["gpt"], "<|eot_conversation|>", _write_headers, mask_headers, tokenized=False
+    ),
+    "v1_qwen2": Template(_system("human"), "{text} ", ANSWER_START, "<|im_end|>", _write_dialogue, mask_sentencepiece),
 }
 """Reference conversation.py:264-520 and the dispatch of train.py:881-893."""
 
@@ -141,6 +152,8 @@ def tokenize_conversation(
     spec: SampleSpec,
 ) -> Tokenized:
     """Ids and labels of a LLaVA conversation, a list of {"from": "human" | "gpt", "value": text}.
+
+    A first turn may be from "system"; `plain` leaves it out, because it writes no more than pictures and caption.
 
     `<image>` is a picture if `num_images` is positive. As in the reference, only rows without a picture are cut to
     `spec.seq_length` here.
@@ -177,19 +190,15 @@ def write_prompt(conversations: Any, num_images: int, spec: SampleSpec, generati
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
     style = TEMPLATES[spec.template]
-    checked = check_turns(conversations)
-    if num_images == 1:
-        checked = [(role, normalise_images(text)) for role, text in checked]
-    elif num_images > 1:
-        checked = with_missing_images(checked, num_images)
+    system, shown = as_dialogue(conversations, num_images)
     if num_images and spec.mm_use_im_start_end:
-        checked = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in checked]
-    turns: list[Turn] = [*checked]
+        shown = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in shown]
+    turns: list[Turn] = [*shown]
     if generation:
         if turns[-1][0] != "human":
             raise ConversationError("nothing to answer: the last turn is not the human's")
         turns.append(("gpt", None))
-    return style.write(turns, style)
+    return style.opening(system) + style.write(turns, style)
 
 
 def _shows_image(text: str, num_images: int, template: str) -> bool:

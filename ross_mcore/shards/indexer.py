@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
 
+READING = 2
+"""Raised when shards are read in another way, so that their parts are made again when they are indexed again."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How shards are indexed; the part of a shard is valid for one tokenizer, spec and verify_images."""
@@ -200,6 +204,7 @@ def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dic
     """The values that a part depends on, as JSON types, to be compared with those in its file."""
     return {
         "format": FORMAT_VERSION,
+        "reading": READING,
         "location": shard.location,
         "bytes": shard.size,
         "version": shard.version,

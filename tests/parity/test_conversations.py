@@ -45,8 +45,9 @@ CASES = [
     "llama3|llama3",
 ]
 """tokenizer | template | settings: im_start_end, or a maximum length other than 256."""
-PLAIN_TEXT = ("text_single", "long_text_truncated")
-"""Conversations that the reference cannot write with `plain`, but that are text to train on here."""
+DIFFERENT = ("image_key_but_no_tag", "system_turn")
+"""Conversations that the reference refuses or trains on without their picture; here they are rows with all of it."""
+DIFFERENT_IN_PLAIN = (*DIFFERENT, "text_single", "long_text_truncated", "gpt_first")
 TURNS = [
     {"from": "human", "value": "<image>\nQ1?"},
     {"from": "gpt", "value": "A1."},
@@ -91,7 +92,9 @@ def test_tokens_and_labels_are_the_reference_s(
     assert len(samples) == 22 and len(expected) == (4 if "im_start_end" in case else 22)
     for sample in map(samples.__getitem__, expected):
         wanted = expected[sample["id"]]
-        if "error" in wanted and "plain" in case and sample["id"] in PLAIN_TEXT:
+        if sample["id"] in (DIFFERENT_IN_PLAIN if "plain" in case else DIFFERENT):
+            found = tokenize(sample, tokenizer, case)
+            assert found.image_spans == ("image" in sample) and found.label_tokens and not found.mismatch
             continue
         if "error" in wanted:
             with pytest.raises(ConversationError):
@@ -122,7 +125,7 @@ def test_the_final_end_of_turn_is_the_only_difference(
             added += 1
         else:
             assert without.mismatch
-    assert added == 17  # 22, less two malformed and three mismatches
+    assert added == 18  # 22, less a malformed one and three mismatches
 
 
 def test_nothing_is_supervised_past_the_last_answer_found(tokenizers: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ def compare_sets(family: str, name: str, ours: Iterable[Any], recorded: Iterable
 
 
 def instead(family: str, name: str, ours: str, recorded: str) -> Row:
-    """The reference raised, or returned NaN."""
+    """The reference raised, returned NaN, or lost a picture."""
     return Row(family, name, ours, recorded, None, None, None, "instead")
 
 

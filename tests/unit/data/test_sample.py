@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_mcore.batch import IGNORE_INDEX, collate
+from ross_mcore.data.conversation import IMAGE_TOKEN_INDEX
 from ross_mcore.data.lengths import length_source
 from ross_mcore.data.sample import IgnoredLabels, ShardDataset
 from ross_mcore.data.shard_reader import LengthSource, ShardReader
 from ross_mcore.data.spec import SampleSpec
+from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.shards.llava import convert_records
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
@@ -92,11 +94,11 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     ({"conversations": [{"from": "human", "value": None}]}, "no text"),
     ({"conversations": [{"value": "x"}]}, "neither"),
     ({"conversations": [{"from": ["human"], "value": "x"}]}, "neither"),
-    ({"conversations": [{"from": "system", "value": "x"}, *TURNS]}, "neither"),
+    ({"conversations": [*TURNS, {"from": "system", "value": "x"}]}, "a system turn is not the first"),
     ({"conversations": [TURNS[0], TURNS[0]]}, "alternate"),
     ({"conversations": [{"from": "human", "value": "\ud800"}, TURNS[1]]}, "Unicode"),
     ({"conversations": [TURNS[0]]}, "nothing to learn"),
-    ({"conversations": [{"from": "gpt", "value": "hello"}]}, ""),
+    ({"conversations": [{"from": "gpt", "value": "hello"}]}, "no turn is the human's"),
 ]
 
 
@@ -120,12 +122,16 @@ def test_more_placeholders_than_pictures_is_a_problem(
     assert sample.problem is not None and "2 <image> in the text, 1 pictures" in sample.problem
 
 
-def test_a_picture_the_text_never_shows_is_not_trained_on(
+def test_a_picture_that_the_text_does_not_show_comes_first(
     one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset], encoded: Any
 ) -> None:
     turns = [{"from": "human", "value": "What?"}, TURNS[1]]
-    sample = decoded(open_dataset(one_sample({"conversations": turns}, [("png", encoded(4, 4))])), 0, 0)
-    assert sample.problem is None and not sample.image_starts and not sample.pixels
+    dataset = open_dataset(one_sample({"conversations": turns}, [("png", encoded(4, 4))]))
+    shown = [{"from": "human", "value": "<image>\nWhat?"}, TURNS[1]]
+    row = tokenize_conversation(shown, 1, dataset.tokenizer, dataset.spec)
+    sample = decoded(dataset, 0, 0)
+    assert sample.problem is None and sample.image_starts == [row.input_ids.index(IMAGE_TOKEN_INDEX)]
+    assert sample.tokens.numel() == len(row.input_ids) - 1 + dataset.image_tokens
 
 
 def test_an_undecodable_picture_is_bad_and_blank_until_replaced(

@@ -119,6 +119,9 @@ def test_stale_lengths_name_the_command(tmp_path: Path, tokenizer: Any, golden_d
     ):
         said = stale_lengths(reader, other, folder)
         assert said is not None and what in said and ("--mm-use" in said) == other.mm_use_im_start_end
+    reader.samples = reader.samples.copy()
+    reader.samples["image_spans"] = 0  # as earlier versions measured pictures without <image>
+    assert "without the pictures of 2 samples" in (stale_lengths(reader, source, folder) or "")
 
 
 def test_measuring_with_a_template_refuses_what_does_not_fit(tokenizer: Any) -> None:

@@ -25,6 +25,9 @@ VOCAB_MULTIPLE = 128
 """The vocabulary is padded once, at conversion, so that a checkpoint fits every tensor-parallel degree that divides it.
 """
 
+LONGEST = {"qwen2": 32768, "llama": 2048}
+"""transformers' default of `max_position_embeddings`, by family."""
+
 DENOISER_WIDTHS = {8: 1280, 12: 1536}
 """Width of `denoiser_vit{N}x` by depth N, 1024 otherwise (reference multimodal_projector/builder.py:47-66)."""
 
@@ -65,6 +68,8 @@ class LanguageConfig:
                 checked.count(fields, name, most=MOST_LAYERS if name == "num_hidden_layers" else checked.MOST_COUNT)
             checked.real(fields, "rms_norm_eps", above=0)
             checked.real(fields, "rope_theta", above=0)
+        if self.head_dim % 2:
+            raise ArchitectureError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of numbers")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ArchitectureError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -81,29 +86,19 @@ class LanguageConfig:
         """Reads the dictionary of an HF `config.json` (transformers 4.x and 5.x spellings of rope).
 
         Raises ArchitectureError for a family or a feature (rope scaling, sliding window, attention bias on the output
-        projection) that is not implemented, and for a missing or malformed value.
+        projection) that is not implemented, for keys that contradict each other, and for a missing or malformed value.
         """
         family = str(config.get("model_type", "")).removeprefix("ross_")
         if family not in ("qwen2", "llama"):
             raise ArchitectureError(
-                f"model_type {checked.shown(config.get('model_type'))}: only qwen2 and llama are implemented"
+                f"model_type {checked.shown(config.get('model_type'))}: only qwen2 and llama are implemented; give the "
+                "folder of such a language model"
             )
-        if config.get("hidden_act", "silu") != "silu":
-            raise ArchitectureError(f"hidden_act {checked.shown(config['hidden_act'])} is not implemented; only 'silu'")
-        if config.get("use_sliding_window"):
-            raise ArchitectureError("use_sliding_window=true is not implemented; set it to false")
-        if family == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
-            raise ArchitectureError("Llama with attention_bias or mlp_bias is not implemented")
         with _malformed("the language model"):
-            rope = checked.mapping(config.get("rope_parameters") or {}, "rope_parameters")
-            scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k not in ("rope_theta",)}
-            scaling = checked.mapping(scaling, "rope_scaling")
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind != "default":
-                raise ArchitectureError(
-                    f"rope scaling of type {checked.shown(kind)} is not implemented; only plain rotary embeddings"
-                )
+            library_configs.check_language(config, family)
             heads, hidden = checked.count(config, "num_attention_heads"), checked.count(config, "hidden_size")
+            if config.get("head_dim") is None and hidden % heads:
+                raise ArchitectureError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
             return cls(
                 model_type=family,  # type: ignore[arg-type]  # one of two, see above
                 hidden_size=hidden,
@@ -113,11 +108,9 @@ class LanguageConfig:
                 num_key_value_heads=checked.count(config, "num_key_value_heads", heads),
                 head_dim=checked.count(config, "head_dim", max(1, hidden // heads)),
                 vocab_size=checked.count(config, "vocab_size"),
-                max_position_embeddings=checked.count(config, "max_position_embeddings", 2048),
+                max_position_embeddings=checked.count(config, "max_position_embeddings", LONGEST[family]),
                 rms_norm_eps=checked.real(config, "rms_norm_eps", 1e-6, above=0),
-                rope_theta=checked.real(
-                    rope if config.get("rope_theta") is None else config, "rope_theta", 10000.0, above=0
-                ),
+                rope_theta=library_configs.rope_theta(config),
                 tie_word_embeddings=checked.switch(config, "tie_word_embeddings", False),
                 qkv_bias=family == "qwen2",
             )

@@ -1,10 +1,12 @@
 """Checks of the configuration dictionaries of transformers and diffusers, and the keys in them that are used.
 
-Tower and VAE are built from these keys only; others have no effect. Pure functions that raise ValueError with the key.
+Tower and VAE are built from these keys only; others have no effect. Keys that would change the result, and that nothing
+here computes, are refused. Pure functions that raise ValueError with the key.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ross_mcore import checked
@@ -12,6 +14,38 @@ from ross_mcore import checked
 MOST_LAYERS = 4096
 """Limit for every part; a damaged file with more would fill the memory before it is noticed."""
 MOST_WIDTH = 1 << 20
+
+NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(
+        ("embedding_multiplier", "logits_scaling", "logit_scale", "residual_multiplier", "scale_emb"), (1,)
+    ),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (1,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), ()),
+    **dict.fromkeys(("attention_multiplier", "scale_depth", "dim_model_base", "clip_qkv"), ()),
+    **dict.fromkeys(
+        ("use_qk_norm", "qk_layernorm", "use_mrope", "alibi", "rope_interleaved", "parallel_residual"), (False,)
+    ),
+    **dict.fromkeys(("use_sliding_window", "use_bidirectional_attention", "no_rope_layers"), (False, [])),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, 1)),
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+}
+"""Keys of a decoder's config.json that change its results -> the values under which they do not; null never does."""
+LLAMA_NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
+DROPOUT = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob")
+ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+LANGUAGE_KEYS = {
+    *NOT_IMPLEMENTED,
+    *LLAMA_NOT_IMPLEMENTED,
+    *("model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    *("rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "use_cache", "torch_dtype", "dtype"),
+    *("initializer_range", "pretraining_tp", "transformers_version", "quantization_config", "ross_enable"),
+    *("image_embed_len", "image_mean", "image_std", "image_aspect_ratio", "decode_image_size", "use_mm_proj"),
+    *("use_mm_inv_proj", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
+}
+"""Keys of a decoder's config.json that are used, checked, or known to have no effect on a training."""
 
 VISION_SIZES = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
 VISION_COUNTS = ("intermediate_size", "num_attention_heads", "num_channels")
@@ -30,8 +64,91 @@ VAE_KEYS = (
 )
 
 
+def check_language(config: dict[str, Any], family: str) -> None:
+    """Checks that the config.json of a Qwen2 or Llama decoder asks for nothing that is not implemented."""
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"quantization_config: the weights are quantised ({checked.shown(method)}); give the model's original "
+            "folder, in bfloat16, float16 or float32"
+        )
+    neutral = NOT_IMPLEMENTED | (LLAMA_NOT_IMPLEMENTED if family == "llama" else {})
+    for key, values in neutral.items():
+        if (value := config.get(key)) is not None and value not in values:
+            only = f"only {values[0]!r} is" if values else "no value is"
+            raise ValueError(f"{key}={checked.shown(value)} is not implemented ({only}), and the model depends on it")
+    kinds = config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ValueError(f"layer_types is {checked.shown(kinds)}: only 'full_attention' is implemented")
+    window = config.get("sliding_window")
+    if family == "llama" and window is not None and window != 0:
+        raise ValueError(
+            f"sliding_window={checked.shown(window)} in a config.json of model_type llama, which has none: these are "
+            "weights of another family (Mistral?), which is not implemented"
+        )
+
+
+def rope_theta(config: dict[str, Any]) -> float:
+    """The base of a decoder's plain rotary embeddings, where transformers 4 and 5 keep it; 10000 where none is given.
+
+    Refuses scaled embeddings, and two places that differ: each version of transformers would follow another one.
+    """
+    places = {name: checked.mapping(config.get(name) or {}, name) for name in ("rope_parameters", "rope_scaling")}
+    for name, place in places.items():
+        if nested := [key for key, value in place.items() if isinstance(value, dict)]:
+            raise ValueError(f"{name} differs by kind of layer ({checked.shown(nested[0])}), which is not implemented")
+    given = {name: _rope_facts(name, place) for name, place in places.items() if place}
+    first, second = given.get("rope_parameters"), given.get("rope_scaling")
+    if first is not None and second is not None and first != second:
+        raise ValueError(
+            f"rope_parameters is {checked.shown(first)} and rope_scaling {checked.shown(second)}: two rotary "
+            "embeddings for one model; remove the key that it was not trained with"
+        )
+    for name, facts in given.items():
+        if facts["type"] != "default":
+            raise ValueError(
+                f"{name}: rope scaling of type {checked.shown(facts['type'])} is not implemented; only plain rotary "
+                "embeddings"
+            )
+        if unused := [key for key, value in facts.items() if key not in ROPE_KEYS and value is not None]:
+            raise ValueError(f"{name} has {unused[0]} and no rope_type that uses it: add the rope_type, or remove it")
+        checked.real({"partial_rotary_factor": 1.0} | facts, "partial_rotary_factor", above=0)
+        if facts.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(f"{name}: partial_rotary_factor={facts['partial_rotary_factor']} is not implemented")
+    thetas = {"rope_theta": config} if "rope_theta" in config else {}
+    thetas |= {f"{name}.rope_theta": place for name, place in places.items() if "rope_theta" in place}
+    found = {name: checked.real(place, "rope_theta", above=0) for name, place in thetas.items()}
+    if len(set(found.values())) > 1:
+        listed = " and ".join(f"{name}={value:g}" for name, value in found.items())
+        raise ValueError(f"{listed}: two bases for one model; remove the one that it was not trained with")
+    return next(iter(found.values()), 10000.0)
+
+
+def _rope_facts(name: str, place: dict[str, Any]) -> dict[str, Any]:
+    """A rope dictionary with its type under "type" and without rope_theta."""
+    kinds = {checked.text(place, key) for key in ("rope_type", "type") if place.get(key) is not None}
+    if len(kinds) > 1:
+        raise ValueError(f"{name} has rope_type={place['rope_type']!r} and type={place['type']!r}; remove one of them")
+    other = {key: value for key, value in place.items() if key not in ("rope_theta", "rope_type", "type")}
+    return {"type": next(iter(kinds), "default"), **other}
+
+
+def unused_in_language(config: dict[str, Any]) -> Iterator[str]:
+    """One remark for each kind of key in a decoder's config.json that has no effect here."""
+    for key in DROPOUT:
+        if config.get(key):
+            yield f"{key}={checked.shown(config[key])} is ignored: training here has no dropout in the language model"
+    own = ("mm_", "_", "tokenizer_")
+    unknown = [key for key in config if key not in LANGUAGE_KEYS and key not in DROPOUT and not key.startswith(own)]
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        yield f"not used: {', '.join(map(checked.printable, unknown[:8]))}{more}"
+
+
 def check_vision(tower: dict[str, Any]) -> None:
     """Checks the configuration of a SigLIP or CLIP vision tower."""
+    if tower.get("quantization_config"):
+        raise ValueError("quantization_config: the weights are quantised; give the tower's original folder")
     for key in VISION_SIZES + tuple(key for key in VISION_COUNTS if key in tower):
         checked.count(tower, key, most=MOST_LAYERS if key == "num_hidden_layers" else MOST_WIDTH)
     checked.real(tower, "layer_norm_eps", 1e-6, above=0)
@@ -63,8 +180,22 @@ def check_autoencoder(vae: dict[str, Any]) -> None:
         kinds = vae.get(key, [])
         if not isinstance(kinds, list) or any(other != kind for other in kinds):
             raise ValueError(f"{key} is {checked.shown(kinds)}; only {kind} is implemented")
+        if len(vae.get(key, [kind])) != len(blocks):
+            raise ValueError(f"{key} has {len(vae.get(key, [kind]))} blocks and block_out_channels {len(blocks)}")
+    if vae.get("scaling_factor", 1) is None:
+        raise ValueError("scaling_factor is null, expected a number: latents cannot be given unit variance without")
     checked.count(vae, "layers_per_block", 1, most=64)
     checked.real(vae, "scaling_factor", 0.18215, above=0)
     checked.real(vae, "shift_factor", 0.0)
     for key in VAE_SWITCHES:
         checked.switch(vae, key, True)
+
+
+def require_plain_latents(vae: dict[str, Any]) -> None:
+    """Refuses a VAE whose latents are normalised channel by channel: the reference's are not, nor are ours."""
+    for key in ("latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise ValueError(
+                f"{key}={checked.shown(vae[key])}: latents normalised by channel are not implemented, only "
+                "scaling_factor and shift_factor; give another VAE (FLUX.1's, SDXL's)"
+            )

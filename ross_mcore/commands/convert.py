@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options = parse_arguments(arguments, prog)
     import torch
 
+    from ross_mcore.conversion.huggingface import language_remarks
     from ross_mcore.errors import UserError
 
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
@@ -185,5 +186,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         checkpoint = (convert_ross if options.ross_model else convert_parts)(options, dtype)
     except (UserError, OSError) as error:
         return refuse(prog, error)
+    for remark in language_remarks(options.ross_model or options.language_model):
+        print(f"note: {remark}")
     print(f"wrote {checkpoint.path}; train from it with --load {options.save}")
     return 0

@@ -27,6 +27,8 @@ from ross_mcore.conversion.stream import TensorWriter
 from ross_mcore.conversion.table import AnyEntry, convert_in, plan
 from ross_mcore.errors import ConversionError
 from ross_mcore.models.inventory import inventory
+from ross_mcore.models.pixel_decoder import PixelDecoder
+from ross_mcore.models.vision import VisionModel
 from ross_mcore.parts import DENOISER, PARTS, VAE, Part, part_of
 from ross_mcore.shapes import Shapes, differences
 
@@ -75,6 +77,7 @@ def assemble(
     model.
     Raises ConversionError naming folder and tensor, or CheckpointError; then nothing is left in `root`.
     """
+    _require_buildable(model)
     shapes = inventory(model)
     plans = []
     for source in sources:
@@ -110,6 +113,15 @@ def assemble(
             with suppress(OSError):
                 root.rmdir()
         raise
+
+
+def _require_buildable(model: ModelConfig) -> None:
+    """Raises ArchitectureError where transformers or diffusers build no such tower or VAE, as training would."""
+    with torch.device("meta"):  # no memory, no weights
+        VisionModel(model.vision)
+        if model.pixel_decoder is not None:
+            vision = model.vision
+            PixelDecoder(model.pixel_decoder, vision.image_mean, vision.image_std, model.decode_image_size)
 
 
 def import_ross(

@@ -30,7 +30,7 @@ from ross_mcore.checkpoint.safe_load import read_adapter
 from ross_mcore.conversion.export_config import ross_facts
 from ross_mcore.conversion.table import Tensors
 from ross_mcore.errors import ArchitectureError, ConversionError
-from ross_mcore.library_configs import MOST_LAYERS
+from ross_mcore.library_configs import MOST_LAYERS, VISION_KEYS, require_plain_latents, unused_in_language
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEMS = ("model", "diffusion_pytorch_model")
@@ -81,15 +81,18 @@ def read_language_config(folder: Path) -> LanguageConfig:
         raise ArchitectureError(f"{folder / 'config.json'}: {error}") from None
 
 
+def language_remarks(folder: Path) -> list[str]:
+    """What is ignored in the config.json of a language model. Raises ConversionError."""
+    path = folder / "config.json"
+    return [f"{path}: {remark}" for remark in unused_in_language(read_json(path))]
+
+
 def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
     """The vision tower in `folder`, which may also hold a text tower. Raises as `read_language_config` does."""
     config = read_json(folder / "config.json")
     processor = read_json(folder / "preprocessor_config.json")
     try:
-        outer = str(config.get("model_type"))
-        if outer in VISION_TOWER_OF:
-            inner = checked.mapping(config.get("vision_config") or {}, "vision_config")
-            config = {"model_type": VISION_TOWER_OF[outer], **inner}
+        config = _tower_of(config)
         kind = str(config.get("model_type"))
         return VisionConfig(
             huggingface={**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS.get(kind, {}), **_without_origin(config)},
@@ -99,6 +102,28 @@ def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
         )
     except ValueError as error:
         raise ArchitectureError(f"{folder} (config.json, preprocessor_config.json): {error}") from None
+
+
+def _tower_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The tower's configuration, also from a model with two towers. Raises ValueError.
+
+    Old CLIP folders describe the tower twice. There transformers follows `vision_config_dict`, and takes its own
+    defaults for the keys that it lacks.
+    """
+    kind = VISION_TOWER_OF.get(str(config.get("model_type")))
+    if kind is None:
+        return config
+    inner, former = (checked.mapping(config.get(k) or {}, k) for k in ("vision_config", "vision_config_dict"))
+    whole = {**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS[kind], **former} if former else {}
+    for key in VISION_KEYS:
+        if key in inner and key in whole and inner[key] != whole[key]:
+            raise ValueError(
+                f"vision_config has {key}={checked.shown(inner[key])} and vision_config_dict "
+                f"{checked.shown(whole[key])}; remove vision_config_dict if the first is right"
+            )
+    if inner.get("model_type", kind) != kind:
+        raise ValueError(f"model_type is {config['model_type']!r} and that in vision_config {inner['model_type']!r}")
+    return {"model_type": kind, **inner, **former}
 
 
 def _channels(processor: dict[str, Any], key: str) -> tuple[float, float, float]:
@@ -118,8 +143,9 @@ def read_pixel_decoder_config(folder: Path) -> PixelDecoderConfig:
         kind = checked.shown(config.get("_class_name"))
         raise ArchitectureError(f"{folder / 'config.json'} is that of a {kind}, expected an AutoencoderKL{hint}")
     try:
+        require_plain_latents(config)
         return PixelDecoderConfig(_without_origin(config))
-    except ArchitectureError as error:
+    except ValueError as error:
         raise ArchitectureError(f"{folder / 'config.json'}: {error}") from None
 
 

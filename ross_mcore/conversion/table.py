@@ -173,7 +173,9 @@ def plan(table: Sequence[AnyEntry], source: Tensors, shapes: Shapes, language: L
         entry, values = _first_entry(table, name)
         if isinstance(entry, Equal):
             if entry.other not in available or not torch.equal(source.read(name), source.read(entry.other)):
-                raise ConversionError(f"{name} must equal {entry.other} in a model with tied embeddings, and does not")
+                raise ConversionError(
+                    f"{name} must equal {entry.other}, because config.json has tie_word_embeddings true, and does not"
+                )
         elif isinstance(entry, Entry):
             made[name] = ours = entry.ours.format(**values)
             step = Step(entry, ours, tuple(pattern.format(**values) for pattern in entry.theirs))
@@ -191,7 +193,8 @@ def plan(table: Sequence[AnyEntry], source: Tensors, shapes: Shapes, language: L
         if difference.expected is None:
             raise ConversionError(f"tensor {name} has no place in this architecture (it would be {made[name]})")
         if name not in made:
-            raise ConversionError(f"the source has nothing for {name}, shape {list(difference.expected)}")
+            untied = " (tie_word_embeddings is false or missing in config.json)" * name.endswith("output_layer.weight")
+            raise ConversionError(f"the source has nothing for {name}{untied}, shape {list(difference.expected)}")
         is_part = f"; it is a part of {made[name]}" if difference.found is None else ""
         raise ConversionError(difference.in_words("the architecture") + is_part)
     return [steps[ours] for ours in shapes]

@@ -28,7 +28,7 @@ setup(
         "sentencepiece",
         "isal",
         "numpy",
-        "pillow",
+        "pillow>=11.3",  # the first with AVIF
         "pyyaml",
         "rich",
         "tensorboard",
@@ -40,6 +40,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
         # Shards behind URLs (s3://, gs://, https://); fsspec itself comes with torch.
         "remote": ["fsspec[http,s3,gs]"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        # Pictures in HEIC, as phones save them.
+        "heif": ["pillow-heif>=1.0"],
+        "dev": ["pillow-heif", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -103,7 +103,7 @@ class PictureFiles(Dataset[Any]):
         return len(list(self.folder.iterdir()))
 
     def __getitem__(self, number: int) -> Any:
-        picture, _ = decode_image((self.folder / f"{number}.jpg").read_bytes())
+        picture = decode_image((self.folder / f"{number}.jpg").read_bytes()).picture
         return torch.from_numpy(self.prepare(picture)) if self.prepare else picture.size
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Picture: TypeAlias = Tensor | Image.Image | Path | str
-"""A file (PNG, JPEG, WebP), a PIL picture, or what `read_picture` returns: [3, H, W] in the tower's normalisation."""
+"""A file, a PIL picture, or what `read_picture` returns: [3, H, W] in the tower's normalisation."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,9 @@ def read_picture(path: Path | str, preprocessing: ImagePreprocessing) -> Tensor:
     try:
         if Path(path).stat().st_size > MAX_IMAGE_BYTES:
             raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
-        picture, _ = decode_image(Path(path).read_bytes())
+        picture = decode_image(Path(path).read_bytes()).picture
     except ImageError as error:
-        raise ImageError(f"{path}: {error}; give a whole PNG, JPEG or WebP of at most 64 megapixels") from None
+        raise ImageError(f"{path}: {error}") from None
     return torch.from_numpy(preprocessing(picture))
 
 

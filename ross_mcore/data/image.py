@@ -6,61 +6,177 @@ in float32), which the reference calls after its own padding. Legend: H W pixels
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ross_mcore.architecture import VisionConfig
 from ross_mcore.batch import normalised_pixels
 from ross_mcore.checked import reason
+from ross_mcore.data.picture_files import open_picture, quiet_pil
 from ross_mcore.errors import ArchitectureError, ImageError
 
 ImageAspectRatio = Literal["square", "pad"]
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+TruncatedImages = Literal["refuse", "fill"]
+
 MAX_PIXELS = 64 << 20
+MAX_JPEG_PIXELS, MAX_PROGRESSIVE_PIXELS = 256 << 20, 128 << 20
+"""Bounds of a JPEG that is decoded at a half, a quarter or an eighth of its size. libjpeg keeps a progressive one in
+memory as a whole, in up to 6 bytes a pixel."""
 MAX_SIDE = 16384
 MAX_ASPECT_RATIO = 200
 """Padding makes a thin picture a square of its longer side, which costs far more than its own pixels."""
+NEARLY = 16
+"""Levels, of 256: a picture whose channels all vary by less is nearly of one colour."""
 
 
-def decode_image(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[Image.Image, str]:
-    """Decodes a picture completely: (RGB picture, name of its format). EXIF orientation is not applied (reference).
+class Decoded(NamedTuple):
+    """An RGB picture, the name of its format, and whether PIL filled what the file lacks."""
 
-    The size is checked in the header, before any pixel is decoded. CMYK, grey, palette and two-coloured pictures are
-    converted, an alpha channel is dropped, an animation becomes its first frame. 16-bit grey keeps its upper 8 bits
-    (PIL's conversion, used by the reference, clips nearly all of it to white). Raises ImageError for a picture that is
-    damaged, too large, too thin or not in `formats`.
+    picture: Image.Image
+    format: str
+    filled: bool = False
+
+
+def decode_image(data: bytes, truncated_images: str = "refuse") -> Decoded:
+    """Decodes a picture completely; the one decoder of shards, indexing, training and inference.
+
+    Formats: picture_files.FORMATS. EXIF orientation is not applied (reference); a HEIC has its own, which is applied.
+    Of an animation, or a file of several pages, the first picture is read. Modes: `rgb_picture`.
+
+    The size is checked in the header, before any pixel is decoded. A JPEG over MAX_PIXELS or MAX_SIDE, such as one of
+    108 megapixels from a phone, is decoded by libjpeg at a half, a quarter or an eighth of its size (PIL's draft): a
+    pixel is about the mean of those it stands for, and the tower's input, resized from it, differs by a few levels from
+    that of the whole picture. Pictures within the bounds have the reference's pixels.
+
+    `truncated_images` of a file that is cut off: "refuse", or "fill" as the reference does: PIL leaves what is missing
+    grey or black. Raises ImageError for a picture that is damaged, too large, too thin or of another format.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=list(formats)) as picture:
-            return rgb_picture(picture), str(picture.format)
+        return _decoded(data, fill=False)
     except ImageError:
-        raise
-    except UnidentifiedImageError:  # its message holds an address, which differs between ranks
-        raise ImageError(f"undecodable: not one of {', '.join(formats)}") from None
-    except Image.DecompressionBombError:
-        raise ImageError("too large in pixels") from None
-    except Exception as error:  # decoders raise exceptions of any type for a hostile file
-        raise ImageError(f"undecodable: {reason(error)}") from None
+        if truncated_images == "refuse":
+            raise
+    return _decoded(data, fill=True)
+
+
+def _decoded(data: bytes, fill: bool) -> Decoded:
+    with quiet_pil(fill):
+        try:
+            # of a HEIC, which is decoded as a whole or not at all, PIL would "fill" everything
+            with open_picture(data) as picture, quiet_pil(fill and picture.format != "HEIF"):
+                _draft(picture)
+                return Decoded(rgb_picture(picture), str(picture.format), fill)
+        except ImageError:
+            raise
+        except Image.DecompressionBombError:
+            raise ImageError("too large in pixels: its tiles; save it as PNG or JPEG") from None
+        except Exception as error:  # decoders raise exceptions of any type for a hostile file
+            problem = reason(error)
+            if "truncated" in problem.lower() and not fill:
+                raise ImageError("truncated; copy it again, or let --truncated-images fill what is missing") from None
+            raise ImageError(f"undecodable: {problem}") from None
+
+
+def _draft(picture: Image.Image) -> None:
+    """Lets a JPEG out of the bounds be decoded at the largest of the smaller sizes that is within them."""
+    width, height = picture.size
+    most = MAX_PROGRESSIVE_PIXELS if picture.info.get("progressive") else MAX_JPEG_PIXELS
+    if not isinstance(picture, JpegImageFile) or _fits(width, height) or width * height > most:
+        return
+    scale = next((scale for scale in (2, 4) if _fits(-(-width // scale), -(-height // scale))), 8)
+    picture.draft(None, (width // scale, height // scale))
+
+
+def _fits(width: int, height: int) -> bool:
+    return width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE
 
 
 def rgb_picture(picture: Image.Image) -> Image.Image:
-    """An opened picture in RGB, converted as in `decode_image`. Raises ImageError for a size out of bounds."""
+    """An opened picture in RGB. Raises ImageError for a size out of bounds.
+
+    CMYK, grey, palette and two-coloured pictures are converted, an alpha channel is dropped (reference). 16-bit
+    grey keeps its upper 8 bits, as 16-bit colours do (the reference's conversion by PIL clips nearly all of it to
+    white). Grey of 32-bit integers or floats: `_eight_bits`.
+    """
     width, height = picture.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ImageError("too large in pixels")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ImageError("too long and thin")
-    if picture.mode.startswith("I"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    return picture.convert("RGB")
+        raise ImageError(
+            f"too long and thin: {width} x {height} pixels, a side at most {MAX_ASPECT_RATIO} times the other; crop it"
+        )
+    if not _fits(width, height):
+        raise ImageError(
+            f"too large in pixels: {width} x {height} are {width * height / 1e6:.0f} million; at most "
+            f"{MAX_PIXELS // 10**6} are read, with sides of up to {MAX_SIDE} (JPEG {MAX_JPEG_PIXELS // 10**6}, "
+            f"progressive JPEG {MAX_PROGRESSIVE_PIXELS // 10**6}); make it smaller"
+        )
+    with quiet_pil():
+        if picture.mode == "F" or picture.mode.startswith("I"):
+            return Image.fromarray(_eight_bits(picture)).convert("RGB")
+        return picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> NDArray[np.uint8]:
+    """Grey [H, W] of 16-bit or 32-bit integers, or of floats, in 8 bits.
+
+    16 bits keep their upper 8. The range of a 32-bit picture's values shows what they are: floats from 0 to 1 are
+    fractions of white; values from 0 to 255 are levels and integers from 0 to 65535 have 16 bits, unless the picture
+    would be nearly black (NEARLY); all others are stretched, the smallest becomes black and the largest white. What is
+    not a finite number is black.
+    """
+    values = np.asarray(picture)
+    if picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM") and picture.mode == "I":
+        return (values >> 8).astype(np.uint8)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    integers = picture.mode == "I"
+    if not integers and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    elif low >= 0 and NEARLY <= high <= 255:
+        low, high = 0.0, 255.0
+    elif integers and low >= 0 and NEARLY << 8 <= high <= 65535:
+        return (values >> 8).astype(np.uint8)
+    scale = 0.0 if high == low else 255 / (high - low)
+    levels = np.zeros(values.shape, np.uint8)
+    for start in range(0, len(values), 256):  # few rows at a time, because they are of 8 bytes a pixel
+        rows = (values[start : start + 256].astype(np.float64) - low) * scale
+        levels[start : start + 256] = np.where(np.isfinite(rows), rows, 0).clip(0, 255) + (0 if scale == 1 else 0.5)
+    return levels
+
+
+def one_colour(picture: Image.Image) -> str | None:
+    """The name of the colour of an RGB picture that has one, such as "black"; None for a picture of several.
+
+    "nearly black": each channel varies by less than NEARLY of 256 levels, as in a 16-bit file of 12-bit values or a
+    float file of small numbers. Usually a picture that was converted wrongly, or an icon whose transparency is dropped.
+    """
+    if _most_range(picture.resize((8, 8), Image.Resampling.NEAREST)) >= NEARLY:  # of 64 pixels, and so of all
+        return None
+    spread = _most_range(picture)
+    if spread >= NEARLY:
+        return None
+    colour = tuple((low + high) // 2 for low, high in _ranges(picture))
+    named = {"black": (0, 0, 0), "white": (255, 255, 255)}
+    near = (name for name, levels in named.items() if max(abs(a - b) for a, b in zip(colour, levels)) < NEARLY)
+    name = next(near, "grey" if max(colour) - min(colour) < NEARLY else "#{:02x}{:02x}{:02x}".format(*colour))
+    return f"nearly {name}" if spread else name
+
+
+def _ranges(picture: Image.Image) -> Sequence[tuple[int, int]]:
+    """The smallest and the largest level of each channel."""
+    ranges: Any = picture.getextrema()
+    return [ranges] if len(picture.getbands()) == 1 else ranges
+
+
+def _most_range(picture: Image.Image) -> int:
+    return max(high - low for low, high in _ranges(picture))
 
 
 @dataclass(frozen=True)

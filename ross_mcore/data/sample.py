@@ -189,7 +189,7 @@ class ShardDataset:
         stored, kinds = self.stored, self._blank_parts
         parts = {} if stored is None else {kind: stored.read(kind, sample_number, ordinal) for kind in kinds}
         if pixels.numel():
-            picture, _ = decode_image(self.reader.image_bytes(sample_number, ordinal))
+            picture = decode_image(self.reader.image_bytes(sample_number, ordinal)).picture
             self.preprocessing.write_levels(picture, pixels.numpy())
         return parts
 

@@ -17,16 +17,15 @@ from typing import Any, TextIO
 
 from ross_mcore import checked
 from ross_mcore.data.conversation import SampleBounds
-from ross_mcore.data.image import FORMATS, decode_image
+from ross_mcore.data.image import decode_image
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
 from ross_mcore.errors import ConversationError, ImageError, RecordsError, SampleError
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
-SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
-"""Formats allowed in an image folder; a format that is not in FORMATS is stored as PNG."""
 REMEDY = "copy it again, or write it again as a JSON list of records, or as .jsonl with one record a line"
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+"""Formats that are stored as they are, and their suffixes; every other one is stored as PNG, with the same pixels."""
 
 
 @dataclass
@@ -169,7 +168,7 @@ def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, byt
         if status.st_size > MAX_IMAGE_BYTES:
             raise SampleError(f"the image file is over {MAX_IMAGE_BYTES} bytes")
         data = path.read_bytes()
-        picture, source = decode_image(data, SOURCE_FORMATS)
+        picture, source, _ = decode_image(data)
     except (OSError, RuntimeError) as error:
         raise SampleError(f"the image cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ImageError as error:

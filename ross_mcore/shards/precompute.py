@@ -262,7 +262,7 @@ class Precomputation:
     def _decode(self, sample: _Sample) -> _Sample:
         size = self.parts.preprocessing.image_size
         try:
-            pixels = [self.parts.preprocessing(decode_image(data)[0]) for data in sample.pictures]
+            pixels = [self.parts.preprocessing(decode_image(data).picture) for data in sample.pictures]
             sample.pixels = torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, 3, size, size)
         except ImageError as error:
             sample.problem = sample.problem or f"a picture is {error}"

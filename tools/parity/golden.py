@@ -129,7 +129,7 @@ class Golden:
         path = self.folder / names[0]
         try:
             checked.require_regular(path, MAX_IMAGE_BYTES)
-            return decode_image(path.read_bytes())[0]
+            return decode_image(path.read_bytes()).picture
         except (OSError, ValueError) as error:
             raise GoldenError(f"{path} cannot be read: {checked.reason(error)}; {REMEDY}") from None
 

@@ -81,8 +81,8 @@ TEXTS: dict[str, tuple[Any, str]] = {
 }
 PICTURES: dict[str, tuple[bytes, str]] = {
     "an empty picture": (b"", "is empty"),
-    "a cut JPEG": (JPEG[:-150], "undecodable"),
-    "a cut PNG": (PNG[:-60], "undecodable"),
+    "a cut JPEG": (JPEG[:-150], "truncated"),
+    "a cut PNG": (PNG[:-60], "truncated"),
     "a cut WebP": (picture("WEBP")[:-40], "undecodable"),
     "a JPEG's first bytes": (JPEG[:2], "undecodable"),
     "a PNG as large as a bomb": (png(60_000, 60_000), "too large"),
@@ -91,12 +91,11 @@ PICTURES: dict[str, tuple[bytes, str]] = {
     "a thread": (png(4000, 2), "thin"),
     "a PNG with a bomb of text": (text_bomb(), "undecodable"),
     "a PNG with a wrong checksum": (PNG[:20] + b"\xff" + PNG[21:], "a picture is"),
-    "a PNG without data": (png(24, 16), "undecodable"),
+    "a PNG without data": (png(24, 16), "truncated"),
     "text": (b"not a picture", "undecodable"),
     "a page": (b"<html>404</html>", "undecodable"),
-    "a GIF": (picture("GIF"), "undecodable"),
-    "a TIFF": (picture("TIFF"), "undecodable"),
-    "a BMP": (picture("BMP"), "undecodable"),
+    "a drawing": (b"<svg></svg>", "undecodable: SVG"),
+    "a cut GIF": (picture("GIF")[:-60], "truncated"),
     "an archive": (zipped(), "undecodable"),
     "a file too large": (b"\0" * (MAX_IMAGE_BYTES + 1), "is over"),
 }
@@ -325,7 +324,7 @@ def test_every_sample_is_indexed_or_quarantined(name: str, tmp_path: Path) -> No
         record = json.loads(reader.record_bytes(number))
         Measure()(record, int(reader.samples[number]["num_images"]))
         for ordinal in range(reader.samples[number]["num_images"]):
-            assert decode_image(reader.image_bytes(number, ordinal))[0].mode == "RGB"
+            assert decode_image(reader.image_bytes(number, ordinal)).picture.mode == "RGB"
     written = {path.name for path in (tmp_path / "data").iterdir()}
     assert written <= {"case.tar", "index.json", "samples.npy", "images.npy", "keys.txt", "quarantine.jsonl", PARTS}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

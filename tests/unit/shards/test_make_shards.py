@@ -58,7 +58,7 @@ def test_every_record_is_stored_or_listed(
         ({"id": "gif", "image": "old.gif", "conversations": TURNS}, None),
         ({"id": "one", "image": ["good.jpg"], "conversations": TURNS}, None),
         ({"id": "a", "conversations": TEXT}, None),
-        ({"id": 7, "image": "cut.jpg", "conversations": TURNS}, "undecodable"),
+        ({"id": 7, "image": "cut.jpg", "conversations": TURNS}, "truncated"),
         ({"image": "text.png", "conversations": TURNS}, "undecodable"),
         ({"image": "empty.png", "conversations": TURNS}, "undecodable"),
         ({"image": "missing.png", "conversations": TURNS}, "No such file"),
@@ -98,7 +98,7 @@ def test_every_record_is_stored_or_listed(
     assert reader.image_bytes(stored[0], 0) == whole
     assert reader.image_bytes(stored[1], 0).startswith(b"\x89PNG") and reader.image_bytes(stored[2], 0)[1:4] == b"PNG"
     said = capsys.readouterr().out
-    assert "7 samples, 8 pictures, of 26 records" in said and "skipped 3: the image is undecodable" in said
+    assert "7 samples, 8 pictures, of 26 records" in said and "skipped 2: the image is undecodable" in said
 
 
 def test_links_may_be_followed(make: Callable[..., int], tmp_path: Path, encoded: Any) -> None:

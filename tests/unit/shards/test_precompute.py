@@ -62,7 +62,7 @@ def test_parts_are_those_of_the_pictures(shards: ShardReader, parts: PicturePart
         for ordinal in range(new.samples[number]["num_images"]):
             data = new.image_bytes(number, ordinal)
             assert data == shards.image_bytes(number, ordinal)
-            pixels = torch.from_numpy(parts.preprocessing(decode_image(data)[0]))[None]
+            pixels = torch.from_numpy(parts.preprocessing(decode_image(data).picture))[None]
             for kind, expected in parts(pixels).items():
                 torch.testing.assert_close(stored.read(kind, number, ordinal), expected[0], rtol=1e-5, atol=1e-5)
     for kind, expected in parts(torch.zeros(1, 3, 56, 56)).items():
@@ -135,7 +135,7 @@ def test_half_precision(dtype: str, base: Path, shards: ShardReader, tmp_path: P
     Precomputation(shards, tmp_path / "new", half).run()
     stored = PrecomputedParts(ShardReader(tmp_path / "new")).read("latents", 0, 0)
     assert stored.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    pixels = torch.from_numpy(half.preprocessing(decode_image(shards.image_bytes(0, 0))[0]))[None]
+    pixels = torch.from_numpy(half.preprocessing(decode_image(shards.image_bytes(0, 0)).picture))[None]
     torch.testing.assert_close(stored.float(), half(pixels)["latents"][0], rtol=1e-2, atol=1e-3)
 
 

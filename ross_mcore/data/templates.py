@@ -8,18 +8,22 @@ Legend: L tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_INDEX,
     as_dialogue,
+    cut_row,
     encode_text,
+    expand_images,
 )
 from ross_mcore.data.labels import Prompt, mask_byte_pairs, mask_caption, mask_headers, mask_sentencepiece
-from ross_mcore.data.spec import SampleSpec
+from ross_mcore.data.spec import UNCUT, SampleSpec
 from ross_mcore.errors import ConversationError
 
 if TYPE_CHECKING:
@@ -79,6 +83,11 @@ class Template:
     write: Callable[[list[Turn], Template], str]
     mask: Callable[[Prompt], tuple[list[int], bool]]
     tokenized: bool = True
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What separates turns, so that a turn that contains it cannot be told from several."""
+        return tuple(word for word in (self.answer_start, self.round_end) if word.strip())
 
     def opening(self, system: str | None) -> str:
         """The text before the first turn; a blank `system` leaves out the template's own."""
@@ -169,6 +178,48 @@ def tokenize_conversation(
     prompt = Prompt(text, ids, num_images, tokenizer, style.answer_start, style.round_end, spec)
     labels, mismatch = style.mask(prompt)
     return Tokenized(ids, labels, mismatch, text_tokens)
+
+
+def why_without_labels(
+    conversations: Any,
+    num_images: int,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: SampleSpec,
+    image_tokens: int = 0,
+) -> str | None:
+    """Why a conversation has no label, as a short reason for counting; None if it has labels.
+
+    To be asked only about a row whose `label_tokens` is 0, because it tokenizes the conversation again. A cut to
+    `spec.seq_length` is a reason too, if `image_tokens` is the number of tokens of a picture. The reason of a
+    conversation that cannot be a row is that of its ConversationError.
+    """
+    try:
+        row = tokenize_conversation(conversations, num_images, tokenizer, replace(spec, seq_length=UNCUT))
+        tokens, labels, starts = expand_images(row.input_ids, row.labels, image_tokens)
+        if row.label_tokens and np.any(
+            cut_row(tokens, labels, starts, image_tokens, spec.seq_length)[1][1:] != IGNORE_INDEX
+        ):
+            return None
+    except ConversationError as error:
+        return str(error)
+    if row.label_tokens:
+        return "its answers are beyond --seq-length"
+    style, (system, turns) = TEMPLATES[spec.template], as_dialogue(conversations, num_images)
+    answers = [text for role, text in turns if role == "gpt"]
+    if not answers:
+        return "it has no answer"
+    if not any(text.strip() for text in answers):
+        return "every answer is empty"
+    if "" in answers:
+        return "an answer is empty"
+    if turns[-1][0] == "human":
+        return "the last turn is the human's"
+    texts = [system or "", *(text for _, text in turns)]
+    if word := next((word for word in style.words for text in texts if word.strip() in text), None):
+        return f"a turn contains the template's own {word.strip()}"
+    if tokenizer.pad_token_id in row.input_ids:
+        return f"a turn contains the padding token {tokenizer.pad_token}"
+    return "the answers are not found among the tokens: tokenizer and template do not fit"
 
 
 def tokenize_prompt(

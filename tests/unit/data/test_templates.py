@@ -9,7 +9,7 @@ import pytest
 
 from ross_mcore.batch import IGNORE_INDEX
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.templates import Tokenized, tokenize_conversation, write_prompt
+from ross_mcore.data.templates import Tokenized, tokenize_conversation, why_without_labels, write_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import ConversationError
 
@@ -79,3 +79,39 @@ def test_a_picture_without_a_placeholder_comes_first(
     start = [SYSTEM] if before == [SYSTEM] else []
     assert row == tokenize([*start, *turns("<image>\nWhat?", "A car.")], 1, template, tokenizers)
     assert row.image_spans == 1 and row.label_tokens and not row.mismatch
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        (turns("Q", "A"), None),
+        (turns("Q"), "it has no answer"),
+        (turns("Q", "A", "Q"), "the last turn is the human's"),
+        (turns("Q", ""), "every answer is empty"),
+        (turns("Q", "A", "Q", ""), "an answer is empty"),
+        (turns("Q", "say ASSISTANT: x"), "a turn contains the template's own ASSISTANT:"),
+        (turns("Q </s> </s>", "A"), "a turn contains the template's own </s>"),
+        ([{"from": "system", "value": "</s>"}, *turns("Q", "A")], "a turn contains the template's own </s>"),
+        (turns("Q", "A <unk>"), "a turn contains the padding token <unk>"),
+        (turns("Q", "A" * 300), None),
+        (turns("Q " * 300, "A"), "its answers are beyond --seq-length"),
+        (turns("Q", "A", "Q")[1:], "it has no answer"),
+        ([SYSTEM], "nothing to answer: no turn is the human's"),
+    ],
+)
+def test_a_conversation_without_labels_has_a_reason(
+    conversation: Any, reason: str | None, tokenizers: dict[str, Any]
+) -> None:
+    spec = SampleSpec("v1", seq_length=200)
+    assert why_without_labels(conversation, 0, tokenizers["v1"], spec) == reason
+    if reason is None or "nothing" not in reason:
+        assert (tokenize(conversation, 0, "v1", tokenizers, seq_length=200).label_tokens > 0) == (reason is None)
+    fits = why_without_labels(turns("Q", "A"), 0, tokenizers["llama3"], spec)
+    assert fits == "the answers are not found among the tokens: tokenizer and template do not fit"
+
+
+def test_a_cut_before_the_answer_is_the_reason(tokenizers: dict[str, Any]) -> None:
+    spec = SampleSpec("qwen_2", seq_length=100)
+    for image_tokens, reason in ((9, None), (52, "its answers are beyond --seq-length"), (99, "the cut at 100 tokens")):
+        found = why_without_labels(turns("<image>\nQ", "A"), 1, tokenizers["qwen_2"], spec, image_tokens)
+        assert (found or "").startswith(reason or "") and (found is None) == (reason is None)

@@ -24,6 +24,7 @@ from ross_mcore.data.image import ImagePreprocessing, decode_image
 from ross_mcore.data.lengths import length_source, stale_lengths
 from ross_mcore.data.order import evenly_spaced
 from ross_mcore.data.precomputed import PrecomputedParts
+from ross_mcore.data.records import normalise
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
@@ -109,8 +110,9 @@ class ShardDataset:
     def get(self, sample_number: int, position: int) -> Sample:
         key = self.reader.keys([sample_number])[0]
         try:
-            record = _parse(self.reader.record_bytes(sample_number))
-            return self._text(key, position, record, int(self.reader.samples[sample_number]["num_images"]))
+            num_images = int(self.reader.samples[sample_number]["num_images"])
+            record = normalise(_parse(self.reader.record_bytes(sample_number)), num_images)
+            return self._text(key, position, record, num_images)
         except NothingLeft as error:
             return skipped_sample(key, position, str(error))
         except (ShardError, ConversationError) as error:
@@ -219,11 +221,8 @@ def skipped_sample(key: str, position: int, problem: str, is_bad: bool = False) 
     return Sample(key, position, empty, empty.clone(), problem=problem, is_bad=is_bad)
 
 
-def _parse(data: bytes) -> dict[str, Any]:
+def _parse(data: bytes) -> Any:
     try:
-        record = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ConversationError(f"the record is not JSON: {type(error).__name__}") from None
-    if not isinstance(record, dict):
-        raise ConversationError("the record is not a JSON object")
-    return record

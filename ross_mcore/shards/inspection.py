@@ -23,6 +23,7 @@ from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.order import WINDOW_SAMPLES, SampleOrder, evenly_spaced
 from ross_mcore.data.packing import pack
+from ross_mcore.data.records import normalise
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import tokenize_conversation
@@ -154,16 +155,17 @@ def packing_figures(lengths: NDArray[np.int64], seq_length: int) -> dict[str, An
 
 
 def record_of(reader: ShardReader, number: int) -> dict[str, Any]:
-    """The record of a sample. Raises ShardError when it cannot be read."""
+    """The record of a sample in LLaVA's form, as training reads it. Raises ShardError when it cannot be read."""
     shard = checked.shown(str(reader.folder / reader.shard_name(int(reader.samples[number]["shard"]))))
     where = f"sample {reader.keys([number])[0]} of {shard}"
     try:
         record = json.loads(reader.record_bytes(number))
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{where} cannot be read: {checked.reason(error)}; index the shards again") from None
-    if not isinstance(record, dict):
-        raise ShardError(f"{where} is not a record; index the shards again")
-    return record
+    try:
+        return normalise(record, int(reader.samples[number]["num_images"]))
+    except ConversationError as error:
+        raise ShardError(f"{where} is not a record: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from ross_mcore import checked
 from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.image import decode_image
+from ross_mcore.data.records import normalise, picture_names
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
 from ross_mcore.errors import ConversationError, ImageError, RecordsError, SampleError
 from ross_mcore.shards.measure import Measure
@@ -91,13 +92,13 @@ def convert_records(
     decode every picture once. A record that `measure` refuses is skipped. Raises RecordsError when no record is usable.
     """
     done, bounds = Conversion(), measure.spec.bounds
-    waiting: deque[tuple[int, Any, Future[list[tuple[str, bytes]]]]] = deque()
+    waiting: deque[tuple[int, Any, Future[tuple[dict[str, Any], list[tuple[str, bytes]]]]]] = deque()
 
     def finish_one(skipped: TextIO) -> None:
-        number, record, pictures = waiting.popleft()
+        number, source, read = waiting.popleft()
         progress()
         try:
-            images = pictures.result()
+            record, images = read.result()
             facts = measure(record, len(images))
             done.ignored += facts["label_tokens"] == 0
             key = f"{number:09d}"
@@ -106,7 +107,7 @@ def convert_records(
             done.images += len(images)
         except SampleError as error:
             done.skipped[str(error).partition(":")[0]] += 1
-            about = record if isinstance(record, dict) else {}
+            about = source if isinstance(source, dict) else {}
             line = {"record": number, "id": about.get("id"), "image": about.get("image"), "reason": str(error)}
             skipped.write(json.dumps(line) + "\n")
 
@@ -115,7 +116,7 @@ def convert_records(
         ThreadPoolExecutor(num_workers) as pool,
     ):
         for number, record in enumerate(records):
-            waiting.append((number, record, pool.submit(_read_pictures, record, image_folder, follow_links, bounds)))
+            waiting.append((number, record, pool.submit(_read, record, image_folder, follow_links, bounds)))
             if len(waiting) > 4 * num_workers:
                 finish_one(skipped)
         while waiting:
@@ -136,19 +137,17 @@ def _encode(record: dict[str, Any]) -> bytes:
     return encoded
 
 
-def _read_pictures(record: Any, folder: Path, follow_links: bool, bounds: SampleBounds) -> list[tuple[str, bytes]]:
-    """(suffix, bytes) of a record's pictures. Raises SampleError, also for a record of the wrong shape."""
-    if not isinstance(record, dict):
-        raise SampleError("the record is not a JSON object")
-    if not isinstance(record.get("conversations"), list):
-        raise SampleError("conversations is not a list of turns")
-    image = record.get("image")
-    names = [] if image is None else image if isinstance(image, list) else [image]
+def _read(
+    record: Any, folder: Path, follow_links: bool, bounds: SampleBounds
+) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+    """(record in LLaVA's form, (suffix, bytes) of its pictures). Raises SampleError."""
     try:
+        record = normalise(record)
+        names = picture_names(record)
         bounds.require(len(names))
     except ConversationError as error:
         raise SampleError(str(error)) from None
-    return [_read_picture(folder, name, follow_links) for name in names]
+    return record, [_read_picture(folder, name, follow_links) for name in names]
 
 
 def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, bytes]:

@@ -19,6 +19,7 @@ from ross_mcore.data.conversation import (
 )
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.lengths import length_source
+from ross_mcore.data.records import has_turns, normalise
 from ross_mcore.data.shard_reader import (
     CAPTION,
     MAX_IMAGES,
@@ -57,10 +58,8 @@ class Measure:
 
     def __call__(self, record: Any, num_images: int) -> dict[str, int]:
         """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for an unusable record."""
-        if not isinstance(record, dict):
-            raise SampleError("the record is not a JSON object")
-        turns = record.get("conversations")
         try:
+            turns = normalise(record, num_images)["conversations"]
             self.spec.bounds.require(num_images)
             checked = check_turns(turns, roles=None)
             if self.tokenizer is None:
@@ -140,12 +139,8 @@ def _row(
         if held != (sizes := sizes or held):
             raise SampleError(f"its {name} were made of other pictures")
     text, kind, record = _read_text(descriptor, sample, len(sizes))
-    named = record.get("image") or []
-    expected = len(named) if isinstance(named, list) else 1
     if kind == CAPTION and not sizes:
         raise SampleError("a caption with 0 pictures")
-    if expected and expected != len(sizes):
-        raise SampleError(f"the record names {expected} pictures and the shard has {len(sizes)}")
     columns = {**measure(record, len(sizes)), "kind": kind, "num_images": len(sizes)}
     if verify_images:
         for picture in pictures:
@@ -183,9 +178,9 @@ def _read_text(descriptor: int, sample: TarSample, num_images: int) -> tuple[byt
             problem = f"the record is not JSON: {type(error).__name__}"
         else:
             if isinstance(found, list):
-                return text, TURNS, json.loads(as_record(text, TURNS, num_images))
-            if isinstance(found, dict) and ("conversations" in found or "txt" not in sample.members):
-                return text, RECORD, found
+                return text, TURNS, _normal(json.loads(as_record(text, TURNS, num_images)), num_images)
+            if has_turns(found) or "txt" not in sample.members:
+                return text, RECORD, _normal(found, num_images)
             problem = "the record is not a JSON object"
     if "txt" not in sample.members:
         raise SampleError(problem)
@@ -194,6 +189,13 @@ def _read_text(descriptor: int, sample: TarSample, num_images: int) -> tuple[byt
     if not record["conversations"][1]["value"]:
         raise SampleError("the caption is empty")
     return text, CAPTION, record
+
+
+def _normal(record: Any, num_images: int) -> dict[str, Any]:
+    try:
+        return normalise(record, num_images)
+    except ConversationError as error:
+        raise SampleError(str(error)) from None
 
 
 def _read(descriptor: int, member: Member) -> bytes:

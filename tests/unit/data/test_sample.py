@@ -26,6 +26,7 @@ from ross_mcore.shards.writer import ShardWriter
 from tests.unit.data.loading import decoded
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red car."}]
+TEXT = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A red car."}]
 
 
 def test_tokens_labels_and_pictures_fit_together(open_dataset: Callable[..., ShardDataset]) -> None:
@@ -94,10 +95,11 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     ({"conversations": [{"from": "human", "value": None}]}, "no text"),
     ({"conversations": [{"value": "x"}]}, "neither"),
     ({"conversations": [{"from": ["human"], "value": "x"}]}, "neither"),
-    ({"conversations": [*TURNS, {"from": "system", "value": "x"}]}, "a system turn is not the first"),
-    ({"conversations": [TURNS[0], TURNS[0]]}, "alternate"),
+    ({"conversations": [*TEXT, {"from": "system", "value": "x"}]}, "a system turn is not the first"),
+    ({"conversations": [TEXT[0], TEXT[0]]}, "alternate"),
+    ({"conversations": TURNS}, "a placeholder without a picture"),
     ({"conversations": [{"from": "human", "value": "\ud800"}, TURNS[1]]}, "Unicode"),
-    ({"conversations": [TURNS[0]]}, "nothing to learn"),
+    ({"conversations": [TEXT[0]]}, "nothing to learn"),
     ({"conversations": [{"from": "gpt", "value": "hello"}]}, "no turn is the human's"),
 ]
 
@@ -232,8 +234,8 @@ def test_modality_lengths_are_the_reference_s(
     recorded = json.loads((golden_data / "images.json").read_text(encoding="utf-8"))["modality_lengths"]
     with ShardWriter(tmp_path / "all") as writer:
         done = convert_records(records, golden_data / "images", writer, Measure())
-    assert done.samples == len(recorded) == 22
-    assert open_dataset(tmp_path / "all").modality_lengths().tolist() == recorded
+    assert done.samples == len(recorded) - 1 == 21 and records[10]["id"] == "text_with_image_tag"
+    assert open_dataset(tmp_path / "all").modality_lengths().tolist() == [*recorded[:10], *recorded[11:]]
 
 
 def test_a_sample_without_words_has_a_length(

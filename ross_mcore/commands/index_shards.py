@@ -1,8 +1,9 @@
 """Indexes WebDataset tars for training. The index is written to their folder, or to --out.
 
-Each sample is `KEY.jpg|jpeg|png|webp` (several pictures: KEY.0.jpg, KEY.1.jpg, ...) with either `KEY.json`, a LLaVA
-record or conversation, or `KEY.txt`, a caption or a text in which <image> marks the places of pictures. The tars are
-not changed. Run the command again when shards are added, removed or changed; unchanged shards are not read again.
+Each sample is `KEY.jpg` or a picture of another format (several: KEY.0.jpg, KEY.1.jpg, ...) with either `KEY.json`, a
+record or its turns, or `KEY.txt`, a caption or a text in which <image> marks the places of pictures; docs/data.md lists
+all forms. The tars are not changed. Run the command again when shards are added, removed or changed; unchanged shards
+are not read again.
 
   python tools/index_shards.py --data-path shards --tokenizer Qwen2-7B-Instruct --template qwen_2
   python tools/index_shards.py --data-path 's3://bucket/cc3m-{00000..00331}.tar' --out index/cc3m \\
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.errors import UserError
-    from ross_mcore.shards.indexer import Settings, find_shards, index_shards
+    from ross_mcore.shards.indexer import Settings, compressed_shards, find_shards, index_shards
 
     columns = TextColumn("shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     start = time.monotonic()
@@ -74,6 +76,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         cache = options.data_cache_dir, options.data_cache_bytes
         settings = Settings(options.tokenizer, sample_spec(options), options.verify_images, *cache)
         shards = find_shards(options.data_path, options.out)
+        if compressed := compressed_shards(options.data_path):
+            print(f"not read, because they are compressed: {', '.join(compressed[:5])}; unpack them", file=sys.stderr)
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("shards", total=None)
             done = index_shards(
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     print(f"{options.out}: {done.samples} samples, {done.images} pictures in {done.shards} shards")
     print(f"{done.reread} shards read, {done.shards - done.reread} unchanged, in {seconds:.1f} s")
     if done.others:
-        print(f"{done.others} members of the tars do not belong to a sample")
+        print(done.unused_members)
     if done.bad or done.over_bounds:
         print(f"bad: {done.bad} ({done.bad_fraction:.4%}), over the bounds: {done.over_bounds}; see quarantine.jsonl")
         for reason, count in done.reasons.most_common():

@@ -2,9 +2,10 @@
 
 A data set is a folder:
 
-    shard-00000.tar ...   members `<key>.json` and `<key>.jpg|jpeg|png|webp` (several: `<key>.0.jpg`, `<key>.1.jpg`);
-                          instead of the JSON there may be a caption, `<key>.txt`; precomputed parts of the pictures are
-                          in `<key>.latents.safetensors` and `<key>.features.safetensors` (precomputed.py)
+    shard-00000.tar ...   members `<key>.json` and `<key>.jpg|png|...` (several: `<key>.0.jpg`, `<key>.1.jpg`); instead
+                          of the JSON there may be a caption, `<key>.txt`; precomputed parts of the pictures are in
+                          `<key>.latents.safetensors` and `<key>.features.safetensors` (precomputed.py); other names:
+                          shards/tars.py
     index.json            format, version, counts, places and sizes of the shards, source of the lengths
     samples.npy           one SAMPLE_ROW per sample, memory-mapped
     images.npy            one IMAGE_ROW per picture, in the order of the samples
@@ -45,7 +46,14 @@ FORMAT_VERSION = 4
 """2: label_tokens and text_words. 3: records of several kinds, shards anywhere, fingerprint by sample. 4: precomputed
 parts."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-RECORD_SUFFIXES = ("json", "txt")
+MORE_IMAGE_SUFFIXES = (
+    *("jpe", "jfif", "jfi", "pjpeg", "pjp", "apng", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif", "hif"),
+    *("ppm", "pgm", "pbm", "pnm", "img", "image"),
+)
+"""Suffixes of pictures that make_shards does not write. The content decides how a picture is decoded."""
+JSON_SUFFIX = "json"
+CAPTION_SUFFIXES = ("txt", "text", "caption", "cap")
+"""Suffixes of captions, the preferred one first."""
 PART_SUFFIXES = {"latents.safetensors": "latents", "features.safetensors": "features"}
 MAX_RECORD_BYTES = 16 << 20
 MAX_IMAGE_BYTES = 64 << 20

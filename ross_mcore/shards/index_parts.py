@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ross_mcore import checked
 from ross_mcore.data.shard_reader import CAPTION, FORMAT, FORMAT_VERSION, IMAGE_ROW, PART_ROW, SAMPLE_ROW, LengthSource
 from ross_mcore.errors import ShardError, ShardReadError
-from ross_mcore.shards.tars import TarSample
+from ross_mcore.shards.grouping import TarSample
 
 PARTS = "index.parts"
 """Subfolder with one part for every shard of an index."""
@@ -44,8 +44,8 @@ class ShardIndex:
 
     samples [N] of SAMPLE_ROW, images of IMAGE_ROW, parts [N] of PART_ROW, keys: one per line, digests
     [N, DIGEST_BYTES]; quarantine: (key, reason) of samples left out, without a key if the shard itself is damaged;
-    lost_bytes: damaged bytes; others: number of members of no sample; part_sources: the distinct sources of precomputed
-    parts, by kind.
+    lost_bytes: damaged bytes; others: numbers of members that no sample uses, by suffix; first_names: names of the
+    first members; part_sources: the distinct sources of precomputed parts, by kind.
     """
 
     samples: NDArray[np.void]
@@ -55,7 +55,8 @@ class ShardIndex:
     digests: NDArray[np.uint8]
     quarantine: list[tuple[str | None, str]]
     lost_bytes: int = 0
-    others: int = 0
+    others: dict[str, int] = field(default_factory=dict)
+    first_names: list[str] = field(default_factory=list)
     part_sources: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
@@ -66,7 +67,6 @@ class ShardIndex:
         digests: Sequence[bytes],
         quarantine: list[tuple[str | None, str]],
         lost_bytes: int = 0,
-        others: int = 0,
         part_sources: dict[str, list[Any]] | None = None,
     ) -> ShardIndex:
         """The part of `samples` of a tar; `facts` are the columns of their rows that the tar does not give."""
@@ -74,7 +74,8 @@ class ShardIndex:
         keys = bytearray()
         places: list[tuple[int, int]] = []
         for row, part, sample, columns in zip(rows, parts, samples, facts, strict=True):
-            text = sample.members["txt" if columns["kind"] == CAPTION else "json"]
+            text = sample.caption if columns["kind"] == CAPTION else sample.json
+            assert text is not None
             row["text_offset"], row["text_size"] = text.offset, text.size
             row["key_offset"], row["first_image"] = len(keys), len(places)
             for name, value in columns.items():
@@ -85,11 +86,12 @@ class ShardIndex:
                 part[f"{kind}_offset"], part[f"{kind}_size"] = member.offset, member.size
         stacked = np.frombuffer(b"".join(digests), np.uint8).reshape(len(samples), DIGEST_BYTES)
         images = np.array(places, IMAGE_ROW)
-        return cls(rows, images, parts, bytes(keys), stacked, quarantine, lost_bytes, others, part_sources or {})
+        return cls(rows, images, parts, bytes(keys), stacked, quarantine, lost_bytes, part_sources=part_sources or {})
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes the part, with `about`, the values it depends on."""
-        facts = {"quarantine": self.quarantine, "lost_bytes": self.lost_bytes, "others": self.others, "about": about}
+        facts: dict[str, Any] = {"quarantine": self.quarantine, "lost_bytes": self.lost_bytes, "about": about}
+        facts |= {"others": sum(self.others.values()), "others_by_suffix": self.others, "first_names": self.first_names}
         facts |= {"num_samples": len(self.samples), "num_images": len(self.images), "key_bytes": len(self.keys)}
         facts["part_sources"] = self.part_sources
         with replacing(path) as stream:
@@ -125,8 +127,18 @@ class ShardIndex:
             raise ShardError(
                 f"{path} is damaged: {checked.reason(error)}; delete it and index the shards again"
             ) from None
-        sources = checked.mapping(facts["part_sources"], "part_sources")
-        return cls(samples, images, parts, keys, digests, quarantine, facts["lost_bytes"], facts["others"], sources)
+        return cls(
+            samples,
+            images,
+            parts,
+            keys,
+            digests,
+            quarantine,
+            facts["lost_bytes"],
+            facts["others_by_suffix"],
+            facts["first_names"],
+            checked.mapping(facts["part_sources"], "part_sources"),
+        )
 
 
 def part_facts(path: Path) -> dict[str, Any] | None:
@@ -137,6 +149,10 @@ def part_facts(path: Path) -> dict[str, Any] | None:
         for key in ("num_samples", "num_images", "key_bytes", "lost_bytes", "others"):
             checked.count(facts, key, least=0, most=2**62)
         checked.mapping(facts["part_sources"], "part_sources")
+        others = checked.mapping(facts.setdefault("others_by_suffix", {}), "others_by_suffix")
+        names = facts.setdefault("first_names", [])
+        if not all(type(count) is int for count in others.values()) or not all(isinstance(name, str) for name in names):
+            return None
         return facts if isinstance(facts["quarantine"], list) and "about" in facts else None
     except Exception:  # as in ShardIndex.load; a damaged part is made again
         return None

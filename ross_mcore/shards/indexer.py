@@ -7,6 +7,7 @@ store's tag) or the source of lengths has changed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -26,6 +27,7 @@ from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import RemoteError, ShardError, TooManyBad
+from ross_mcore.shards.grouping import WHAT_IS_READ
 from ross_mcore.shards.index_parts import (
     PARTS,
     IndexedShard,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 READING = 2
 """Raised when shards are read in another way, so that their parts are made again when they are indexed again."""
+MAX_LISTED = 10_000
+ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".zip")
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,35 @@ class Shard:
 
 @dataclass
 class Indexing:
-    """The outcome: counts of samples, images, shards, shards read again, members of no sample, damaged bytes.
+    """The outcome: counts of samples, images, shards, shards read again, damaged bytes.
 
     `bad`: samples left out, plus damaged bytes divided by the mean size of a sample, without those `over_bounds`.
+    `others`: members that no sample uses, by suffix. `first_names`: names of the first members.
     """
 
     samples: int = 0
     images: int = 0
     shards: int = 0
     reread: int = 0
-    others: int = 0
     lost_bytes: int = 0
     quarantined: int = 0
     over_bounds: int = 0
     bad: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
+    first_names: list[str] = field(default_factory=list)
 
     @property
     def bad_fraction(self) -> float:
         return self.bad / max(1, self.samples + self.bad)
+
+    @property
+    def unused_members(self) -> str:
+        """How many members no sample uses, by suffix; empty if there are none."""
+        named = ", ".join(
+            f"{count} x {f'.{suffix}' if suffix else 'no suffix'}" for suffix, count in self.others.most_common(6)
+        )
+        return f"{self.others.total()} members of the tars belong to no sample: {named}" if self.others else ""
 
 
 def find_shards(places: Sequence[str], out: Path) -> list[Shard]:
@@ -117,8 +131,50 @@ def find_shards(places: Sequence[str], out: Path) -> list[Shard]:
             elif Path(pattern).is_file():
                 locations.append(pattern)
         if len(locations) == before:
-            raise ShardError(f"{place} names no tar: give a folder of *.tar files, files, patterns or URLs")
+            found = _what_is_there(Path(place))
+            raise ShardError(f"{place} names no tar: {found}give a folder of *.tar files, files, patterns or URLs")
     return [_describe(location, out) for location in dict.fromkeys(map(_absolute, locations))]
+
+
+def compressed_shards(places: Sequence[str]) -> list[str]:
+    """Paths of compressed tars in folders of `places` that are not there unpacked as well; they are not read."""
+    found = [path for place in places if not is_remote(place) for path in _files(Path(place))]
+    stems = {_unpacked(path): path for path in found if path.name.lower().endswith(ARCHIVES)}
+    return [str(path) for unpacked, path in sorted(stems.items()) if not unpacked.exists()]
+
+
+def _unpacked(archive: Path) -> Path:
+    """The path of the tar that unpacking makes."""
+    suffix = next(suffix for suffix in ARCHIVES if archive.name.lower().endswith(suffix))
+    return archive.with_name(f"{archive.name[: -len(suffix)]}.tar")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The first entries of a folder, none if it is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in itertools.islice(entries, MAX_LISTED)]
+    except OSError:
+        return []
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder without a tar has, and the remedy, for a message; empty if nothing is known."""
+    entries = _files(folder)
+    compressed = compressed_shards([str(folder)])
+    below = sorted(path.name for path in entries if path.is_dir() and any(path.glob("*.tar")))
+    if compressed:
+        names = ", ".join(Path(path).name for path in compressed[:3])
+        return (
+            f"it has {len(compressed)} compressed archives ({names}): unpack them (gunzip, unzstd, unzip), because "
+            "training reads members at their places; "
+        )
+    if below:
+        return f"the tars are in its folders {', '.join(below[:5])}: give those; "
+    if folder.is_dir():
+        kinds = Counter(path.suffix or "no suffix" for path in entries if not path.name.startswith("."))
+        return f"it has {', '.join(f'{count} x {kind}' for kind, count in kinds.most_common(5)) or 'no files'}; "
+    return ""
 
 
 def _absolute(location: str) -> str:
@@ -191,7 +247,7 @@ def index_shards(
             for entry in entries:
                 quarantine.writelines(quarantine_lines(entry.name, entry.part()))
         if not done.samples:
-            raise ShardError(f"no usable sample, so no index was written to {out}; see quarantine.jsonl there")
+            raise ShardError(_nothing_usable(out, done))
         raise TooManyBad(
             f"{done.bad} of {done.samples + done.bad} samples are bad, over --max-bad-fraction {max_bad_fraction}, so "
             f"no index was written; see {out / 'quarantine.jsonl'}: {_reasons(done)}"
@@ -227,17 +283,28 @@ def _summary(entries: Sequence[IndexedShard], bounds: SampleBounds) -> Indexing:
         part = entry.part()
         done.samples += len(part.samples)
         done.images += len(part.images)
-        done.others += part.others
+        done.others.update(part.others)
+        done.first_names += part.first_names if len(done.first_names) < 3 else []
         done.lost_bytes += part.lost_bytes
         done.quarantined += sum(key is not None for key, _ in part.quarantine)
         done.reasons.update(reason.partition(":")[0] for key, reason in part.quarantine if key is not None)
-        if any(key is None for key, _ in part.quarantine):
-            done.reasons["a shard is empty or partly damaged"] += 1
+        damage = [reason.partition(": ")[2] for key, reason in part.quarantine if key is None]
+        if damage:
+            done.reasons[f"a shard is no tar: {damage[0]}" if damage[0] else "a shard is empty or partly damaged"] += 1
         held_bytes += entry.bytes - part.lost_bytes
     mean_bytes = held_bytes / max(1, done.samples + done.quarantined)
     done.over_bounds = sum(done.reasons[reason] for reason in bounds.reasons)
     done.bad = done.quarantined - done.over_bounds + round(done.lost_bytes / max(1.0, mean_bytes))
     return done
+
+
+def _nothing_usable(out: Path, done: Indexing) -> str:
+    """What is in the shards, and what would be read."""
+    found = [f"{count} x {reason}" for reason, count in done.reasons.most_common(3)]
+    found += [done.unused_members] if done.others else []
+    found += [f"the first members are {', '.join(done.first_names[:3])}"] if done.first_names else []
+    read = f"; {WHAT_IS_READ}" if done.first_names else ""
+    return f"no usable sample, so no index was written to {out}; see quarantine.jsonl there: {'; '.join(found)}{read}"
 
 
 def _reasons(done: Indexing) -> str:

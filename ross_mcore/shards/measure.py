@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ross_mcore.data.conversation import (
@@ -19,7 +19,7 @@ from ross_mcore.data.conversation import (
 )
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.lengths import length_source
-from ross_mcore.data.records import has_turns, normalise
+from ross_mcore.data.records import has_turns, normalise, picture_names
 from ross_mcore.data.shard_reader import (
     CAPTION,
     MAX_IMAGES,
@@ -32,13 +32,16 @@ from ross_mcore.data.shard_reader import (
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.errors import ConversationError, ImageError, SampleError
+from ross_mcore.shards.grouping import TarSample, group_members, reportable, require_usable, unread_members
 from ross_mcore.shards.index_parts import ShardIndex, content_digest
-from ross_mcore.shards.tars import Damage, Member, TarSample, group_members, reportable, walk_tar
+from ross_mcore.shards.tars import BLOCK, Damage, Member, walk_tar, what_it_is
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_PART_HEADER_BYTES = 16 << 20
+SUFFIXES_KEPT, NAMES_KEPT, MAX_NAME_SHOWN = 20, 5, 80
+"""Bounds of what a part of an index says about the members of its tar."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def index_tar(
     total = os.fstat(descriptor).st_size
     if not members and not damages:
         quarantine.append((None, "the shard is empty" if total == 0 else "the shard has no members"))
+    elif not members and (known := what_it_is(os.pread(descriptor, BLOCK, 0))) is not None:
+        quarantine[0] = None, f"{quarantine[0][1]}: {known}"
     for sample in samples:
         try:
             columns, digest, sources = _row(descriptor, sample, measure, verify_images)
@@ -114,40 +119,57 @@ def index_tar(
             usable.append(sample)
             facts.append(columns)
             digests.append(digest)
+            others.update(unread_members(sample))
             for kind, made_with in sources.items():
                 if made_with not in part_sources.setdefault(kind, []):
                     part_sources[kind].append(made_with)
         progress(sum(member.size for member in sample.members.values()))
     lost_bytes = sum(d.end - d.start for d in damages)
-    return ShardIndex.of(usable, facts, digests, quarantine, lost_bytes, others, part_sources)
+    part = ShardIndex.of(usable, facts, digests, quarantine, lost_bytes, part_sources)
+    first_names = [reportable(member.name)[:MAX_NAME_SHOWN] for member in members[:NAMES_KEPT]]
+    return replace(part, others=dict(others.most_common(SUFFIXES_KEPT)), first_names=first_names)
 
 
 def _row(
     descriptor: int, sample: TarSample, measure: Measure, verify_images: bool
 ) -> tuple[dict[str, int], bytes, dict[str, Any]]:
-    """(columns, digest, sources of precomputed parts) of a sample of a tar.
+    """(columns, digest, sources of precomputed parts) of a sample of a tar, whose `pictures` are chosen.
 
     If the pictures were left out, their number and sizes are those in the parts. Raises ValueError when the sample
     cannot be trained on.
     """
     if sample.problem:
         raise SampleError(sample.problem)
-    pictures = sample.pictures
-    sizes, sources = [picture.size for picture in pictures], {}
+    held: list[int] | None = None
+    sources: dict[str, Any] = {}
     for name, member in sample.parts.items():
-        held, sources[name] = _read_part_header(descriptor, member)
-        if held != (sizes := sizes or held):
-            raise SampleError(f"its {name} were made of other pictures")
-    text, kind, record = _read_text(descriptor, sample, len(sizes))
-    if kind == CAPTION and not sizes:
-        raise SampleError("a caption with 0 pictures")
-    columns = {**measure(record, len(sizes)), "kind": kind, "num_images": len(sizes)}
-    if verify_images:
-        for picture in pictures:
-            try:
+        require_usable(member)
+        its_sizes, sources[name] = _read_part_header(descriptor, member)
+        if its_sizes != (held := its_sizes if held is None else held):
+            raise SampleError("its precomputed parts were made of different pictures")
+    text, kind, found = _read_text(descriptor, sample)
+    first_problem: SampleError | None = None
+    for pictures in sample.picture_choices(_picture_names(found) if sample.has_named_pictures else ()):
+        sizes = [picture.size for picture in pictures] or held or []
+        try:
+            if held not in (None, sizes):
+                raise SampleError(f"its {' and '.join(sources)} were made of other pictures")
+            columns = {**_measured(text, kind, found, len(sizes), measure), "kind": kind, "num_images": len(sizes)}
+        except SampleError as problem:
+            first_problem = first_problem or problem
+        else:
+            break
+    else:
+        without = "" if pictures or "picture" not in str(first_problem) else f"; its members: {sample.member_names()}"
+        raise SampleError(f"{first_problem}{without}")
+    sample.pictures = pictures
+    for picture in pictures:
+        require_usable(picture)
+        try:
+            if verify_images:
                 decode_image(os.pread(descriptor, picture.size, picture.offset))
-            except ImageError as error:
-                raise SampleError(f"a picture is {error}") from None
+        except ImageError as error:
+            raise SampleError(f"a picture is {error}") from None
     return columns, content_digest(sample.key, text, sizes), sources
 
 
@@ -167,36 +189,46 @@ def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:
         raise SampleError("its precomputed parts are not those of tools/precompute_latents.py") from None
 
 
-def _read_text(descriptor: int, sample: TarSample, num_images: int) -> tuple[bytes, int, dict[str, Any]]:
-    """(bytes, kind, record) of a sample's JSON, or of its caption if no JSON has a conversation."""
+def _read_text(descriptor: int, sample: TarSample) -> tuple[bytes, int, Any]:
+    """(bytes, kind, value of the JSON) of a sample's record, or of its caption if no JSON has a conversation."""
     problem = "it has no .txt"
-    if "json" in sample.members:
-        text = _read(descriptor, sample.members["json"])
+    if sample.json is not None:
+        text = _read(descriptor, sample.json)
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
             problem = f"the record is not JSON: {type(error).__name__}"
         else:
             if isinstance(found, list):
-                return text, TURNS, _normal(json.loads(as_record(text, TURNS, num_images)), num_images)
-            if has_turns(found) or "txt" not in sample.members:
-                return text, RECORD, _normal(found, num_images)
+                return text, TURNS, found
+            if isinstance(found, dict) and (sample.caption is None or has_turns(found)):
+                return text, RECORD, found
             problem = "the record is not a JSON object"
-    if "txt" not in sample.members:
+    if sample.caption is None:
         raise SampleError(problem)
-    text = _read(descriptor, sample.members["txt"])
-    record = json.loads(as_record(text, CAPTION, num_images))
-    if not record["conversations"][1]["value"]:
-        raise SampleError("the caption is empty")
-    return text, CAPTION, record
+    return _read(descriptor, sample.caption), CAPTION, None
 
 
-def _normal(record: Any, num_images: int) -> dict[str, Any]:
+def _picture_names(found: Any) -> list[str]:
+    """The names of pictures in a record, none if it cannot be read."""
     try:
-        return normalise(record, num_images)
-    except ConversationError as error:
-        raise SampleError(str(error)) from None
+        return [name for name in picture_names(normalise(found)) if isinstance(name, str)]
+    except ConversationError:
+        return []
+
+
+def _measured(text: bytes, kind: int, found: Any, num_images: int, measure: Measure) -> dict[str, int]:
+    """The columns of a sample with this number of pictures. Raises SampleError when it cannot be trained on."""
+    if num_images > MAX_IMAGES:
+        raise SampleError(f"it has over {MAX_IMAGES} pictures")
+    if kind == CAPTION and not num_images:
+        raise SampleError("a caption with 0 pictures")
+    record = found if kind == RECORD else json.loads(as_record(text, kind, num_images))
+    if kind == CAPTION and not record["conversations"][1]["value"]:
+        raise SampleError("the caption is empty")
+    return measure(record, num_images)
 
 
 def _read(descriptor: int, member: Member) -> bytes:
+    require_usable(member)
     return os.pread(descriptor, member.size, member.offset)

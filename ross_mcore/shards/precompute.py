@@ -34,6 +34,7 @@ from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parts import precomputed_part
+from ross_mcore.shards.grouping import picture_members, read_samples, reportable
 from ross_mcore.shards.index_parts import (
     PARTS,
     IndexedShard,
@@ -44,7 +45,6 @@ from ross_mcore.shards.index_parts import (
     replacing,
     write_index,
 )
-from ross_mcore.shards.tars import picture_members, read_samples, reportable
 
 SETTINGS = "precompute.json"
 COLUMNS = ("kind", "num_images", "text_words", "text_tokens", "label_tokens", "image_spans")

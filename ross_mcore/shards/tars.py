@@ -1,4 +1,4 @@
-"""Finds the members of a tar, damaged or not, and groups them into samples.
+"""Finds the members of a tar, damaged or not.
 
 `tarfile` ends silently at a damaged header and may read as much as a header claims. Here it decodes headers only, so
 that damage is reported, members behind it are found, and no more is read than the file has.
@@ -9,19 +9,8 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-
-from ross_mcore.data.shard_reader import (
-    IMAGE_SUFFIXES,
-    MAX_IMAGE_BYTES,
-    MAX_IMAGES,
-    MAX_KEY_BYTES,
-    MAX_PART_BYTES,
-    MAX_RECORD_BYTES,
-    PART_SUFFIXES,
-    RECORD_SUFFIXES,
-)
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_DATA = 1 << 20
@@ -33,6 +22,25 @@ EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYP
 MAGIC = 257
 """Offset of "ustar" in a header."""
 SEARCH_BYTES = 1 << 20
+OTHER_FILES = (
+    (b"\x1f\x8b", "gzip data", "unpack it with gunzip"),
+    (b"BZh", "bzip2 data", "unpack it with bunzip2"),
+    (b"\xfd7zXZ", "xz data", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard data", "unpack it with unzstd"),
+    (b"\x04\x22\x4d\x18", "LZ4 data", "unpack it with unlz4"),
+    (b"PK\x03\x04", "a zip archive", "unpack it and make a tar of its files"),
+    (b"PK\x05\x06", "an empty zip archive", "copy it again"),
+    (b"7z\xbc\xaf\x27", "a 7z archive", "unpack it and make a tar of its files"),
+    (b"Rar!", "a rar archive", "unpack it and make a tar of its files"),
+    (b"PAR1", "a parquet file", "make shards of it with make_shards.py"),
+    (b"version https://git-lfs", "a pointer of git-lfs", "fetch the file with git lfs pull"),
+    (b"\xff\xd8\xff", "a JPEG picture", "make a tar of it and its record"),
+    (b"\x89PNG", "a PNG picture", "make a tar of it and its record"),
+    (b"<", "an HTML or XML page", "it may be a server's error message: download the shard again"),
+    (b"{", "JSON", "make shards of it with make_shards.py, or download the shard again if it is an error message"),
+    (b"[", "JSON", "make shards of it with make_shards.py"),
+)
+"""First bytes of files that are often taken for tars: (bytes, what the file is, remedy)."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +61,11 @@ class Damage:
     end: int
 
 
-@dataclass
-class TarSample:
-    """The members with the same key, by suffix."""
-
-    key: str
-    members: dict[str, Member] = field(default_factory=dict)
-    problem: str | None = None
-
-    @property
-    def pictures(self) -> list[Member]:
-        """The pictures, sorted by number, then place in the tar."""
-        numbered = [
-            (int(number or 0), member.offset, member)
-            for suffix, member in self.members.items()
-            for number, _, kind in [suffix.rpartition(".")]
-            if kind in IMAGE_SUFFIXES
-        ]
-        return [member for *_, member in sorted(numbered, key=lambda picture: picture[:2])]
-
-    @property
-    def parts(self) -> dict[str, Member]:
-        """The precomputed parts of the pictures, by kind."""
-        return {kind: self.members[suffix] for suffix, kind in PART_SUFFIXES.items() if suffix in self.members}
+def what_it_is(first_bytes: bytes) -> str | None:
+    """What a file that is no tar is, and the remedy; None if it is not known."""
+    begin = first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip()
+    known = (f"it is {what}; {remedy}" for magic, what, remedy in OTHER_FILES if begin.startswith(magic))
+    return next(known, None)
 
 
 def walk_tar(descriptor: int) -> Iterator[Member | Damage]:
@@ -165,78 +155,6 @@ def _next_header(descriptor: int, start: int, total: int) -> int:
             break
         start += SEARCH_BYTES - BLOCK
     return total
-
-
-def group_members(members: Iterable[Member]) -> tuple[list[TarSample], int]:
-    """(samples in the order of their first members, number of members of no sample).
-
-    As in WebDataset, the key is a member's name up to the first dot of its last part, and the rest is the suffix, in
-    lower case. Members of a sample need not be neighbours. A repeated name begins a second sample with the same key.
-    """
-    samples: list[TarSample] = []
-    latest: dict[str, TarSample] = {}
-    others = 0
-    for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        suffix = suffix.lower()
-        number, _, kind = suffix.rpartition(".")
-        picture = kind in IMAGE_SUFFIXES and (not number or (number.isascii() and number.isdigit() and len(number) < 9))
-        if not picture and suffix not in RECORD_SUFFIXES and suffix not in PART_SUFFIXES:
-            others += 1
-            continue
-        key = f"{folder}{slash}{stem}".removeprefix("./")
-        sample = latest.get(key)
-        if sample is None or suffix in sample.members:
-            again = "the key comes twice in its shard, the first one counts" if sample is not None else None
-            sample = latest[key] = TarSample(key, problem=_key_problem(key) or again)
-            samples.append(sample)
-        sample.members[suffix] = member
-        limit = MAX_IMAGE_BYTES if picture else MAX_PART_BYTES if suffix in PART_SUFFIXES else MAX_RECORD_BYTES
-        if sample.problem is None:
-            problem = member.problem or ("is empty" if member.size == 0 else None)
-            problem = problem or (f"is over {limit} bytes" if member.size > limit else None)
-            sample.problem = problem and f"its .{suffix} {problem}"
-    for sample in samples:
-        if sample.problem is None and not any(suffix in sample.members for suffix in RECORD_SUFFIXES):
-            sample.problem = "it has neither .json nor .txt"
-        if sample.problem is None and len(sample.pictures) > MAX_IMAGES:
-            sample.problem = f"it has over {MAX_IMAGES} pictures"
-    return samples, others
-
-
-def reportable(key: str) -> str:
-    """A key as valid Unicode for a report."""
-    return key.encode("utf-8", "backslashreplace").decode()
-
-
-def read_samples(descriptor: int) -> list[TarSample]:
-    """The samples of an open tar that this program wrote."""
-    return group_members(member for member in walk_tar(descriptor) if isinstance(member, Member))[0]
-
-
-def picture_members(pictures: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
-    """(suffix, bytes) of a sample's pictures -> members by suffix: `jpg` for one, `0.jpg`, `1.png` ... for several."""
-    if len(pictures) == 1:
-        return dict(pictures)
-    return {f"{number}.{suffix}": data for number, (suffix, data) in enumerate(pictures)}
-
-
-def _key_problem(key: str) -> str | None:
-    """Why a name is not a valid key: keys are in keys.txt, in reports and in file names of pictures of a run."""
-    if not key or key.endswith("/"):
-        return "it has no key"
-    try:
-        size = len(key.encode("utf-8"))
-    except UnicodeEncodeError:
-        return "its key is not UTF-8"
-    if size > MAX_KEY_BYTES:
-        return f"its key is over {MAX_KEY_BYTES} bytes"
-    if not key.isprintable():
-        return "its key has control characters"
-    if key.startswith("/") or "\\" in key or ".." in key.split("/") or key[1:3] == ":/":
-        return "its key leads out of a folder"
-    return None
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:

@@ -19,8 +19,8 @@ from ross_mcore.data.shard_reader import (
     LengthSource,
 )
 from ross_mcore.errors import ShardError
+from ross_mcore.shards.grouping import picture_members, read_samples
 from ross_mcore.shards.index_parts import IndexedShard, ShardIndex, content_digest, share, write_index
-from ross_mcore.shards.tars import picture_members, read_samples
 
 
 class ShardWriter:

@@ -48,7 +48,7 @@ parts."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MORE_IMAGE_SUFFIXES = (
     *("jpe", "jfif", "jfi", "pjpeg", "pjp", "apng", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif", "hif"),
-    *("ppm", "pgm", "pbm", "pnm", "img", "image"),
+    *("jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "mpo", "ppm", "pgm", "pbm", "pnm", "img", "image"),
 )
 """Suffixes of pictures that make_shards does not write. The content decides how a picture is decoded."""
 JSON_SUFFIX = "json"

@@ -60,6 +60,8 @@ ALLOWED = {
     "torch.serialization": {"_get_layout"},
 }
 """Module -> names that a `.metadata` file may use."""
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has not fetched."""
 
 
 class _Unpickler(pickle._Unpickler):
@@ -157,20 +159,47 @@ def read_common(folder: Path, content: IO[bytes] | None = None) -> dict[str, Any
     return state
 
 
-def read_adapter(path: Path) -> dict[str, Tensor]:
-    """Memory-maps a dictionary of floating-point tensors in a file of torch.save. Raises CheckpointError naming it."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Memory-maps a dictionary of tensors in a file of torch.save. Raises CheckpointError naming the file."""
+    again = "copy the file again, or save it again"
     try:
         with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise CheckpointError(_not_an_archive(path))
+            file.seek(0)
             require_stored(file)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # as in read_common
-        raise CheckpointError(f"{path} was refused: {_why(error)}; copy the file again, or save it again") from None
+        raise CheckpointError(f"{path} was refused: {_why(error)}; {again}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} is not a dictionary of tensors; save it again")
+        raise CheckpointError(f"{path} is not a dictionary of tensors; save a model's state_dict()")
     for name, tensor in state.items():
-        if not (_is_stored(tensor) and tensor.is_floating_point()):
+        if not _is_stored(tensor):
+            raise CheckpointError(f"{path}: {shown(name)} is not a plain tensor; have it saved again")
+    return {str(name): tensor.detach() for name, tensor in state.items()}
+
+
+def _not_an_archive(path: Path) -> str:
+    """Why a file is not the zip archive that torch.save has written since torch 1.6."""
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if begin.startswith(LFS_POINTER):
+        return "it is a Git LFS pointer, not the weights: run git lfs pull in its folder"
+    if begin[:1] == b"\x80":  # a pickle
+        return (
+            "it is in the format of torch before 1.6, which cannot be read piece by piece: write it anew with "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    return "it is damaged, or no file of torch.save"
+
+
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """`read_tensors` of a file with floating-point tensors only."""
+    state = read_tensors(path)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {shown(name)} is not a plain floating-point tensor; have it saved again")
-    return {str(name): tensor for name, tensor in state.items()}
+    return state
 
 
 def _is_stored(tensor: Tensor) -> bool:

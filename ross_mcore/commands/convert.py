@@ -1,7 +1,8 @@
 """Converts Hugging Face folders (language model, vision tower, VAE), or a full checkpoint of the reference
 implementation of ROSS, into one sharded checkpoint that loads at every layout.
 
-Folders are those written by save_pretrained. Tensors are converted one by one, and an unknown or missing tensor is an
+Folders are those written by save_pretrained: safetensors, or pytorch_model.bin (one file, or several with an index), of
+which only tensors are read and no code is run. Tensors are converted one by one, and an unknown or missing tensor is an
 error that names it. No model is built. An interrupted conversion leaves no checkpoint.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parts import DENOISER, PARTS, VAE, Part, part_of
 from ross_mcore.shapes import Shapes, differences
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def assemble(
     plans = []
     for source in sources:
         tensors = open_tensors(source.path)
+        if tensors.unread:
+            _logger.warning("%s: %s is read; %s is not", source.path, tensors.read_from, ", ".join(tensors.unread))
         wanted = {name: shape for name, shape in shapes.items() if part_of(name) in source.parts}
         try:
             plans.append((plan(source.table, tensors, wanted, model.language), tensors))

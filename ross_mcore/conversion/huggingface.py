@@ -1,6 +1,6 @@
 """Reads configurations and tensors in the formats of Hugging Face, diffusers and the reference implementation.
 
-Reads only JSON, safetensors and, with `weights_only`, stage-1 adapters. Nothing is downloaded or executed.
+Reads only JSON, safetensors and, with `weights_only`, files of torch.save. Nothing is downloaded or executed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from ross_mcore.architecture import (
     ProjectorConfig,
     VisionConfig,
 )
-from ross_mcore.checkpoint.safe_load import read_adapter
+from ross_mcore.checkpoint.safe_load import LFS_POINTER, read_adapter, read_tensors
 from ross_mcore.conversion.export_config import ross_facts
-from ross_mcore.conversion.table import Tensors
 from ross_mcore.errors import ArchitectureError, ConversionError
 from ross_mcore.library_configs import MOST_LAYERS, VISION_KEYS, require_plain_latents, unused_in_language
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STEMS = ("model", "diffusion_pytorch_model")
+WEIGHT_FILES = (
+    *("model.safetensors", "diffusion_pytorch_model.safetensors"),
+    *("pytorch_model.bin", "diffusion_pytorch_model.bin"),
+)
+"""Names of a folder's weights, or of their index with `.index.json`; the first that exists is read, as in transformers.
+"""
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -254,9 +259,9 @@ def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def open_tensors(path: Path) -> Tensors:
-    """Opens a folder of safetensors or a stage-1 adapter file. Raises ConversionError or CheckpointError naming it."""
-    return AdapterFile(path) if Path(path).is_file() else SafetensorsFolder(path)
+def open_tensors(path: Path) -> AdapterFile | WeightsFolder:
+    """Opens a folder of weights or a stage-1 adapter file. Raises ConversionError or CheckpointError naming it."""
+    return AdapterFile(path) if Path(path).is_file() else WeightsFolder(path)
 
 
 class AdapterFile:
@@ -265,6 +270,8 @@ class AdapterFile:
     Prefixes before `mm_projector.` become `model.`, as in the reference: `model.mm_projector.0.weight`.
     Raises CheckpointError when the file is not a plain dictionary of tensors.
     """
+
+    unread: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self._tensors: dict[str, Tensor] = {
@@ -282,33 +289,49 @@ class AdapterFile:
         return self._tensors[name]
 
 
-class SafetensorsFolder:
-    """The tensors of one safetensors file, or of several with an index, each read when asked for.
+class _Pickled:
+    """A file of torch.save, with the methods of an open safetensors file that are used here."""
 
-    Raises ConversionError when there are only pickles, when the index names a file outside the folder, or when a file
-    is missing or damaged.
+    def __init__(self, path: Path) -> None:
+        self._tensors = read_tensors(path)
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class WeightsFolder:
+    """The tensors of one file of WEIGHT_FILES, or of several with an index, each read when asked for.
+
+    `read_from`: the name of that file or index. `unread`: other weights beside it that are not read.
+    Raises ConversionError when there are none, when the index names a file outside the folder, or when a file is
+    missing or damaged; CheckpointError for a pickle that holds more than tensors.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
         self._file_of: dict[str, str] = {}
         self._open: tuple[str, Any] | None = None
-        for stem in STEMS:
-            index = self._folder / f"{stem}.safetensors.index.json"
-            if index.exists():
-                weight_map = read_json(index).get("weight_map")
-                if not isinstance(weight_map, dict):
-                    raise ConversionError(f"{index} has no mapping 'weight_map'")
-                self._file_of = {str(name): str(file) for name, file in weight_map.items()}
-                break
-            if (self._folder / f"{stem}.safetensors").exists():
-                file = f"{stem}.safetensors"
-                self._file_of = dict.fromkeys(self._shard(file).keys(), file)
-                break
-        else:
+        there = [name for file in WEIGHT_FILES for name in (file, f"{file}.index.json") if self._exists(name)]
+        if not there:
             raise ConversionError(self._nothing_to_read())
+        self.read_from, *self.unread = there
+        if not self.read_from.endswith(".json"):
+            self._file_of = dict.fromkeys(self._shard(self.read_from).keys(), self.read_from)
+            return
+        index = self._folder / self.read_from
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConversionError(f"{index} has no mapping 'weight_map'")
+        self._file_of = {str(name): str(file) for name, file in weight_map.items()}
+        suffix = Path(self.read_from.removesuffix(".index.json")).suffix
         for file in sorted(set(self._file_of.values())):
-            if Path(file).name != file or not file.endswith(".safetensors"):
+            if Path(file).name != file or not file.endswith(suffix):
                 raise ConversionError(f"{index} names {checked.shown(file)}, which is not a file of that folder")
             listed = {name for name, where in self._file_of.items() if where == file}
             held = set(self._shard(file).keys())
@@ -317,17 +340,19 @@ class SafetensorsFolder:
                 where = "in the index but not in the file" if example in listed else "in the file but not in the index"
                 raise ConversionError(f"{self._folder / file}: tensor {checked.shown(example)} is {where}")
 
+    def _exists(self, name: str) -> bool:
+        return (self._folder / name).exists()
+
     def _nothing_to_read(self) -> str:
-        """The message for a folder without safetensors."""
+        """The message for a folder without a file of WEIGHT_FILES."""
         if not self._folder.is_dir():
             return f"{self._folder} does not exist or is not a folder; give one of safetensors"
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
-        if pickles:
-            return (
-                f"{self._folder} has only {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
-                "safetensors first: load it with transformers and call save_pretrained(folder, safe_serialization=True)"
-            )
-        return f"{self._folder} has no {' or '.join(f'{stem}.safetensors' for stem in STEMS)} (nor an index of several)"
+        others = sorted(path.name for pattern in OTHER_WEIGHTS for path in self._folder.glob(pattern))
+        found = f"; it has {checked.printable(others[0])}, which is not read" if others else ""
+        return (
+            f"{self._folder} has no {', '.join(WEIGHT_FILES)} (nor an index of several){found}: give a folder written "
+            "by save_pretrained"
+        )
 
     def _shard(self, file: str) -> Any:
         """An open file; the last one stays open for the next tensor."""
@@ -340,18 +365,23 @@ class SafetensorsFolder:
         path = self._folder / file
         if not path.is_file():
             raise ConversionError(f"{path} is missing, but the index names it")
+        if not file.endswith(".safetensors"):
+            return _Pickled(path)
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
-            raise ConversionError(
-                f"{path} is not a whole safetensors file: {checked.reason(error)}; copy it again"
-            ) from None
+            with path.open("rb") as stream:
+                is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+            problem = "is a Git LFS pointer, not the weights" if is_pointer else "is not a whole safetensors file"
+            remedy = "run git lfs pull in its folder" if is_pointer else "copy it again"
+            raise ConversionError(f"{path} {problem}: {checked.reason(error)}; {remedy}") from None
 
     def names(self) -> Iterable[str]:
         return self._file_of.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
+        shard = self._shard(self._file_of[name])
+        return shard.shape(name) if isinstance(shard, _Pickled) else tuple(shard.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         # opened again for each tensor: in one memory map, every page read so far would stay in memory

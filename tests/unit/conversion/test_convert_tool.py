@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,8 +97,85 @@ def test_two_shards_with_an_index(
     assert folder.find_checkpoint(tmp_path / "again") is None
 
 
-def harm_pickles(folders: dict[str, Path]) -> None:
+def test_weights_of_torch_save(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    source_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """pytorch_model.bin, several with an index, and a VAE's give the checkpoint of the same tensors in safetensors."""
+    assert run(monkeypatch, source_folders, tmp_path / "base") == 0
+    language, vision, vae = (source_folders[name] for name in ("language", "vision", "pixel_decoder"))
+    tensors = load_file(language / "model.safetensors")
+    (language / "model.safetensors").unlink()
+    tower = {f"vision_model.{name}": tensor for name, tensor in load_file(vision / "model.safetensors").items()}
+    torch.save({**tower, "vision_model.embeddings.position_ids": torch.arange(4)}, vision / "pytorch_model.bin")
+    torch.save(load_file(vae / "diffusion_pytorch_model.safetensors"), vae / "diffusion_pytorch_model.bin")
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    files = {name: f"pytorch_model-0000{1 + n % 2}-of-00002.bin" for n, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        torch.save(
+            {name: torch.nn.Parameter(tensors[name]) for name in tensors if files[name] == file}, language / file
+        )
+    (language / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    assert run(monkeypatch, source_folders, tmp_path / "again") == 0
+    assert "model.safetensors is read; pytorch_model.bin is not" in caplog.text
+    (vision / "model.safetensors").unlink()
+    assert run(monkeypatch, source_folders, tmp_path / "tower") == 0
+    torch.save(tensors, language / "pytorch_model.bin")  # read before the index, as in transformers
+    for path in language.glob("pytorch_model-*"):
+        path.unlink()
+    assert run(monkeypatch, source_folders, tmp_path / "one") == 0
+    expected = contents(folder.require_checkpoint(tmp_path / "base"))
+    for name in ("again", "tower", "one"):
+        found = contents(folder.require_checkpoint(tmp_path / name))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+class Attack:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, ("touch /tmp/ran_code_of_a_pickle",))
+
+
+def weights_of(folders: dict[str, Path], content: object, **options: bool) -> None:
+    (folders["language"] / "model.safetensors").unlink()
+    torch.save(content, folders["language"] / "pytorch_model.bin", **options)
+
+
+def harm_hostile(folders: dict[str, Path]) -> None:
+    weights_of(folders, {"model.norm.weight": Attack()})
+
+
+def harm_legacy(folders: dict[str, Path]) -> None:
+    weights_of(folders, load_file(folders["language"] / "model.safetensors"), _use_new_zipfile_serialization=False)
+
+
+def harm_nested(folders: dict[str, Path]) -> None:
+    weights_of(folders, {"state_dict": load_file(folders["language"] / "model.safetensors")})
+
+
+def harm_renamed(folders: dict[str, Path]) -> None:
     (folders["language"] / "model.safetensors").rename(folders["language"] / "pytorch_model.bin")
+
+
+def harm_cut(folders: dict[str, Path]) -> None:
+    weights_of(folders, load_file(folders["language"] / "model.safetensors"))
+    path = folders["language"] / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def harm_pointer(folders: dict[str, Path]) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+    (folders["language"] / "model.safetensors").write_text(text)
+
+
+def harm_pointer_bin(folders: dict[str, Path]) -> None:
+    harm_pointer(folders)
+    harm_renamed(folders)
+
+
+def harm_other_format(folders: dict[str, Path]) -> None:
+    (folders["language"] / "model.safetensors").rename(folders["language"] / "model.gguf")
 
 
 def harm_unknown(folders: dict[str, Path]) -> None:
@@ -141,7 +219,14 @@ def harm_json(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (harm_pickles, "convert it to safetensors"),
+        (harm_hostile, "pytorch_model.bin was refused: it is damaged, or holds more than tensors"),
+        (harm_legacy, "format of torch before 1.6"),
+        (harm_nested, "not a dictionary of tensors"),
+        (harm_renamed, "no file of torch.save"),
+        (harm_cut, "pytorch_model.bin was refused"),
+        (harm_pointer, "model.safetensors is a Git LFS pointer"),
+        (harm_pointer_bin, "Git LFS pointer"),
+        (harm_other_format, "it has model.gguf, which is not read"),
         (harm_unknown, "head.adapter"),
         (harm_shape, "[150, 16], the architecture says [149, 16]"),
         (harm_quantised, "model.safetensors: tensor model.norm.weight is torch.int8"),
@@ -164,6 +249,7 @@ def test_bad_source_is_named_and_nothing_is_left(
     assert run(monkeypatch, source_folders, tmp_path / "base") == 2
     said = capsys.readouterr().err
     assert message.lower() in said.lower() and "Traceback" not in said
+    assert not Path("/tmp/ran_code_of_a_pickle").exists()
     assert not list((tmp_path / "base").glob("*"))
 
 

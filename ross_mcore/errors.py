@@ -84,5 +84,9 @@ class NothingLeft(ConversationError):
     """A good sample without anything to train on under these options (template, row length, bounds)."""
 
 
+class OverBounds(SampleError):
+    """A good sample over the bounds of pictures or tokens, which is skipped; the message is a short reason."""
+
+
 class ImageError(UserError, ValueError):
     """A picture that cannot be used; the message is a short reason, for counting."""

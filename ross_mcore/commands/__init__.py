@@ -18,6 +18,7 @@ from ross_mcore.launcher import record_failure
 
 if TYPE_CHECKING:
     from ross_mcore.data.spec import SampleSpec
+    from ross_mcore.shards.account import Account
 
 
 class Command(NamedTuple):
@@ -64,6 +65,14 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="skip samples with more tokens of text; needs --tokenizer and --template",
     )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.001,
+        metavar="F",
+        help="limit of the share of bad samples (0.001); more are refused",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -73,6 +82,8 @@ def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Name
         parser.error("--mm-use-im-start-end needs --tokenizer and --template: it changes the counts")
     if options.max_tokens_per_sample is not None and options.template is None:
         parser.error("--max-tokens-per-sample needs --tokenizer and --template, which define the tokens")
+    if not 0 <= options.max_bad_fraction <= 1:
+        parser.error("--max-bad-fraction is between 0 and 1")
     if options.max_images_per_sample < 1 or (options.max_tokens_per_sample or 1) < 1:
         parser.error("--max-images-per-sample and --max-tokens-per-sample must be at least 1")
 
@@ -97,6 +108,17 @@ def require_template(template: str | None) -> None:
 
     if template is not None and template not in TRAINING_TEMPLATES:
         raise TokenizerError(f"--template {template} is not one of {', '.join(TRAINING_TEMPLATES)}")
+
+
+def print_account(account: Account) -> None:
+    """Prints what training will see of a data set, the same text for all tools; red in a terminal is to be mended."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, lines = Console(markup=False, emoji=False, highlight=False), account.lines()
+    width = max(len(line.name) for line in lines) + 2
+    for line in lines:
+        console.print(Text(f"{line.name:<{width}}{line.text}", "red" if line.is_wrong else ""), soft_wrap=True)
 
 
 REMEDIES = {

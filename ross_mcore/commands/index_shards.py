@@ -16,13 +16,21 @@ Exit status 2: wrong arguments, no usable sample, or more bad samples than --max
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import add_sample_options, build_parser, check_sample_options, refuse, sample_spec
+from ross_mcore.commands import (
+    add_sample_options,
+    build_parser,
+    check_sample_options,
+    print_account,
+    refuse,
+    sample_spec,
+)
 
 SCRIPT = "index_shards.py"
 
@@ -40,20 +48,13 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
         default=True,
         help="decode every picture now, so that broken ones are found before training",
     )
-    parser.add_argument(
-        "--max-bad-fraction",
-        type=float,
-        default=0.001,
-        metavar="F",
-        help="limit of the share of bad samples (0.001)",
-    )
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="worker processes; 0: none")
     parser.add_argument("--data-cache-dir", type=Path, help="folder for shards from URLs; training uses it too")
     parser.add_argument("--data-cache-bytes", type=int, default=64 << 30, metavar="BYTES", help="limit of its size")
     options = parser.parse_args(arguments)
     check_sample_options(parser, options)
-    if not 0 <= options.max_bad_fraction <= 1 or options.num_workers < 0 or options.data_cache_bytes < 1:
-        parser.error("--max-bad-fraction is between 0 and 1, --num-workers not negative, --data-cache-bytes positive")
+    if options.num_workers < 0 or options.data_cache_bytes < 1:
+        parser.error("--num-workers is not negative, --data-cache-bytes positive")
     if options.out is None:
         folder = Path(options.data_path[0])
         if len(options.data_path) > 1 or not folder.is_dir():
@@ -90,13 +91,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
             )
     except (UserError, OSError) as error:
         return refuse(prog, error)
-    seconds = time.monotonic() - start
-    print(f"{options.out}: {done.samples} samples, {done.images} pictures in {done.shards} shards")
+    seconds, account = time.monotonic() - start, done.account
+    if options.json:
+        print(json.dumps({"folder": str(options.out), "account": account.as_json()}, indent=1, ensure_ascii=False))
+        return 0
+    print(f"{options.out}: {done.samples} samples, {account.pictures} pictures in {done.shards} shards")
     print(f"{done.reread} shards read, {done.shards - done.reread} unchanged, in {seconds:.1f} s")
     if done.others:
         print(done.unused_members)
-    if done.bad or done.over_bounds:
-        print(f"bad: {done.bad} ({done.bad_fraction:.4%}), over the bounds: {done.over_bounds}; see quarantine.jsonl")
-        for reason, count in done.reasons.most_common():
-            print(f"  {count} x {reason}")
+    print_account(account)
+    if account.samples < account.records or account.damage.total:
+        print(f"the samples left out: {options.out / 'quarantine.jsonl'}")
     return 0

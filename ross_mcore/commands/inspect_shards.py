@@ -5,9 +5,11 @@
   python tools/inspect_shards.py --data-path shards/finetune --sample 000000123 \\
       --tokenizer Qwen2-7B-Instruct --template qwen_2
 
-Signs of a problem: few labels, or many samples without labels: the template does not fit the tokenizer; pictures that
-are never shown: texts without <image>; packed rows filled far below 95%: --seq-length is too small for the samples; in
-the contact sheet: texts that do not match their pictures.
+The account counts every record of the data: trained on, skipped or bad, with reasons, as make_shards.py or
+index_shards.py counted it. Red lines name what to mend.
+Signs of a problem: few labels, or many samples without labels: the template does not fit the tokenizer; pictures of one
+colour: empty pictures, or a format that is read wrongly; packed rows filled far below 95%: --seq-length is too small
+for the samples; in the contact sheet: texts that do not match their pictures.
 Figures come from the index, in seconds for every size; --sample and --contact-sheet read the shards.
 """
 
@@ -20,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ross_mcore.commands import build_parser, refuse, require_template
+from ross_mcore.commands import build_parser, print_account, refuse, require_template
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +65,7 @@ def print_figures(found: dict[str, Any], console: Console) -> None:
     from rich.text import Text
 
     from ross_mcore.checked import printable
+    from ross_mcore.shards.account import Account
 
     samples, text, measured = found["samples"], found["text"], found["measured_with"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -78,16 +81,12 @@ def print_figures(found: dict[str, Any], console: Console) -> None:
         table.add_row("labels", "not measured: tools/index_shards.py with --tokenizer and --template counts them")
     else:
         table.add_row("labels", f"{found['label_tokens']:,} = {found['label_share']:.1%} of the text tokens")
-        ignored = found["without_labels"]
-        table.add_row(
-            "without labels", f"{ignored:,} samples ({ignored / samples:.2%})", style="red" if ignored else ""
-        )
-        if found["pictures_never_shown"]:
-            table.add_row("never shown", f"{found['pictures_never_shown']:,} samples have a picture and no <image>")
-    bad = sum(found["bad"].values())
-    table.add_row("bad", f"{bad:,} left out ({bad / (samples + bad):.4%})", style="red" if bad else "")
-    for reason, count in found["bad"].items():
-        table.add_row("", printable(f"{count:,} x {reason}"))
+    if found["account"] is None:
+        table.add_row("account", "not counted: index the shards again (tools/index_shards.py)", style="red")
+        bad = sum(found["bad"].values())
+        table.add_row("bad", f"{bad:,} left out ({bad / (samples + bad):.4%})", style="red" if bad else "")
+        for reason, count in found["bad"].items():
+            table.add_row("", printable(f"{count:,} x {reason}"))
     packing = found["packing"]
     if packing is not None:
         table.add_row(
@@ -97,6 +96,9 @@ def print_figures(found: dict[str, Any], console: Console) -> None:
             f"{packing['rows_of_all_samples']:,} rows an epoch; {packing['too_long']:,} samples are longer than a row",
         )
     console.print(table)
+    if found["account"] is not None:
+        console.print("\naccount of the records")
+        print_account(Account.from_json(found["account"]))
     console.print(f"\n{unit} of text, samples")
     most, width = max(text["histogram"].values()), max(10, console.width - 36)
     for label, count in text["histogram"].items():

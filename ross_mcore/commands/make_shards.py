@@ -1,16 +1,29 @@
 """Converts a LLaVA-format JSON and its image folder to WebDataset tar shards with an index for training.
 
 python tools/make_shards.py --data train.json --image-folder images --out shards --tokenizer Qwen2-7B --template qwen_2
+
+Each record is trained on, skipped (over the bounds) or bad; the table at the end counts them, with reasons, and
+skipped.jsonl in --out lists those left out.
+Exit status 2: wrong arguments, no usable sample, or more bad records than --max-bad-fraction allows. Then nothing is
+written but that list, as OUT.skipped.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import add_sample_options, build_parser, check_sample_options, refuse, sample_spec
+from ross_mcore.commands import (
+    add_sample_options,
+    build_parser,
+    check_sample_options,
+    print_account,
+    refuse,
+    sample_spec,
+)
 
 SCRIPT = "make_shards.py"
 
@@ -41,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.data.tokenizer import load_tokenizer
-    from ross_mcore.errors import RecordsError, UserError
+    from ross_mcore.errors import RecordsError, TooManyBad, UserError
     from ross_mcore.shards.llava import convert_records, read_records
     from ross_mcore.shards.measure import Measure
     from ross_mcore.shards.writer import ShardWriter
@@ -64,23 +77,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         )
         with writer, Progress(*columns, console=console) as bar:
             task = bar.add_task("records", total=count)
-            done = convert_records(
+            account = convert_records(
                 records,
                 options.image_folder,
                 writer,
                 measure,
                 follow_links=options.follow_links,
+                max_bad_fraction=options.max_bad_fraction,
                 num_workers=options.num_workers,
                 progress=lambda: bar.advance(task),
             )
-    except RecordsError as error:
+    except (RecordsError, TooManyBad) as error:
         named = str(error).startswith(str(options.data))
         return refuse(prog, error if named else f"{options.data}: {error}")
     except (UserError, OSError) as error:
         return refuse(prog, error)
-    print(f"{options.out}: {done.samples} samples, {done.images} pictures, of {count} records")
-    if done.ignored:
-        print(f"{done.ignored} samples without labels: their answers were not found in their tokens")
-    for reason, number in done.skipped.most_common():
-        print(f"skipped {number}: {reason} (see {options.out / 'skipped.jsonl'})")
+    if options.json:
+        print(json.dumps({"folder": str(options.out), "account": account.as_json()}, indent=1, ensure_ascii=False))
+        return 0
+    print(f"{options.out}: {account.samples} samples, {account.pictures} pictures, of {count} records")
+    print_account(account)
+    if account.samples < account.records:
+        print(f"the records left out: {options.out / 'skipped.jsonl'}")
     return 0

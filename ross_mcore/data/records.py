@@ -604,6 +604,19 @@ def _replaced(
     return done
 
 
+_WITHOUT_PICTURE = re.compile(r"a placeholder (?:that is not read|without a picture): ['\"]?(.+?)['\"]? in turn \d+")
+_TOO_MANY = re.compile(r"(\d+) <image> in the text, (\d+) pictures")
+"""The reason of conversation.require_pictures."""
+
+
+def placeholder_of(reason: str) -> str | None:
+    """The placeholder that has no picture, from the reason of a ConversationError; None for another reason."""
+    if match := _WITHOUT_PICTURE.match(reason):
+        return match[1]
+    match = _TOO_MANY.match(reason)
+    return IMAGE if match and int(match[1]) > int(match[2]) else None
+
+
 def _at_an_end(match: re.Match[str]) -> bool:
     """Whether nothing but equal placeholders is before or after a match."""
     around = match.string[: match.start()], match.string[match.end() :]

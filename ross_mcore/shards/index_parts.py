@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ross_mcore import checked
 from ross_mcore.data.shard_reader import CAPTION, FORMAT, FORMAT_VERSION, IMAGE_ROW, PART_ROW, SAMPLE_ROW, LengthSource
 from ross_mcore.errors import ShardError, ShardReadError
+from ross_mcore.shards.account import Account
 from ross_mcore.shards.grouping import TarSample
 
 PARTS = "index.parts"
@@ -45,7 +46,8 @@ class ShardIndex:
     samples [N] of SAMPLE_ROW, images of IMAGE_ROW, parts [N] of PART_ROW, keys: one per line, digests
     [N, DIGEST_BYTES]; quarantine: (key, reason) of samples left out, without a key if the shard itself is damaged;
     lost_bytes: damaged bytes; others: numbers of members that no sample uses, by suffix; first_names: names of the
-    first members; part_sources: the distinct sources of precomputed parts, by kind.
+    first members; part_sources: the distinct sources of precomputed parts, by kind; account: None if the samples were
+    not counted.
     """
 
     samples: NDArray[np.void]
@@ -58,6 +60,7 @@ class ShardIndex:
     others: dict[str, int] = field(default_factory=dict)
     first_names: list[str] = field(default_factory=list)
     part_sources: dict[str, list[Any]] = field(default_factory=dict)
+    account: Account | None = None
 
     @classmethod
     def of(
@@ -68,6 +71,7 @@ class ShardIndex:
         quarantine: list[tuple[str | None, str]],
         lost_bytes: int = 0,
         part_sources: dict[str, list[Any]] | None = None,
+        account: Account | None = None,
     ) -> ShardIndex:
         """The part of `samples` of a tar; `facts` are the columns of their rows that the tar does not give."""
         rows, parts = np.zeros(len(samples), SAMPLE_ROW), np.zeros(len(samples), PART_ROW)
@@ -86,7 +90,17 @@ class ShardIndex:
                 part[f"{kind}_offset"], part[f"{kind}_size"] = member.offset, member.size
         stacked = np.frombuffer(b"".join(digests), np.uint8).reshape(len(samples), DIGEST_BYTES)
         images = np.array(places, IMAGE_ROW)
-        return cls(rows, images, parts, bytes(keys), stacked, quarantine, lost_bytes, part_sources=part_sources or {})
+        return cls(
+            rows,
+            images,
+            parts,
+            bytes(keys),
+            stacked,
+            quarantine,
+            lost_bytes,
+            part_sources=part_sources or {},
+            account=account,
+        )
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes the part, with `about`, the values it depends on."""
@@ -94,6 +108,7 @@ class ShardIndex:
         facts |= {"others": sum(self.others.values()), "others_by_suffix": self.others, "first_names": self.first_names}
         facts |= {"num_samples": len(self.samples), "num_images": len(self.images), "key_bytes": len(self.keys)}
         facts["part_sources"] = self.part_sources
+        facts["account"] = None if self.account is None else self.account.as_json()
         with replacing(path) as stream:
             np.savez(
                 stream,
@@ -138,6 +153,7 @@ class ShardIndex:
             facts["others_by_suffix"],
             facts["first_names"],
             checked.mapping(facts["part_sources"], "part_sources"),
+            None if facts.get("account") is None else Account.from_json(facts["account"]),
         )
 
 
@@ -153,6 +169,8 @@ def part_facts(path: Path) -> dict[str, Any] | None:
         names = facts.setdefault("first_names", [])
         if not all(type(count) is int for count in others.values()) or not all(isinstance(name, str) for name in names):
             return None
+        if facts.get("account") is not None:
+            Account.from_json(facts["account"])
         return facts if isinstance(facts["quarantine"], list) and "about" in facts else None
     except Exception:  # as in ShardIndex.load; a damaged part is made again
         return None
@@ -179,10 +197,13 @@ class IndexedShard:
     tag: str | None = None
 
 
-def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSource | None) -> None:
+def write_index(
+    folder: Path, shards: Sequence[IndexedShard], source: LengthSource | None, account: Account | None = None
+) -> None:
     """Writes the index of `shards`, in this order, into `folder`; one part is in memory at a time.
 
-    An old index is replaced at the end, file by file, index.json last. Raises ShardError if there is no sample.
+    `account` is that of the data set, None if its samples were not counted. An old index is replaced at the end, file
+    by file, index.json last. Raises ShardError if there is no sample.
     """
     totals, entries = np.zeros(3, np.int64), []
     precomputed: dict[str, Any] = {}
@@ -241,6 +262,7 @@ def write_index(folder: Path, shards: Sequence[IndexedShard], source: LengthSour
             "lengths": None if source is None else asdict(source),
             "pictures_left_out": left_out,
             "precomputed": {kind: {**about, "of": pictured} for kind, about in precomputed.items()},
+            "account": None if account is None else account.as_json(),
             "shards": entries,
         }
         index.write(json.dumps(facts, indent=1).encode())

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ross_mcore import checked
-from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, identify, is_remote, list_shards
 from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import RemoteError, ShardError, TooManyBad
+from ross_mcore.shards.account import MAX_BAD_FRACTION, SKIPPED_LIST, Account, allowing
 from ross_mcore.shards.grouping import WHAT_IS_READ
 from ross_mcore.shards.index_parts import (
     PARTS,
@@ -78,21 +78,17 @@ class Shard:
 
 @dataclass
 class Indexing:
-    """The outcome: counts of samples, images, shards, shards read again, damaged bytes.
+    """The outcome: the account of the shards, counts of samples, shards, shards read again.
 
-    `bad`: samples left out, plus damaged bytes divided by the mean size of a sample, without those `over_bounds`.
+    `bad`: samples left out, plus damaged bytes divided by the mean size of a sample, without those over the bounds.
     `others`: members that no sample uses, by suffix. `first_names`: names of the first members.
     """
 
+    account: Account = field(default_factory=Account)
     samples: int = 0
-    images: int = 0
     shards: int = 0
     reread: int = 0
-    lost_bytes: int = 0
-    quarantined: int = 0
-    over_bounds: int = 0
     bad: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
     others: Counter[str] = field(default_factory=Counter)
     first_names: list[str] = field(default_factory=list)
 
@@ -212,7 +208,7 @@ def index_shards(
     out: Path,
     settings: Settings,
     *,
-    max_bad_fraction: float = 0.001,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     num_workers: int = 0,
     progress: Callable[[int, int], None] = lambda done_bytes, all_bytes: None,
 ) -> Indexing:
@@ -238,7 +234,7 @@ def index_shards(
         IndexedShard(shard.name, shard.size, partial(ShardIndex.load, path), shard.tag)
         for shard, path in zip(shards, paths, strict=True)
     ]
-    done = _summary(entries, settings.spec.bounds)
+    done = _summary(entries)
     done.reread = len(tasks)
     for old in set(filter(Path.is_file, parts.glob("*.npz"))) - set(paths):
         old.unlink()
@@ -250,10 +246,19 @@ def index_shards(
             raise ShardError(_nothing_usable(out, done))
         raise TooManyBad(
             f"{done.bad} of {done.samples + done.bad} samples are bad, over --max-bad-fraction {max_bad_fraction}, so "
-            f"no index was written; see {out / 'quarantine.jsonl'}: {_reasons(done)}"
+            f"no index was written; see {out / 'quarantine.jsonl'}: {done.account.reasons()}. Mend them, or allow them "
+            f"with --max-bad-fraction {allowing(done.bad_fraction)}"
         )
-    write_index(out, entries, source)
+    for folder in _whole_folders(shards):
+        done.account.leave_out_listed(folder / SKIPPED_LIST)
+    write_index(out, entries, source, done.account)
     return done
+
+
+def _whole_folders(shards: Sequence[Shard]) -> list[Path]:
+    """The local folders of which all tars are among `shards`."""
+    local = {Path(shard.location) for shard in shards if not is_remote(shard.location)}
+    return sorted(folder for folder in {path.parent for path in local} if local.issuperset(folder.glob("*.tar")))
 
 
 def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dict[str, Any]:
@@ -271,44 +276,33 @@ def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dic
 
 
 def _is_current(path: Path, about: dict[str, Any]) -> bool:
-    """Whether a part was made with these values; verified pictures are always current."""
+    """Whether a part was made with these values, and counted; verified pictures are always current."""
     found = part_facts(path)
-    return found is not None and found["about"] in (about, {**about, "verified": True})
+    return found is not None and bool(found.get("account")) and found["about"] in (about, {**about, "verified": True})
 
 
-def _summary(entries: Sequence[IndexedShard], bounds: SampleBounds) -> Indexing:
+def _summary(entries: Sequence[IndexedShard]) -> Indexing:
     done = Indexing(shards=len(entries))
-    held_bytes = 0
+    account, held_bytes = done.account, 0
     for entry in entries:
         part = entry.part()
+        assert part.account is not None, "a part without an account is made again"
+        account.merge(part.account)
         done.samples += len(part.samples)
-        done.images += len(part.images)
         done.others.update(part.others)
         done.first_names += part.first_names if len(done.first_names) < 3 else []
-        done.lost_bytes += part.lost_bytes
-        done.quarantined += sum(key is not None for key, _ in part.quarantine)
-        done.reasons.update(reason.partition(":")[0] for key, reason in part.quarantine if key is not None)
-        damage = [reason.partition(": ")[2] for key, reason in part.quarantine if key is None]
-        if damage:
-            done.reasons[f"a shard is no tar: {damage[0]}" if damage[0] else "a shard is empty or partly damaged"] += 1
         held_bytes += entry.bytes - part.lost_bytes
-    mean_bytes = held_bytes / max(1, done.samples + done.quarantined)
-    done.over_bounds = sum(done.reasons[reason] for reason in bounds.reasons)
-    done.bad = done.quarantined - done.over_bounds + round(done.lost_bytes / max(1.0, mean_bytes))
+    done.bad = account.bad.total + round(account.lost_bytes / max(1.0, held_bytes / max(1, account.records)))
     return done
 
 
 def _nothing_usable(out: Path, done: Indexing) -> str:
     """What is in the shards, and what would be read."""
-    found = [f"{count} x {reason}" for reason, count in done.reasons.most_common(3)]
+    found = [reasons] if (reasons := done.account.reasons()) else []
     found += [done.unused_members] if done.others else []
     found += [f"the first members are {', '.join(done.first_names[:3])}"] if done.first_names else []
     read = f"; {WHAT_IS_READ}" if done.first_names else ""
     return f"no usable sample, so no index was written to {out}; see quarantine.jsonl there: {'; '.join(found)}{read}"
-
-
-def _reasons(done: Indexing) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in done.reasons.most_common(5))
 
 
 Task = tuple[Shard, Path, dict[str, Any]]

@@ -28,6 +28,7 @@ from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.errors import ConversationError, ImageError, ShardError
+from ross_mcore.shards.account import Account
 from ross_mcore.shards.index_parts import replacing
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def inspect(reader: ShardReader, seq_length: int | None = None, image_tokens: in
     """The figures of a data set, as JSON types. Packing needs `seq_length`, `image_tokens` and measured lengths.
 
     `text` is in tokens if the index has them, else in words. `label_share`: labels / text tokens; `without_labels`:
-    number of samples without any label.
+    number of samples without any label; `account`: that of make_shards or index_shards, None in an old index.
     """
     rows = reader.samples
     images, labels = rows["num_images"].astype(np.int64), rows["label_tokens"].astype(np.int64)
@@ -100,6 +101,7 @@ def inspect(reader: ShardReader, seq_length: int | None = None, image_tokens: in
         "label_share": float(labels.sum() / max(1, text.sum())) if measured else None,
         "without_labels": int((labels == 0).sum()) if measured else None,
         "bad": bad_samples(reader.folder),
+        "account": None if (account := Account.of(reader)) is None else account.as_json(),
         "packing": None,
     }
     if measured and seq_length is not None and image_tokens is not None:

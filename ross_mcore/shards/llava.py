@@ -8,35 +8,38 @@ from __future__ import annotations
 import io
 import json
 import stat
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from ross_mcore import checked
 from ross_mcore.data.conversation import SampleBounds
-from ross_mcore.data.image import decode_image
+from ross_mcore.data.image import decode_image, one_colour
 from ross_mcore.data.records import normalise, picture_names
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
-from ross_mcore.errors import ConversationError, ImageError, RecordsError, SampleError
+from ross_mcore.errors import (
+    ConversationError,
+    ImageError,
+    NothingLeft,
+    OverBounds,
+    RecordsError,
+    SampleError,
+    TooManyBad,
+)
+from ross_mcore.shards.account import MAX_BAD_FRACTION, SKIPPED_LIST, Account, Notes, allowing, kind
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 
 REMEDY = "copy it again, or write it again as a JSON list of records, or as .jsonl with one record a line"
+MOST_CHARACTERS_LISTED = 1000
+"""A longer id or image, as of a picture in base64, is shown in part in skipped.jsonl."""
+MOST_LINES_SEARCHED = 1000
+"""Lines of skipped.jsonl in which examples are looked for."""
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 """Formats that are stored as they are, and their suffixes; every other one is stored as PNG, with the same pixels."""
-
-
-@dataclass
-class Conversion:
-    """The outcome. `ignored`: samples stored although they have no label under the template."""
-
-    samples: int = 0
-    images: int = 0
-    ignored: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def read_records(path: Path) -> tuple[int, Iterator[Any]]:
@@ -83,33 +86,35 @@ def convert_records(
     measure: Measure,
     *,
     follow_links: bool = False,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     num_workers: int = 1,
     progress: Callable[[], None] = lambda: None,
-) -> Conversion:
+) -> Account:
     """Writes every usable record, in order; lists the others with reasons in skipped.jsonl beside the shards.
 
     A sample's key is the number of its record in the file, because ids may be repeated. `num_workers` threads read and
-    decode every picture once. A record that `measure` refuses is skipped. Raises RecordsError when no record is usable.
+    decode every picture once. Raises RecordsError when no record is usable, TooManyBad when more than
+    `max_bad_fraction` are bad; the list is then OUT.skipped.jsonl, beside the folder that is not written.
     """
-    done, bounds = Conversion(), measure.spec.bounds
-    waiting: deque[tuple[int, Any, Future[tuple[dict[str, Any], list[tuple[str, bytes]]]]]] = deque()
+    bounds = measure.spec.bounds
+    waiting: deque[tuple[int, Any, Future[Found]]] = deque()
 
     def finish_one(skipped: TextIO) -> None:
         number, source, read = waiting.popleft()
         progress()
+        key = f"{number:09d}"
         try:
-            record, images = read.result()
+            record, images, colours = read.result()
             facts = measure(record, len(images))
-            done.ignored += facts["label_tokens"] == 0
-            key = f"{number:09d}"
-            writer.write(key, _encode({"id": key, **record}), images, **facts)
-            done.samples += 1
-            done.images += len(images)
+            notes = Notes(measure.why_without_labels(record, facts), colours)
+            writer.write(key, _encode({"id": key, **record}), images, notes=notes, **facts)
         except SampleError as error:
-            done.skipped[str(error).partition(":")[0]] += 1
+            is_bad = not isinstance(error, OverBounds)
+            writer.left_out.leave_out(key, str(error), is_bad)
             about = source if isinstance(source, dict) else {}
-            line = {"record": number, "id": about.get("id"), "image": about.get("image"), "reason": str(error)}
-            skipped.write(json.dumps(line) + "\n")
+            named = {name: _short(about.get(name)) for name in ("id", "image")}
+            outcome = {"reason": str(error), "outcome": "bad" if is_bad else "skipped"}
+            skipped.write(json.dumps({"record": number, **named, **outcome}) + "\n")
 
     with (
         (writer.folder / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
@@ -121,10 +126,44 @@ def convert_records(
                 finish_one(skipped)
         while waiting:
             finish_one(skipped)
-    if not done.samples:
-        reasons = ", ".join(f"{number} x {reason}" for reason, number in done.skipped.most_common(3))
-        raise RecordsError(f"no usable sample, so nothing was written: {reasons or 'no record'}; mend it")
-    return done
+    _require_few_bad(writer, max_bad_fraction)
+    return writer.account
+
+
+def _require_few_bad(writer: ShardWriter, limit: float) -> None:
+    """Raises RecordsError or TooManyBad, and keeps the list of the records left out as OUT.skipped.jsonl."""
+    account, kept = writer.account, writer.out.with_name(f"{writer.out.name}.{SKIPPED_LIST}")
+    if account.samples and account.bad_fraction <= limit:
+        kept.unlink(missing_ok=True)
+        return
+    if not account.records:
+        raise RecordsError("no usable sample, so nothing was written: no record; mend it")
+    (writer.folder / SKIPPED_LIST).replace(kept)
+    examples: dict[str, str] = {}
+    for text in islice(checked.read_lines(kept), MOST_LINES_SEARCHED):
+        line = json.loads(text or b"{}")
+        example = f"record {line['record']}, image {checked.shown(line['image'])}: {line['reason']}"
+        examples.setdefault(kind(line["reason"]), example)
+    reasons = "; ".join(
+        f"{count} x {reason} (first: {examples[reason]})" if reason in examples else f"{count} x {reason}"
+        for reason, count in account.refused.most_common(3)
+    )
+    mend = f"All are listed in {kept}. Mend the records, give the right --image-folder"
+    if not account.samples:
+        raise RecordsError(f"no usable sample, so nothing was written: {reasons}. {mend}")
+    bad = account.bad.total
+    raise TooManyBad(
+        f"{bad} of {bad + account.samples} records are bad, over --max-bad-fraction {limit}, so nothing was written: "
+        f"{reasons}. {mend}, or allow them with --max-bad-fraction {allowing(account.bad_fraction)}"
+    )
+
+
+def _short(value: Any) -> Any:
+    """A value of a record for a list: as it is, or shown in part if it is long."""
+    try:
+        return value if len(json.dumps(value)) <= MOST_CHARACTERS_LISTED else checked.shown(value)
+    except (TypeError, ValueError, RecursionError):  # embedded bytes
+        return checked.shown(value)
 
 
 def _encode(record: dict[str, Any]) -> bytes:
@@ -137,21 +176,26 @@ def _encode(record: dict[str, Any]) -> bytes:
     return encoded
 
 
-def _read(
-    record: Any, folder: Path, follow_links: bool, bounds: SampleBounds
-) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
-    """(record in LLaVA's form, (suffix, bytes) of its pictures). Raises SampleError."""
+Found = tuple[dict[str, Any], list[tuple[str, bytes]], list[str | None]]
+"""A record in LLaVA's form, (suffix, bytes) of its pictures, the colour of each picture that has only one."""
+
+
+def _read(record: Any, folder: Path, follow_links: bool, bounds: SampleBounds) -> Found:
+    """Raises SampleError, OverBounds for a record with too many pictures."""
     try:
         record = normalise(record)
         names = picture_names(record)
         bounds.require(len(names))
+    except NothingLeft as error:
+        raise OverBounds(str(error)) from None
     except ConversationError as error:
         raise SampleError(str(error)) from None
-    return record, [_read_picture(folder, name, follow_links) for name in names]
+    pictures = [_read_picture(folder, name, follow_links) for name in names]
+    return record, [(suffix, data) for suffix, data, _ in pictures], [colour for *_, colour in pictures]
 
 
-def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, bytes]:
-    """(suffix, bytes) of a picture inside `folder`: the original bytes, or a PNG of it in a format not stored."""
+def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, bytes, str | None]:
+    """(suffix, bytes, its only colour) of a picture inside `folder`: a PNG of it if its format is not stored."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise SampleError("image is not a path")
     relative = Path(name)
@@ -173,7 +217,7 @@ def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, byt
     except ImageError as error:
         raise SampleError(f"the image is {error}") from None
     if source in SUFFIXES:
-        return SUFFIXES[source], data
+        return SUFFIXES[source], data, one_colour(picture)
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
-    return "png", encoded.getvalue()
+    return "png", encoded.getvalue(), one_colour(picture)

@@ -17,7 +17,7 @@ from ross_mcore.data.conversation import (
     count_words,
     require_pictures,
 )
-from ross_mcore.data.image import decode_image
+from ross_mcore.data.image import decode_image, one_colour
 from ross_mcore.data.lengths import length_source
 from ross_mcore.data.records import has_turns, normalise, picture_names
 from ross_mcore.data.shard_reader import (
@@ -30,8 +30,9 @@ from ross_mcore.data.shard_reader import (
     as_record,
 )
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.templates import tokenize_conversation
-from ross_mcore.errors import ConversationError, ImageError, SampleError
+from ross_mcore.data.templates import tokenize_conversation, why_without_labels
+from ross_mcore.errors import ConversationError, ImageError, NothingLeft, OverBounds, SampleError
+from ross_mcore.shards.account import Account, Notes
 from ross_mcore.shards.grouping import TarSample, group_members, reportable, require_usable, unread_members
 from ross_mcore.shards.index_parts import ShardIndex, content_digest
 from ross_mcore.shards.tars import BLOCK, Damage, Member, walk_tar, what_it_is
@@ -60,7 +61,10 @@ class Measure:
         return None if self.tokenizer is None else length_source(self.tokenizer, self.spec)
 
     def __call__(self, record: Any, num_images: int) -> dict[str, int]:
-        """The columns of a SAMPLE_ROW that depend on the text. Raises SampleError for an unusable record."""
+        """The columns of a SAMPLE_ROW that depend on the text.
+
+        Raises SampleError for an unusable record, OverBounds for one over the bounds.
+        """
         try:
             turns = normalise(record, num_images)["conversations"]
             self.spec.bounds.require(num_images)
@@ -79,10 +83,20 @@ class Measure:
                     "label_tokens": row.label_tokens,
                     "image_spans": row.image_spans,
                 }
+        except NothingLeft as error:
+            raise OverBounds(str(error)) from None
         except ConversationError as error:
             raise SampleError(str(error)) from None
         unknown = {"text_tokens": UNKNOWN_LENGTH, "label_tokens": UNKNOWN_LENGTH}
         return {**unknown, "text_words": count_words(turns), **measured}
+
+    def why_without_labels(self, record: dict[str, Any], columns: dict[str, int]) -> str:
+        """Why a record has no label; "" if it has one, or if labels are not counted."""
+        if self.tokenizer is None or columns["label_tokens"]:
+            return ""
+        num_images = columns["image_spans"]
+        turns = normalise(record, num_images)["conversations"]
+        return why_without_labels(turns, num_images, self.tokenizer, self.spec.measured) or ""
 
 
 def index_tar(
@@ -110,12 +124,15 @@ def index_tar(
         quarantine.append((None, "the shard is empty" if total == 0 else "the shard has no members"))
     elif not members and (known := what_it_is(os.pread(descriptor, BLOCK, 0))) is not None:
         quarantine[0] = None, f"{quarantine[0][1]}: {known}"
+    account = Account.of_shard([reason for _, reason in quarantine], sum(d.end - d.start for d in damages))
     for sample in samples:
         try:
-            columns, digest, sources = _row(descriptor, sample, measure, verify_images)
+            columns, digest, sources, notes = _row(descriptor, sample, measure, verify_images)
         except (ValueError, RecursionError) as error:  # SampleError, ShardError, or of a parser
             quarantine.append((reportable(sample.key), str(error)))
+            account.leave_out(reportable(sample.key), str(error), is_bad=not isinstance(error, OverBounds))
         else:
+            account.keep(reportable(sample.key), columns, notes)
             usable.append(sample)
             facts.append(columns)
             digests.append(digest)
@@ -124,16 +141,15 @@ def index_tar(
                 if made_with not in part_sources.setdefault(kind, []):
                     part_sources[kind].append(made_with)
         progress(sum(member.size for member in sample.members.values()))
-    lost_bytes = sum(d.end - d.start for d in damages)
-    part = ShardIndex.of(usable, facts, digests, quarantine, lost_bytes, part_sources)
+    part = ShardIndex.of(usable, facts, digests, quarantine, account.lost_bytes, part_sources, account)
     first_names = [reportable(member.name)[:MAX_NAME_SHOWN] for member in members[:NAMES_KEPT]]
     return replace(part, others=dict(others.most_common(SUFFIXES_KEPT)), first_names=first_names)
 
 
 def _row(
     descriptor: int, sample: TarSample, measure: Measure, verify_images: bool
-) -> tuple[dict[str, int], bytes, dict[str, Any]]:
-    """(columns, digest, sources of precomputed parts) of a sample of a tar, whose `pictures` are chosen.
+) -> tuple[dict[str, int], bytes, dict[str, Any], Notes]:
+    """(columns, digest, sources of precomputed parts, notes) of a sample of a tar, whose `pictures` are chosen.
 
     If the pictures were left out, their number and sizes are those in the parts. Raises ValueError when the sample
     cannot be trained on.
@@ -154,23 +170,28 @@ def _row(
         try:
             if held not in (None, sizes):
                 raise SampleError(f"its {' and '.join(sources)} were made of other pictures")
-            columns = {**_measured(text, kind, found, len(sizes), measure), "kind": kind, "num_images": len(sizes)}
+            measured, without_labels = _measured(text, kind, found, len(sizes), measure)
         except SampleError as problem:
             first_problem = first_problem or problem
         else:
             break
     else:
+        if isinstance(first_problem, OverBounds):
+            raise first_problem
         without = "" if pictures or "picture" not in str(first_problem) else f"; its members: {sample.member_names()}"
         raise SampleError(f"{first_problem}{without}")
     sample.pictures = pictures
+    colours: list[str | None] = []
     for picture in pictures:
         require_usable(picture)
         try:
             if verify_images:
-                decode_image(os.pread(descriptor, picture.size, picture.offset))
+                decoded = decode_image(os.pread(descriptor, picture.size, picture.offset))
+                colours.append(one_colour(decoded.picture))
         except ImageError as error:
             raise SampleError(f"a picture is {error}") from None
-    return columns, content_digest(sample.key, text, sizes), sources
+    columns = {**measured, "kind": kind, "num_images": len(sizes)}
+    return columns, content_digest(sample.key, text, sizes), sources, Notes(without_labels, colours)
 
 
 def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:
@@ -217,8 +238,11 @@ def _picture_names(found: Any) -> list[str]:
         return []
 
 
-def _measured(text: bytes, kind: int, found: Any, num_images: int, measure: Measure) -> dict[str, int]:
-    """The columns of a sample with this number of pictures. Raises SampleError when it cannot be trained on."""
+def _measured(text: bytes, kind: int, found: Any, num_images: int, measure: Measure) -> tuple[dict[str, int], str]:
+    """(columns, why it has no labels) of a sample with this number of pictures.
+
+    Raises SampleError when it cannot be trained on.
+    """
     if num_images > MAX_IMAGES:
         raise SampleError(f"it has over {MAX_IMAGES} pictures")
     if kind == CAPTION and not num_images:
@@ -226,7 +250,8 @@ def _measured(text: bytes, kind: int, found: Any, num_images: int, measure: Meas
     record = found if kind == RECORD else json.loads(as_record(text, kind, num_images))
     if kind == CAPTION and not record["conversations"][1]["value"]:
         raise SampleError("the caption is empty")
-    return measure(record, num_images)
+    columns = measure(record, num_images)
+    return columns, measure.why_without_labels(record, columns)
 
 
 def _read(descriptor: int, member: Member) -> bytes:

@@ -34,6 +34,7 @@ from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parts import precomputed_part
+from ross_mcore.shards.account import Account
 from ross_mcore.shards.grouping import picture_members, read_samples, reportable
 from ross_mcore.shards.index_parts import (
     PARTS,
@@ -315,7 +316,9 @@ class Precomputation:
             if size is None:
                 raise ShardError(f"{self._tar(shard)} was not finished; run the same command again")
             shards.append(IndexedShard(self._tar(shard).name, size, partial(ShardIndex.load, self._index(shard))))
-        write_index(self.out, shards, self.reader.length_source)
+        is_whole = not any(shard.part().quarantine for shard in shards)
+        account = Account.of(self.reader) if is_whole else None  # why others have no labels is not known here
+        write_index(self.out, shards, self.reader.length_source, account)
 
 
 def _suffix(data: bytes) -> str:

@@ -19,6 +19,7 @@ from ross_mcore.data.shard_reader import (
     LengthSource,
 )
 from ross_mcore.errors import ShardError
+from ross_mcore.shards.account import NO_NOTES, Account, Notes
 from ross_mcore.shards.grouping import picture_members, read_samples
 from ross_mcore.shards.index_parts import IndexedShard, ShardIndex, content_digest, share, write_index
 
@@ -26,7 +27,8 @@ from ross_mcore.shards.index_parts import IndexedShard, ShardIndex, content_dige
 class ShardWriter:
     """Writes a data set folder under a temporary name beside `out`, which is renamed when complete.
 
-    A context manager: an exception inside it removes all files. Raises ShardError when `out` exists and is not empty,
+    A context manager: an exception inside it removes all files. `left_out` counts the records that are not written, for
+    the account in the index. Raises ShardError when `out` exists and is not empty,
     unless `overwrite` and `out` is a data set.
     """
 
@@ -52,6 +54,8 @@ class ShardWriter:
         self._shards: list[IndexedShard] = []
         self._shard_bytes = 0
         self._pending: list[tuple[str, dict[str, int], bytes]] = []
+        self._written = Account()
+        self.left_out = Account()
         self._tar: Any = None
         self._stream: BinaryIO | None = None
 
@@ -70,6 +74,7 @@ class ShardWriter:
         text_tokens: int = UNKNOWN_LENGTH,
         label_tokens: int = UNKNOWN_LENGTH,
         image_spans: int | None = None,
+        notes: Notes = NO_NOTES,
     ) -> None:
         """Appends a sample; `record` is a JSON object in UTF-8, `images` are (suffix, encoded bytes), see SAMPLE_ROW.
 
@@ -101,6 +106,12 @@ class ShardWriter:
         }
         digest = content_digest(key, record, [len(data) for _, data in images])
         self._pending.append((key, {"kind": RECORD, **facts}, digest))
+        self._written.keep(key, facts, notes)
+
+    @property
+    def account(self) -> Account:
+        """The account of all records so far, written or left out."""
+        return Account.total([self._written, self.left_out])
 
     def _shard_path(self) -> Path:
         return self.folder / f"shard-{len(self._shards):05d}.tar"
@@ -131,7 +142,7 @@ class ShardWriter:
             self._finish_shard()
         if not self._shards:
             raise ShardError(f"no usable sample: {self.out} was not written")
-        write_index(self.folder, self._shards, self._length_source)
+        write_index(self.folder, self._shards, self._length_source, self.account)
         share(self.folder, 0o777)
         if self.out.exists() and any(self.out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".old", dir=self.out.parent))

@@ -229,7 +229,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, encoded: A
     source = LengthSource(fingerprint_tokenizer(tokenizer), "qwen_2")
     with ShardWriter(root / "shards", max_samples=7, length_source=source) as writer:
         done = convert_records(records, root, writer, Measure(tokenizer, SampleSpec("qwen_2")))
-    assert (done.samples, done.images) == (20, 40) and not done.skipped
+    assert (done.samples, done.pictures, done.records) == (20, 40, 20)
     return root / "shards"
 
 
@@ -345,9 +345,9 @@ def test_records_over_the_bounds_are_not_stored(tmp_path: Path, tokenizer: Any, 
     ]
     spec = SampleSpec("qwen_2", max_images_per_sample=3, max_tokens_per_sample=100)
     with ShardWriter(tmp_path / "out") as writer:
-        done = convert_records(records, tmp_path, writer, Measure(tokenizer, spec))
+        done = convert_records(records, tmp_path, writer, Measure(tokenizer, spec), max_bad_fraction=1)
     reasons = {"it has over 3 pictures": 1, "its text is over 100 tokens": 1, "3 <image> in the text, 2 pictures": 1}
-    assert done.samples == 1 and done.skipped == reasons
+    assert done.samples == 1 and done.skipped.counts + done.bad.counts == reasons
     reader = ShardReader(tmp_path / "out")
     assert reader.samples["image_spans"].tolist() == [3] and reader.samples["num_images"].tolist() == [3]
     assert json.loads(reader.record_bytes(0))["image"] == ["a.png"] * 3

@@ -138,11 +138,19 @@ def test_bad_samples_are_counted_by_reason(shards: Path, tmp_path: Path, tool: C
     lines = [{"shard": "s", "key": "k", "reason": reason} for reason in ("broken: a", "broken: b", "[/x] \x1b[31m")]
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert inspect(ShardReader(folder))["bad"] == {"broken": 2, "[/x] \x1b[31m": 1}
+    without_account(folder)
     assert tool("--data-path", folder) == 0
     said = capsys.readouterr().out
-    assert "3 left out" in said and "1 x [/x] ?[31m" in said
+    assert "not counted: index the shards again" in said and "3 left out" in said and "1 x [/x] ?[31m" in said
     (folder / "quarantine.jsonl").write_text("[]\n")
     assert tool("--data-path", folder) == 2 and "quarantine.jsonl" in capsys.readouterr().err
+
+
+def without_account(folder: Path) -> None:
+    """Makes the index one of an older version."""
+    index = json.loads((folder / "index.json").read_text())
+    del index["account"]
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ TEXT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., int]:
-    """make(*flags) -> exit code of the tool on tmp_path/data.json, in this process."""
+    """make(*flags) -> exit code of the tool on tmp_path/data.json, in this process; bad records are allowed."""
     (tmp_path / "images").mkdir()
 
     def run(*flags: str, data: str = "data.json") -> int:
-        named = ["--data", tmp_path / data, "--image-folder", tmp_path / "images", "--out", tmp_path / "out", *flags]
+        named = ["--data", tmp_path / data, "--image-folder", tmp_path / "images", "--out", tmp_path / "out"]
+        named += ["--max-bad-fraction", 1, *flags]
         try:
             return make_shards.main([*map(str, named)])
         except SystemExit as stop:
@@ -98,7 +99,8 @@ def test_every_record_is_stored_or_listed(
     assert reader.image_bytes(stored[0], 0) == whole
     assert reader.image_bytes(stored[1], 0).startswith(b"\x89PNG") and reader.image_bytes(stored[2], 0)[1:4] == b"PNG"
     said = capsys.readouterr().out
-    assert "7 samples, 8 pictures, of 26 records" in said and "skipped 2: the image is undecodable" in said
+    assert "7 samples, 8 pictures, of 26 records" in said and "2 x the image is undecodable (0000000" in said
+    assert "1 x it has over 64 pictures (000000018)" in said and str(tmp_path / "out/skipped.jsonl") in said
 
 
 def test_links_may_be_followed(make: Callable[..., int], tmp_path: Path, encoded: Any) -> None:
@@ -138,7 +140,7 @@ def test_samples_without_labels_are_counted(
     write(tmp_path, [{"conversations": TEXT}, {"conversations": unanswered}])
     assert make("--tokenizer", str(golden_data / "tok_qwen2"), "--template", "qwen_2") == 0
     assert ShardReader(tmp_path / "out").samples["label_tokens"].tolist()[1] == 0
-    assert "1 samples without labels" in capsys.readouterr().out
+    assert "without labels  1 samples (50.00%)" in capsys.readouterr().out
 
 
 def test_counts_follow_the_text_around_pictures(
@@ -192,7 +194,8 @@ def test_errors_are_one_paragraph_and_leave_nothing(
     assert make(*flags) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
+    listed = ["out.skipped.jsonl"] if " x " in message else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images", *listed]
 
 
 def test_a_full_folder_is_not_overwritten(

@@ -56,6 +56,7 @@ def test_parts_are_those_of_the_pictures(shards: ShardReader, parts: PicturePart
     new = ShardReader(tmp_path / "new")
     stored = PrecomputedParts(new)
     assert stored.sources == parts.sources
+    assert new.index["account"] == shards.index["account"] and new.index["account"]["pictures"] == 5
     assert new.fingerprint == shards.fingerprint and new.samples.tobytes() != shards.samples.tobytes()
     for number in range(5):
         assert new.record_bytes(number) == shards.record_bytes(number)
@@ -109,7 +110,7 @@ def test_indexed_again_without_pictures(shards: ShardReader, parts: PictureParts
     before = ShardReader(out)
     rows, places, index = before.parts.tobytes(), before.samples["num_images"].tolist(), before.index
     done = index_shards(find_shards([str(out)], out), out, Settings())
-    assert (done.samples, done.images, done.others.total(), done.bad) == (5, 5, 0, 0)
+    assert (done.samples, done.account.pictures, done.others.total(), done.bad) == (5, 5, 0, 0)
     after = ShardReader(out)
     assert after.parts.tobytes() == rows and after.samples["num_images"].tolist() == places
     assert after.precomputed == index["precomputed"] and after.fingerprint == shards.fingerprint
@@ -125,7 +126,7 @@ def test_a_bad_picture_is_left_out(parts: PictureParts, tmp_path: Path) -> None:
     done = Precomputation(ShardReader(tmp_path / "shards"), tmp_path / "new", parts).run()
     assert [key for key, _ in done.bad] == ["bad"] and "undecodable" in done.bad[0][1]
     new = ShardReader(tmp_path / "new")
-    assert new.keys([0]) == ["good"] and len(new) == 1 and new.quarantined == 1
+    assert new.keys([0]) == ["good"] and len(new) == 1 and new.quarantined == 1 and new.index["account"] is None
     assert json.loads((tmp_path / "new" / "quarantine.jsonl").read_text())["key"] == "bad"
 
 

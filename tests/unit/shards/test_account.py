@@ -1,0 +1,178 @@
+"""The account of a data set: its sums are exact, it survives JSON and merging, and the three tools print the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ross_mcore.commands import index_shards, inspect_shards, make_shards
+from ross_mcore.data.shard_reader import UNKNOWN_LENGTH
+from ross_mcore.shards.account import MOST_KEYS, MOST_REASONS, OTHER_REASONS, Account, Findings, Notes, kind
+from tests.unit.shards.tars import JPEG, TEXT, TURNS, sample, tar
+
+REASONS = st.sampled_from(["a", "b: detail", "c\x1b[31m", *(f"reason {number}" for number in range(3))])
+KEPT = st.tuples(
+    st.integers(0, 3), st.integers(0, 3), st.integers(UNKNOWN_LENGTH, 2), REASONS, st.lists(st.none() | REASONS)
+)
+EVENTS = st.lists(KEPT | st.tuples(REASONS, st.booleans()), max_size=30)
+
+
+def counted(events: list[Any], first: int = 0) -> Account:
+    account = Account(lost_bytes=len(events))
+    for number, event in enumerate(events, start=first):
+        if len(event) == 2:
+            account.leave_out(str(number), *event)
+        else:
+            pictures, shown, labels, why, colours = event
+            columns = {"num_images": pictures, "image_spans": min(shown, pictures), "label_tokens": labels}
+            account.keep(str(number), columns, Notes(why, colours))
+    return account
+
+
+@given(EVENTS, EVENTS)
+def test_every_record_is_counted_once_and_shards_add_up(first: list[Any], second: list[Any]) -> None:
+    account = counted(first + second)
+    assert account.records == len(first + second) == account.trained + account.skipped.total + account.bad.total
+    assert account.samples == sum(len(event) == 5 for event in first + second)
+    assert Account.total([counted(first), counted(second, len(first))]) == account
+    assert Account.from_json(json.loads(json.dumps(account.as_json()))) == account
+    said = "\n".join(f"{name} {text}" for name, text, _ in account.lines())
+    assert f"trained on {account.trained:,}" in said and "\x1b" not in said
+
+
+def test_a_sample_without_label_trains_on_its_picture_or_is_skipped() -> None:
+    account = counted(
+        [(1, 1, 0, "why", [None]), (0, 0, 0, "why", []), (1, 0, 0, "why", ["black"]), (1, 1, 5, "", [None])]
+    )
+    assert (account.trained, account.skipped.total, account.without_labels.counts["why"]) == (2, 2, 3)
+    assert account.pictures_alone == 1 and account.never_shown == 1 and account.text_only == 1
+    assert account.one_colour.first == {"black": ["2"]} and account.decoded == 3
+
+
+def test_findings_are_bounded() -> None:
+    found = Findings()
+    for number in range(10 * MOST_REASONS):
+        found.add(kind(f"reason {number % (2 * MOST_REASONS)}" * 100), [str(number)] * 9)
+    assert found.total == 10 * MOST_REASONS and len(found.counts) == MOST_REASONS + 1
+    assert found.counts[OTHER_REASONS] == 5 * MOST_REASONS
+    assert all(len(keys) == MOST_KEYS for keys in found.first.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"records": 7}, "7 records, which are not the 1 trained on, 0 skipped and 1 bad"),
+        ({"pictures": -1}, "pictures is -1"),
+        ({"bad": [1]}, "bad is \\[1\\]"),
+        ({"bad": {"a": {"count": 1, "first": [3]}}}, "in place of the first keys"),
+        ({"bad": {"a": {"count": 0, "first": []}}}, "count is 0"),
+        ({"one_colour": None}, "one_colour is None"),
+    ],
+)
+def test_a_damaged_account_is_refused(change: dict[str, Any], message: str) -> None:
+    good = counted([("a", True), (1, 1, 1, "", [])]).as_json()
+    with pytest.raises(ValueError, match=message):
+        Account.from_json(good | change)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, golden_data: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """tools(command, *flags) -> (status, stdout), with qwen_2's labels."""
+
+    def run(command: Any, *flags: Any) -> tuple[int, str]:
+        if command is not inspect_shards:
+            flags = (*flags, "--tokenizer", golden_data / "tok_qwen2", "--template", "qwen_2", "--num-workers", 1)
+        capsys.readouterr()
+        status = command.main([*map(str, flags)])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def messy(folder: Path) -> list[Any]:
+    """Records of all kinds; pictures in `folder`/images."""
+    (folder / "images").mkdir()
+    (folder / "images" / "a.jpg").write_bytes(JPEG)
+    silent = [TURNS[0], {"from": "gpt", "value": ""}]
+    return [
+        *[{"image": "a.jpg", "conversations": TURNS} for _ in range(4)],
+        {"image": ["a.jpg", "a.jpg"], "conversations": TURNS},
+        {"conversations": TEXT},
+        {"conversations": [TEXT[0], silent[1]]},
+        {"image": "a.jpg", "conversations": silent},
+        {"image": "missing.jpg", "conversations": TURNS},
+        {"image": "a.jpg"},
+        None,
+        {"image": ["a.jpg"] * 65, "conversations": TURNS},
+    ]
+
+
+def account_in(output: str) -> str:
+    """The printed account."""
+    lines = output.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("records  "))
+    last = next(number for number, line in enumerate(lines) if line.startswith("one colour"))
+    return "\n".join(lines[first : last + 1])
+
+
+def test_the_three_tools_print_the_same_account(tools: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(messy(tmp_path)))
+    out = tmp_path / "out"
+    flags = ["--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--out", out, "--shard-size", 3]
+    status, said = tools(make_shards, *flags, "--max-bad-fraction", 0.5)
+    assert status == 0 and "8 samples, 7 pictures, of 12 records" in said
+    printed = account_in(said)
+    for part in (
+        "records         12\n",
+        "trained on      7 ",
+        "skipped         2 ",
+        "bad             3 ",
+        "several: 1",
+    ):
+        assert part in printed
+    assert "without labels  2 samples, 1 of them train on their pictures alone (25.00%)" in printed
+    assert account_in(tools(inspect_shards, "--data-path", out)[1]) == printed
+    for place in ([], ["--out", tmp_path / "elsewhere"]):
+        status, said = tools(index_shards, "--data-path", out, *place)
+        assert status == 0 and account_in(said) == printed
+        folder = place[-1] if place else out
+        assert account_in(tools(inspect_shards, "--data-path", folder)[1]) == printed
+    found = json.loads(tools(inspect_shards, "--data-path", out, "--json")[1])["account"]
+    assert found == json.loads(tools(index_shards, "--data-path", out, "--json")[1])["account"]
+    assert (found["records"], found["trained"], found["bad"]["the image cannot be read"]["count"]) == (12, 7, 1)
+
+
+def test_a_shard_that_changes_is_counted_again(tools: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.tar").write_bytes(tar(sample(f"k{number}"), sample(f"bad{number}", b"{")))
+
+    def indexed() -> Account:
+        status, said = tools(index_shards, "--data-path", tmp_path, "--max-bad-fraction", 1, "--json")
+        assert status == 0
+        return Account.from_json(json.loads(said)["account"])
+
+    before = indexed()
+    assert (before.records, before.bad.total) == (6, 3)
+    (tmp_path / "1.tar").write_bytes(tar(sample("k1"), sample("k1b"), sample("k1c")))
+    after = indexed()
+    assert (after.records, after.trained, after.bad.total) == (7, 5, 2)
+    assert list(after.bad.first.values()) == [["bad0", "bad2"]]
+
+
+def test_the_list_of_a_refusal_is_kept_until_it_works(tools: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(messy(tmp_path)))
+    flags = ["--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--out", tmp_path / "out"]
+    assert tools(make_shards, *flags)[0] == 2
+    kept = tmp_path / "out.skipped.jsonl"
+    listed = [json.loads(line) for line in kept.read_text().splitlines()]
+    bad = [(number, "bad") for number in (8, 9, 10)]
+    assert [(line["record"], line["outcome"]) for line in listed] == [*bad, (11, "skipped")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images", "out.skipped.jsonl"]
+    assert tools(make_shards, *flags, "--max-bad-fraction", 0.3)[0] == 0 and not kept.exists()
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 4

@@ -271,6 +271,7 @@ class AdapterFile:
     Raises CheckpointError when the file is not a plain dictionary of tensors.
     """
 
+    read_from = ""
     unread: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:

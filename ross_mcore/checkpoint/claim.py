@@ -18,10 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 from ross_mcore import checked
-from ross_mcore.checkpoint.folder import is_iteration
+from ross_mcore.checkpoint.folder import LOCK, is_iteration
 from ross_mcore.errors import CheckpointError
 
-LOCK = ".lock"
 WAIT_SECONDS = 10.0
 """How long to wait for a process that is ending, for example after it was killed."""
 _OPENED = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -20,6 +20,7 @@ branch left a checkpoint at 100.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ross_mcore.architecture import ModelConfig, read_model_config
-from ross_mcore.checked import reason
+from ross_mcore.checked import printable, real_path, reason
 from ross_mcore.checkpoint.manifest import (
     MARKER,
     FileRecord,
@@ -44,6 +45,7 @@ from ross_mcore.checkpoint.manifest import (
 )
 from ross_mcore.errors import CheckpointError
 
+LOCK = ".lock"
 POINTER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer"
@@ -165,6 +167,45 @@ def nothing_at(path: Path, problems: list[str]) -> CheckpointError:
     none = "it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"
     reasons = "; ".join([*problems, REMEDY]) if problems else none
     return CheckpointError(f"{path} holds no complete checkpoint: {reasons}")
+
+
+def require_room(root: Path, overwrite: bool = False) -> bool:
+    """Raises CheckpointError unless a converted model may be written into `root`: an empty folder, or one to replace.
+
+    overwrite: allows a folder of this trainer's checkpoints. Returns whether a run is there, which `set_aside` moves; a
+    converted model is replaced in place.
+    """
+    if is_iteration(root):
+        raise CheckpointError(f"{root} is one checkpoint; give --save a folder of its own")
+    try:
+        names = sorted(path.name for path in root.iterdir()) if root.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read: {error.strerror}; give another --save") from None
+    names = [name for name in names if name != LOCK and not _LEFT_OVER.fullmatch(name)]
+    if not names:
+        return False
+    found, problems = scan(root)
+    runs = [checkpoint for checkpoint in found if checkpoint.iteration or checkpoint.train_state()]
+    if not found and not problems:
+        raise CheckpointError(f"{root} is not empty (it has {printable(names[0])}); give --save a folder of its own")
+    is_run = bool(runs) or set(names) - {POINTER, "iter_0000000"} != set()
+    kind = f"a training run ({runs[0].path.name})" if runs else "checkpoints" if is_run else "a converted model"
+    if not overwrite:
+        then = "moves the run to a folder beside it" if is_run else "replaces it"
+        raise CheckpointError(f"{root} holds {kind}; give another --save folder, or add --overwrite, which {then}")
+    return is_run
+
+
+def set_aside(root: Path) -> Path:
+    """Renames a run's folder to `<root>.replaced`, with a number if that exists. Raises CheckpointError."""
+    root = real_path(root)
+    names = (root.with_name(f"{root.name}.replaced{f'-{n}' if n else ''}") for n in itertools.count())
+    aside = next(path for path in names if not path.exists())
+    try:
+        root.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{root} holds a run and cannot be moved: {error}; give another --save folder") from None
+    return aside
 
 
 def begin(root: Path, iteration: int) -> Path:

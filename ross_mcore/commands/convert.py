@@ -84,6 +84,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     result = parser.add_argument_group("output").add_argument
     result("--save", type=Path, required=True, metavar="DIR", help="folder to write the checkpoint into")
     result("--dtype", choices=("float32", "bfloat16", "keep"), default="float32", help=DTYPE_HELP)
+    overwrite_help = "replace a converted model in SAVE; a training run there is moved to a folder beside it"
+    result("--overwrite", action="store_true", help=overwrite_help)
     options = parser.parse_args(arguments)
 
     if (options.ross_model is None) == (options.language_model is None):
@@ -150,7 +152,7 @@ def convert_parts(options: argparse.Namespace, dtype: torch.dtype | None) -> Che
     processor = vision / "preprocessor_config.json"
     assets = Assets(options.tokenizer or language, processor, language / huggingface.GENERATION_CONFIG)
     with progress_bar(model) as advance:
-        return assemble(options.save, model, sources, fresh, assets, dtype, advance)
+        return assemble(options.save, model, sources, fresh, assets, dtype, advance, options.overwrite)
 
 
 def convert_ross(options: argparse.Namespace, dtype: torch.dtype | None) -> Checkpoint:
@@ -160,7 +162,9 @@ def convert_ross(options: argparse.Namespace, dtype: torch.dtype | None) -> Chec
 
     ross = open_ross(options.ross_model, vision_model=options.vision_model, pixel_decoder=options.pixel_decoder)
     with progress_bar(ross.model_config()) as advance:
-        return import_ross(options.save, ross, options.tokenizer, dtype=dtype, advance=advance)
+        return import_ross(
+            options.save, ross, options.tokenizer, dtype=dtype, advance=advance, overwrite=options.overwrite
+        )
 
 
 @contextmanager

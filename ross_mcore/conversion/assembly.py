@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ross_mcore.architecture import ModelConfig
+from ross_mcore.checked import real_path
 from ross_mcore.checkpoint import folder
+from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.conversion.huggingface import (
     GENERATION_CONFIG,
@@ -72,14 +73,18 @@ def assemble(
     assets: Assets,
     dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
+    overwrite: bool = False,
 ) -> Checkpoint:
     """Writes iteration 0 of `root` from the sources, the new tensors of `fresh` and the assets.
 
     dtype: of all parts except those that are always converted in float32; None keeps the dtype of each tensor, in those
-    parts too. advance: called with the number of parameters after each tensor. Holds one tensor at a time and builds no
-    model.
-    Raises ConversionError naming folder and tensor, or CheckpointError; then nothing is left in `root`.
+    parts too. advance: called with the number of parameters after each tensor. overwrite: replaces a converted model in
+    `root`, and moves a run to a folder beside it. Holds one tensor at a time and builds no model.
+    Raises ConversionError naming folder and tensor, or CheckpointError; then `root` is as it was.
     """
+    is_run = folder.require_room(root, overwrite)
+    if is_run and (inside := [path for path in (*(s.path for s in sources), assets.tokenizer) if _is_in(path, root)]):
+        raise ConversionError(f"{inside[0]} is in {root}, which would be moved; give another --save folder")
     _require_buildable(model)
     shapes = inventory(model)
     plans = []
@@ -95,13 +100,43 @@ def assemble(
             raise ConversionError(
                 f"{source.path}: {error}; give weights and a configuration{configs} that belong together"
             ) from None
-    written, existed = Shapes(), root.exists()
+    with Claim(root):  # refuses a folder that a run saves to
+        former = [checkpoint.path for checkpoint in folder.checkpoints(root)]
+        moved = folder.set_aside(root) if is_run else None
+    try:
+        with Claim(root):
+            streams = [*(convert_in(steps, tensors, model.language) for steps, tensors in plans), fresh]
+            checkpoint = _write(root, model, streams, assets, dtype, advance)
+    except BaseException:
+        if moved is not None:
+            moved.rename(root)
+        raise
+    if moved is not None:
+        _logger.warning("%s held a training run, which is now %s", root, moved)
+    elif former:
+        _logger.warning("the converted model in %s was replaced", root)
+    return checkpoint
+
+
+def _is_in(path: Path, root: Path) -> bool:
+    return real_path(path).is_relative_to(real_path(root))
+
+
+def _write(
+    root: Path,
+    model: ModelConfig,
+    streams: Sequence[Iterable[tuple[str, Tensor]]],
+    assets: Assets,
+    dtype: torch.dtype | None,
+    advance: Callable[[int], None],
+) -> Checkpoint:
+    """Writes all tensors of `streams` and the assets; after an error nothing is left of them."""
+    written = Shapes()
     partial = folder.begin(root, 0)
     try:
         assets.copy(partial)
         with TensorWriter(partial) as writer:
-            streams = [convert_in(steps, tensors, model.language) for steps, tensors in plans]
-            for stream in (*streams, fresh):
+            for stream in streams:
                 for name, tensor in stream:
                     if dtype is not None:
                         tensor = tensor.to(torch.float32 if part_of(name).converted_in_float32 else dtype)
@@ -109,14 +144,11 @@ def assemble(
                     written[name] = tuple(tensor.shape)
                     advance(tensor.numel())
                     del tensor  # before the next one is made
-            for difference in differences(shapes, written):
+            for difference in differences(inventory(model), written):
                 raise ConversionError(difference.in_words("the architecture"))
         return folder.publish(root, 0, model, records=writer.records)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):
-                root.rmdir()
         raise
 
 
@@ -136,12 +168,13 @@ def import_ross(
     base: Path | None = None,
     dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
+    overwrite: bool = False,
 ) -> Checkpoint:
     """Writes iteration 0 of `root` from a full checkpoint of the reference implementation, with all its tensors.
 
     source: its folder (`base`: see `open_ross`), or the RossFolder of `open_ross`. tokenizer: a folder, where the
-    checkpoint has none. dtype, advance: see `assemble`. Raises ArchitectureError, ConversionError or CheckpointError;
-    then nothing is left in `root`.
+    checkpoint has none. dtype, advance, overwrite: see `assemble`. Raises ArchitectureError, ConversionError or
+    CheckpointError; then `root` is as it was.
     """
     ross = source if isinstance(source, RossFolder) else open_ross(source, base)
     model = ross.model_config()
@@ -159,4 +192,4 @@ def import_ross(
     source_of_all = Source(ross.path, PARTS, ross_table(model), tuple(path / "config.json" for path in described))
     processor = ross.vision_model / "preprocessor_config.json"
     assets = Assets(tokenizer or ross.path, processor, ross.path / GENERATION_CONFIG)
-    return assemble(root, model, [source_of_all], (), assets, dtype, advance)
+    return assemble(root, model, [source_of_all], (), assets, dtype, advance, overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -274,3 +275,41 @@ def test_model_config_survives(
     found = folder.require_checkpoint(tmp_path / "base").model_config()
     assert found.language == model_config.language and found.vision.image_tokens == model_config.vision.image_tokens
     assert found.pixel_decoder == model_config.pixel_decoder
+
+
+def test_a_failed_conversion_leaves_the_run_it_would_have_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source_folders: dict[str, Path],
+    tmp_path: Path,
+    model_config: ModelConfig,
+) -> None:
+    root = tmp_path / "run"
+    folder.begin(root, 7)
+    folder.publish(root, 7, model_config, {"iteration": 7})
+    (root / "metrics.jsonl").write_text("{}\n")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    harm_quantised(source_folders)  # found when the tensor is read
+    assert run(monkeypatch, source_folders, root, "--overwrite") == 2
+    assert "torch.int8" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != folder.LOCK}
+    assert after == before and [path.name for path in tmp_path.iterdir() if "run" in path.name] == ["run"]
+    inside = {**source_folders, "language": Path(shutil.copytree(source_folders["language"], root / "language"))}
+    assert run(monkeypatch, inside, root, "--overwrite") == 2
+    assert "which would be moved" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    assert run(monkeypatch, source_folders, tmp_path / "base") == 0
+    iteration = tmp_path / "base" / "iter_0000000"
+    assert run(monkeypatch, source_folders, iteration, "--overwrite") == 2
+    assert "is one checkpoint" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert run(monkeypatch, source_folders, tmp_path / "other", "--overwrite") == 2
+    assert "is not empty (it has notes.txt)" in capsys.readouterr().err

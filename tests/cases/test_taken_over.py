@@ -1,0 +1,124 @@
+"""Nothing is taken over: a folder in use is refused, and what a run starts from is said."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from ross_mcore.checkpoint import folder
+from tests.cases.case import TOKENIZER, Case, Place
+from tests.recorded import GOLDEN
+
+ROSS = GOLDEN / "model_qwen2_siglip" / "hf_checkpoint"
+
+
+def conversion(save: Path, *more: object) -> Sequence[object]:
+    return ["--ross-model", ROSS, "--tokenizer", TOKENIZER, "--save", save, *more]
+
+
+def converted(place: Place, name: str = "there") -> Path:
+    return shutil.copytree(place.base, place.folder / name)
+
+
+def trained(place: Place, name: str = "there", iteration: int = 3) -> Path:
+    """A run with one checkpoint, which began from the converted model."""
+    base, root = folder.require_checkpoint(place.base), place.folder / name
+    shutil.copytree(base.path, folder.begin(root, iteration), dirs_exist_ok=True)
+    (folder.partial_folder(root, iteration) / folder.MARKER).unlink()
+    folder.publish(root, iteration, base.model_config(), {"iteration": iteration, "training_stage": "finetune"})
+    return root
+
+
+def newest(root: Path) -> tuple[int, bool]:
+    """The iteration of the newest checkpoint, and whether it is a run's."""
+    checkpoint = folder.require_checkpoint(root)
+    return checkpoint.iteration, bool(checkpoint.train_state())
+
+
+def still(iteration: int, is_run: bool) -> Callable[[Place], None]:
+    def holds(place: Place) -> None:
+        assert newest(place.folder / "there") == (iteration, is_run)
+
+    return holds
+
+
+def replaced_by_a_base(place: Place) -> None:
+    assert newest(place.folder / "there") == (0, False)
+    assert newest(place.folder / "there.replaced") == (3, True)
+
+
+def export_of(place: Place) -> Path:
+    return shutil.copytree(ROSS, place.folder / "there")
+
+
+def half_written(place: Place) -> Path:
+    """The folder that a killed conversion leaves."""
+    (folder.begin(place.folder / "there", 0) / "__0_0.distcp").write_bytes(b"half")
+    return place.folder / "there"
+
+
+CASES = [
+    Case(
+        "converting into a run",
+        "convert",
+        lambda place: conversion(trained(place)),
+        2,
+        ["holds a training run (iter_0000003)", "another --save", "--overwrite"],
+        holds=still(3, True),
+    ),
+    Case(
+        "converting into a run with --overwrite",
+        "convert",
+        lambda place: conversion(trained(place), "--overwrite"),
+        0,
+        ["held a training run, which is now", "there.replaced", "wrote"],
+        holds=replaced_by_a_base,
+    ),
+    Case(
+        "converting twice",
+        "convert",
+        lambda place: conversion(converted(place)),
+        2,
+        ["holds a converted model", "--overwrite, which replaces it"],
+        holds=still(0, False),
+    ),
+    Case(
+        "converting twice with --overwrite",
+        "convert",
+        lambda place: conversion(converted(place), "--overwrite"),
+        0,
+        ["was replaced", "wrote"],
+        holds=still(0, False),
+    ),
+    Case(
+        "converting into an exported model",
+        "convert",
+        lambda place: conversion(export_of(place), "--overwrite"),
+        2,
+        ["is not empty (it has config.json)"],
+    ),
+    Case(
+        "converting again after a kill",
+        "convert",
+        lambda place: conversion(half_written(place)),
+        0,
+        ["which a dead process did not finish", "wrote"],
+        holds=still(0, False),
+    ),
+    Case(
+        "exporting into a run",
+        "export",
+        lambda place: ["--load", place.base, "--save", trained(place)],
+        2,
+        ["there exists already"],
+        holds=still(3, True),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Case, place: Place) -> None:
+    case.run(place)

@@ -42,6 +42,8 @@ setup(
         "remote": ["fsspec[http,s3,gs]"],
         # Pictures in HEIC, as phones save them.
         "heif": ["pillow-heif>=1.0"],
-        "dev": ["pillow-heif", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        # Records in parquet files, and data sets of Hugging Face's datasets.
+        "parquet": ["pyarrow"],
+        "dev": ["pillow-heif", "pyarrow", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -1,4 +1,4 @@
-"""Converts a LLaVA-format JSON and its image folder to WebDataset tar shards with an index for training.
+"""Converts records and their pictures to WebDataset tar shards with an index for training; see docs/data.md.
 
 python tools/make_shards.py --data train.json --image-folder images --out shards --tokenizer Qwen2-7B --template qwen_2
 
@@ -30,8 +30,9 @@ SCRIPT = "make_shards.py"
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__)
-    parser.add_argument("--data", type=Path, required=True, help="list of records, .json or .jsonl")
-    parser.add_argument("--image-folder", type=Path, required=True, help="folder of the records' image paths")
+    parser.add_argument("--data", type=Path, required=True, help="records: .json, .jsonl, .parquet, or a folder")
+    parser.add_argument("--split", metavar="NAME", help="part of a folder that has several: train, test, ...")
+    parser.add_argument("--image-folder", type=Path, help="folder of the records' image paths, if they have any")
     parser.add_argument("--out", type=Path, required=True, help="new folder for shards, index and skipped.jsonl")
     parser.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="limit of samples per shard")
     parser.add_argument("--max-shard-bytes", type=int, default=1 << 30, metavar="BYTES", help="limit of a shard's size")
@@ -43,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     check_sample_options(parser, options)
     if min(options.shard_size, options.max_shard_bytes, options.num_workers) < 1:
         parser.error("--shard-size, --max-shard-bytes and --num-workers must be at least 1")
-    if not options.image_folder.is_dir():
+    if options.image_folder is not None and not options.image_folder.is_dir():
         parser.error(f"--image-folder {options.image_folder} is not a folder")
     return options
 
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
     from ross_mcore.data.tokenizer import load_tokenizer
     from ross_mcore.errors import RecordsError, TooManyBad, UserError
-    from ross_mcore.shards.llava import convert_records, read_records
+    from ross_mcore.shards.files import read_records
+    from ross_mcore.shards.llava import convert_records
     from ross_mcore.shards.measure import Measure
     from ross_mcore.shards.writer import ShardWriter
 
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         if options.template is not None:
             tokenizer = load_tokenizer(options.tokenizer)
         measure = Measure(tokenizer, spec)
-        count, records = read_records(options.data)
+        count, records = read_records(options.data, options.split)
         columns = TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         writer = ShardWriter(
             options.out,

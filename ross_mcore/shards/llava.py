@@ -1,15 +1,11 @@
-"""Converts LLaVA-format JSON and its image folder to shards.
-
-A record is {"id"?, "image"?: path or paths relative to the image folder, "conversations": [{"from", "value"}, ...]}.
-"""
+"""Converts records of the forms in data/records.py, and their pictures, to shards of LLaVA records."""
 
 from __future__ import annotations
 
 import io
 import json
-import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,7 +15,7 @@ from ross_mcore import checked
 from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.image import decode_image, one_colour
 from ross_mcore.data.records import normalise, picture_names
-from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
+from ross_mcore.data.shard_reader import MAX_RECORD_BYTES
 from ross_mcore.errors import (
     ConversationError,
     ImageError,
@@ -31,9 +27,9 @@ from ross_mcore.errors import (
 )
 from ross_mcore.shards.account import MAX_BAD_FRACTION, SKIPPED_LIST, Account, Notes, allowing, kind
 from ross_mcore.shards.measure import Measure
+from ross_mcore.shards.pictures import PictureFolder, stored_names
 from ross_mcore.shards.writer import ShardWriter
 
-REMEDY = "copy it again, or write it again as a JSON list of records, or as .jsonl with one record a line"
 MOST_CHARACTERS_LISTED = 1000
 """A longer id or image, as of a picture in base64, is shown in part in skipped.jsonl."""
 MOST_LINES_SEARCHED = 1000
@@ -42,46 +38,9 @@ SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 """Formats that are stored as they are, and their suffixes; every other one is stored as PNG, with the same pixels."""
 
 
-def read_records(path: Path) -> tuple[int, Iterator[Any]]:
-    """(number of records, the records) of a .json list, or of a .jsonl file, read line by line.
-
-    A damaged line of .jsonl is one bad record, None. Raises RecordsError naming the file.
-    """
-    try:
-        if path.suffix == ".jsonl":
-            return sum(line is None or bool(line.strip()) for line in checked.read_lines(path)), _read_lines(path)
-        _require_list(path)
-        records = json.loads(path.read_bytes())
-    except RecursionError:
-        raise RecordsError(f"{path} cannot be read: it is nested too deeply; {REMEDY}") from None
-    except (OSError, ValueError) as error:
-        raise RecordsError(f"{path} cannot be read: {checked.reason(error)}; {REMEDY}") from None
-    if not isinstance(records, list):
-        raise RecordsError(f"{path} holds {checked.shown(records)}; expected a list of records")
-    return len(records), iter(records)
-
-
-def _require_list(path: Path) -> None:
-    """Raises ValueError for a file that does not end with `]`, so that a truncated file is not read."""
-    checked.require_regular(path)
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 4096))
-        if not stream.read().rstrip().endswith(b"]"):
-            raise ValueError("expected a list of records, and it does not end with ]")
-
-
-def _read_lines(path: Path) -> Iterator[Any]:
-    for line in checked.read_lines(path):
-        if line is None or line.strip():
-            try:
-                yield json.loads(line or b"")
-            except (ValueError, RecursionError):
-                yield None
-
-
 def convert_records(
     records: Iterable[Any],
-    image_folder: Path,
+    image_folder: Path | None,
     writer: ShardWriter,
     measure: Measure,
     *,
@@ -96,7 +55,7 @@ def convert_records(
     decode every picture once. Raises RecordsError when no record is usable, TooManyBad when more than
     `max_bad_fraction` are bad; the list is then OUT.skipped.jsonl, beside the folder that is not written.
     """
-    bounds = measure.spec.bounds
+    bounds, folder = measure.spec.bounds, PictureFolder(image_folder, follow_links)
     waiting: deque[tuple[int, Any, Future[Found]]] = deque()
 
     def finish_one(skipped: TextIO) -> None:
@@ -121,7 +80,7 @@ def convert_records(
         ThreadPoolExecutor(num_workers) as pool,
     ):
         for number, record in enumerate(records):
-            waiting.append((number, record, pool.submit(_read, record, image_folder, follow_links, bounds)))
+            waiting.append((number, record, pool.submit(_read, record, folder, bounds)))
             if len(waiting) > 4 * num_workers:
                 finish_one(skipped)
         while waiting:
@@ -167,8 +126,12 @@ def _short(value: Any) -> Any:
 
 
 def _encode(record: dict[str, Any]) -> bytes:
+    """A record as JSON; what JSON does not have (dates of a table) as text. Raises SampleError."""
+    for key, value in record.items():
+        if isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes):
+            raise SampleError(f"a picture under another key: {key} has bytes; name the column image or images")
     try:
-        encoded = json.dumps(record, ensure_ascii=False).encode("utf-8")
+        encoded = json.dumps(record, ensure_ascii=False, default=str).encode("utf-8")
     except (ValueError, RecursionError):
         raise SampleError("the record is not valid Unicode") from None
     if len(encoded) > MAX_RECORD_BYTES:
@@ -180,8 +143,10 @@ Found = tuple[dict[str, Any], list[tuple[str, bytes]], list[str | None]]
 """A record in LLaVA's form, (suffix, bytes) of its pictures, the colour of each picture that has only one."""
 
 
-def _read(record: Any, folder: Path, follow_links: bool, bounds: SampleBounds) -> Found:
+def _read(record: Any, folder: PictureFolder, bounds: SampleBounds) -> Found:
     """Raises SampleError, OverBounds for a record with too many pictures."""
+    if isinstance(record, SampleError):
+        raise record
     try:
         record = normalise(record)
         names = picture_names(record)
@@ -190,30 +155,16 @@ def _read(record: Any, folder: Path, follow_links: bool, bounds: SampleBounds) -
         raise OverBounds(str(error)) from None
     except ConversationError as error:
         raise SampleError(str(error)) from None
-    pictures = [_read_picture(folder, name, follow_links) for name in names]
+    pictures = [_as_stored(folder.read(name)) for name in names]
+    stored = stored_names(names, [suffix for suffix, *_ in pictures])
+    record = record if stored == names else {**record, "image": stored}
     return record, [(suffix, data) for suffix, data, _ in pictures], [colour for *_, colour in pictures]
 
 
-def _read_picture(folder: Path, name: Any, follow_links: bool) -> tuple[str, bytes, str | None]:
-    """(suffix, bytes, its only colour) of a picture inside `folder`: a PNG of it if its format is not stored."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise SampleError("image is not a path")
-    relative = Path(name)
-    path = folder / relative
+def _as_stored(data: bytes) -> tuple[str, bytes, str | None]:
+    """(suffix, bytes, its only colour) of a picture: a PNG of it if its format is not stored."""
     try:
-        if relative.is_absolute() or ".." in relative.parts:
-            raise SampleError("the image path leaves the image folder")
-        if not follow_links and not checked.real_path(path).is_relative_to(checked.real_path(folder)):
-            raise SampleError("the image path leaves the image folder by a link; --follow-links allows it")
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise SampleError("the image is not a regular file")
-        if status.st_size > MAX_IMAGE_BYTES:
-            raise SampleError(f"the image file is over {MAX_IMAGE_BYTES} bytes")
-        data = path.read_bytes()
         picture, source, _ = decode_image(data)
-    except (OSError, RuntimeError) as error:
-        raise SampleError(f"the image cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ImageError as error:
         raise SampleError(f"the image is {error}") from None
     if source in SUFFIXES:

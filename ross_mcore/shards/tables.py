@@ -1,0 +1,67 @@
+"""Records in tables: parquet, and the arrow files of Hugging Face's datasets, read with pyarrow a few rows at a time.
+
+pyarrow is optional (pip install 'ross_mcore[parquet]'). Pictures embedded in a column are {"bytes", "path"}, which
+data/records.py reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ross_mcore import checked
+from ross_mcore.errors import RecordsError
+
+ROWS_AT_ONCE = 16
+"""Rows that are held as Python objects: each may hold a picture of MAX_IMAGE_BYTES."""
+
+
+def open_parquet(path: Path) -> tuple[int, Callable[[], Iterable[Any]]]:
+    """(number of rows, opens them as records). Raises RecordsError, OSError."""
+    with _errors(path):
+        import pyarrow.parquet
+
+        count = pyarrow.parquet.read_metadata(path).num_rows
+
+    def read() -> Iterator[Any]:
+        with _errors(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+
+    return count, read
+
+
+def open_arrow(path: Path) -> tuple[int, Callable[[], Iterable[Any]]]:
+    """As open_parquet, of a file in arrow's stream or file format."""
+
+    def batches() -> Iterator[Any]:
+        import pyarrow
+
+        with _errors(path), pyarrow.memory_map(str(path)) as source:
+            if path.open("rb").read(6) == b"ARROW1":
+                file = pyarrow.ipc.open_file(source)
+                yield from map(file.get_batch, range(file.num_record_batches))
+            else:
+                yield from pyarrow.ipc.open_stream(source)
+
+    def read() -> Iterator[Any]:
+        for batch in batches():
+            for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+
+    with _errors(path):
+        return sum(batch.num_rows for batch in batches()), read
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise RecordsError(f"{path} needs pyarrow: pip install 'ross_mcore[parquet]'") from None
+    except RecordsError:
+        raise
+    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+        raise RecordsError(f"{path} cannot be read: {checked.reason(error)}; copy it again") from None

@@ -32,7 +32,7 @@ from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_i
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TEMPLATES, TRAINING_TEMPLATES, tokenize_prompt
-from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.data.tokenizer import load_tokenizer, require_ids, require_vocabulary
 from ross_mcore.errors import CheckpointError, ConfigError, ConversationError, ImageError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.models.language import Execution
@@ -105,6 +105,7 @@ def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: 
     checkpoint = require_checkpoint(Path(run))
     config = architecture_of(checkpoint, inventory)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
+    require_vocabulary(tokenizer, config.language.vocab_size, str(checkpoint.tokenizer))
     platform.initialize_process_group(timeout_minutes=10)
     layout = make_layout(config, Placement(), world_size=1)
     here = groups.initialize(layout, seed, timeout_minutes=10)
@@ -285,6 +286,7 @@ def _row(
     position: int,
 ) -> Sample:
     ids = tokenize_prompt(conversations, len(pictures), trained.tokenizer, spec)
+    require_ids(ids, trained.config.language.vocab_size, trained.tokenizer)
     tokens, labels, starts = expand_images(ids, [-100] * len(ids), trained.config.vision.image_tokens)
     require_pictures(len(starts), len(pictures))
     pixels: list[Tensor | None] = list(pictures[: len(starts)])

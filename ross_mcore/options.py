@@ -199,6 +199,9 @@ class DataOptions:
     precomputed: bool = True
     """Read the output of `ross precompute` where the shards have it, and do not build the VAE and the frozen vision
     tower. --no-precomputed computes both from the pictures."""
+    allow_missing_labels: bool = False
+    """Train even when fewer than half of the samples of a data set have labels: the others train on their pictures
+    alone."""
     num_workers: int = 2
     """Worker processes per rank that read, decode and tokenize; 0: the training process does it."""
 

@@ -54,7 +54,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ross_mcore.data.tokenizer import load_tokenizer
     from ross_mcore.errors import RecordsError, TooManyBad, UserError
     from ross_mcore.shards.files import read_records
     from ross_mcore.shards.llava import convert_records
@@ -64,10 +63,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     console = Console(stderr=True)
     try:
         spec = sample_spec(options)
-        tokenizer = None
+        measure = Measure(spec=spec)
         if options.template is not None:
-            tokenizer = load_tokenizer(options.tokenizer)
-        measure = Measure(tokenizer, spec)
+            measure = Measure.with_tokenizer(options.tokenizer, spec)
         count, records = read_records(options.data, options.split)
         columns = TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         writer = ShardWriter(

@@ -27,7 +27,8 @@ from ross_mcore.conversion.huggingface import (
 from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.stream import TensorWriter
 from ross_mcore.conversion.table import AnyEntry, convert_in, plan
-from ross_mcore.errors import ConversionError
+from ross_mcore.data.tokenizer import load_tokenizer, require_vocabulary
+from ross_mcore.errors import ConversionError, TokenizerError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
@@ -80,7 +81,7 @@ def assemble(
     dtype: of all parts except those that are always converted in float32; None keeps the dtype of each tensor, in those
     parts too. advance: called with the number of parameters after each tensor. overwrite: replaces a converted model in
     `root`, and moves a run to a folder beside it. Holds one tensor at a time and builds no model.
-    Raises ConversionError naming folder and tensor, or CheckpointError; then `root` is as it was.
+    Raises ConversionError naming folder and tensor, TokenizerError or CheckpointError; then `root` is as it was.
     """
     is_run = folder.require_room(root, overwrite)
     if is_run and (inside := [path for path in (*(s.path for s in sources), assets.tokenizer) if _is_in(path, root)]):
@@ -135,6 +136,7 @@ def _write(
     partial = folder.begin(root, 0)
     try:
         assets.copy(partial)
+        _require_tokenizer(assets.tokenizer, partial / folder.TOKENIZER, model.language.vocab_size)
         with TensorWriter(partial) as writer:
             for stream in streams:
                 for name, tensor in stream:
@@ -161,6 +163,14 @@ def _require_buildable(model: ModelConfig) -> None:
             PixelDecoder(model.pixel_decoder, vision.image_mean, vision.image_std, model.decode_image_size)
 
 
+def _require_tokenizer(source: Path, copied: Path, vocab_size: int) -> None:
+    """Raises TokenizerError, naming the source, unless training can use the copied files with this vocabulary."""
+    try:
+        require_vocabulary(load_tokenizer(copied), vocab_size, str(copied))
+    except TokenizerError as error:
+        raise TokenizerError(str(error).replace(str(copied), str(source))) from None
+
+
 def import_ross(
     root: Path,
     source: Path | RossFolder,
@@ -173,8 +183,8 @@ def import_ross(
     """Writes iteration 0 of `root` from a full checkpoint of the reference implementation, with all its tensors.
 
     source: its folder (`base`: see `open_ross`), or the RossFolder of `open_ross`. tokenizer: a folder, where the
-    checkpoint has none. dtype, advance, overwrite: see `assemble`. Raises ArchitectureError, ConversionError or
-    CheckpointError; then `root` is as it was.
+    checkpoint has none. dtype, advance, overwrite: see `assemble`. Raises ArchitectureError, ConversionError,
+    TokenizerError or CheckpointError; then `root` is as it was.
     """
     ross = source if isinstance(source, RossFolder) else open_ross(source, base)
     model = ross.model_config()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,38 +21,19 @@ from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import cut_row, expand_images, require_pictures
 from ross_mcore.data.image import ImagePreprocessing, decode_image
 from ross_mcore.data.lengths import length_source, stale_lengths
-from ross_mcore.data.order import evenly_spaced
 from ross_mcore.data.precomputed import PrecomputedParts
 from ross_mcore.data.records import normalise
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_conversation
+from ross_mcore.data.tokenizer import require_ids
 from ross_mcore.errors import ConversationError, ImageError, NothingLeft, ShardError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOTHING_TO_LEARN = "no picture and no label: nothing to learn"
-PROBED_SAMPLES = 512
-"""Number of samples that are tokenized to check a template if the index has no lengths."""
-
-
-@dataclass(frozen=True)
-class IgnoredLabels:
-    """How many of `looked_at` samples have no label at all, and the keys of the first few.
-
-    `from_index`: counted over all samples when the shards were indexed; otherwise over a selection, tokenized now.
-    """
-
-    looked_at: int
-    ignored: int
-    keys: list[str]
-    from_index: bool
-
-    @property
-    def share(self) -> float:
-        return self.ignored / self.looked_at
 
 
 class ShardDataset:
@@ -75,7 +55,7 @@ class ShardDataset:
             raise KeyError(f"template {spec.template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
         vision = model_config.vision
         self.reader, self.tokenizer, self.spec = reader, tokenizer, spec
-        self.image_tokens = vision.image_tokens
+        self.image_tokens, self.vocab_size = vision.image_tokens, model_config.language.vocab_size
         self.preprocessing = ImagePreprocessing.for_tower(vision, spec.image_aspect_ratio, image_processor)
         self.stored: PrecomputedParts | None = None
         self._wanted: frozenset[str] = frozenset({"pixels"})
@@ -126,15 +106,19 @@ class ShardDataset:
         have the picture's position.
         """
         rows = self.reader.samples[sample_numbers]
-        text = rows["text_tokens"].astype(np.int64)
-        whole = text + rows["image_spans"].astype(np.int64) * self.image_tokens
-        takes_none = text == UNKNOWN_LENGTH
+        too_many_images, too_many_tokens = self.over_bounds(rows)
+        takes_none = too_many_images | too_many_tokens | (rows["text_tokens"] == UNKNOWN_LENGTH)
+        return np.where(takes_none, 1, np.clip(self.whole_lengths(rows), 1, self.spec.seq_length))
+
+    def whole_lengths(self, rows: NDArray[np.void]) -> NDArray[np.int64]:
+        """Tokens [P] of samples before any cut, images included, from their rows [P] in the index."""
+        return rows["text_tokens"].astype(np.int64) + rows["image_spans"].astype(np.int64) * self.image_tokens
+
+    def over_bounds(self, rows: NDArray[np.void]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Whether samples [P] are over the bounds of pictures and of text tokens, from their rows [P] in the index."""
         bounds = self.spec.bounds
-        if bounds.images is not None:
-            takes_none |= rows["num_images"] > bounds.images
-        if bounds.tokens is not None:
-            takes_none |= text > bounds.tokens
-        return np.where(takes_none, 1, np.clip(whole, 1, self.spec.seq_length))
+        images = rows["num_images"] > (np.inf if bounds.images is None else bounds.images)
+        return images, rows["text_tokens"] > (np.inf if bounds.tokens is None else bounds.tokens)
 
     def require_lengths(self) -> None:
         """Raises ShardError unless the index has the samples' lengths under this tokenizer and template."""
@@ -150,24 +134,6 @@ class ShardDataset:
         """
         words = np.maximum(self.reader.samples["text_words"].astype(np.int64), 1)
         return np.where(self.reader.samples["num_images"] > 0, words, -words)
-
-    def ignored_labels(self) -> IgnoredLabels:
-        """How many samples have no label; many if the template does not fit the tokenizer or the data.
-
-        From the index if its lengths have this tokenizer and template, else from PROBED_SAMPLES samples.
-        """
-        from_index = self.reader.length_source == length_source(self.tokenizer, self.spec)
-        if from_index:
-            looked_at = len(self)
-            ignored = np.flatnonzero(self.reader.samples["label_tokens"] == 0).tolist()
-        else:
-            numbers = evenly_spaced(len(self), PROBED_SAMPLES)
-            looked_at, ignored = len(numbers), [number for number in numbers if self._is_ignored(number)]
-        return IgnoredLabels(looked_at, len(ignored), self.keys(ignored[:5]), from_index)
-
-    def _is_ignored(self, sample_number: int) -> bool:
-        sample = self.get(sample_number, position=0)
-        return sample.problem == NOTHING_TO_LEARN or (sample.problem is None and not sample.label_tokens)
 
     def decode(self, sample: Sample, sample_number: int, ordinals: Iterable[int]) -> list[Bad]:
         bad = []
@@ -208,6 +174,7 @@ class ShardDataset:
         require_pictures(tokenized.image_spans, num_images)
         whole = expand_images(tokenized.input_ids, tokenized.labels, self.image_tokens)
         tokens, labels, starts = cut_row(*whole, self.image_tokens, self.spec.seq_length)
+        require_ids(tokens, self.vocab_size, self.tokenizer)
         pixels: list[Tensor | None] = [None] * len(starts)
         sample = Sample(key, position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
         if not starts and not sample.label_tokens:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ross_mcore import checked
-from ross_mcore.errors import TokenizerError
+from ross_mcore.errors import ConversationError, TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +22,8 @@ if TYPE_CHECKING:
 READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Suffixes of the files that the library may read in a tokenizer's folder."""
 DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json")
+CHECKPOINT_FOLDER = "tokenizer"
+"""The name of a tokenizer's folder in a checkpoint."""
 LLAMA3_END_OF_TEXT = "<|end_of_text|>"
 
 
@@ -106,6 +113,50 @@ def _follow_sentencepiece(tokenizer: PreTrainedTokenizerBase, model_file: Path) 
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         merges += [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
     backend.model = BPE(vocabulary, merges, unk_token=str(tokenizer.unk_token), fuse_unk=True, byte_fallback=True)
+
+
+PADDING = re.compile(r"\W*pad\W*", re.IGNORECASE)
+"""The text of a padding token: `<pad>`, `[PAD]`, `<|pad|>`."""
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> None:
+    """Raises TokenizerError for a token whose id is beyond a model's `vocab_size`; what: names the tokenizer.
+
+    mcore's tensor-parallel embedding gives zeros for such an id, and its cross-entropy a wrong label, without an error.
+    A padding token may be beyond: published tokenizers of Llama 2 have `<pad>` with id 32000 for 32000 embeddings, and
+    training pads rows with another id. Text that contains it is refused sample by sample (`require_ids`).
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    beyond = {token: n for token, n in beyond.items() if token != tokenizer.pad_token and not PADDING.fullmatch(token)}
+    if beyond:
+        token, number = min(beyond.items(), key=lambda item: item[1])
+        count = f"{len(beyond)} tokens are" if len(beyond) > 1 else "one token is"
+        raise TokenizerError(
+            f"the tokenizer {what} does not fit the model's vocabulary of {vocab_size} tokens: {count} beyond it, the "
+            f"first is {checked.shown(token)} with id {number}. Use the tokenizer that the model was published "
+            "with, or enlarge the model to this tokenizer (resize_token_embeddings of transformers) and convert it "
+            "again"
+        )
+
+
+def require_ids(ids: Sequence[int] | NDArray[np.int64], vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConversationError for the first of a text's ids that is beyond a model's `vocab_size` embeddings."""
+    if len(ids) and (largest := int(max(ids) if isinstance(ids, list) else np.max(ids))) >= vocab_size:
+        token = checked.shown(tokenizer.convert_ids_to_tokens(largest))
+        raise ConversationError(f"a token is beyond the vocabulary of {vocab_size}: {token} with id {largest}")
+
+
+def vocabulary_beside(folder: Path) -> int | None:
+    """The vocab_size of the model whose tokenizer is in `folder`, from its config.json; None if none is known.
+
+    A model of Hugging Face has its config.json in the same folder, a checkpoint above its folder `tokenizer`.
+    """
+    place, section = (folder.parent, "language") if folder.name == CHECKPOINT_FOLDER else (folder, "text_config")
+    try:
+        config = checked.mapping(checked.read_json(place / "config.json"), "it")
+        return checked.count(checked.mapping(config.get(section, config), section), "vocab_size")
+    except (OSError, ValueError):
+        return None
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

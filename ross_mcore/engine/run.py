@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class Run:
     """The constants of a run.
 
     claim: the first rank's claim on the folder of --save; start: the checkpoint the run starts from; resume: whether
-    that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch.
+    that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch;
+    warnings: about what the run will learn, for its start.
     """
 
     engine: Engine
@@ -35,6 +37,7 @@ class Run:
     precomputed: Precomputed
     loader: StepLoader
     rows_per_step: int
+    warnings: Sequence[str] = ()
 
     @property
     def config(self) -> Config:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 from ross_mcore import platform
 from ross_mcore.data.replacement import BadSample
-from ross_mcore.data.sample import IgnoredLabels
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.guards.incidents import Incident
@@ -17,20 +16,6 @@ from ross_mcore.parts import DENOISER, PROJECTOR, VAE
 from ross_mcore.reporting.averages import Averages
 from ross_mcore.reporting.metrics import StepMetrics, Validation, duration, loss_text
 from ross_mcore.reporting.reporter import Reporter
-
-IGNORED_SHARE_TO_WARN = 0.01
-
-
-def ignored_warning(found: IgnoredLabels, template: str) -> str | None:
-    """A warning when more than IGNORED_SHARE_TO_WARN of the samples have no label, else None."""
-    if found.share <= IGNORED_SHARE_TO_WARN:
-        return None
-    how = "by the index" if found.from_index else f"of {found.looked_at} tokenized, spread over the data"
-    return (
-        f"warning: {found.share:.1%} of the samples have no label ({found.ignored} {how}), so their text is not "
-        f"trained on; the first are {', '.join(found.keys)}. Usually --template {template} does not fit the tokenizer "
-        "or the data, so that the answers are not found among the tokens"
-    )
 
 
 class Console(Reporter):
@@ -61,9 +46,8 @@ class Console(Reporter):
         several, total = len(dataset.parts) > 1, sum(dataset.counts)
         for name, count, size in dataset.shares if several else ():
             say(f"  {name}: {size} samples, {count / size:.3g} times an epoch, {count / total:.1%} of it")
-        for name, part in zip(dataset.names, dataset.parts):
-            if warning := ignored_warning(part.ignored_labels(), part.spec.template):
-                say(f"{name}: {warning}" if several else warning)
+        for warning in run.warnings:
+            say(warning)
 
     def step(self, metrics: StepMetrics) -> None:
         self._skipped += metrics.skipped_samples

@@ -24,7 +24,6 @@ from ross_mcore import checked
 from ross_mcore.data.remote import DEFAULT_CACHE_BYTES, ShardCache, identify, is_remote, list_shards
 from ross_mcore.data.shard_reader import FORMAT_VERSION, LengthSource
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import RemoteError, ShardError, TooManyBad
 from ross_mcore.shards.account import MAX_BAD_FRACTION, SKIPPED_LIST, Account, allowing
 from ross_mcore.shards.grouping import WHAT_IS_READ
@@ -62,7 +61,7 @@ class Settings:
 
     def measure(self) -> Measure:
         """Raises TokenizerError."""
-        return Measure(None if self.tokenizer is None else load_tokenizer(self.tokenizer), self.spec)
+        return Measure(spec=self.spec) if self.tokenizer is None else Measure.with_tokenizer(self.tokenizer, self.spec)
 
 
 @dataclass(frozen=True)

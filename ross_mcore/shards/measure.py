@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ross_mcore.data.conversation import (
@@ -31,6 +32,7 @@ from ross_mcore.data.shard_reader import (
 )
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import tokenize_conversation, why_without_labels
+from ross_mcore.data.tokenizer import load_tokenizer, require_ids, require_vocabulary, vocabulary_beside
 from ross_mcore.errors import ConversationError, ImageError, NothingLeft, OverBounds, SampleError
 from ross_mcore.shards.account import Account, Notes
 from ross_mcore.shards.grouping import TarSample, group_members, reportable, require_usable, unread_members
@@ -49,11 +51,21 @@ SUFFIXES_KEPT, NAMES_KEPT, MAX_NAME_SHOWN = 20, 5, 80
 class Measure:
     """Checks records and counts their words and, with a tokenizer, their tokens and labels under `spec`.
 
-    A record over the bounds of `spec` is refused; the bound of tokens needs a tokenizer.
+    A record over the bounds of `spec` is refused; the bound of tokens needs a tokenizer. So is one with a token beyond
+    the `vocab_size` of the tokenizer's model, if that is known.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     spec: SampleSpec = SampleSpec()
+    vocab_size: int | None = None
+
+    @classmethod
+    def with_tokenizer(cls, folder: Path, spec: SampleSpec) -> Measure:
+        """Raises TokenizerError for a folder without a usable tokenizer, or one beyond the vocabulary of its model."""
+        tokenizer, vocab_size = load_tokenizer(folder), vocabulary_beside(folder)
+        if vocab_size is not None:
+            require_vocabulary(tokenizer, vocab_size, str(folder))
+        return cls(tokenizer, spec, vocab_size)
 
     @property
     def source(self) -> LengthSource | None:
@@ -78,6 +90,8 @@ class Measure:
                 row = tokenize_conversation(turns, num_images, self.tokenizer, self.spec.measured)
                 self.spec.bounds.require(num_images, row.text_tokens)
                 require_pictures(row.image_spans, num_images)
+                if self.vocab_size is not None:
+                    require_ids(row.input_ids, self.vocab_size, self.tokenizer)
                 measured = {
                     "text_tokens": row.text_tokens,
                     "label_tokens": row.label_tokens,

@@ -18,6 +18,7 @@ from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.replacement import Replacement
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.engine.finite import all_finite, diagnose
+from ross_mcore.engine.progress import at
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.setup import NotBuilt, Span, build_engine
 from ross_mcore.engine.state import TrainState
@@ -25,7 +26,8 @@ from ross_mcore.errors import CheckpointError
 from ross_mcore.guards.watchdog import Watchdog
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel import groups as process_groups
-from ross_mcore.parallel.collectives import all_or_none
+from ross_mcore.parallel.collectives import all_or_none, from_first_rank
+from ross_mcore.training.learning import check_data, check_schedule
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model
 from ross_mcore.training.start import (
@@ -58,10 +60,13 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     layout = all_or_none(lambda: place(config, model_config, precomputed))
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
     all_or_none(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
+    at("looking at the data", is_long=True)
+    warnings = from_first_rank(lambda: check_data(config, model_config, dataset))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
     order = sample_order(config, dataset, rows_per_step)
     skipped = all_or_none(lambda: skipped_samples(config, dataset))
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
+    warnings += check_schedule(config, order, dataset, rows_per_step, train_iters)
 
     state = _first_state(config, dataset, rows_per_step, train_iters)
     if resume:
@@ -85,7 +90,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
             loader.load_state_dict(state.data)
         except ValueError as error:  # a wrong place in the data; every rank reads it from the same file
             raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
-    return Run(engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step), state
+    return Run(engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step, warnings), state
 
 
 def _claim(config: Config, closing: ExitStack) -> Claim | None:

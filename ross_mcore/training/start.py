@@ -23,7 +23,7 @@ from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.data.tokenizer import load_tokenizer, require_vocabulary
 from ross_mcore.engine.precision import check_execution
 from ross_mcore.errors import ConfigError
 from ross_mcore.parallel.collectives import all_or_none
@@ -83,6 +83,7 @@ def sample_spec(config: Config, model_config: ModelConfig) -> SampleSpec:
 def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, path: str) -> MixtureDataset:
     """The data sets of `path`, a folder or a YAML file."""
     tokenizer, image_processor = load_tokenizer(start.tokenizer), start.image_processor()
+    require_vocabulary(tokenizer, model_config.language.vocab_size, str(start.tokenizer))
     data, spec = config.data, sample_spec(config, model_config)
     cache = None if data.data_cache_dir is None else Path(data.data_cache_dir)
 
@@ -119,7 +120,10 @@ def skipped_samples(config: Config, dataset: MixtureDataset) -> set[int]:
             f"{checked.shown(missing[0])} ({len(missing)} of {len(found)} are not found); give ids as "
             "SAVE/incidents.jsonl names them"
         )
-    return {number for numbers in found.values() for number in numbers}
+    skipped = {number for numbers in found.values() for number in numbers}
+    if len(skipped) == len(dataset):
+        raise ConfigError(f"--skip-samples names all {len(dataset)} samples of {config.data.data_path}; leave some")
+    return skipped
 
 
 def sample_order(config: Config, dataset: MixtureDataset, global_batch_size: int) -> Order:

@@ -48,7 +48,7 @@ ALLOWED = {
     },
     "conversion": {
         *("parts", "shapes", "checked", "library_configs", "architecture"),
-        *("models", "checkpoint", "conversion"),
+        *("models", "data", "checkpoint", "conversion"),
     },
     "logs": {"checked"},
     "engine": {

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from ross_mcore.batch import IGNORE_INDEX, collate
 from ross_mcore.data.conversation import IMAGE_TOKEN_INDEX
 from ross_mcore.data.lengths import length_source
-from ross_mcore.data.sample import IgnoredLabels, ShardDataset
+from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import LengthSource, ShardReader
 from ross_mcore.data.spec import SampleSpec
+from ross_mcore.data.survey import Survey, survey
 from ross_mcore.data.templates import tokenize_conversation
 from ross_mcore.shards.llava import convert_records
 from ross_mcore.shards.measure import Measure
@@ -193,38 +194,77 @@ def test_a_sample_without_labels_is_trained_on_for_its_picture(
     assert unanswered.problem is None and len(unanswered.image_starts) == 1
 
 
-def test_ignored_labels_are_counted_from_the_index_where_it_fits(
+def labels_and_none(found: Survey) -> tuple[float, float, list[int]]:
+    """Numbers of samples with and without labels, and the first without."""
+    return found.labelled.count, found.without_labels.count, found.without_labels.numbers
+
+
+def test_labels_are_counted_from_the_index_where_it_fits(
     half_unanswered: Callable[..., Path], open_dataset: Callable[..., ShardDataset], tokenizer: Any
 ) -> None:
     fitting = length_source(tokenizer, SampleSpec("qwen_2"))
     dataset = open_dataset(half_unanswered(13, fitting))
     for shard in dataset.reader.index["shards"]:
         (dataset.reader.folder / shard["name"]).write_bytes(b"")  # the index has to be enough
-    found = dataset.ignored_labels()
-    assert found == IgnoredLabels(13, 6, [f"{n:09d}" for n in (1, 3, 5, 7, 9)], from_index=True)
-    assert found.share == 6 / 13
+    found = survey(dataset)
+    assert labels_and_none(found) == (7, 6, [1, 3, 5, 7, 9])
+    assert found.by_index and not found.tokenized and not found.nothing and not found.cut_unlabelled.count
     dataset.spec = replace(dataset.spec, mm_use_im_start_end=True)
-    assert not dataset.ignored_labels().from_index
+    assert not survey(dataset).by_index
 
 
 @pytest.mark.parametrize("source", [None, LengthSource("another", "qwen_2"), LengthSource("another", "v1")])
-def test_ignored_labels_are_found_by_tokenizing_otherwise(
+def test_labels_are_found_by_tokenizing_otherwise(
     source: LengthSource | None,
     half_unanswered: Callable[..., Path],
     open_dataset: Callable[..., ShardDataset],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dataset = open_dataset(half_unanswered(13, source))
-    assert dataset.ignored_labels() == IgnoredLabels(13, 6, [f"{n:09d}" for n in (1, 3, 5, 7, 9)], from_index=False)
-    monkeypatch.setattr("ross_mcore.data.sample.PROBED_SAMPLES", 5)
-    assert dataset.ignored_labels() == IgnoredLabels(5, 2, [f"{n:09d}" for n in (3, 9)], from_index=False)
+    assert labels_and_none(survey(dataset)) == (7, 6, [1, 3, 5, 7, 9]) and not survey(dataset).by_index
+    monkeypatch.setattr("ross_mcore.data.survey.PROBED_SAMPLES", 5)
+    found = survey(dataset)
+    assert labels_and_none(found) == (pytest.approx(3 * 13 / 5), pytest.approx(2 * 13 / 5), [3, 9])
+    assert found.tokenized == 5 and found.samples == 13
 
 
-@pytest.mark.parametrize(("record", "share"), [({"conversations": [{"from": "human", "value": "x"}]}, 1), (b"[]", 0)])
-def test_text_without_labels_counts_as_ignored_and_bad_data_does_not(
-    record: Any, share: int, one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+def test_samples_that_the_row_cuts_are_tokenized(
+    half_unanswered: Callable[..., Path], open_dataset: Callable[..., ShardDataset], tokenizer: Any
 ) -> None:
-    assert open_dataset(one_sample(record)).ignored_labels().share == share
+    dataset = open_dataset(half_unanswered(6, length_source(tokenizer, SampleSpec("qwen_2"))))
+    row = dataset.get(0, 0)
+    answer = int((row.labels >= 0).nonzero()[0])
+    dataset.spec = replace(dataset.spec, seq_length=answer)
+    found = survey(dataset)
+    assert labels_and_none(found) == (0, 6, [1, 3, 5, 0, 2]) and found.cut_unlabelled.numbers == [0, 2, 4]
+    assert found.tokenized == 3 and found.lengths.max() == row.tokens.numel()
+    dataset.spec = replace(dataset.spec, seq_length=row.image_starts[0] + 1)
+    found = survey(dataset)
+    assert labels_and_none(found) == (0, 0, []) and [x.count for x in found.nothing.values()] == [6]
+    dataset.spec = replace(dataset.spec, max_images_per_sample=0)
+    assert {reason: x.count for reason, x in survey(dataset).nothing.items()} == {"it has over 0 pictures": 6}
+
+
+@pytest.mark.parametrize(("record", "lost"), [({"conversations": [{"from": "human", "value": "x"}]}, 1), (b"[]", 0)])
+def test_text_without_labels_is_counted_and_bad_data_is_empty(
+    record: Any, lost: int, one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset]
+) -> None:
+    found = survey(open_dataset(one_sample(record)))
+    assert (found.without_labels.count, found.empty) == (lost, 1 - lost)
+
+
+def test_a_token_beyond_the_vocabulary_is_bad(
+    one_sample: Callable[..., Path], open_dataset: Callable[..., ShardDataset], tokenizer: Any
+) -> None:
+    """Such a token is the last of the tokenizer's here, as if the model had one embedding fewer."""
+    record = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+    dataset = open_dataset(one_sample(record))
+    assert dataset.get(0, 0).problem is None
+    dataset.vocab_size = largest = int(dataset.get(0, 0).tokens.max())
+    token = tokenizer.convert_ids_to_tokens(largest)
+    sample = dataset.get(0, 0)
+    assert sample.is_bad
+    assert sample.problem == f"a token is beyond the vocabulary of {largest}: {token!r} with id {largest}"
 
 
 def test_modality_lengths_are_the_reference_s(

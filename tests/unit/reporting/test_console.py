@@ -1,4 +1,4 @@
-"""Console warnings, and losses of single data sets."""
+"""Console lines, and losses of single data sets."""
 
 from __future__ import annotations
 
@@ -8,25 +8,10 @@ from typing import Any
 import pytest
 
 from ross_mcore.config import Config
-from ross_mcore.data.sample import IgnoredLabels
 from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.state import TrainState
 from ross_mcore.reporting.averages import Averages, means_by_data_set
-from ross_mcore.reporting.console import Console, ignored_warning
-
-
-def test_a_wrong_template_is_reported_with_share_keys_and_remedy() -> None:
-    measured = ignored_warning(IgnoredLabels(512, 128, ["a", "b"], from_index=False), "v1")
-    counted = ignored_warning(IgnoredLabels(1000, 11, ["c"], from_index=True), "qwen_2")
-    assert measured is not None and counted is not None
-    assert "25.0% of the samples have no label (128 of 512 tokenized" in measured
-    assert "the first are a, b." in measured and "--template v1 does not fit" in measured
-    assert "1.1% of the samples have no label (11 by the index)" in counted
-
-
-def test_a_few_samples_without_labels_give_no_warning() -> None:
-    assert ignored_warning(IgnoredLabels(1000, 10, ["a"], from_index=True), "v1") is None
-    assert ignored_warning(IgnoredLabels(3, 0, [], from_index=False), "v1") is None
+from ross_mcore.reporting.console import Console
 
 
 def averages(lm_loss: float | None, grad_norm: float | None) -> Averages:

@@ -31,7 +31,10 @@ def test_an_ignored_finetune_is_logged(
 
 
 class Dataset:
-    """Samples a and b."""
+    """Samples a and b, and others."""
+
+    def __len__(self) -> int:
+        return 5
 
     def find(self, keys: list[str]) -> dict[str, list[int]]:
         return {key: ["ab".index(key)] if key in ("a", "b") else [] for key in keys}

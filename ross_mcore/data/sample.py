@@ -90,13 +90,16 @@ class ShardDataset:
     def get(self, sample_number: int, position: int) -> Sample:
         key = self.reader.keys([sample_number])[0]
         try:
-            num_images = int(self.reader.samples[sample_number]["num_images"])
-            record = normalise(_parse(self.reader.record_bytes(sample_number)), num_images)
-            return self._text(key, position, record, num_images)
+            return self._text(key, position, *self.record(sample_number))
         except NothingLeft as error:
             return skipped_sample(key, position, str(error))
         except (ShardError, ConversationError) as error:
             return skipped_sample(key, position, str(error), is_bad=True)
+
+    def record(self, sample_number: int) -> tuple[dict[str, Any], int]:
+        """(record, number of pictures) of a sample. Raises ShardError, ConversationError for one that is no record."""
+        num_images = int(self.reader.samples[sample_number]["num_images"])
+        return normalise(_parse(self.reader.record_bytes(sample_number)), num_images), num_images
 
     def row_lengths(self, sample_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """As SampleDataset.row_lengths.

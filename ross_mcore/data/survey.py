@@ -18,7 +18,8 @@ from ross_mcore.data.lengths import length_source
 from ross_mcore.data.order import evenly_spaced
 from ross_mcore.data.remote import is_remote
 from ross_mcore.data.sample import NOTHING_TO_LEARN, ShardDataset
-from ross_mcore.data.templates import TRAINING_TEMPLATES
+from ross_mcore.data.templates import TRAINING_TEMPLATES, why_without_labels
+from ross_mcore.errors import ConversationError, ShardError
 
 PROBED_SAMPLES = 512
 PROBED_REMOTE_SHARDS = 2
@@ -103,6 +104,16 @@ def survey(dataset: ShardDataset) -> Survey:
         found.lengths = np.array(tokenized, np.int64)
     found.nothing = {reason: outcome for reason, outcome in found.nothing.items() if outcome.count}
     return found
+
+
+def why_unlabelled(dataset: ShardDataset, number: int) -> str:
+    """Why a sample has no label, as a short reason."""
+    try:
+        record, num_images = dataset.record(number)
+    except (ShardError, ConversationError) as error:
+        return str(error)
+    turns, images = record.get("conversations"), dataset.image_tokens
+    return why_without_labels(turns, num_images, dataset.tokenizer, dataset.spec, images) or NOTHING_TO_LEARN
 
 
 def fitting_templates(dataset: ShardDataset, numbers: list[int]) -> list[str]:

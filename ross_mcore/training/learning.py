@@ -11,7 +11,7 @@ from ross_mcore.config import Config
 from ross_mcore.data.order import Order
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset
-from ross_mcore.data.survey import Found, Survey, fitting_templates, survey
+from ross_mcore.data.survey import Found, Survey, fitting_templates, survey, why_unlabelled
 from ross_mcore.engine.optimizer import learning_rate, updates_weights, warmup_iterations
 from ross_mcore.errors import ConfigError
 
@@ -71,7 +71,7 @@ def _require_labels(config: Config, model_config: ModelConfig, part: ShardDatase
     message = (
         f"{lost.count / trained:.1%} of the samples of {folder} have no label under --template {part.spec.template} "
         f"with the tokenizer {tokenizer} ({_number(lost.count)} of {_number(trained)}, {how}), so none of their text "
-        f"would be learned; the first are {_keys(part, lost)}. {_remedy_for_labels(part, found)}"
+        f"would be learned; the first are {_keys_and_reasons(part, lost)}. {_remedy_for_labels(part, found)}"
     )
     if not found.labelled.count and model_config.denoiser is None:
         raise ConfigError(f"{message}. The model has no denoiser, so its pictures have no loss either")
@@ -82,11 +82,10 @@ def _require_labels(config: Config, model_config: ModelConfig, part: ShardDatase
 def _remedy_for_labels(part: ShardDataset, found: Survey) -> str:
     if found.cut_unlabelled.count > found.unlabelled.count:
         return f"Their answers are behind the cut at --seq-length {part.spec.seq_length}: raise it{_sizes(found)}"
-    fitting = fitting_templates(part, found.unlabelled.numbers)
+    fitting = [] if found.labelled.count else fitting_templates(part, found.unlabelled.numbers)
     if fitting:
         return f"The template does not fit the tokenizer or the data: --template {' or '.join(fitting)} gives labels"
-    key = part.keys(found.unlabelled.numbers[:1])[0]
-    return f"No other template gives labels either: look at one with tools/inspect_shards.py --sample {key}"
+    return f"Look at one with tools/inspect_shards.py --sample {part.keys(found.unlabelled.numbers[:1])[0]}"
 
 
 def _remarks(model_config: ModelConfig, part: ShardDataset, found: Survey) -> Iterator[str]:
@@ -96,8 +95,7 @@ def _remarks(model_config: ModelConfig, part: ShardDataset, found: Survey) -> It
         how = "by the index" if found.by_index else f"of {found.tokenized} tokenized, spread over the data"
         yield (
             f"{lost.count / found.samples:.1%} of the samples have no label ({_number(lost.count)} {how}), so their "
-            f"text is not trained on; the first are {_keys(part, lost)}. Usually --template {part.spec.template} does "
-            "not fit the tokenizer or the data, so that the answers are not found among the tokens"
+            f"text is not trained on; the first are {_keys_and_reasons(part, lost)}"
         )
     if found.empty > SHARE_TO_WARN * found.samples:
         yield (
@@ -186,6 +184,11 @@ def _sizes(found: Survey) -> str:
 
 def _keys(part: ShardDataset, found: Found) -> str:
     return ", ".join(part.keys(found.numbers))
+
+
+def _keys_and_reasons(part: ShardDataset, found: Found) -> str:
+    keys = part.keys(found.numbers)
+    return ", ".join(f"{key} ({why_unlabelled(part, n)})" for key, n in zip(keys, found.numbers, strict=True))
 
 
 def _number(count: float) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from ross_mcore.architecture import (
@@ -147,7 +149,9 @@ def source_folders(tmp_path: Path, model_config: ModelConfig) -> dict[str, Path]
             "diffusion_pytorch_model",
         ),
     }
-    (folders["language"] / "tokenizer.json").write_text("{}")
+    words = Tokenizer(WordLevel({"a": 0, "<unk>": 1}, "<unk>"))
+    words.save(str(folders["language"] / "tokenizer.json"))
+    (folders["language"] / "tokenizer_config.json").write_text('{"unk_token": "<unk>"}')
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}}
     (folders["vision"] / "preprocessor_config.json").write_text(json.dumps(processor))
     return folders

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ross_mcore import checked
-from ross_mcore.checkpoint.folder import LOCK, is_iteration
+from ross_mcore.checkpoint.folder import LOCK, is_iteration, require_renames
 from ross_mcore.errors import CheckpointError
 
 WAIT_SECONDS = 10.0
@@ -31,8 +31,8 @@ _logger = logging.getLogger(__name__)
 class Claim:
     """`with Claim(root) as claim:` creates the folder and locks it.
 
-    Raises CheckpointError when it cannot be written, when another process holds the lock, or when it is the folder of
-    one checkpoint.
+    Raises CheckpointError when it cannot be written, when no folder can be renamed in it, when another process holds
+    the lock, or when it is the folder of one checkpoint.
     """
 
     def __init__(self, root: Path) -> None:
@@ -42,6 +42,11 @@ class Claim:
         if is_iteration(self.root):
             raise CheckpointError(f"{self.root} is one checkpoint; give the folder of a run: --save {self.root.parent}")
         self._file = self._acquire()
+        try:
+            require_renames(self.root)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

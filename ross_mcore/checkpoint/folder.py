@@ -25,6 +25,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ PREPROCESSOR = "preprocessor_config.json"
 
 # `.replaced`: the former checkpoint of the same iteration, between two renames of `publish`. Still complete.
 _NAME = re.compile(r"iter_\d{7,}(\.replaced)?")
-_LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(partial|deleting)")
+_LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(partial|deleting)|\.probe\..+")
 REMEDY = "copy the checkpoint again, or take another one"
 _logger = logging.getLogger(__name__)
 
@@ -167,6 +168,33 @@ def nothing_at(path: Path, problems: list[str]) -> CheckpointError:
     none = "it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"
     reasons = "; ".join([*problems, REMEDY]) if problems else none
     return CheckpointError(f"{path} holds no complete checkpoint: {reasons}")
+
+
+def require_renames(root: Path) -> None:
+    """Raises CheckpointError where a folder cannot be renamed: object stores mounted as file systems often cannot.
+
+    Checkpoints, exported models and data sets are complete when their folder gets its name.
+    """
+    folders: list[Path] = []
+    try:
+        folders.append(Path(tempfile.mkdtemp(prefix=".probe.", dir=root)))
+        probe, renamed = folders[0], root / f"{folders[0].name}.renamed"
+        folders.append(renamed)
+        _write_text(probe / "file", "content")
+        sync(probe)
+        try:
+            probe.rename(renamed)
+        except OSError as error:
+            raise CheckpointError(
+                f"{root}: a folder with a file in it cannot be renamed there ({reason(error)}), so nothing could be "
+                "completed. Buckets mounted with gcsfuse (without a hierarchical namespace) or mountpoint-s3 are such "
+                "places: give a folder on a local or shared disk, and copy the result to the bucket"
+            ) from None
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be written: {reason(error)}; give another folder, or make room") from None
+    finally:
+        for path in folders:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def require_room(root: Path, overwrite: bool = False) -> bool:

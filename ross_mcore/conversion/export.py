@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ross_mcore import checked
 from ross_mcore.checkpoint.fit import require_fit
-from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint
+from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, require_renames
 from ross_mcore.checkpoint.manifest import sync
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.checkpoint.tensor_file import in_own_storage
@@ -255,8 +255,10 @@ def _atomic(save: Path) -> Iterator[Path]:
     partial = save.with_name(f".{save.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     try:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        require_renames(save.parent)
+        partial.mkdir()
         yield partial
         for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
             sync(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from ross_mcore.checkpoint.folder import require_renames
 from ross_mcore.data.shard_reader import (
     MAX_IMAGE_BYTES,
     MAX_IMAGES,
@@ -61,6 +62,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
+        require_renames(self.out.parent)
         self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".partial", dir=self.out.parent))
         return self
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from ross_mcore.checkpoint import folder
-from tests.cases.case import TOKENIZER, Case, Place
+from ross_mcore.commands import make_shards
+from tests.cases.case import TOKENIZER, Case, Place, command_of_rank, conversation
+from tests.distributed.harness import end_of_ranks
 from tests.recorded import GOLDEN
 
 ROSS = GOLDEN / "model_qwen2_siglip" / "hf_checkpoint"
@@ -17,6 +21,19 @@ ROSS = GOLDEN / "model_qwen2_siglip" / "hf_checkpoint"
 
 def conversion(save: Path, *more: object) -> Sequence[object]:
     return ["--ross-model", ROSS, "--tokenizer", TOKENIZER, "--save", save, *more]
+
+
+def training(place: Place, *more: object) -> Sequence[object]:
+    """Arguments of a run of one step on four records."""
+    place.picture()
+    data = place.write("data.json", [{"image": "a.jpg", "conversations": conversation()} for _ in range(4)])
+    shards = place.folder / "shards"
+    made = ["--data", data, "--image-folder", data.parent / "images", "--out", shards, "--tokenizer", TOKENIZER]
+    assert make_shards.main([*map(str, made), "--template", "qwen_2"]) == 0
+    return [
+        *("--load", place.base, "--data-path", shards, "--save", place.folder / "run", "--template", "qwen_2"),
+        *("--training-stage", "finetune", "--train-iters", 1, "--num-workers", 0, "--seq-length", 128, *more),
+    ]
 
 
 def converted(place: Place, name: str = "there") -> Path:
@@ -122,3 +139,40 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, place: Place) -> None:
     case.run(place)
+
+
+def without_renames(arguments: list[str], where: Path) -> None:
+    """Runs `ross` where a folder with content cannot be renamed, as on a mounted bucket."""
+    rename = os.rename
+
+    def of_files_only(source: Path, target: Path) -> None:
+        if Path(source).is_dir() and any(Path(source).iterdir()):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source))
+        rename(source, target)
+
+    os.rename = of_files_only  # type: ignore[assignment]
+    command_of_rank(arguments, where)
+
+
+def test_a_mounted_bucket_is_found_before_training(place: Place) -> None:
+    """Case of gcsfuse#324 and mountpoint-s3#506, at two ranks: both end with the reason, and nothing is left."""
+    arguments = ["train", *map(str, training(place, "--tensor-model-parallel-size", 2))]
+    assert end_of_ranks(without_renames, 2, arguments, place.folder) == [2, 2]
+    output = (place.folder / "output.0").read_text()
+    assert "cannot be renamed there (Function not implemented)" in output and "gcsfuse" in output
+    assert not (place.folder / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "export", "make-shards"])
+def test_tools_find_a_mounted_bucket_first(command: str, place: Place) -> None:
+    save = place.folder / "result"
+    arguments: Sequence[object] = conversion(save)
+    if command == "export":
+        arguments = ["--load", place.base, "--save", save]
+    elif command == "make-shards":
+        place.picture()
+        data = place.write("data.json", [{"image": "a.jpg", "conversations": conversation()}])
+        arguments = ["--data", data, "--image-folder", place.folder / "images", "--out", save]
+    assert end_of_ranks(without_renames, 1, [command, *map(str, arguments)], place.folder) == [2]
+    assert "cannot be renamed there" in (place.folder / "output.0").read_text()
+    assert not save.exists()

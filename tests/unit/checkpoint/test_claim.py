@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -128,3 +129,32 @@ def test_folder_of_one_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="iter_0000004 is one checkpoint; give the folder of a run"):
         Claim(tmp_path / "iter_0000004").__enter__()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EXDEV, errno.EPERM, errno.ENOTSUP])
+def test_a_place_where_no_folder_can_be_renamed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    rename = os.rename
+
+    def of_files_only(source: str, target: str) -> None:
+        if Path(source).is_dir() and any(Path(source).iterdir()):
+            raise OSError(number, os.strerror(number), source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", of_files_only)
+    run = tmp_path / "run"
+    with (
+        pytest.raises(CheckpointError, match=rf"cannot be renamed there \({os.strerror(number)}\).*gcsfuse"),
+        Claim(run),
+    ):
+        pass
+    assert not run.exists()
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match="gcsfuse"), Claim(run):
+        pass
+    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", LOCK}
+    monkeypatch.undo()
+    with Claim(run):  # the folder is free again, and nothing of the probe is left
+        assert {path.name for path in run.iterdir()} == {"metrics.jsonl", LOCK}

@@ -34,34 +34,37 @@ NUMBERED_NAME = re.compile(r"(?:(?:image|img|picture|pic|photo|frame)s?[_-]?)?[0
 MAX_LABEL = 24
 WHAT_IS_READ = (
     f"a sample is KEY.json (a record, or its turns) or KEY.txt (a caption; also .{', .'.join(CAPTION_SUFFIXES[1:])}) "
-    f"with its pictures KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... (also .{', .'.join(sorted(PICTURES - {'jpg'}))})"
+    "with its pictures KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... (and other formats; docs/data.md lists all names); "
+    "pictures beside one JSON of all records are for make_shards.py"
 )
 
 
 @dataclass
 class TarSample:
-    """The members with the same key, by suffix; `pictures` are those of the sample, in order."""
+    """The members with the same key, by suffix.
+
+    `text` and `pictures`, in order, are what is trained on: here the likeliest ones, measure.py decides by the record.
+    """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
     problem: str | None = None
+    text: Member | None = None
     pictures: list[Member] = field(default_factory=list)
 
     @property
-    def json(self) -> Member | None:
-        """The member with the record: `.json`, or the only `.NAME.json` of a sample without `.json` and `.txt`."""
-        return self._text((JSON_SUFFIX,))
+    def records(self) -> list[Member]:
+        """The members that may be the record: `.json`; without `.json` and a caption every `.NAME.json`."""
+        if not TEXTS.isdisjoint(self.members):
+            return [self.members[JSON_SUFFIX]] if JSON_SUFFIX in self.members else []
+        return [member for suffix, member in self.members.items() if suffix.endswith(f".{JSON_SUFFIX}")]
 
     @property
     def caption(self) -> Member | None:
-        """The member with the caption, as `json`."""
-        return self._text(CAPTION_SUFFIXES)
-
-    def _text(self, kinds: Sequence[str]) -> Member | None:
-        if not TEXTS.isdisjoint(self.members):
-            return next((self.members[kind] for kind in kinds if kind in self.members), None)
-        named = [member for suffix, member in self.members.items() if suffix.rpartition(".")[2] in kinds]
-        return named[0] if len(named) == 1 else None
+        """The member with the caption: `.txt`, `.caption`, ..., or the only text, as `.NAME.txt`."""
+        exact = next((self.members[suffix] for suffix in CAPTION_SUFFIXES if suffix in self.members), None)
+        texts = [member for suffix, member in self.members.items() if suffix.rpartition(".")[2] in TEXTS]
+        return exact or (texts[0] if len(texts) == 1 and not self.records else None)
 
     @property
     def parts(self) -> dict[str, Member]:
@@ -131,7 +134,8 @@ def group_members(members: Iterable[Member]) -> tuple[list[TarSample], Counter[s
         sample.members[suffix] = member
     for sample in samples:
         sample.pictures = sample.picture_choices()[0]
-        if sample.problem is None and not any(suffix.rpartition(".")[2] in TEXTS for suffix in sample.members):
+        sample.text = next(iter(sample.records), sample.caption)
+        if sample.problem is None and sample.text is None:
             sample.problem = next(
                 (f"its .{suffix} {member.problem}" for suffix, member in sample.members.items() if member.problem),
                 f"it has neither .json nor .txt: its members are {sample.member_names()}",
@@ -145,10 +149,11 @@ def is_usual_picture(suffix: str) -> bool:
     return kind in IMAGE_SUFFIXES and NUMBER.fullmatch(number) is not None
 
 
-def unread_members(sample: TarSample) -> list[str]:
-    """The suffixes of the members that a usable sample does not use."""
-    used = {id(member) for member in (sample.json, sample.caption, *sample.pictures, *sample.parts.values())}
-    return [_label(suffix) for suffix, member in sample.members.items() if id(member) not in used]
+def unused_members(sample: TarSample) -> list[str]:
+    """The suffixes of the members that a usable sample does not use, beside `.json` and the captions."""
+    used = {id(member) for member in (sample.text, *sample.pictures, *sample.parts.values())}
+    unused = [suffix for suffix, member in sample.members.items() if id(member) not in used and suffix not in TEXTS]
+    return [_label(suffix if suffix.replace(".", "").isalpha() else suffix.rpartition(".")[2]) for suffix in unused]
 
 
 def require_usable(member: Member) -> None:
@@ -201,19 +206,20 @@ def _dotted_keys(names: Sequence[str]) -> set[str]:
     for name in names:
         stem, _, kind = name.rpartition(".")
         if kind.lower() in TEXTS and (group := _split(name, set())[0]) != stem and not f"/{group}".endswith("/"):
-            texts.setdefault(group, []).append(stem)
+            beside, _, picture = stem.rpartition(".")  # `a.jpg.json` belongs to `a.jpg`
+            texts.setdefault(group, []).append(beside if picture.lower() in PICTURES else stem)
     pictures: dict[str, set[str]] = {}
     for name in names if texts else ():
         stem, _, kind = name.rpartition(".")
         group = _split(name, set())[0]
-        if kind.lower() in TEXTS and group == stem:
-            texts.pop(group, None)
+        if group in texts and kind.lower() in TEXTS and group == stem:
+            del texts[group]
         elif group in texts and kind.lower() in PICTURES:
             pictures.setdefault(group, set()).update((stem, stem.rpartition(".")[0]))
     return {
         stem
         for group, stems in texts.items()
-        if group not in pictures or not pictures[group].isdisjoint(stems)
+        if group not in stems and (group not in pictures or not pictures[group].isdisjoint(stems))
         for stem in stems
     }
 

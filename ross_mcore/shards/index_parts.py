@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ross_mcore import checked
-from ross_mcore.data.shard_reader import CAPTION, FORMAT, FORMAT_VERSION, IMAGE_ROW, PART_ROW, SAMPLE_ROW, LengthSource
+from ross_mcore.data.shard_reader import FORMAT, FORMAT_VERSION, IMAGE_ROW, PART_ROW, SAMPLE_ROW, LengthSource
 from ross_mcore.errors import ShardError, ShardReadError
 from ross_mcore.shards.account import Account
 from ross_mcore.shards.grouping import TarSample
@@ -78,7 +78,7 @@ class ShardIndex:
         keys = bytearray()
         places: list[tuple[int, int]] = []
         for row, part, sample, columns in zip(rows, parts, samples, facts, strict=True):
-            text = sample.caption if columns["kind"] == CAPTION else sample.json
+            text = sample.text
             assert text is not None
             row["text_offset"], row["text_size"] = text.offset, text.size
             row["key_offset"], row["first_image"] = len(keys), len(places)

@@ -101,7 +101,7 @@ class Indexing:
         named = ", ".join(
             f"{count} x {f'.{suffix}' if suffix else 'no suffix'}" for suffix, count in self.others.most_common(6)
         )
-        return f"{self.others.total()} members of the tars belong to no sample: {named}" if self.others else ""
+        return f"{self.others.total()} members of the tars are not used: {named}" if self.others else ""
 
 
 def find_shards(places: Sequence[str], out: Path) -> list[Shard]:

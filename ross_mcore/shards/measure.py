@@ -20,7 +20,7 @@ from ross_mcore.data.conversation import (
 )
 from ross_mcore.data.image import decode_image, one_colour
 from ross_mcore.data.lengths import length_source
-from ross_mcore.data.records import has_turns, normalise, picture_names
+from ross_mcore.data.records import SPEAKER_KEYS, has_turns, normalise, picture_names
 from ross_mcore.data.shard_reader import (
     CAPTION,
     MAX_IMAGES,
@@ -35,7 +35,7 @@ from ross_mcore.data.templates import tokenize_conversation, why_without_labels
 from ross_mcore.data.tokenizer import load_tokenizer, require_ids, require_vocabulary, vocabulary_beside
 from ross_mcore.errors import ConversationError, ImageError, NothingLeft, OverBounds, SampleError
 from ross_mcore.shards.account import Account, Notes
-from ross_mcore.shards.grouping import TarSample, group_members, reportable, require_usable, unread_members
+from ross_mcore.shards.grouping import TarSample, group_members, reportable, require_usable, unused_members
 from ross_mcore.shards.index_parts import ShardIndex, content_digest
 from ross_mcore.shards.tars import BLOCK, Damage, Member, walk_tar, what_it_is
 
@@ -150,7 +150,7 @@ def index_tar(
             usable.append(sample)
             facts.append(columns)
             digests.append(digest)
-            others.update(unread_members(sample))
+            others.update(unused_members(sample))
             for kind, made_with in sources.items():
                 if made_with not in part_sources.setdefault(kind, []):
                     part_sources[kind].append(made_with)
@@ -225,23 +225,32 @@ def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:
 
 
 def _read_text(descriptor: int, sample: TarSample) -> tuple[bytes, int, Any]:
-    """(bytes, kind, value of the JSON) of a sample's record, or of its caption if no JSON has a conversation."""
-    problem = "it has no .txt"
-    if sample.json is not None:
-        text = _read(descriptor, sample.json)
+    """(bytes, kind, value of the JSON) of a sample's record, or of its caption if no JSON has a conversation.
+
+    Sets the sample's `text`.
+    """
+    problem = ""
+    several = len(sample.records) > 1
+    for member in sample.records:
+        sample.text, text = member, _read(descriptor, member)
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            problem = f"the record is not JSON: {type(error).__name__}"
-        else:
-            if isinstance(found, list):
-                return text, TURNS, found
-            if isinstance(found, dict) and (sample.caption is None or has_turns(found)):
-                return text, RECORD, found
-            problem = "the record is not a JSON object"
+            problem = problem or f"the record is not JSON: {type(error).__name__}"
+            continue
+        if _has_turns(found) if several else isinstance(found, list) or has_turns(found) or sample.caption is None:
+            return text, TURNS if isinstance(found, list) else RECORD, found
+        problem = problem or ("no JSON has a conversation" if several else "the record is not a JSON object")
     if sample.caption is None:
-        raise SampleError(problem)
+        raise SampleError(problem + (f": its members are {sample.member_names()}" if several else ""))
+    sample.text = sample.caption
     return _read(descriptor, sample.caption), CAPTION, None
+
+
+def _has_turns(found: Any) -> bool:
+    """Whether one of several JSONs is the conversation."""
+    first = found[0] if isinstance(found, list) and found else None
+    return has_turns(found) or (isinstance(first, dict) and any(key in first for key in SPEAKER_KEYS))
 
 
 def _picture_names(found: Any) -> list[str]:

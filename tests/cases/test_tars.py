@@ -157,6 +157,18 @@ TARS = (
         source="webdataset#237, datasets#7150",
     ),
     one("open_clip", [("k.input.jpg", JPEG), ("k.outputs.txt", b"a cat")], [0], CAT, source="open_clip#480"),
+    one("sidecar", [("k.jpg", JPEG), ("k.jpg.json", llava())], [0]),
+    Tar(
+        "sidecars_with_dots",
+        [("1.5.jpg", JPEG), ("1.5.jpg.txt", b"a cat"), ("1.7.png", PNG), ("1.7.png.txt", b"a cat")],
+        {"1.5": ([0], CAT), "1.7": ([1], CAT)},
+    ),
+    one(
+        "columns",
+        [("k.id.txt", b"7"), ("k.image.jpg", JPEG), ("k.boxes.json", b"[[1]]"), ("k.messages.json", record(chat()))],
+        [0],
+        says=["1 x .id.txt, 1 x .boxes.json"],
+    ),
     # published editions
     one("a_chat", [("k.jpg", JPEG), ("k.json", record(chat()))], [0], source=ONEVISION),
     one("a_turns", [("k.jpg", JPEG), ("k.json", record(json.loads(llava())["conversations"]))], [0]),
@@ -207,6 +219,8 @@ TARS = (
             *[("c.jpgs", pickle.dumps([JPEG])), ("c.json", llava()), ("d.svg", b"<svg/>")],
             *[("d.json", llava(image="d.svg")), ("e.img", b"no picture"), ("e.json", llava())],
             *[("f.txt", b"alone"), ("g.jpg", JPEG), ("h.a.jpg", JPEG), ("h.b.jpg", JPEG), ("h.json", llava(3))],
+            *[("i.jpg", JPEG), ("i.question.txt", b"What?"), ("i.answer.txt", b"A cat.")],
+            *[("j.jpg", JPEG), ("j.id.txt", b"7"), ("j.meta.json", b"{}")],
         ],
         {"ok": ([0], said())},
         {
@@ -216,6 +230,8 @@ TARS = (
             "f": "a caption with 0 pictures",
             "g": "neither .json nor .txt",
             "h": "3 <image> in the text, 2 pictures",
+            "i": "neither .json nor .txt: its members are .jpg, .question.txt, .answer.txt",
+            "j": "conversations is not a list of turns",
         },
         ["1 x .mp4", "1 x .jpgs", "1 x .svg"],
     ),

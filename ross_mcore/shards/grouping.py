@@ -29,6 +29,7 @@ from ross_mcore.shards.tars import Member, walk_tar
 
 PICTURES = frozenset((*IMAGE_SUFFIXES, *MORE_IMAGE_SUFFIXES))
 TEXTS = frozenset((JSON_SUFFIX, *CAPTION_SUFFIXES))
+READ = PICTURES | TEXTS
 NUMBER = re.compile(r"[0-9]{0,8}")
 NUMBERED_NAME = re.compile(r"(?:(?:image|img|picture|pic|photo|frame)s?[_-]?)?[0-9]{0,8}")
 MAX_LABEL = 24
@@ -94,6 +95,8 @@ class TarSample:
 
     def _named(self, found: dict[str, Member], names: Sequence[str]) -> list[str]:
         """The suffixes of the pictures with these names, if all are there: suffixes, or whole names of members."""
+        if not names:
+            return []
         suffixes = {member.name.rpartition("/")[2].lower(): suffix for suffix, member in found.items()}
         suffixes |= {suffix: suffix for suffix in found}
         bases = [name.replace("\\", "/").rpartition("/")[2].lower() for name in names]
@@ -120,7 +123,7 @@ def group_members(members: Iterable[Member]) -> tuple[list[TarSample], Counter[s
         kind = suffix.rpartition(".")[2]
         usual = is_usual_picture(suffix) or suffix in ("json", "txt") or suffix in PART_SUFFIXES
         has_key = key and not key.endswith("/")
-        if not usual and (not has_key or kind not in PICTURES | TEXTS):
+        if not usual and (not has_key or kind not in READ):
             others[_label(kind)] += 1
             continue
         sample = latest.get(key)

@@ -179,7 +179,8 @@ def _row(
             raise SampleError("its precomputed parts were made of different pictures")
     text, kind, found = _read_text(descriptor, sample)
     first_problem: SampleError | None = None
-    for pictures in sample.picture_choices(_picture_names(found) if sample.has_named_pictures else ()):
+    named = sample.has_named_pictures
+    for pictures in sample.picture_choices(_picture_names(found)) if named else [sample.pictures]:
         sizes = [picture.size for picture in pictures] or held or []
         try:
             if held not in (None, sizes):

@@ -124,7 +124,7 @@ def test_a_bad_picture_is_left_out(parts: PictureParts, tmp_path: Path) -> None:
         writer.write("good", record(1), [("png", PICTURES[0].read_bytes())])
         writer.write("bad", record(1), [("png", PICTURES[0].read_bytes()[:99])])
     done = Precomputation(ShardReader(tmp_path / "shards"), tmp_path / "new", parts).run()
-    assert [key for key, _ in done.bad] == ["bad"] and "undecodable" in done.bad[0][1]
+    assert [key for key, _ in done.bad] == ["bad"] and "truncated" in done.bad[0][1]
     new = ShardReader(tmp_path / "new")
     assert new.keys([0]) == ["good"] and len(new) == 1 and new.quarantined == 1 and new.index["account"] is None
     assert json.loads((tmp_path / "new" / "quarantine.jsonl").read_text())["key"] == "bad"

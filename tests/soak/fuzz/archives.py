@@ -22,7 +22,8 @@ NAMES = (
         "a\nb.json",
     ),
     *("\udcff\udcfe.json", "", "/", "a/../../b.json", "c:\\x.json", "a" * 300 + "/b.json", "x.99999999999.png"),
-    *("a.b.json", "a.b.jpg", "a.b.jpg.txt", "x.img0.gif", "x.0_y.v2.JPG", "x.left.png", "x." * 2000 + "json", "x.caption"),
+    *("a.b.json", "a.b.jpg", "a.b.jpg.txt", "x.img0.gif", "x.0_y.v2.JPG", "x.left.png", "x.caption"),
+    "x." * 2000 + "json",
 )
 CHANGES = (*("content",) * 5, *("kind", "headers") * 2, "name", "twice", "gone", "size", "number")
 KINDS = (

@@ -43,6 +43,7 @@ OTHER_PICTURE_KEYS = (
 )
 """Read only if none of PICTURE_KEYS names a picture: beside an embedded picture they say where it came from."""
 REFERENCE_KEYS = ("path", "url", "image", "image_url", "file_name", "filename", "name")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".flv", ".wmv")
 
 
@@ -62,6 +63,8 @@ def normalise(record: Any, num_images: int | None = None) -> Record:
     names = len(picture_names(record))
     if num_images is None:
         num_images = names
+        if not names:
+            _refuse_other_keys(record)
     elif names and names != num_images:
         raise ConversationError(f"the record names {names} pictures and the shard has {num_images}")
     return _with_our_placeholders(record, num_images)
@@ -99,6 +102,14 @@ def _is_name(image: Any) -> bool:
     return isinstance(image, str) and not (
         _is_blank(image) or image.startswith('["') or image.lower().endswith(VIDEO_SUFFIXES)
     )
+
+
+def _refuse_other_keys(record: Record) -> None:
+    """Raises ConversationError for a record without a picture in which another key names one."""
+    for key, value in record.items():
+        is_name = isinstance(value, str) and value.lower().endswith(PICTURE_SUFFIXES) and "://" not in value
+        if is_name and not key.lower().endswith("id"):
+            raise ConversationError(f"a picture under another key: {key} is {shown(value)}; name it under image")
 
 
 def _is_blank(value: Any) -> bool:

@@ -11,11 +11,12 @@ from ross_mcore.guards.bad_samples import BadSampleBudget
 from ross_mcore.guards.finite import FiniteNumbers
 from ross_mcore.guards.guard import Guard
 from ross_mcore.guards.incidents import Incident
+from ross_mcore.guards.learned import Learned
 from ross_mcore.guards.replicas import ReplicaCheck
 from ross_mcore.guards.skipped import SkippedIterations
 from ross_mcore.guards.spikes import LossSpikes
 
-GUARDS: Sequence[type[Guard]] = (BadSampleBudget, SkippedIterations, LossSpikes, ReplicaCheck, FiniteNumbers)
+GUARDS: Sequence[type[Guard]] = (BadSampleBudget, SkippedIterations, LossSpikes, ReplicaCheck, FiniteNumbers, Learned)
 
 
 class Guards:

@@ -186,6 +186,15 @@ CASES = [
         ["warning: 100.0% of the samples have no label", "| lm_loss - | vm_loss 2.", "finished"],
     ),
     Case(
+        "every_step_skipped",
+        "train",
+        lambda place: training(place, "--skip-iterations", "1-2", "--train-iters", 2),
+        2,
+        ["nothing was learned in iterations 1 to 2: 2 named by --skip-iterations"],
+        never=["finished"],
+        holds=nothing_saved("run"),
+    ),
+    Case(
         "tokens_beyond_the_vocabulary_at_start",
         "train",
         lambda place: beyond_the_vocabulary(place, *TP2),

@@ -205,12 +205,15 @@ def reconstruct(
     return torch.cat(originals), torch.cat(reconstructions)
 
 
-def read_picture(path: Path | str, preprocessing: ImagePreprocessing) -> Tensor:
-    """A picture file -> [3, H, W] in the tower's normalisation. Raises ImageError with the file's name, and OSError."""
+def read_picture(path: Path | str, preprocessing: ImagePreprocessing, truncated_images: str = "refuse") -> Tensor:
+    """A picture file -> [3, H, W] in the tower's normalisation; `truncated_images` as in data/image.py:decode_image.
+
+    Raises ImageError with the file's name, and OSError.
+    """
     try:
         if Path(path).stat().st_size > MAX_IMAGE_BYTES:
             raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
-        picture = decode_image(Path(path).read_bytes()).picture
+        picture = decode_image(Path(path).read_bytes(), truncated_images).picture
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     return torch.from_numpy(preprocessing(picture))
@@ -269,7 +272,7 @@ def _pixels(pictures: Sequence[Picture], trained: TrainedModel, name: str, first
             elif isinstance(picture, Image.Image):
                 pixels.append(torch.from_numpy(preprocessing(rgb_picture(picture))))
             elif isinstance(picture, (str, Path)):
-                pixels.append(read_picture(picture, preprocessing))
+                pixels.append(read_picture(picture, preprocessing, trained.spec.truncated_images))
             else:
                 kind = type(picture).__name__
                 raise TypeError(f"{name}[{number}] is a {kind}, expected a path, a PIL picture or a tensor")

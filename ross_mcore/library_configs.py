@@ -164,6 +164,37 @@ def check_vision(tower: dict[str, Any]) -> None:
         )
 
 
+def check_processor(
+    processor: dict[str, Any],
+    crop: bool,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> None:
+    """Checks the preprocessor_config.json of a tower with pictures of `size`; `crop`: as CLIP's, else as SigLIP's.
+
+    Raises ValueError for the first setting that differs from the preprocessing in data/image.py.
+    """
+    sides = {"height": size, "width": size}
+    wanted: dict[str, tuple[Any, ...]] = {
+        "resample": (3, 2),
+        "rescale_factor": (1 / 255,),
+        "image_mean": (list(mean),),
+        "image_std": (list(std),),
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True,)),
+        **dict.fromkeys(("do_pad", "max_num_patches"), (None, False)),
+        "do_center_crop": (True,) if crop else (None, False),
+        "size": ({"shortest_edge": size}, size) if crop else (sides, size),
+    }
+    if crop:
+        wanted["crop_size"] = (sides, size)
+    for name, values in wanted.items():
+        given = processor.get(name, values[0])
+        if given not in values or (type(given) is bool) != (type(values[-1]) is bool) and given is not None:
+            expected = " or ".join(repr(value) for value in values if value is not None)
+            raise ValueError(f"{name}={checked.shown(given)} is not implemented; expected {expected}")
+
+
 def check_autoencoder(vae: dict[str, Any]) -> None:
     """Checks the configuration of a diffusers AutoencoderKL."""
     blocks = vae.get("block_out_channels")

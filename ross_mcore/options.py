@@ -179,6 +179,8 @@ class DataOptions:
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """square: the image processor only. pad: first pad the picture to a square. Default: square for pretrain, pad for
     finetune."""
+    truncated_images: Literal["refuse", "fill"] = "refuse"
+    """refuse: a picture whose file is cut off is bad. fill: what is missing stays grey or black (reference)."""
     sampler: Literal["shuffle", "modality_length"] = "shuffle"
     """shuffle: random order in every epoch. modality_length: the reference's group_by_modality_length; the samples of a
     step all have a picture or all have none, and have similar lengths."""

@@ -72,6 +72,12 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="limit of the share of bad samples (0.001); more are refused",
     )
+    parser.add_argument(
+        "--truncated-images",
+        choices=("refuse", "fill"),
+        default="refuse",
+        help="pictures whose files are cut off are bad, or filled with grey or black as the reference does (refuse)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -98,6 +104,7 @@ def sample_spec(options: argparse.Namespace) -> SampleSpec:
         mm_use_im_start_end=options.mm_use_im_start_end,
         max_images_per_sample=options.max_images_per_sample,
         max_tokens_per_sample=options.max_tokens_per_sample,
+        truncated_images=options.truncated_images,
     )
 
 

@@ -17,9 +17,10 @@ SCRIPT = "reconstruct.py"
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="folder of a run or of a checkpoint")
-    parser.add_argument("--image", type=Path, required=True, nargs="+", metavar="FILE", help="PNG, JPEG or WebP files")
+    parser.add_argument("--image", type=Path, required=True, nargs="+", metavar="FILE", help="pictures of any format")
     parser.add_argument("--output", type=Path, default=Path("reconstruction.png"), help="PNG to write [%(default)s]")
     parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), help="[as in the run's training]")
+    parser.add_argument("--truncated-images", choices=("refuse", "fill"), help="[as in the run's training]")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps, up to 1000 [%(default)s]")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="scale of the noise of each step [%(default)s]"
@@ -30,7 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
         parser.error("--steps must be between 1 and 1000")
     missing = [str(path) for path in options.image if not path.is_file()]
     if missing:
-        parser.error(f"--image: no such file: {', '.join(missing)}; give PNG, JPEG or WebP files")
+        parser.error(f"--image: no such file: {', '.join(missing)}; give files of pictures")
     return options
 
 
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     try:
         trained = load_model(options.load, seed=options.seed)
         preprocessing = trained.preprocessing(options.image_aspect_ratio)
-        pictures = [read_picture(path, preprocessing) for path in options.image]
+        truncated = options.truncated_images or trained.spec.truncated_images
+        pictures = [read_picture(path, preprocessing, truncated) for path in options.image]
         grid = picture_grid(list(reconstruct(trained, pictures, steps=options.steps, temperature=options.temperature)))
         partial = options.output.with_name(options.output.name + ".partial")
         partial.unlink(missing_ok=True)  # it may be a link

@@ -29,7 +29,13 @@ from ross_mcore.architecture import (
 from ross_mcore.checkpoint.safe_load import LFS_POINTER, read_adapter, read_tensors
 from ross_mcore.conversion.export_config import ross_facts
 from ross_mcore.errors import ArchitectureError, ConversionError
-from ross_mcore.library_configs import MOST_LAYERS, VISION_KEYS, require_plain_latents, unused_in_language
+from ross_mcore.library_configs import (
+    MOST_LAYERS,
+    VISION_KEYS,
+    check_processor,
+    require_plain_latents,
+    unused_in_language,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHT_FILES = (
@@ -99,12 +105,15 @@ def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
     try:
         config = _tower_of(config)
         kind = str(config.get("model_type"))
-        return VisionConfig(
+        vision = VisionConfig(
             huggingface={**VISION_COMMON_DEFAULTS, **VISION_DEFAULTS.get(kind, {}), **_without_origin(config)},
             image_mean=_channels(processor, "image_mean"),
             image_std=_channels(processor, "image_std"),
             select_layer=select_layer,
         )
+        crop = kind == "clip_vision_model"
+        check_processor(processor, crop, vision.image_size, vision.image_mean, vision.image_std)
+        return vision
     except ValueError as error:
         raise ArchitectureError(f"{folder} (config.json, preprocessor_config.json): {error}") from None
 

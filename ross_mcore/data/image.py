@@ -1,13 +1,13 @@
 """Picture bytes -> the vision tower's input: bounded decoding and the tower's preprocessing with PIL.
 
-The arithmetic is that of Hugging Face's PIL image processors (8-bit bicubic resize, centre crop, rescale and normalise
+The arithmetic is that of Hugging Face's PIL image processors (8-bit resize, centre crop, rescale and normalise
 in float32), which the reference calls after its own padding. Legend: H W pixels of the tower's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from ross_mcore.batch import normalised_pixels
 from ross_mcore.checked import reason
 from ross_mcore.data.picture_files import open_picture, quiet_pil
 from ross_mcore.errors import ArchitectureError, ImageError
+from ross_mcore.library_configs import check_processor
 
 ImageAspectRatio = Literal["square", "pad"]
 
@@ -62,7 +63,7 @@ def decode_image(data: bytes, truncated_images: str = "refuse") -> Decoded:
     try:
         return _decoded(data, fill=False)
     except ImageError:
-        if truncated_images == "refuse":
+        if truncated_images != "fill":
             raise
     return _decoded(data, fill=True)
 
@@ -185,7 +186,7 @@ class ImagePreprocessing:
 
     `crop`: resize the shorter side to `image_size`, then crop the centre (CLIP); otherwise resize both sides to
     `image_size`, which changes the proportions (SigLIP). `aspect_ratio="pad"` first pads the picture to a square with
-    the mean colour.
+    the mean colour. `resample`: PIL's bicubic or bilinear (SigLIP 2).
     """
 
     image_size: int
@@ -193,6 +194,11 @@ class ImagePreprocessing:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     aspect_ratio: str = "square"
+    resample: int = field(default=Image.Resampling.BICUBIC, repr=False)
+
+    def __str__(self) -> str:
+        """As stored with precomputed parts, where bicubic resizing is not written."""
+        return repr(self) if self.resample == Image.Resampling.BICUBIC else f"{self!r} resample={int(self.resample)}"
 
     def __post_init__(self) -> None:
         if self.aspect_ratio not in ("square", "pad"):
@@ -210,9 +216,13 @@ class ImagePreprocessing:
         Raises ArchitectureError when the processor has a setting that is not implemented here.
         """
         crop = vision.model_type == "clip_vision_model"
-        if processor is not None:
-            _check_processor(vision, crop, processor)
-        return cls(vision.image_size, crop, vision.image_mean, vision.image_std, aspect_ratio)
+        known = processor or {}
+        try:
+            check_processor(known, crop, vision.image_size, vision.image_mean, vision.image_std)
+        except ValueError as error:
+            raise ArchitectureError(f"preprocessor_config.json: {error}") from None
+        resample = known.get("resample", Image.Resampling.BICUBIC)
+        return cls(vision.image_size, crop, vision.image_mean, vision.image_std, aspect_ratio, resample)
 
     @property
     def background(self) -> tuple[int, int, int]:
@@ -250,41 +260,22 @@ class ImagePreprocessing:
         width = side
         if picture.width == side:
             width = size
-            picture = picture.resize((size, picture.height), Image.Resampling.BICUBIC)
+            picture = picture.resize((size, picture.height), self._filter)
         square = Image.new("RGB", (width, side), self.background)
         square.paste(picture, ((width - picture.width) // 2, (side - picture.height) // 2))
-        return square.resize((size, size), Image.Resampling.BICUBIC)
+        return square.resize((size, size), self._filter)
+
+    @property
+    def _filter(self) -> Image.Resampling:
+        return Image.Resampling(self.resample)
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         size = self.image_size
         if not self.crop:
-            return picture.resize((size, size), Image.Resampling.BICUBIC)
+            return picture.resize((size, size), self._filter)
         width, height = picture.size
         tall = width <= height
         target = (size, int(size * height / width)) if tall else (int(size * width / height), size)
-        picture = picture.resize(target, Image.Resampling.BICUBIC)
+        picture = picture.resize(target, self._filter)
         left, top = (target[0] - size) // 2, (target[1] - size) // 2
         return picture.crop((left, top, left + size, top + size))
-
-
-def _check_processor(vision: VisionConfig, crop: bool, processor: dict[str, Any]) -> None:
-    """Raises ArchitectureError for the first setting that differs from the preprocessing of a tower of this kind."""
-    size = vision.image_size
-    wanted: dict[str, tuple[Any, ...]] = {
-        "resample": (3,),
-        "rescale_factor": (1 / 255,),
-        "image_mean": (list(vision.image_mean),),
-        "image_std": (list(vision.image_std),),
-        "do_resize": (True,),
-        "do_rescale": (True,),
-        "do_normalize": (True,),
-        "size": ({"shortest_edge": size}, size) if crop else ({"height": size, "width": size}, size),
-    }
-    if crop:
-        wanted |= {"do_center_crop": (True,), "crop_size": ({"height": size, "width": size}, size)}
-    for name, values in wanted.items():
-        given = processor.get(name, values[0])
-        if given not in values:
-            raise ArchitectureError(
-                f"preprocessor_config.json: {name}={given!r} is not implemented; expected {values[0]!r}"
-            )

@@ -50,6 +50,7 @@ def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: P
         return None
     flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
     flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
+    flags += ["--truncated-images", "fill"] if reader.truncated_images == "fill" else []
     return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"
 
 

@@ -39,8 +39,8 @@ NOTHING_TO_LEARN = "no picture and no label: nothing to learn"
 class ShardDataset:
     """A SampleDataset: the samples of one data set folder, as rows of at most `spec.seq_length` tokens.
 
-    Raises KeyError or ValueError for a template or aspect ratio that is not for training; reading a sample never raises
-    for bad data.
+    Raises KeyError or ValueError for a template or aspect ratio that is not for training, ShardError for an index with
+    cut-off pictures that `spec` refuses; reading a sample never raises for bad data.
     """
 
     def __init__(
@@ -53,6 +53,11 @@ class ShardDataset:
     ) -> None:
         if spec.template not in TRAINING_TEMPLATES:
             raise KeyError(f"template {spec.template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
+        if reader.truncated_images == "fill" and spec.truncated_images == "refuse":
+            raise ShardError(
+                f"{reader.folder} was indexed with --truncated-images fill, so it may hold pictures that are cut "
+                "off, which this run would find bad; give --truncated-images fill here too, or index it again without"
+            )
         vision = model_config.vision
         self.reader, self.tokenizer, self.spec = reader, tokenizer, spec
         self.image_tokens, self.vocab_size = vision.image_tokens, model_config.language.vocab_size
@@ -160,7 +165,8 @@ class ShardDataset:
         stored, kinds = self.stored, self._blank_parts
         parts = {} if stored is None else {kind: stored.read(kind, sample_number, ordinal) for kind in kinds}
         if pixels.numel():
-            picture = decode_image(self.reader.image_bytes(sample_number, ordinal)).picture
+            data = self.reader.image_bytes(sample_number, ordinal)
+            picture = decode_image(data, self.spec.truncated_images).picture
             self.preprocessing.write_levels(picture, pixels.numpy())
         return parts
 

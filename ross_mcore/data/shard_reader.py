@@ -150,6 +150,8 @@ def _check_index(index: dict[str, Any]) -> None:
     lengths = index.get("lengths")
     index["lengths"] = None if lengths is None else checked.build(LengthSource, lengths, "lengths")
     checked.mapping(index.setdefault("precomputed", {}), "precomputed")
+    if index.setdefault("truncated_images", "refuse") not in ("refuse", "fill"):
+        raise ValueError(f"truncated_images is {checked.shown(index['truncated_images'])}, expected refuse or fill")
     index["pictures_left_out"] = checked.switch(index, "pictures_left_out", False)
 
 
@@ -175,6 +177,7 @@ class ShardReader:
         self.images = self._map("images.npy", IMAGE_ROW, self.num_images)
         self.precomputed: dict[str, Any] = self.index["precomputed"]
         self.pictures_left_out: bool = self.index["pictures_left_out"]
+        self.truncated_images: str = self.index["truncated_images"]
         self.parts = self._map("parts.npy", PART_ROW, self.num_samples) if self.precomputed else None
         try:
             checked.require_regular(self.folder / "keys.txt", self.num_samples * (MAX_KEY_BYTES + 1))

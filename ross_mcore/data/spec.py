@@ -27,6 +27,7 @@ class SampleSpec:
     max_images_per_sample: int | None = 64
     max_tokens_per_sample: int | None = None
     supervise_final_eos: bool = True
+    truncated_images: str = "refuse"
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> SampleSpec:

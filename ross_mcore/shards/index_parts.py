@@ -198,7 +198,11 @@ class IndexedShard:
 
 
 def write_index(
-    folder: Path, shards: Sequence[IndexedShard], source: LengthSource | None, account: Account | None = None
+    folder: Path,
+    shards: Sequence[IndexedShard],
+    source: LengthSource | None,
+    account: Account | None = None,
+    truncated_images: str = "refuse",
 ) -> None:
     """Writes the index of `shards`, in this order, into `folder`; one part is in memory at a time.
 
@@ -265,6 +269,8 @@ def write_index(
             "account": None if account is None else account.as_json(),
             "shards": entries,
         }
+        if truncated_images != "refuse":
+            facts["truncated_images"] = truncated_images
         index.write(json.dumps(facts, indent=1).encode())
 
 

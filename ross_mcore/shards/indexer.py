@@ -250,7 +250,7 @@ def index_shards(
         )
     for folder in _whole_folders(shards):
         done.account.leave_out_listed(folder / SKIPPED_LIST)
-    write_index(out, entries, source, done.account)
+    write_index(out, entries, source, done.account, settings.spec.truncated_images)
     return done
 
 
@@ -271,6 +271,7 @@ def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dic
         "lengths": None if source is None else asdict(source),
         "bounds": asdict(settings.spec.bounds),
         "verified": settings.verify_images,
+        **({"truncated_images": "fill"} if settings.spec.truncated_images == "fill" else {}),
     }
 
 

@@ -221,7 +221,7 @@ def write_contact_sheet(reader: ShardReader, path: Path, num_samples: int = 24, 
 
 def _first_picture(reader: ShardReader, number: int) -> Image.Image | None:
     try:
-        return decode_image(reader.image_bytes(number, 0)).picture
+        return decode_image(reader.image_bytes(number, 0), reader.truncated_images).picture
     except (ShardError, ImageError):
         return None
 

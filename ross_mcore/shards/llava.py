@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ross_mcore import checked
-from ross_mcore.data.conversation import SampleBounds
 from ross_mcore.data.image import decode_image, one_colour
 from ross_mcore.data.records import normalise, picture_names
-from ross_mcore.data.shard_reader import MAX_RECORD_BYTES
+from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES, MAX_RECORD_BYTES
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.errors import (
     ConversationError,
     ImageError,
@@ -55,7 +55,7 @@ def convert_records(
     decode every picture once. Raises RecordsError when no record is usable, TooManyBad when more than
     `max_bad_fraction` are bad; the list is then OUT.skipped.jsonl, beside the folder that is not written.
     """
-    bounds, folder = measure.spec.bounds, PictureFolder(image_folder, follow_links)
+    folder = PictureFolder(image_folder, follow_links)
     waiting: deque[tuple[int, Any, Future[Found]]] = deque()
 
     def finish_one(skipped: TextIO) -> None:
@@ -80,7 +80,7 @@ def convert_records(
         ThreadPoolExecutor(num_workers) as pool,
     ):
         for number, record in enumerate(records):
-            waiting.append((number, record, pool.submit(_read, record, folder, bounds)))
+            waiting.append((number, record, pool.submit(_read, record, folder, measure.spec)))
             if len(waiting) > 4 * num_workers:
                 finish_one(skipped)
         while waiting:
@@ -143,32 +143,38 @@ Found = tuple[dict[str, Any], list[tuple[str, bytes]], list[str | None]]
 """A record in LLaVA's form, (suffix, bytes) of its pictures, the colour of each picture that has only one."""
 
 
-def _read(record: Any, folder: PictureFolder, bounds: SampleBounds) -> Found:
+def _read(record: Any, folder: PictureFolder, spec: SampleSpec) -> Found:
     """Raises SampleError, OverBounds for a record with too many pictures."""
     if isinstance(record, SampleError):
         raise record
     try:
         record = normalise(record)
         names = picture_names(record)
-        bounds.require(len(names))
+        spec.bounds.require(len(names))
     except NothingLeft as error:
         raise OverBounds(str(error)) from None
     except ConversationError as error:
         raise SampleError(str(error)) from None
-    pictures = [_as_stored(folder.read(name)) for name in names]
+    pictures = [as_stored(folder.read(name), spec.truncated_images) for name in names]
     stored = stored_names(names, [suffix for suffix, *_ in pictures])
     record = record if stored == names else {**record, "image": stored}
     return record, [(suffix, data) for suffix, data, _ in pictures], [colour for *_, colour in pictures]
 
 
-def _as_stored(data: bytes) -> tuple[str, bytes, str | None]:
-    """(suffix, bytes, its only colour) of a picture: a PNG of it if its format is not stored."""
+def as_stored(data: bytes, truncated_images: str) -> tuple[str, bytes, str | None]:
+    """(suffix, bytes, its only colour) of a picture to store: its own bytes, or a PNG with the same pixels.
+
+    PNG is stored of a picture in a format that is not in SUFFIXES, and of one that is cut off and was filled.
+    Raises SampleError for a picture that cannot be used.
+    """
     try:
-        picture, source, _ = decode_image(data)
+        picture, source, filled = decode_image(data, truncated_images)
     except ImageError as error:
         raise SampleError(f"the image is {error}") from None
-    if source in SUFFIXES:
+    if source in SUFFIXES and not filled:
         return SUFFIXES[source], data, one_colour(picture)
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
+    if encoded.tell() > MAX_IMAGE_BYTES:
+        raise SampleError(f"the image is over {MAX_IMAGE_BYTES} bytes as PNG, as which {source} is stored; use JPEG")
     return "png", encoded.getvalue(), one_colour(picture)

@@ -201,7 +201,8 @@ def _row(
         require_usable(picture)
         try:
             if verify_images:
-                decoded = decode_image(os.pread(descriptor, picture.size, picture.offset))
+                data = os.pread(descriptor, picture.size, picture.offset)
+                decoded = decode_image(data, measure.spec.truncated_images)
                 colours.append(one_colour(decoded.picture))
         except ImageError as error:
             raise SampleError(f"a picture is {error}") from None

@@ -263,7 +263,10 @@ class Precomputation:
     def _decode(self, sample: _Sample) -> _Sample:
         size = self.parts.preprocessing.image_size
         try:
-            pixels = [self.parts.preprocessing(decode_image(data).picture) for data in sample.pictures]
+            pixels = [
+                self.parts.preprocessing(decode_image(data, self.reader.truncated_images).picture)
+                for data in sample.pictures
+            ]
             sample.pixels = torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, 3, size, size)
         except ImageError as error:
             sample.problem = sample.problem or f"a picture is {error}"
@@ -318,7 +321,7 @@ class Precomputation:
             shards.append(IndexedShard(self._tar(shard).name, size, partial(ShardIndex.load, self._index(shard))))
         is_whole = not any(shard.part().quarantine for shard in shards)
         account = Account.of(self.reader) if is_whole else None  # why others have no labels is not known here
-        write_index(self.out, shards, self.reader.length_source, account)
+        write_index(self.out, shards, self.reader.length_source, account, self.reader.truncated_images)
 
 
 def _suffix(data: bytes) -> str:

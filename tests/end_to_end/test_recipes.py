@@ -178,6 +178,7 @@ def test_reference_mode() -> None:
         assert config.training.loss_normalization == "microbatch"
         assert config.training.vm_loss_rows == "all"
         assert config.data.supervise_final_eos is False
+        assert config.data.truncated_images == "fill"
         assert config.data.sampler == ("modality_length" if sampler else "shuffle")
 
 

@@ -37,7 +37,7 @@ ALLOWED = {
         *("parts", "shapes", "checked", "library_configs", "architecture"),
         *("batch", "platform", "parallel", "models"),
     },
-    "data": {"checked", "architecture", "batch", "parallel", "data"},
+    "data": {"checked", "library_configs", "architecture", "batch", "parallel", "data"},
     "shards": {
         *("parts", "checked", "architecture", "batch", "platform"),
         *("parallel", "models", "data", "checkpoint", "shards"),

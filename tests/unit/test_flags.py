@@ -21,7 +21,8 @@ FLAGS = """
 --fp8-format --fp8-recipe --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --fp8-param-gather
 --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16
 --data-path --valid-data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler
---supervise-final-eos --max-images-per-sample --max-tokens-per-sample --max-bad-fraction --allow-missing-labels
+--truncated-images --supervise-final-eos --max-images-per-sample --max-tokens-per-sample --max-bad-fraction
+--allow-missing-labels
 --num-workers --precomputed --skip-samples
 --data-cache-dir --data-cache-bytes
 --training-stage --micro-batch-size --global-batch-size --override-global-batch-size --train-iters --train-epochs

@@ -315,24 +315,43 @@ def test_padding_is_centred_on_the_mean_colour() -> None:
     assert np.allclose(rows[[0, 7]], 127 / 127.5 - 1, atol=1e-6) and np.allclose(rows[2:5], 1)
 
 
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
 @pytest.mark.parametrize("crop", [True, False])
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (13, 12), (500, 3), (5, 4), (12, 5)])
-def test_padding_while_resizing_gives_the_pixels_of_padding_first(crop: bool, size: tuple[int, int]) -> None:
-    make = ImagePreprocessing(12, crop, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "pad")
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (13, 12), (500, 3), (5, 4), (12, 5), (1, 2), (999, 998)])
+def test_padding_while_resizing_gives_the_pixels_of_padding_first(
+    crop: bool, size: tuple[int, int], resample: Image.Resampling
+) -> None:
+    make = ImagePreprocessing(12, crop, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "pad", resample)
     drawn = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     picture, side = Image.fromarray(drawn), max(size)
     square = Image.new("RGB", (side, side), make.background)
     square.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
     levels = np.empty((3, 12, 12), np.uint8)
     make.write_levels(picture, levels)
-    assert np.array_equal(levels.transpose(1, 2, 0), np.asarray(square.resize((12, 12), Image.Resampling.BICUBIC)))
+    assert np.array_equal(levels.transpose(1, 2, 0), np.asarray(square.resize((12, 12), resample)))
 
 
 def test_a_processor_that_disagrees_is_refused(model_config: ModelConfig) -> None:
     fine = {"size": {"height": 12, "width": 12}, "resample": 3, "image_mean": [0.5] * 3, "rescale_factor": 1 / 255}
     ImagePreprocessing.for_tower(model_config.vision, "pad", fine)
-    for change in ({"resample": 2}, {"size": {"height": 16, "width": 16}}, {"image_mean": [0.4] * 3}):
-        with pytest.raises(ArchitectureError, match=next(iter(change))):
+    siglip2 = fine | {"resample": 2, "do_convert_rgb": None, "do_center_crop": None, "do_pad": False}
+    bilinear = ImagePreprocessing.for_tower(model_config.vision, "pad", siglip2)
+    assert bilinear.resample == Image.Resampling.BILINEAR and str(bilinear).endswith(" resample=2")
+    assert "resample" not in str(ImagePreprocessing.for_tower(model_config.vision, "pad", fine))  # as in old shards
+    for change in (
+        {"resample": 1},
+        {"resample": None},
+        {"resample": True},
+        {"size": {"height": 16, "width": 16}},
+        {"size": {"shortest_edge": 12}},
+        {"image_mean": [0.4] * 3},
+        {"do_normalize": False},
+        {"do_resize": 1},
+        {"do_center_crop": True},
+        {"do_pad": True},
+        {"max_num_patches": 256},
+    ):
+        with pytest.raises(ArchitectureError, match=f"preprocessor_config.json: {next(iter(change))}"):
             ImagePreprocessing.for_tower(model_config.vision, "pad", fine | change)
     with pytest.raises(ValueError, match="aspect"):
         ImagePreprocessing.for_tower(model_config.vision, "anyres")  # type: ignore[arg-type]

@@ -101,7 +101,10 @@ def write_source(
     kind = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}[source.tower]
     (tower_folder / "config.json").write_text(json.dumps({"model_type": kind, **view}))
     processor = GOLDEN / "components" / f"tiny_{source.tower}" / "preprocessor_config.json"
-    (tower_folder / "preprocessor_config.json").write_bytes(processor.read_bytes())
+    size = json.loads((tower_folder / "config.json").read_text())["image_size"]
+    square = {"height": size, "width": size}
+    sizes = {"size": square} if source.tower == "siglip" else {"size": {"shortest_edge": size}, "crop_size": square}
+    (tower_folder / "preprocessor_config.json").write_text(json.dumps(json.loads(processor.read_text()) | sizes))
     config = {
         **fields,
         "model_type": f"ross_{source.language}",

@@ -23,7 +23,7 @@ from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import ImageError, SampleError, ShardError
 from ross_mcore.inference import read_picture
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
-from ross_mcore.shards.llava import convert_records, stored_picture
+from ross_mcore.shards.llava import as_stored, convert_records
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
 from tests.cases.case import TOKENIZER, Case, Place, conversation
@@ -152,7 +152,7 @@ def test_every_way_in_gives_the_same(name: str, place: Place) -> None:
     make = ImagePreprocessing(28, False, (0.5,) * 3, (0.5,) * 3)
     if kind.refused is not None:
         with pytest.raises(SampleError, match=f"the image is {kind.refused}"):
-            stored_picture(data, "refuse")
+            as_stored(data, "refuse")
         with pytest.raises(ValueError, match="no usable sample"):
             indexed(place, data, spec)
         assert kind.refused in (place.folder / "tars" / "quarantine.jsonl").read_text()

@@ -35,8 +35,8 @@ NUMBERED_NAME = re.compile(r"(?:(?:image|img|picture|pic|photo|frame)s?[_-]?)?[0
 MAX_LABEL = 24
 WHAT_IS_READ = (
     f"a sample is KEY.json (a record, or its turns) or KEY.txt (a caption; also .{', .'.join(CAPTION_SUFFIXES[1:])}) "
-    "with its pictures KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... (and other formats; docs/data.md lists all names); "
-    "pictures beside one JSON of all records are for make_shards.py"
+    "with its pictures KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... in the same folder (docs/data.md lists all names and "
+    "formats); pictures beside one JSON of all records are for make_shards.py"
 )
 
 

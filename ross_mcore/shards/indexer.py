@@ -79,7 +79,8 @@ class Shard:
 class Indexing:
     """The outcome: the account of the shards, counts of samples, shards, shards read again.
 
-    `bad`: samples left out, plus damaged bytes divided by the mean size of a sample, without those over the bounds.
+    `bad`: samples left out, without those over the bounds, plus those lost by damage: the damaged bytes divided by the
+    mean size of a sample, and for a shard without a sample at least the mean number of samples of a shard.
     `others`: members that no sample uses, by suffix. `first_names`: names of the first members.
     """
 
@@ -242,7 +243,7 @@ def index_shards(
             for entry in entries:
                 quarantine.writelines(quarantine_lines(entry.name, entry.part()))
         if not done.samples:
-            raise ShardError(_nothing_usable(out, done))
+            raise ShardError(_nothing_usable(out, done, entries))
         raise TooManyBad(
             f"{done.bad} of {done.samples + done.bad} samples are bad, over --max-bad-fraction {max_bad_fraction}, so "
             f"no index was written; see {out / 'quarantine.jsonl'}: {done.account.reasons()}. Mend them, or allow them "
@@ -284,6 +285,7 @@ def _is_current(path: Path, about: dict[str, Any]) -> bool:
 def _summary(entries: Sequence[IndexedShard]) -> Indexing:
     done = Indexing(shards=len(entries))
     account, held_bytes = done.account, 0
+    damaged: list[tuple[int, int]] = []
     for entry in entries:
         part = entry.part()
         assert part.account is not None, "a part without an account is made again"
@@ -292,17 +294,25 @@ def _summary(entries: Sequence[IndexedShard]) -> Indexing:
         done.others.update(part.others)
         done.first_names += part.first_names if len(done.first_names) < 3 else []
         held_bytes += entry.bytes - part.lost_bytes
-    done.bad = account.bad.total + round(account.lost_bytes / max(1.0, held_bytes / max(1, account.records)))
+        if part.account.damage.total:
+            damaged.append((part.lost_bytes, part.account.records))
+    sample_bytes = max(1.0, held_bytes / max(1, account.records))
+    whole_shards = sum(not records for _, records in damaged)
+    shard_samples = account.records / max(1, len(entries) - whole_shards)
+    lost = sum(max(size / sample_bytes, 0 if records else shard_samples) for size, records in damaged)
+    done.bad = account.bad.total + round(lost)
     return done
 
 
-def _nothing_usable(out: Path, done: Indexing) -> str:
-    """What is in the shards, and what would be read."""
+def _nothing_usable(out: Path, done: Indexing, entries: Sequence[IndexedShard]) -> str:
+    """What is in the shards, with the first reason in full, and what would be read."""
     found = [reasons] if (reasons := done.account.reasons()) else []
+    left_out = ((key, reason) for entry in entries for key, reason in entry.part().quarantine if key is not None)
+    found += [f"the first is {checked.shown(key)}: {reason}" for key, reason in itertools.islice(left_out, 1)]
     found += [done.unused_members] if done.others else []
     found += [f"the first members are {', '.join(done.first_names[:3])}"] if done.first_names else []
-    read = f"; {WHAT_IS_READ}" if done.first_names else ""
-    return f"no usable sample, so no index was written to {out}; see quarantine.jsonl there: {'; '.join(found)}{read}"
+    found += [WHAT_IS_READ] if done.first_names else []
+    return f"no usable sample, so no index was written to {out}; see quarantine.jsonl there: {'; '.join(found)}"
 
 
 Task = tuple[Shard, Path, dict[str, Any]]

@@ -303,6 +303,11 @@ NO_TARS: tuple[tuple[str, dict[str, bytes], Sequence[str]], ...] = (
         {"a.tar": tar([("k.jpg", JPEG), ("k.cls", b"3")])},
         ["1 x it has neither .json nor .txt", "1 x .cls", "a sample is KEY.json"],
     ),
+    (
+        "other_folders",
+        {"a.tar": tar([("images/k.jpg", JPEG), ("labels/k.json", llava())])},
+        ["the first is 'images/k': it has neither", "1 x a placeholder without a picture", "in the same folder"],
+    ),
 )
 
 
@@ -326,6 +331,15 @@ def test_compressed_tars_beside_others_are_named(tmp_path: Path, capsys: pytest.
     assert index(tmp_path) == 0
     error = capsys.readouterr().err
     assert "b.tar.gz" in error and "a.tar.gz" not in error
+
+
+def test_a_shard_that_is_no_tar_counts_as_its_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = tar([member for n in range(4) for member in ((f"k{n}.jpg", JPEG), (f"k{n}.json", llava()))])
+    for name, data in {"a.tar": good, "b.tar": gzip.compress(good), "c.tar": b""}.items():
+        (tmp_path / name).write_bytes(data)
+    assert index(tmp_path) == 2
+    assert "8 of 12 samples are bad" in (error := " ".join(capsys.readouterr().err.split()))
+    assert "1 x a shard is no tar: it is gzip data" in error
 
 
 def training(place: Place) -> Sequence[object]:

@@ -36,6 +36,10 @@ class TrainingError(UserError, RuntimeError):
     on_all_ranks = True
 
 
+class WorkerError(UserError, RuntimeError):
+    """A worker process that died, or that this machine cannot run; the message says why and what to change."""
+
+
 class LogError(UserError, RuntimeError):
     """A log file that cannot be read or created; the message names it."""
 

@@ -12,9 +12,8 @@ Legend: J pictures decoded on this rank, H W pixels.
 from __future__ import annotations
 
 import atexit
-import signal
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import Dataset, get_worker_info
 
 from ross_mcore.batch import Row, Sample, Slots
 from ross_mcore.data.dataset import SampleDataset
@@ -40,13 +38,11 @@ from ross_mcore.data.replacement import (
 )
 from ross_mcore.data.rows import PlannedRow, RowStream, T, micro_batches
 from ross_mcore.data.sample import skipped_sample
-from ross_mcore.errors import ShardReadError
+from ross_mcore.data.workers import Interrupted, Stream, shared
+from ross_mcore.errors import ShardReadError, WorkerError
 from ross_mcore.parallel.layout import EVERYTHING, DataShare, share_of
 
 PlannedMicroBatch = list[PlannedRow]
-
-PREFETCHED_MICRO_BATCHES = 2
-"""Number of micro-batches that every worker reads ahead."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,8 @@ class Step:
     `rows`: the planned rows of the *global* batch; `slots`: tokens that this rank's rows reserve for their samples,
     None if a row is one sample of any length; `micro_batches`: this rank's rows, None on a rank that reads no data;
     `bad`: errors that this rank found in samples, which are to be replaced; `cursor`: of the next step; `failure`: why
-    this rank could not read the step, which is then empty; `quarantined`: replaced samples by position.
+    this rank could not read the step, which is then empty (Interrupted: because it is asked to stop); `quarantined`:
+    replaced samples by position.
     """
 
     rows: list[PlannedRow]
@@ -112,6 +109,16 @@ class _MicroBatch:
             sample.pixels, sample.parts = [None] * len(sample.pixels), {}
         return cls(samples, row_sizes, lengths, both, pictures, pixels, parts, bad)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.tokens_and_labels, *([] if self.pixels is None else [self.pixels]), *self.parts.values()]
+
+    def take_over(self) -> _MicroBatch:
+        """Copies the tensors, so that workers have the shared memory back before the step is trained on."""
+        pixels = None if self.pixels is None else self.pixels.clone()
+        parts = {kind: part.clone() for kind, part in self.parts.items()}
+        return replace(self, tokens_and_labels=self.tokens_and_labels.clone(), pixels=pixels, parts=parts)
+
     def unpack(self) -> list[Row]:
         tokens, labels = (row.split(self.lengths) for row in self.tokens_and_labels)
         for place, sample in enumerate(self.samples):
@@ -129,22 +136,28 @@ class _MicroBatch:
 PAST_THE_END = "past the end, to fill the step"
 
 
-class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
-    """A worker's data set: a planned micro-batch -> the micro-batch, or the error of the file system."""
+_Read = _MicroBatch | ShardReadError | WorkerError
+
+
+class _MicroBatches(Dataset[_Read]):
+    """A worker's data set: a planned micro-batch -> the micro-batch, or the error of the file system or of memory."""
 
     def __init__(self, dataset: SampleDataset, plan: StepPlan, share: DataShare) -> None:
         self.dataset, self.plan, self.share = dataset, plan, share
 
-    def __getitem__(self, planned: PlannedMicroBatch) -> _MicroBatch | ShardReadError:
+    def __getitem__(self, planned: PlannedMicroBatch) -> _Read:
         numbers = [number for row in planned for number in row.samples.tolist()]
         positions = [position for row in planned for position in row.positions.tolist()]
         try:
             samples = [self._text(number, position) for number, position in zip(numbers, positions, strict=True)]
             bad = [Bad(sample.position, TEXT, sample.problem or "") for sample in samples if sample.is_bad]
             found, pixels = self._decode_share(samples, numbers)
-        except ShardReadError as error:
+            packed = _MicroBatch.pack(samples, [row.samples.size for row in planned], bad + found, pixels)
+            if get_worker_info() is not None:
+                shared(packed.tensors)
+        except (ShardReadError, WorkerError) as error:
             return error
-        return _MicroBatch.pack(samples, [row.samples.size for row in planned], bad + found, pixels)
+        return packed
 
     def replace(self, planned: PlannedMicroBatch, rows: list[Row], positions: Collection[int]) -> list[Bad]:
         """Reads the samples planned at `positions` into `rows`, in place; returns their errors.
@@ -204,19 +217,14 @@ class _MicroBatches(Dataset[_MicroBatch | ShardReadError]):
         return bad, pixels
 
 
-def _ignore_signals(_: int) -> None:
-    """On SIGINT or SIGTERM the main process finishes its step, for which it needs its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class StepLoader:
     """Endless iterator over training steps; `for step in loader` yields a `Step`.
 
     Every rank that reads data has the complete text of its micro-batches; `Sample.pixels` is filled for this
     tensor-parallel rank's share of each micro-batch's pictures. The stream of rows does not depend on `share`,
     micro_batch_size or num_workers. num_workers=0 reads in the calling process. `load_state_dict` and `skip_rows` set
-    the start. Call `close` (or use it in `with`) when done.
+    the start. `is_interrupted` is polled before and while waiting for data. Call `close` (or use it in `with`) when
+    done.
     Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is not over
     the data set's samples, or the first `plan.end` of them.
     """
@@ -229,6 +237,7 @@ class StepLoader:
         share: DataShare = EVERYTHING,
         replacement: Replacement = NOTHING_SKIPPED,
         num_workers: int = 0,
+        is_interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         if plan.global_batch_size < 1 or plan.global_batch_size % (plan.micro_batch_size * share.dp_size):
             raise ValueError(
@@ -238,11 +247,11 @@ class StepLoader:
         if order.dataset_samples != min(len(dataset), plan.end or len(dataset)):
             raise ValueError(f"the order is over {order.dataset_samples} samples, the data set has {len(dataset)}")
         self.dataset, self.plan, self.share = dataset, plan, share
-        self.replacement, self.num_workers = replacement, num_workers
+        self.replacement, self.num_workers, self._is_interrupted = replacement, num_workers, is_interrupted
         self._rows = RowStream(order, dataset.row_lengths, dataset.seq_length, plan.packed, order.window_samples)
         self._skipped = np.array(sorted(replacement.skipped), np.int64)
         self._planned: deque[Step] = deque()
-        self._stream: Iterator[_MicroBatch | ShardReadError] | None = None
+        self._stream: Iterator[_Read] | None = None
         self._cursor = self._rows.state_dict()
         self._source = _MicroBatches(dataset, plan, share)
 
@@ -254,29 +263,36 @@ class StepLoader:
         return self
 
     def __next__(self) -> Step:
-        if not self.share.reads:
-            self._plan()
-            step = self._planned.popleft()
-        else:
-            try:
+        read = []
+        try:
+            if self._is_interrupted():
+                raise Interrupted
+            if self.share.reads:
                 read = self._read()
-            except Exception as error:  # of any type, also for a killed worker: the other ranks must know of it
-                return Step([], None, None, [], self._cursor, error)
-            step = self._planned.popleft()
+            else:
+                self._plan()
+        except Exception as error:  # of any type, also for a killed worker: the other ranks must know of it
+            return Step([], None, None, [], self._cursor, error)
+        step = self._planned.popleft()
+        if self.share.reads:
             step.micro_batches = [micro_batch.unpack() for micro_batch in read]
             step.bad = [bad for micro_batch in read for bad in micro_batch.bad]
         self._cursor = step.cursor
         return step
 
     def _read(self) -> list[_MicroBatch]:
-        """The micro-batches of a step. Raises the ShardReadError of a worker."""
-        if self._stream is None:
-            self._stream = self._open()
-        found = [next(self._stream) for _ in range(self.num_microbatches)]
-        for micro_batch in found:
-            if isinstance(micro_batch, ShardReadError):
+        """The micro-batches of a step. Raises the error of a worker, or Interrupted."""
+        found = []
+        for _ in range(self.num_microbatches):
+            if self._is_interrupted():
+                raise Interrupted
+            if self._stream is None:
+                self._stream = self._open()
+            micro_batch = next(self._stream)
+            if not isinstance(micro_batch, _MicroBatch):
                 raise micro_batch
-        return [micro_batch for micro_batch in found if isinstance(micro_batch, _MicroBatch)]
+            found.append(micro_batch if self.num_workers == 0 else micro_batch.take_over())
+        return found
 
     def replace(self, step: Step, bad: Iterable[Bad]) -> None:
         """Replaces bad samples in the step's rows, and reads the replacements that belong to this rank.
@@ -364,8 +380,8 @@ class StepLoader:
 
     def close(self) -> None:
         """Ends the worker processes; iterating again starts new ones at the same place."""
-        if isinstance(self._stream, _MultiProcessingDataLoaderIter):
-            self._stream._shutdown_workers()  # its __del__ does this too, but not while a traceback refers to it
+        if isinstance(self._stream, Stream):
+            self._stream.close()
         self._stream = None
         self._planned = deque()
         self._rows.load_state_dict(self._cursor)
@@ -401,19 +417,9 @@ class StepLoader:
         while True:
             yield from self._plan()
 
-    def _open(self) -> Iterator[_MicroBatch | ShardReadError]:
+    def _open(self) -> Iterator[_Read]:
         if not self.num_workers:
             return (self._source[planned] for planned in self._micro_batches())
         # Workers ignore SIGTERM, with which Python would end them at exit, so close() ends them before.
         atexit.register(self.close)
-        return iter(
-            DataLoader(
-                self._source,
-                batch_size=None,
-                sampler=self._micro_batches(),
-                num_workers=self.num_workers,
-                prefetch_factor=PREFETCHED_MICRO_BATCHES,
-                worker_init_fn=_ignore_signals,
-                multiprocessing_context="fork",  # a spawned worker would import torch and the tokenizer again
-            )
-        )
+        return Stream(self._source, self._micro_batches(), self.num_workers, self._is_interrupted)

@@ -8,6 +8,7 @@ finds out that it is bad. A good sample of which the options leave nothing is an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,11 @@ class ShardDataset:
     def pixel_shape(self) -> tuple[int, ...]:
         size = self.preprocessing.image_size
         return (3, size, size) if "pixels" in self._wanted else (0,)
+
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of a picture as a worker sends it: its pixels and stored parts."""
+        return math.prod(self.pixel_shape) + sum(part.nbytes for part in self._blank_parts.values())
 
     def _text(self, key: str, position: int, record: dict[str, Any], num_images: int) -> Sample:
         """Raises ConversationError when the record has no usable row, NothingLeft when the options leave nothing."""

@@ -108,14 +108,15 @@ class Engine:
         """The loader's next step, with its bad samples replaced by the same ones on all ranks.
 
         All ranks exchange their bad samples and make the same replacements; a step without bad samples costs no more
-        than `agree`. Raises ShardReadError on all ranks when one cannot read.
+        than `agree`. Raises ShardReadError on all ranks when one cannot read. A step that is `interrupted` on any rank
+        must not be computed.
         """
         began = time.perf_counter()
         found = next(loader)
         read_seconds = time.perf_counter() - began
         at("agreeing on the step")
         agreed = self.agree(found, request)
-        while replace_bad and agreed.size.found_bad:
+        while replace_bad and agreed.size.found_bad and not agreed.size.interrupted:
             loader.replace(found, chain.from_iterable(gather(found.bad)))
             agreed = self.agree(found, agreed.size.request)
         return replace(agreed, read_seconds=read_seconds)

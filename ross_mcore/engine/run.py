@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ class Run:
     claim: the first rank's claim on the folder of --save; start: the checkpoint the run starts from; resume: whether
     that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch;
     warnings: about what the run will learn, for its start.
+    that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch; is_stopping:
+    whether this rank was asked to stop, so that it must not begin anything long.
     """
 
     engine: Engine
@@ -38,6 +40,7 @@ class Run:
     loader: StepLoader
     rows_per_step: int
     warnings: Sequence[str] = ()
+    is_stopping: Callable[[], bool] = lambda: False
 
     @property
     def config(self) -> Config:

@@ -11,6 +11,7 @@ import torch
 from ross_mcore import platform
 from ross_mcore.batch import Row, Sample, Slots, is_blank
 from ross_mcore.data.loader import Step
+from ross_mcore.data.workers import Interrupted
 from ross_mcore.errors import ShardReadError
 from ross_mcore.parallel.collectives import gather, gather_integers, on_all_ranks
 from ross_mcore.parallel.groups import Groups
@@ -32,7 +33,8 @@ class StepSize:
     denominators of the two losses; row_tokens: tokens that are not padding; skipped_samples: those without tokens;
     ignored_samples: those without a label, which only train on their pictures; micro_batches: of a rank; rows: of a
     micro-batch; found_bad: faults found in samples still in the step; request: the strongest of all ranks;
-    peak_memory_bytes: the largest of all ranks, before the step.
+    interrupted: a rank was asked to stop before it read the step, which must then not be computed; peak_memory_bytes:
+    the largest of all ranks, before the step.
     """
 
     seq_length: int
@@ -46,6 +48,7 @@ class StepSize:
     micro_batches: int = 1
     rows: int = 1
     request: Request = Request.NOTHING
+    interrupted: bool = False
     peak_memory_bytes: int = 0
 
 
@@ -83,7 +86,8 @@ def agree_on_step(
     largest = [
         max(planned or read, default=0),
         int(request),
-        int(step.failure is not None),
+        int(isinstance(step.failure, Interrupted)),
+        int(step.failure is not None and not isinstance(step.failure, Interrupted)),
         platform.peak_memory_bytes(),
         len(step.micro_batches or []),
         len((step.micro_batches or [[]])[0]),
@@ -99,9 +103,9 @@ def agree_on_step(
     ]
     everyone = gather_integers(largest + summed, device)
     maxima, totals = everyone[:, : len(largest)].amax(0).tolist(), everyone[:, len(largest) :].sum(0).tolist()
-    longest, strongest, failed, peak_memory, micro_batches, rows = maxima
+    longest, strongest, interrupted, failed, peak_memory, micro_batches, rows = maxima
     if failed:
-        _refuse(step.failure)
+        _refuse(None if isinstance(step.failure, Interrupted) else step.failure)
     found_bad, labels, images, blanks, row_tokens, skipped, ignored = totals
     return StepSize(
         seq_length=max(1, -(-longest // row_multiple)) * row_multiple,
@@ -115,6 +119,7 @@ def agree_on_step(
         micro_batches=micro_batches,
         rows=rows,
         request=Request(strongest),
+        interrupted=bool(interrupted),
         peak_memory_bytes=peak_memory,
     )
 

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from ross_mcore import platform
     from ross_mcore.data.shard_reader import ShardReader
     from ross_mcore.errors import RankError, UserError
+    from ross_mcore.launcher import require_rendezvous
     from ross_mcore.parallel.collectives import all_or_none
     from ross_mcore.parallel.groups import destroy
     from ross_mcore.shards.precompute import Precomputation, load_picture_parts
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     kinds = [kind for kind in ("latents", "features") if getattr(options, kind)]
     columns = TextColumn("pictures of this rank"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
+        require_rendezvous()
         platform.initialize_process_group(timeout_minutes=7 * 24 * 60)  # ranks wait for each other only at the end
         reader = all_or_none(lambda: ShardReader(options.data_path, options.data_cache_dir))
         parts = all_or_none(lambda: load_picture_parts(options.load, kinds, options.image_aspect_ratio, options.dtype))

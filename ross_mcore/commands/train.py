@@ -28,17 +28,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
 
 def train_status(config: Config, prog: str = SCRIPT) -> int:
-    """Trains; returns 0 when finished or stopped on request, 2 after an error, which the first rank prints."""
+    """Trains; returns 0 when finished or stopped on request, 2 after an error, which the first rank prints.
+
+    Returns 128 + the number of the signal after SIGTERM or Ctrl-C before training began.
+    """
     from ross_mcore.errors import UserError
     from ross_mcore.logs import complain
     from ross_mcore.training.loop import train
+    from ross_mcore.training.stop import StoppedAtStart
 
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
         train(config)
+    except (KeyboardInterrupt, StoppedAtStart) as stop:
+        if is_first:
+            complain(f"{prog}: {str(stop) or 'interrupted'}")
+        return 128 + (signal.SIGTERM if isinstance(stop, StoppedAtStart) else signal.SIGINT)
     except UserError as error:
         text = as_started(f"{prog}: error: {error}", prog)
         record_failure(text)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             complain(text)
         return 2
     return 0
@@ -48,13 +57,17 @@ def run(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     """Runs `main` as the only work of a process: handles signals until training does, and exits at once on failure."""
 
     def end_at_once(number: int, _: object) -> NoReturn:
-        """Handles Ctrl-C before training does (training/stop.py), for example during imports, which take seconds."""
+        """Handles signals before training does (training/stop.py), for example during imports, which take seconds."""
+        what = (
+            "interrupted" if number == signal.SIGINT else "stopped by SIGTERM before training began; nothing is saved"
+        )
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):
-                os.write(2, f"{prog}: interrupted\n".encode())
+                os.write(2, f"{prog}: {what}\n".encode())
         os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, end_at_once)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_at_once)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save, but there is nothing to save yet
     try:
         status = main(arguments, prog)

@@ -25,9 +25,8 @@ class Run:
 
     claim: the first rank's claim on the folder of --save; start: the checkpoint the run starts from; resume: whether
     that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch;
-    warnings: about what the run will learn, for its start.
-    that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch; is_stopping:
-    whether this rank was asked to stop, so that it must not begin anything long.
+    warnings: about what the run will learn, for its start; is_stopping: whether this rank was asked to stop, so that
+    it must not begin anything long.
     """
 
     engine: Engine
@@ -62,6 +61,11 @@ class Run:
     def save_folder(self) -> Path:
         return Path(self.config.checkpoint.save or "")
 
+    @property
+    def is_in_own_folder(self) -> bool:
+        """Whether this run resumes from a checkpoint in the folder that it saves to."""
+        return self.resume and self.start.path.parent == self.save_folder
+
     def is_due(self, iteration: int, interval: int | None) -> bool:
         """Whether an iteration is a multiple of `interval`, or the last of the run."""
         return iteration == self.train_iters or bool(interval and iteration % interval == 0)
@@ -89,6 +93,11 @@ class ReadStep:
     def request(self) -> Request:
         """The strongest request of all ranks."""
         return self.step.size.request
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a rank was asked to stop, so that the step is not trained on."""
+        return self.step.size.interrupted
 
     @property
     def bad(self) -> list[BadSample]:

@@ -14,7 +14,8 @@ class Heartbeat:
 
     count: number of heartbeats so far, so that no common clock is needed; host, process: where the rank runs;
     iteration, phase, marks: its place (progress.Place); seconds: time spent there; collective: the last one entered, ""
-    when unknown; waits: whether that collective is unfinished; status: RUNNING, ENDED or the error it failed with.
+    when unknown; waits: whether that collective is unfinished; status: RUNNING, ENDED or the error it failed with;
+    is_long: whether its phase is marked long.
     """
 
     count: int
@@ -27,6 +28,7 @@ class Heartbeat:
     collective: str = ""
     waits: bool = False
     status: str = RUNNING
+    is_long: bool = False
 
     @property
     def place(self) -> str:

@@ -1,9 +1,10 @@
 """Ends all ranks, with a message that names the cause, when one rank died or is blocked.
 
-Every rank has two threads. One writes heartbeats to the store of the process group: the place of its process and the
-last collective it entered. The other watches its own process for progress. After too long without progress, or after a
-failed collective, the heartbeats of all ranks are read twice to find the rank that blocks the others. Nothing here
-touches the device.
+Every rank has three threads. One writes heartbeats to the store of the process group: the place of its process and the
+last collective it entered. One watches its own process for progress. One watches the heartbeats of the next rank, so
+that a rank that died is noticed although a collective waits for it without an error. After too long without progress,
+a lost rank or a failed collective, the heartbeats of all ranks are read twice to find the rank that blocks the others.
+Nothing here touches the device.
 """
 
 from __future__ import annotations
@@ -36,8 +37,15 @@ LOST_A_RANK = 3
 LONGEST_BEAT_SECONDS = 5.0
 BEATS_OF_A_TIMEOUT = 40
 BEATS_TO_FALL_SILENT = 3
+BEATS_TO_BE_LOST = 4
+"""Beats without a heartbeat after which a rank on another machine is lost; LONG_PHASE times as many in a phase marked
+long. On the same machine a rank is lost when its process has ended: a silent one may hold the interpreter's lock for
+long, or be stopped for a while."""
+STORE_SECONDS = 15.0
+"""How long after the store is gone this process may still run: at the end of a run its owner may end first."""
 LONG_PHASE = 3
 """Timeout multiplier of phases marked long. Ranks that wait for such a phase in a collective wait one timeout."""
+GONE, ZOMBIE = ": its process is gone", ": its process has ended"
 _VERDICT, _CLAIMS = "watchdog/verdict", "watchdog/claims"
 
 
@@ -67,7 +75,7 @@ class Watchdog:
             store = dist.distributed_c10d._get_default_store()
             # a connection each: one may be blocked
             self._beating, self._asking = store.clone(), store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
-            for target in (self._beat, self._watch):
+            for target in (self._beat, self._watch, self._watch_next):
                 threading.Thread(target=target, daemon=True, name=f"watchdog {target.__name__}").start()
         return self
 
@@ -111,8 +119,22 @@ class Watchdog:
                 self._publish()
                 if self._beating.check([_VERDICT]):
                     self.explain("ended because others did")
-        except RuntimeError:
-            return  # the store's process has ended; if it died, a collective or the other thread reports it
+        except RuntimeError:  # the store's process has ended
+            if not self._ended.wait(STORE_SECONDS):
+                self.explain("the store of the ranks is gone")
+
+    def _watch_next(self) -> None:
+        """Watches one other rank, so that the store serves few requests; a rank that finds a loss reports to all."""
+        other = (self._rank + 1) % self._world_size
+        silent, last, was_seen = 0, None, False
+        with contextlib.suppress(RuntimeError):  # the other thread reports that the store is gone
+            while not self._ended.wait(self._beat_seconds):
+                beat = self._heartbeat(other)
+                silent, last = silent + 1 if beat == last else 0, beat
+                is_here = beat is not None and beat.host == socket.gethostname() and _process_state(beat) != GONE
+                was_seen = was_seen or is_here
+                if (loss := _loss(beat, silent, was_seen)) is not None:
+                    self.explain(f"rank {other} {loss}")
 
     def _watch(self) -> None:
         """Counts heartbeats without progress of this process."""
@@ -144,6 +166,7 @@ class Watchdog:
             collective,
             waits,
             self._status,
+            place.is_long,
         )
         self._beating.set(f"watchdog/{self._rank}", json.dumps(asdict(beat)))
 
@@ -171,10 +194,13 @@ class Watchdog:
     def _heartbeats(self) -> dict[int, Heartbeat]:
         found = {}
         for rank in range(self._world_size):
-            key = f"watchdog/{rank}"
-            if self._asking.check([key]):
-                found[rank] = Heartbeat(**json.loads(self._asking.get(key)))
+            if (beat := self._heartbeat(rank)) is not None:
+                found[rank] = beat
         return found
+
+    def _heartbeat(self, rank: int) -> Heartbeat | None:
+        key = f"watchdog/{rank}"
+        return Heartbeat(**json.loads(self._asking.get(key))) if self._asking.check([key]) else None
 
     def _bounded(self, action: Callable[[], T]) -> T:
         """Runs `action` in a thread, because calls of the store may block. Raises StoreGone when it gets no answer."""
@@ -194,6 +220,23 @@ class Watchdog:
         return results[0]
 
 
+def _loss(beat: Heartbeat | None, silent: int, was_seen: bool) -> str | None:
+    """What happened to a rank, None if it is not lost.
+
+    silent: beats since its last heartbeat; was_seen: its process was seen on this machine, which it is not from a
+    container with process numbers of its own.
+    """
+    if beat is None:  # it died before its first heartbeat, or is about to send it
+        return "never started" if silent >= LONG_PHASE * BEATS_TO_BE_LOST else None
+    if beat.status == ENDED or not silent:
+        return None
+    if beat.status != RUNNING:  # time for this rank to fail with the same error
+        return "failed" if silent >= BEATS_TO_FALL_SILENT else None
+    if was_seen:
+        return "is gone" if _process_state(beat) in (GONE, ZOMBIE) else None
+    return "is lost" if silent >= BEATS_TO_BE_LOST * (LONG_PHASE if beat.is_long else 1) else None
+
+
 def _process_state(beat: Heartbeat) -> str:
     """The state of a process that has stopped or ended, as text; "" when it runs or is on another machine."""
     if beat.host != socket.gethostname():
@@ -201,5 +244,7 @@ def _process_state(beat: Heartbeat) -> str:
     try:
         state = Path(f"/proc/{beat.process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return ": its process is gone"
-    return {"T": ": its process is stopped (SIGSTOP)", "Z": ": its process has ended"}.get(state, "")
+        return GONE
+    return {"T": ": its process is stopped (SIGSTOP)", "t": ": a debugger stopped its process", "Z": ZOMBIE}.get(
+        state, ""
+    )

@@ -57,6 +57,13 @@ def agree(value: int, group: ProcessGroup, device: torch.device) -> bool:
     return highest == ~lowest_inverted
 
 
+def any_rank(value: bool, group: ProcessGroup, device: torch.device) -> bool:
+    """Whether `value` holds on any rank of a group."""
+    found = torch.tensor(int(value), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return bool(found)
+
+
 def same_on_all_ranks(value: object) -> bool:
     """Whether all ranks have equal values."""
     return all(other == value for other in gather(value))

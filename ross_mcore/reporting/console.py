@@ -23,6 +23,7 @@ class Console(Reporter):
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self._train_iters, self._save = run.train_iters, run.config.checkpoint.save
+        self._first = state.iteration
         self._skipped = self._ignored = 0
 
     def say(self, text: str) -> None:
@@ -87,6 +88,9 @@ class Console(Reporter):
             )
 
     def finish(self, state: TrainState, stopped_by: str | None) -> None:
+        if stopped_by is not None and state.iteration == self._first:
+            say(f"stopped by {stopped_by} before a step after iteration {self._first}; nothing was trained or saved")
+            return
         if stopped_by is not None:
             say(
                 f"stopped by {stopped_by} after iteration {state.iteration}; the same command continues "

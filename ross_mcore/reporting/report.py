@@ -21,10 +21,10 @@ from ross_mcore.reporting.reporter import Reporter
 
 
 def reporters() -> Sequence[type[Reporter]]:
-    """The table, in the order of calls."""
+    """The table, in the order of calls. ValidationFile comes after TensorBoard: its line marks a validation as done."""
     from ross_mcore.reporting.tensorboard import TensorBoard  # imported only on the logging rank
 
-    return (MetricsFile, ValidationFile, TensorBoard, QuarantineFile, IncidentsFile, Console)
+    return (MetricsFile, TensorBoard, ValidationFile, QuarantineFile, IncidentsFile, Console)
 
 
 class Report:

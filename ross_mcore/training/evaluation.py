@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ross_mcore.data.workers import Interrupted
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
+from ross_mcore.logs import VALIDATION_FILE, read_entries
+from ross_mcore.parallel.collectives import all_or_none, gather
 from ross_mcore.reporting.report import Report
 from ross_mcore.training.reconstruction import reconstruction_grid
 from ross_mcore.training.validation import validate
 
 
-def evaluate(run: Run, state: TrainState, report: Report) -> None:
-    """Runs validation (--valid-interval) and reconstructions (--eval-interval) when they are due. Collective."""
+def evaluate(
+    run: Run, state: TrainState, report: Report, between: Callable[[TrainState], None] = lambda _: None
+) -> bool:
+    """Runs reconstructions (--eval-interval) and validation (--valid-interval) when they are due. Collective.
+
+    False when a rank was asked to stop meanwhile; then validation, if due, has no line in validation.jsonl. between:
+    called before every batch of the validation.
+    """
     options, iteration = run.config.logging, state.iteration
-    if run.held_out is not None and run.is_due(iteration, options.valid_interval):
-        report.validated(*validate(run.engine, run.held_out, iteration))
-    if options.eval_interval and run.model_config.denoiser and run.is_due(iteration, options.eval_interval):
-        report.picture(iteration, reconstruction_grid(run.engine, run.dataset))
+    try:
+        if options.eval_interval and run.model_config.denoiser and run.is_due(iteration, options.eval_interval):
+            report.picture(iteration, reconstruction_grid(run.engine, run.dataset, run.is_stopping))
+        if run.held_out is not None and run.is_due(iteration, options.valid_interval):
+            report.validated(*validate(run.engine, run.held_out, iteration, run.is_stopping, lambda: between(state)))
+    except Interrupted:
+        return False
+    return True
+
+
+def evaluate_missed(run: Run, state: TrainState, report: Report) -> bool:
+    """At the start of a resumed run: what was due at its checkpoint, unless validation.jsonl has its line. Collective.
+
+    Reconstructions without a validation have no such mark and are drawn again.
+    """
+    if not run.is_in_own_folder:
+        return True
+    has_line = all_or_none(lambda: run.groups.is_logging_rank and _has_validation(run, state.iteration))
+    return any(gather(has_line)) or evaluate(run, state, report)
+
+
+def _has_validation(run: Run, iteration: int) -> bool:
+    """Raises LogError."""
+    path = run.save_folder / VALIDATION_FILE
+    return path.exists() and any(entry["iteration"] == iteration for entry in read_entries(path))

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from ross_mcore.config import Config
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
+from ross_mcore.engine.step import Request
 from ross_mcore.guards.table import Guards
 from ross_mcore.reporting.report import open_report
 from ross_mcore.training.checkpointer import Checkpointer
-from ross_mcore.training.evaluation import evaluate
+from ross_mcore.training.evaluation import evaluate, evaluate_missed
 from ross_mcore.training.opening import open_run
 from ross_mcore.training.step import read_step, train_step
 from ross_mcore.training.stop import Requests
@@ -22,7 +23,8 @@ def train(config: Config) -> None:
     When another rank dies or is blocked, the process itself ends (guards/watchdog.py).
     """
     with Requests.of(config.training) as requests, ExitStack() as closing:
-        run, state = open_run(config, closing)
+        with requests.starting():
+            run, state = open_run(config, closing, requests.is_stopping)
         _train(run, state, requests)
 
 
@@ -30,11 +32,15 @@ def _train(run: Run, state: TrainState, requests: Requests) -> None:
     """Trains step by step, then saves a last checkpoint."""
     report = open_report(run, state)
     guards, checkpointer = Guards(run, report.say), Checkpointer(run, report.say)
-    stopped_by: str | None = None
+    first, stopped_by = state.iteration, None
     with checkpointer:
         guards.at_start(state)
+        is_complete = evaluate_missed(run, state, report)
         while state.iteration < run.train_iters and stopped_by is None:
             read = read_step(run, state, requests.pending())
+            if read.interrupted:
+                stopped_by = requests.why_to_stop(state.iteration, Request.STOP)
+                break
             report.bad_samples(read.replaced)
             guards.after_read(read)
 
@@ -44,8 +50,12 @@ def _train(run: Run, state: TrainState, requests: Requests) -> None:
             guards.after_step(result, report.incidents)
             checkpointer.after_step(state)
 
-            evaluate(run, state, report)  # before the save, so that a resumed run misses no evaluation
             stopped_by = requests.why_to_stop(state.iteration, read.request)
-            checkpointer.save_if_due(state, read.request)
-    checkpointer.finish(state)
+            checkpointer.save_if_due(state, Request.STOP if stopped_by else read.request)
+            # after the save: a run that is stopped or killed meanwhile has its step, and evaluates at its next start
+            is_complete = evaluate(run, state, report, checkpointer.after_step)
+        if not is_complete:
+            stopped_by = requests.why_to_stop(state.iteration, Request.STOP)
+    if stopped_by is None or state.iteration > first:
+        checkpointer.finish(state)
     report.finish(state, stopped_by)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from ross_mcore.checkpoint.folder import REMEDY, TRAIN_STATE, Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.replacement import Replacement
+from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset
+from ross_mcore.data.workers import largest_batch_bytes, prefetched_bytes, require_shared_memory
 from ross_mcore.engine.finite import all_finite, diagnose
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.run import Run
@@ -24,9 +28,11 @@ from ross_mcore.engine.setup import NotBuilt, Span, build_engine
 from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import CheckpointError
 from ross_mcore.guards.watchdog import Watchdog
+from ross_mcore.launcher import require_rendezvous
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel import groups as process_groups
-from ross_mcore.parallel.collectives import all_or_none, from_first_rank
+from ross_mcore.parallel.collectives import all_or_none, from_first_rank, gather
+from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.learning import check_data, check_schedule
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model
@@ -40,12 +46,15 @@ from ross_mcore.training.start import (
 )
 
 
-def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
+def open_run(
+    config: Config, closing: ExitStack, is_stopping: Callable[[], bool] = lambda: False
+) -> tuple[Run, TrainState]:
     """The run of `config` and the state in which it begins. Collective.
 
     `closing` ends the data workers, releases the first rank's claim on the folder of --save, and leaves the process
-    groups after a run without an error.
+    groups after a run without an error. is_stopping: see Run.
     """
+    require_rendezvous()
     closing.enter_context(process_groups.left_as_found())
     platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
     closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
@@ -60,6 +69,7 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
     layout = all_or_none(lambda: place(config, model_config, precomputed))
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
     all_or_none(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
+    _require_shared_memory(config, [dataset] if held_out is None else [dataset, held_out], groups)
     at("looking at the data", is_long=True)
     warnings = from_first_rank(lambda: check_data(config, model_config, dataset))
     rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
@@ -82,15 +92,17 @@ def open_run(config: Config, closing: ExitStack) -> tuple[Run, TrainState]:
         raise CheckpointError(f"{start.path} cannot be trained: its {diagnosis}; give another checkpoint")
     plan = StepPlan(rows_per_step, config.training.micro_batch_size, config.data.pack)
     replacement = Replacement(config.training.seed, skipped=frozenset(skipped))
+    workers = config.data.num_workers
     loader = closing.enter_context(
-        StepLoader(dataset, order, plan, groups.data_share, replacement, config.data.num_workers)
+        StepLoader(dataset, order, plan, groups.data_share, replacement, workers, is_stopping)
     )
     if state.iteration or state.data:
         try:
             loader.load_state_dict(state.data)
         except ValueError as error:  # a wrong place in the data; every rank reads it from the same file
             raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
-    return Run(engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step, warnings), state
+    constants = engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step
+    return Run(*constants, warnings, is_stopping), state
 
 
 def _claim(config: Config, closing: ExitStack) -> Claim | None:
@@ -107,6 +119,20 @@ def _open_data(
 
     dataset = opened(config.data.data_path or "")
     return dataset, None if config.data.valid_data_path is None else opened(config.data.valid_data_path)
+
+
+def _require_shared_memory(config: Config, datasets: list[MixtureDataset], groups: Groups) -> None:
+    """Raises WorkerError on every rank when a machine has no room for what the workers of its ranks send."""
+    share, rows = groups.data_share, config.training.micro_batch_size
+
+    def needed(parts: list[ShardDataset]) -> int:
+        largest = largest_batch_bytes(parts, rows, config.data.pack, share.tp_size)
+        return prefetched_bytes(largest, config.data.num_workers)
+
+    own = sum(needed(dataset.parts) for dataset in datasets) if share.reads else 0
+    host = socket.gethostname()
+    here = [count for name, count in gather((host, own)) if name == host and count]
+    all_or_none(lambda: require_shared_memory(sum(here), len(here)))
 
 
 def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, train_iters: int) -> TrainState:

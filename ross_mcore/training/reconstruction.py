@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,9 +12,11 @@ from ross_mcore.batch import collate
 from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sources import MixtureDataset
+from ross_mcore.data.workers import Interrupted
 from ross_mcore.engine.engine import Engine
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.step import AgreedStep
+from ross_mcore.parallel.collectives import any_rank
 from ross_mcore.parallel.split import gather_shares
 from ross_mcore.reporting.pictures import picture_grid
 
@@ -22,16 +25,21 @@ SEARCHED_SAMPLES = 100_000
 
 
 @torch.no_grad()
-def reconstruction_grid(engine: Engine, dataset: MixtureDataset) -> Tensor | None:
+def reconstruction_grid(
+    engine: Engine, dataset: MixtureDataset, is_stopping: Callable[[], bool] = lambda: False
+) -> Tensor | None:
     """Originals above reconstructions [3, H, W] in [0, 1] on the last stage, None elsewhere. Collective.
 
     Shows the first --eval-images pictures in the order of the shards; every data-parallel replica computes the same.
+    Raises Interrupted when `is_stopping` on any rank: on every rank before the model runs, later on some.
     """
     at("reconstructions", is_long=True)
     first = dataset.first_picture(SEARCHED_SAMPLES)
     if first is None:
         return None
-    step = _read(engine, dataset, first)
+    step = _read(engine, dataset, first, is_stopping)
+    if step.size.interrupted:
+        raise Interrupted
     engine.model.eval()
     hidden = engine.hidden(step)
     engine.model.train()
@@ -39,6 +47,9 @@ def reconstruction_grid(engine: Engine, dataset: MixtureDataset) -> Tensor | Non
         return None
     originals, pictures = [], []
     for number, (states, rows) in enumerate(zip(hidden, step.loaded.micro_batches, strict=True)):
+        at("reconstructions", is_long=True)
+        if any_rank(is_stopping(), engine.groups.tensor, engine.device):
+            raise Interrupted
         image_size = engine.model_config.vision.image_size
         batch = collate(rows, step.size.seq_length, image_size, step.slots_of(number)).to(engine.device)
         original, picture = engine.model.last.reconstruct(states, batch)
@@ -48,7 +59,7 @@ def reconstruction_grid(engine: Engine, dataset: MixtureDataset) -> Tensor | Non
     return picture_grid([torch.cat(originals)[:shown], torch.cat(pictures)[:shown]])
 
 
-def _read(engine: Engine, dataset: MixtureDataset, first: int) -> AgreedStep:
+def _read(engine: Engine, dataset: MixtureDataset, first: int, is_stopping: Callable[[], bool]) -> AgreedStep:
     """A step of the samples from number `first` on, one per row, the same on every data-parallel rank."""
     options, groups = engine.config, engine.groups
     rows = options.training.micro_batch_size
@@ -59,6 +70,7 @@ def _read(engine: Engine, dataset: MixtureDataset, first: int) -> AgreedStep:
         SampleOrder(len(dataset), seed=0, shuffle=False),
         StepPlan(micro_batches * rows, rows),
         replace(groups.data_share, dp_rank=0, dp_size=1),
+        is_interrupted=is_stopping,
     ) as loader:
         loader.skip_rows(first)
         return engine.agree(next(loader))

@@ -39,7 +39,7 @@ def train_one_rank(flags: dict[str, Any], stop_after: int | None = None) -> None
 
     def write_and_stop(log: MetricsFile, metrics: StepMetrics) -> None:
         write(log, metrics)
-        if metrics.iteration + 1 == stop_after:
+        if metrics.iteration == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
     MetricsFile.step = write_and_stop

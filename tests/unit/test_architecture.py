@@ -64,7 +64,7 @@ ALLOWED = {
         *("parallel", "data", "checkpoint", "engine", "guards", "reporting"),
     },
     "training": {
-        *("architecture", "parts", "batch", "checked", "options", "config", "logs", "platform"),
+        *("launcher", "architecture", "parts", "batch", "checked", "options", "config", "logs", "platform"),
         *("parallel", "models", "data", "checkpoint", "engine", "guards", "reporting", "training"),
     },
     "api": {"config", "flags", "training"},

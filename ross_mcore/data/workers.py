@@ -208,7 +208,7 @@ def cause_of_death(process: int, status: int) -> str:
         name, cause = signal.Signals(-status).name, CAUSES.get(signal.Signals(-status))
     except ValueError:
         name, cause = f"signal {-status}", None
-    return f"{worker} was killed by {name}" + (f": {cause}" if cause else "; use --num-workers 0 if this repeats")
+    return f"{worker} was killed by {name}" + (f": {cause}" if cause else "; use --num-workers 0")
 
 
 def _begin_worker(_: int) -> None:

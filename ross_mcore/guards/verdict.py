@@ -15,7 +15,7 @@ class Heartbeat:
     count: number of heartbeats so far, so that no common clock is needed; host, process: where the rank runs;
     iteration, phase, marks: its place (progress.Place); seconds: time spent there; collective: the last one entered, ""
     when unknown; waits: whether that collective is unfinished; status: RUNNING, ENDED or the error it failed with;
-    is_long: whether its phase is marked long.
+    is_long: whether its phase is marked long; processes: the system in which `process` is its number.
     """
 
     count: int
@@ -29,6 +29,7 @@ class Heartbeat:
     waits: bool = False
     status: str = RUNNING
     is_long: bool = False
+    processes: str = ""
 
     @property
     def place(self) -> str:

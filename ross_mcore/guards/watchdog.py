@@ -10,6 +10,7 @@ Nothing here touches the device.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -126,14 +127,12 @@ class Watchdog:
     def _watch_next(self) -> None:
         """Watches one other rank, so that the store serves few requests; a rank that finds a loss reports to all."""
         other = (self._rank + 1) % self._world_size
-        silent, last, was_seen = 0, None, False
+        silent, last = 0, None
         with contextlib.suppress(RuntimeError):  # the other thread reports that the store is gone
             while not self._ended.wait(self._beat_seconds):
                 beat = self._heartbeat(other)
                 silent, last = silent + 1 if beat == last else 0, beat
-                is_here = beat is not None and beat.host == socket.gethostname() and _process_state(beat) != GONE
-                was_seen = was_seen or is_here
-                if (loss := _loss(beat, silent, was_seen)) is not None:
+                if (loss := _loss(beat, silent)) is not None:
                     self.explain(f"rank {other} {loss}")
 
     def _watch(self) -> None:
@@ -167,6 +166,7 @@ class Watchdog:
             waits,
             self._status,
             place.is_long,
+            _process_table(),
         )
         self._beating.set(f"watchdog/{self._rank}", json.dumps(asdict(beat)))
 
@@ -220,26 +220,32 @@ class Watchdog:
         return results[0]
 
 
-def _loss(beat: Heartbeat | None, silent: int, was_seen: bool) -> str | None:
-    """What happened to a rank, None if it is not lost.
-
-    silent: beats since its last heartbeat; was_seen: its process was seen on this machine, which it is not from a
-    container with process numbers of its own.
-    """
+def _loss(beat: Heartbeat | None, silent: int) -> str | None:
+    """What happened to a rank, None if it is not lost; silent: beats since its last heartbeat."""
     if beat is None:  # it died before its first heartbeat, or is about to send it
         return "never started" if silent >= LONG_PHASE * BEATS_TO_BE_LOST else None
     if beat.status == ENDED or not silent:
         return None
     if beat.status != RUNNING:  # time for this rank to fail with the same error
         return "failed" if silent >= BEATS_TO_FALL_SILENT else None
-    if was_seen:
+    if beat.processes and beat.processes == _process_table():
         return "is gone" if _process_state(beat) in (GONE, ZOMBIE) else None
     return "is lost" if silent >= BEATS_TO_BE_LOST * (LONG_PHASE if beat.is_long else 1) else None
 
 
+@functools.cache
+def _process_table() -> str:
+    """Identifies this system and its numbering of processes, which each container may have; "" when unknown."""
+    try:
+        booted = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{booted} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return ""
+
+
 def _process_state(beat: Heartbeat) -> str:
-    """The state of a process that has stopped or ended, as text; "" when it runs or is on another machine."""
-    if beat.host != socket.gethostname():
+    """The state of a process that has stopped or ended, as text; "" when it runs or cannot be seen from here."""
+    if not beat.processes or beat.processes != _process_table():
         return ""
     try:
         state = Path(f"/proc/{beat.process}/stat").read_text().rpartition(")")[2].split()[0]

@@ -61,11 +61,6 @@ class Run:
     def save_folder(self) -> Path:
         return Path(self.config.checkpoint.save or "")
 
-    @property
-    def is_in_own_folder(self) -> bool:
-        """Whether this run resumes from a checkpoint in the folder that it saves to."""
-        return self.resume and self.start.path.parent == self.save_folder
-
     def is_due(self, iteration: int, interval: int | None) -> bool:
         """Whether an iteration is a multiple of `interval`, or the last of the run."""
         return iteration == self.train_iters or bool(interval and iteration % interval == 0)

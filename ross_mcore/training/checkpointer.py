@@ -41,9 +41,10 @@ class Checkpointer:
         self._retry_at: int | None = None
         self._iteration = 0
         # a run that resumes in another folder has no checkpoint there yet
-        self._saved_iteration = run.start.iteration if run.is_in_own_folder else None
+        same_folder = run.resume and run.start.path.parent == run.save_folder
+        self._saved_iteration = run.start.iteration if same_folder else None
         if run.groups.rank == 0:
-            folder.tidy(run.save_folder, run.start if run.is_in_own_folder else None)
+            folder.tidy(run.save_folder, run.start if same_folder else None)
 
     def __enter__(self) -> Checkpointer:
         return self

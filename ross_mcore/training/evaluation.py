@@ -38,7 +38,7 @@ def evaluate_missed(run: Run, state: TrainState, report: Report) -> bool:
 
     Reconstructions without a validation have no such mark and are drawn again.
     """
-    if not run.is_in_own_folder:
+    if not run.resume or run.start.path.parent != run.save_folder:
         return True
     has_line = all_or_none(lambda: run.groups.is_logging_rank and _has_validation(run, state.iteration))
     return any(gather(has_line)) or evaluate(run, state, report)

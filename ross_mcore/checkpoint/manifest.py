@@ -62,6 +62,13 @@ class Manifest:
         """Bytes of all files except the marker."""
         return sum(record.bytes for record in self.files.values())
 
+    @property
+    def content(self) -> str:
+        """8 hex digits that change with weights, architecture and tokenizer, and stay in a copy."""
+        lasting = re.compile(r"config\.json|tokenizer/.*|.*\.distcp")
+        records = [(name, record) for name, record in sorted(self.files.items()) if lasting.fullmatch(name)]
+        return f"{crc32(repr(records).encode()):08x}"
+
     def text(self) -> str:
         """The content of the marker file."""
         data = {

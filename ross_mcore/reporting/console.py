@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ross_mcore import platform
+from ross_mcore.checked import real_path
 from ross_mcore.data.replacement import BadSample
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, changed_options
@@ -32,8 +34,11 @@ class Console(Reporter):
     def start(self, run: Run, state: TrainState) -> None:
         layout, dataset = run.groups.layout, run.dataset
         where = f"continues from iteration {state.iteration}" if run.resume else "starts from the weights"
+        load, of_run = run.config.checkpoint.load, (run.start.path, run.start.path.parent)
+        is_read = not run.resume or load is None or real_path(Path(load)) in map(real_path, of_run)
+        unread = "" if is_read else f"; --load {load} is not read, because --save holds this run"
         say(
-            f"{run.config.training.training_stage}: {where} of {run.start.path}\n"
+            f"{run.config.training.training_stage}: {where} of {run.start.path}{unread}\n"
             f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
             f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(_stages(run))}\n"
             f"data: {len(dataset)} samples, {run.rows_per_step} rows a step, {run.train_iters} iterations\n"

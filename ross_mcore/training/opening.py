@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ross_mcore import platform
+from ross_mcore import checked, platform
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.claim import Claim
@@ -35,7 +36,7 @@ from ross_mcore.parallel.collectives import all_or_none, from_first_rank, gather
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.learning import check_data, check_schedule
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
-from ross_mcore.training.resume import changeable_options, continued, refuse_other_model
+from ross_mcore.training.resume import changeable_options, continued, refuse_other_model, started_from
 from ross_mcore.training.start import (
     iterations_of,
     open_dataset,
@@ -81,6 +82,9 @@ def open_run(
     state = _first_state(config, dataset, rows_per_step, train_iters)
     if resume:
         state = all_or_none(lambda: continued(start, state, config))
+    if checked.real_path(start.path.parent) != checked.real_path(Path(config.checkpoint.save or "")):
+        load = Path(config.checkpoint.load or "")
+        state = replace(state, started_from=all_or_none(lambda: started_from(load, start)))
     unused = unused_parts(config, precomputed)
     carried = all_or_none(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
     blank = all_or_none(lambda: blank_posterior(parts_of_data))

@@ -89,8 +89,13 @@ def _may_change_batch(config: Config) -> bool:
     return True
 
 
+def started_from(load: Path, start: Checkpoint) -> dict[str, str]:
+    """The record of --load in a new run, by which a later start with another one is noticed. Raises CheckpointError."""
+    return {"path": str(checked.real_path(load)), "content": start.manifest().content}
+
+
 def refuse_other_model(own: Checkpoint, load: Path) -> None:
-    """Raises ConfigError when --load holds another model than the run of --save, which resumes from `own`.
+    """Raises ConfigError when --load names another start than that of the run in --save, which resumes from `own`.
 
     --load may be missing or damaged, because nothing is read from it, and it may be the folder of `own`.
     """
@@ -101,18 +106,42 @@ def refuse_other_model(own: Checkpoint, load: Path) -> None:
         if other is None:
             return
         theirs, its = other.model_config().to_dict(), tokenizer_fingerprint(other.tokenizer)
+        is_start = _is_start(own.train_state().get("started_from"), load, other)
     except (ArchitectureError, CheckpointError):
         return
     ours, mine = own.model_config().to_dict(), tokenizer_fingerprint(own.tokenizer)
     different = [f"{name} {shown(value)} and {shown(found)}" for name, value, found in _differences("", ours, theirs)]
     if mine != its:
         different.append(f"tokenizer files {mine} and {its}")
+    ignored = "That run would be resumed, and --load would not be read"
     if different:
         raise ConfigError(
             f"--save holds a run of another model ({own.path}) than --load ({other.path}): {'; '.join(different[:3])}. "
-            "That run would be resumed, and --load would not be read. Give the --load it was started from, or another "
-            "--save folder"
+            f"{ignored}. Give the --load it was started from, or another --save folder"
         )
+    if checked.real_path(other.path).parent == checked.real_path(own.path).parent:
+        raise ConfigError(
+            f"--load names {other.path}, and the newest checkpoint of that run is {own.path}, which would be resumed. "
+            "To go back, move the newer checkpoints to another folder; to keep them, give another --save folder"
+        )
+    if not is_start:
+        began = own.train_state()["started_from"].get("path")
+        raise ConfigError(
+            f"--save holds a run ({own.path}) that started from {began}, and --load {load} has other weights. "
+            f"{ignored}. Give --load {own.path.parent} to resume that run, or another --save to start from {load}"
+        )
+
+
+def _is_start(began: Any, load: Path, newest: Checkpoint) -> bool:
+    """Whether a run that recorded `began` may have started from --load, whose newest checkpoint is given.
+
+    A run that --load names may have continued since, and deleted the checkpoint in question.
+    """
+    if not isinstance(began, dict) or not began:  # an old checkpoint, which has no record
+        return True
+    if began.get("path") == str(checked.real_path(load)) and newest.train_state():
+        return True
+    return any(found.manifest().content == began.get("content") for found in checkpoints(load))
 
 
 def _is_damaged(checkpoint: Checkpoint) -> bool:

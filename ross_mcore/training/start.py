@@ -45,6 +45,11 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
     own = find_intact(Path(checkpoint.save or ""), checkpoint.verify)
     if own is not None:
         saved_stage = all_or_none(lambda: own.train_state().get("training_stage"))
+        if saved_stage is None:
+            raise ConfigError(
+                f"--save {checkpoint.save} holds a converted model, not a run; give --load {checkpoint.save} and "
+                "another --save folder"
+            )
         if saved_stage != stage:
             raise ConfigError(
                 f"--save {checkpoint.save} holds a run of training stage {saved_stage!r}; give another folder"

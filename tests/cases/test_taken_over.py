@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ross_mcore.checkpoint import folder
-from ross_mcore.commands import make_shards
+from ross_mcore.commands import convert, make_shards
 from tests.cases.case import TOKENIZER, Case, Place, command_of_rank, conversation
 from tests.distributed.harness import end_of_ranks
 from tests.recorded import GOLDEN
@@ -176,3 +176,21 @@ def test_tools_find_a_mounted_bucket_first(command: str, place: Place) -> None:
     assert end_of_ranks(without_renames, 1, [command, *map(str, arguments)], place.folder) == [2]
     assert "cannot be renamed there" in (place.folder / "output.0").read_text()
     assert not save.exists()
+
+
+def test_load_is_never_ignored_in_silence(place: Place) -> None:
+    """A first try from the wrong model leaves a checkpoint; the same command resumes, another --load is refused."""
+    other = place.folder / "other"
+    assert convert.main([*map(str, conversion(other, "--dtype", "bfloat16"))]) == 0
+    first = list(training(place, "--save-interval", 1))
+    right = [other if part == place.base else part for part in first]
+    longer = [2 if part == 1 else part for part in first]
+    run = place.folder / "run"
+    for name, arguments, status, says in (
+        ("first try", first, 0, [f"finetune: starts from the weights of {place.base}"]),
+        ("the same again", longer, 0, ["continues from iteration 1", f"--load {place.base} is not read"]),
+        ("another model", right, 2, [f"started from {place.base}, and --load {other}", "another --save"]),
+        ("a base as --save", [*first, "--save", other], 2, ["holds a converted model, not a run"]),
+        ("older", [*first, "--load", run / "iter_0000001"], 2, ["To go back, move the newer checkpoints"]),
+    ):
+        Case(name, "train", lambda _, given=arguments: given, status, says).run(place)

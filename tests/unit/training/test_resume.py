@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ross_mcore.training.resume import (
     changeable_options,
     continued,
     refuse_other_model,
+    started_from,
 )
 
 STARTED = TrainState(seed=1, data_fingerprint="a", global_batch_size=8, samples=SampleSpec("plain", seq_length=64))
@@ -53,7 +55,7 @@ def test_another_run_is_refused_with_both_values(name: str, tmp_path: Path) -> N
 
 def test_every_field_of_the_state_either_changes_or_must_match() -> None:
     changing = {"iteration", "data", "bad_steps_in_a_row", "bad_samples", "options", "training_stage"}
-    changing |= {"recent_lm_losses", "recent_vm_losses"}
+    changing |= {"recent_lm_losses", "recent_vm_losses", "started_from"}
     assert STARTED.to_dict().keys() == changing | FLAGS.keys()
 
 
@@ -105,15 +107,22 @@ def test_a_state_of_another_version_is_named(tmp_path: Path) -> None:
         continued(saved(tmp_path, {"epoch": 1}), STARTED, Config())
 
 
-def checkpoint(root: Path, tokenizer: str = "a b c", iteration: int = 1, **language: Any) -> Checkpoint:
+def checkpoint(
+    root: Path,
+    tokenizer: str = "a b c",
+    iteration: int = 1,
+    state: dict[str, Any] | None = None,
+    weights: str = "",
+    **language: Any,
+) -> Checkpoint:
     config = LanguageConfig.from_huggingface({**LLAMA, "num_attention_heads": 1, **language})
     model = ModelConfig(config, VisionConfig(CLIP, (0, 0, 0), (1, 1, 1)), ProjectorConfig(), None, None)
     assets = root / "assets"
     (assets / "tokenizer").mkdir(parents=True, exist_ok=True)
     (assets / "tokenizer" / "vocab.txt").write_text(tokenizer)
     (assets / "preprocessor_config.json").write_text("{}")
-    folder.begin(root, iteration)
-    return folder.publish(root, iteration, model, {}, assets)
+    (folder.begin(root, iteration) / "__0_0.distcp").write_text(weights)
+    return folder.publish(root, iteration, model, state or {}, assets)
 
 
 def test_another_model_beside_a_run_is_refused(tmp_path: Path) -> None:
@@ -149,3 +158,34 @@ def test_a_run_may_resume_from_an_older_checkpoint_of_its_folder(tmp_path: Path)
         refuse_other_model(own, load)
     with pytest.raises(ConfigError, match="another model"):
         refuse_other_model(own, newer.path)
+
+
+def test_another_start_than_the_run_began_from_is_refused(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", weights="1")
+    began = started_from(tmp_path / "base", base)
+    own = checkpoint(tmp_path / "run", iteration=5, state={"started_from": began}, weights="2")
+    refuse_other_model(own, tmp_path / "base")
+    refuse_other_model(own, checkpoint(tmp_path / "copied", weights="1").path)
+    other = checkpoint(tmp_path / "other", weights="3")
+    with pytest.raises(ConfigError, match=r"run that|started from .*base, and --load .*other.*another --save folder"):
+        refuse_other_model(own, other.path.parent)
+    # converted again with other weights under the same path
+    checkpoint(tmp_path / "base", weights="4")
+    with pytest.raises(ConfigError, match="has other weights"):
+        refuse_other_model(own, tmp_path / "base")
+
+
+def test_a_run_that_was_the_start_may_have_continued(tmp_path: Path) -> None:
+    first = checkpoint(tmp_path / "first", weights="1", state={"iteration": 1})
+    own = checkpoint(tmp_path / "run", state={"started_from": started_from(tmp_path / "first", first)}, weights="2")
+    checkpoint(tmp_path / "first", iteration=9, weights="3", state={"iteration": 9})
+    refuse_other_model(own, tmp_path / "first")
+    shutil.rmtree(first.path)  # --keep-last
+    refuse_other_model(own, tmp_path / "first")
+
+
+def test_an_older_checkpoint_of_the_run_is_not_ignored(tmp_path: Path) -> None:
+    older = checkpoint(tmp_path / "run")
+    own = checkpoint(tmp_path / "run", iteration=2)
+    with pytest.raises(ConfigError, match="To go back, move the newer checkpoints"):
+        refuse_other_model(own, older.path)

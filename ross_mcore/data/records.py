@@ -34,12 +34,12 @@ PAIR_KEYS = (("human", "user", "input", "query", "prompt"), ("assistant", "gpt",
 """Keys of one round: {"user": question, "assistant": answer}."""
 TURNS_KEYS = ("conversations", "messages", "conversation", "texts", "dialogue", "dialog", "turns")
 ROUND_KEYS = (("query", "response"), ("prompt", "completion"), ("prompt", "response"), ("input", "output"))
-CAPTION_KEYS = ("caption", "text")
+CAPTION_KEYS = ("caption", "text", "txt")
 SYSTEM_KEYS = ("system", "system_prompt")
 PICTURE_KEYS = ("image", "images")
 OTHER_PICTURE_KEYS = (
     *("image_path", "image_paths", "image_file", "image_files", "image_name", "image_url", "image_urls"),
-    *("img", "imgs", "img_path", "picture", "pictures", "file_name"),
+    *("img", "imgs", "img_path", "picture", "pictures", "file_name", "jpg", "jpeg", "png", "webp"),
 )
 """Read only if none of PICTURE_KEYS names a picture: beside an embedded picture they say where it came from."""
 REFERENCE_KEYS = ("path", "url", "image", "image_url", "file_name", "filename", "name")

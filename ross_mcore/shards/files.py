@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ross_mcore import checked
-from ross_mcore.data.records import has_turns
+from ross_mcore.data.records import TURNS_KEYS, has_turns
 from ross_mcore.errors import RecordsError, SampleError
 from ross_mcore.shards.tables import open_arrow, open_parquet
 
 REMEDY = "copy it again, or write it again as a JSON list of records, or as .jsonl with one record a line"
 HEAD_BYTES = 4096
+NOT_SPACE = re.compile(r"\S")
 AS_LINES = "to_json('train.jsonl', orient='records', lines=True)"
 UNREAD_FILES = {
     (".csv", ".tsv"): f"is CSV; write it as JSON lines, with pandas.read_csv(...).{AS_LINES}",
@@ -40,6 +41,8 @@ MAGIC = {
     b"\x28\xb5\x2f\xfd": "is compressed; unpack it first",
     b"\xff\xfe": "is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8",
+    b"version https://git-lfs": "is a pointer of Git LFS; fetch the file with git lfs pull",
+    b"<": "is a web page or XML; download the file again",
 }
 """Kinds of files by their first bytes."""
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "index.json")
@@ -69,7 +72,7 @@ def _open(path: Path) -> Opened:
         checked.require_regular(path)
         with path.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
-        remedy = remedy or next((said for start, said in MAGIC.items() if head.startswith(start)), None)
+        remedy = remedy or next((said for start, said in MAGIC.items() if head.lstrip().startswith(start)), None)
         if remedy is not None:
             raise RecordsError(f"{path} {remedy}")
         if head.startswith(b"PAR1") or path.suffix.lower() in (".parquet", ".pq"):
@@ -85,6 +88,12 @@ def _open(path: Path) -> Opened:
         raise RecordsError(f"{path} cannot be read: it is nested too deeply; {REMEDY}") from None
     except RecordsError:
         raise
+    except FileNotFoundError:
+        raise RecordsError(
+            f"{path} does not exist; give a file of records, or a folder (nothing is downloaded)"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise RecordsError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise RecordsError(f"{path} cannot be read: {checked.reason(error)}; {REMEDY}") from None
 
@@ -95,14 +104,17 @@ def _open(path: Path) -> Opened:
 def _has_lines(path: Path, head: bytes) -> bool:
     """Whether a file has a JSON value on each line, whatever its suffix: the first line is one, and more follow."""
     first = _text(head).lstrip()[:1]
-    if first != b"[" and path.suffix.lower() in (".jsonl", ".ndjson"):
+    opening = _text(head).lstrip().partition(b"\n")[0].strip()
+    if first != b"[" and opening != b"{" and path.suffix.lower() in (".jsonl", ".ndjson"):
         return True
     lines = (line for line in checked.read_lines(path) if line is None or _text(line).strip())
     try:
         value = json.loads(_text(next(lines, None) or b""))
     except (ValueError, RecursionError):
         return False
-    return next(lines, b"") != b"" or (first == b"[" and _are_turns(value) and path.suffix.lower() != ".json")
+    if isinstance(value, list) and not _are_turns(value):
+        return False
+    return next(lines, b"") != b"" or (isinstance(value, list) and path.suffix.lower() != ".json")
 
 
 def _are_turns(value: list[Any]) -> bool:
@@ -120,6 +132,8 @@ def _read_lines(path: Path) -> Iterator[Any]:
         elif _text(line).strip():
             try:
                 yield json.loads(_text(line))
+            except UnicodeDecodeError:
+                yield SampleError("the line is not UTF-8")
             except (ValueError, RecursionError):
                 yield SampleError("the line is not JSON")
 
@@ -134,12 +148,27 @@ def _read_whole(path: Path, head: bytes) -> Sequence[Any]:
         stream.seek(max(0, path.stat().st_size - HEAD_BYTES))
         if not stream.read().rstrip(b" \t\r\n\0").endswith(closes.encode()):
             raise ValueError(f"expected a list of records, and it does not end with {closes}")
-    data = json.loads(_text(path.read_bytes()))
-    return data if isinstance(data, list) else _unwrapped(path, data)
+    values = _values(_text(path.read_bytes()).decode("utf-8"))
+    if len(values) > 1:  # records on several lines each, one after the other
+        return [record for value in values for record in (value if isinstance(value, list) else [value])]
+    return values[0] if isinstance(values[0], list) else _unwrapped(path, values[0])
+
+
+def _values(text: str) -> list[Any]:
+    """The JSON values in a text, one after the other. Raises ValueError."""
+    values, place, decoder = [], 0, json.JSONDecoder()
+    while match := NOT_SPACE.search(text, place):
+        value, place = decoder.raw_decode(text, match.start())
+        values.append(value)
+    return values
 
 
 def _unwrapped(path: Path, data: dict[str, Any]) -> Sequence[Any]:
     """The records in a JSON object: its only list, the values of its ids, or itself. Raises RecordsError."""
+    if isinstance(next((data[key] for key in TURNS_KEYS if key in data), None), dict) or (
+        {"columns", "index", "data"} <= set(data)
+    ):
+        raise RecordsError(f"{path} looks like a table of pandas: write it with {AS_LINES}")
     lists = {key: value for key, value in data.items() if isinstance(value, list) and _are_records(value)}
     if "annotations" in lists and "images" in lists:
         raise RecordsError(

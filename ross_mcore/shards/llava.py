@@ -71,7 +71,7 @@ def convert_records(
             is_bad = not isinstance(error, OverBounds)
             writer.left_out.leave_out(key, str(error), is_bad)
             about = source if isinstance(source, dict) else {}
-            named = {name: _short(about.get(name)) for name in ("id", "image")}
+            named = {"id": _short(about.get("id")), "image": _short(about.get("image") or about.get("images"))}
             outcome = {"reason": str(error), "outcome": "bad" if is_bad else "skipped"}
             skipped.write(json.dumps({"record": number, **named, **outcome}) + "\n")
 

@@ -64,9 +64,9 @@ class PictureFolder:
                 raise SampleError(f"the image file is over {MAX_IMAGE_BYTES} bytes")
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            similar = self._similar(_parts(name))
-            hint = f"; did you mean {similar}?" if similar else ""
-            raise SampleError(f"the image cannot be read: No such file {checked.shown(name)}{hint}") from None
+            raise SampleError(
+                f"the image cannot be read: No such file {checked.shown(name)}{self._hint(name)}"
+            ) from None
         except (OSError, RuntimeError) as error:
             raise SampleError(f"the image cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -94,6 +94,14 @@ class PictureFolder:
         if not self._follow_links:
             raise SampleError(f"{LEAVES} by a link; --follow-links allows it")
         return path
+
+    def _hint(self, name: str) -> str:
+        """Where a picture may be that is not under its name, or nothing."""
+        assert self.folder is not None
+        if (self.folder.parent / name).is_file():
+            return f"; it is in {self.folder.parent}: give that folder as --image-folder"
+        similar = self._similar(_parts(name))
+        return f"; did you mean {similar}?" if similar else ""
 
     def _similar(self, parts: Sequence[str]) -> str | None:
         """A file in the folder whose name differs in case, suffix or Unicode form, or that lacks the first folders."""

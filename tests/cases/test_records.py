@@ -252,7 +252,7 @@ SETS = (
         {
             1: "did you mean Upper.JPG?",
             2: "did you mean a.jpg?",
-            3: "did you mean sub/c.jpg?",
+            3: "give that folder as --image-folder",
             4: "leaves the image folder: write it relative to that folder, as a.jpg",
             5: "https:// is not fetched",
             6: "No such file",

@@ -137,6 +137,7 @@ EXPECTED: dict[str, tuple[Any, list[Any], list[dict[str, str]]]] = {
     ),
     "a caption": ({"image": "a.png", "caption": " A car.\n"}, ["a.png"], asked("<image>")),
     "a caption as text": ({"image": "a.png", "text": "A car."}, ["a.png"], asked("<image>")),
+    "columns of WebDataset": ({"jpg": PNG, "txt": "A car."}, [PNG], asked("<image>")),
     "captions": (
         {"images": ["a.png", "b.png"], "captions": ["A car.", "A dog."], "prompts": []},
         ["a.png", "b.png"],

@@ -60,6 +60,15 @@ READ: dict[str, Callable[[Path], Any]] = {
     "lines with a BOM": lambda f: save(f / "a.jsonl", "\ufeff" + LINES),
     "a name without a suffix": lambda f: save(f / "data", LIST),
     "a list in an object": lambda f: save(f / "a.json", json.dumps({"version": "1", "data": RECORDS})),
+    "a record on many lines": lambda f: [
+        save(f / "in" / f"{n}.jsonl", json.dumps(r, indent=1)) for n, r in enumerate(RECORDS)
+    ],
+    "records on many lines": lambda f: save(
+        f / "a.jsonl", "\n".join(json.dumps(record, indent=1) for record in RECORDS)
+    ),
+    "lists one after the other": lambda f: save(
+        f / "a.json", lines(0, 2, "[", ",", "]\n") + lines(2, 5, "[", ",", "]")
+    ),
     "an object of ids": lambda f: save(f / "a.json", json.dumps({str(r["id"]): r for r in RECORDS})),
     "parquet": lambda f: write_parquet(f / "a.parquet"),
     "parquet of many groups": lambda f: write_parquet(f / "a.parquet", row_group_size=1),
@@ -125,6 +134,13 @@ def test_a_damaged_line_is_a_bad_record(tmp_path: Path, monkeypatch: pytest.Monk
     first, second, third = records
     assert count == 3 and first == third == RECORDS[4]
     assert isinstance(second, SampleError) and str(second) == "the line is not JSON"
+    save(tmp_path / "a.jsonl", b'{"a": "caf\xe9"}\n')
+    assert str(next(read_records(tmp_path / "a.jsonl")[1])) == "the line is not UTF-8"
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordsError, match="someone/LLaVA-Data does not exist; give a file of records, or a folder"):
+        read_records(Path("someone/LLaVA-Data"))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -166,6 +182,14 @@ UNREAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickled": (lambda f: save(f / "a.pkl", b""), "not a file of JSON records"),
     "text": (lambda f: save(f / "a.txt", "x"), "is text"),
     "UTF-16": (lambda f: save(f / "a.json", LIST.encode("utf-16")), "is UTF-16; save it as UTF-8"),
+    "Latin-1": (lambda f: save(f / "a.json", '[{"a": "caf\u00e9"}]'.encode("latin-1")), "is not UTF-8 at byte 11"),
+    "a pointer": (lambda f: save(f / "a.parquet", "version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "a web page": (lambda f: save(f / "a.json", "\n<!DOCTYPE html>404"), "is a web page or XML; download"),
+    "a table of pandas": (lambda f: save(f / "a.json", json.dumps({"conversations": {"0": TURNS}})), "table of pandas"),
+    "a split table of pandas": (
+        lambda f: save(f / "a.json", json.dumps({"columns": ["id"], "index": [0], "data": [[1]]})),
+        "looks like a table of pandas",
+    ),
     "an empty file": (lambda f: save(f / "a.json", ""), "it does not begin with ["),
     "a truncated list": (lambda f: save(f / "a.json", LIST[:-40]), "it does not end with ]"),
     "a number": (lambda f: save(f / "a.json", "7"), "it does not begin with ["),

@@ -100,6 +100,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     if done.others:
         print(done.unused_members)
     print_account(account)
-    if account.samples < account.records or account.damage.total:
-        print(f"the samples left out: {options.out / 'quarantine.jsonl'}")
+    if done.lists:
+        print(f"the samples left out: {', '.join(map(str, done.lists))}")
     return 0

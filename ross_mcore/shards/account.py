@@ -27,6 +27,8 @@ MOST_KEYS = 5
 MOST_REASON_CHARACTERS = 160
 MOST_KEY_CHARACTERS = 80
 OTHER_REASONS = "other reasons"
+OVER_BOUNDS = ("it has over ", "its text is over ")
+"""How the reasons of SampleBounds begin."""
 DAMAGED = "a shard is empty or partly damaged"
 SKIPPED_LIST = "skipped.jsonl"
 """The list of the records that make_shards left out, beside the shards."""
@@ -195,18 +197,19 @@ class Account:
         if placeholder := placeholder_of(reason):
             self.placeholders.add(kind(placeholder), [key])
 
-    def leave_out_listed(self, path: Path) -> None:
-        """Counts the records in a skipped.jsonl, if there is one. Raises ShardError for a damaged list."""
+    def leave_out_listed(self, path: Path) -> int:
+        """Counts the records in a skipped.jsonl and returns their number. Raises ShardError for a damaged list."""
         number = 0
         try:
             for number, text in enumerate(checked.read_lines(path), start=1):  # noqa: B007  used in errors
                 line = json.loads(text or b"")
-                self.leave_out(f"{line['record']:09d}", line["reason"], is_bad=line.get("outcome", "bad") == "bad")
-        except FileNotFoundError:
-            return
+                is_bad = not line["reason"].startswith(OVER_BOUNDS)  # lists of older versions have no outcome
+                is_bad = line.get("outcome", "bad" if is_bad else "skipped") == "bad"
+                self.leave_out(f"{line['record']:09d}", line["reason"], is_bad)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             where = f"line {number}: {checked.reason(error)}" if number else checked.reason(error)
             raise ShardError(f"{path} cannot be read: {where}; make the shards again, or remove the list") from None
+        return number
 
     def merge(self, other: Account) -> None:
         for name in COUNTS:

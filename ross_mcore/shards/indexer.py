@@ -81,7 +81,8 @@ class Indexing:
 
     `bad`: samples left out, without those over the bounds, plus those lost by damage: the damaged bytes divided by the
     mean size of a sample, and for a shard without a sample at least the mean number of samples of a shard.
-    `others`: members that no sample uses, by suffix. `first_names`: names of the first members.
+    `others`: members that no sample uses, by suffix. `first_names`: names of the first members. `lists`: files
+    that list the samples left out.
     """
 
     account: Account = field(default_factory=Account)
@@ -91,6 +92,7 @@ class Indexing:
     bad: int = 0
     others: Counter[str] = field(default_factory=Counter)
     first_names: list[str] = field(default_factory=list)
+    lists: list[Path] = field(default_factory=list)
 
     @property
     def bad_fraction(self) -> float:
@@ -249,8 +251,11 @@ def index_shards(
             f"no index was written; see {out / 'quarantine.jsonl'}: {done.account.reasons()}. Mend them, or allow them "
             f"with --max-bad-fraction {allowing(done.bad_fraction)}"
         )
+    if done.account.samples < done.account.records or done.account.damage.total:
+        done.lists.append(out / "quarantine.jsonl")
     for folder in _whole_folders(shards):
-        done.account.leave_out_listed(folder / SKIPPED_LIST)
+        if (folder / SKIPPED_LIST).is_file() and done.account.leave_out_listed(folder / SKIPPED_LIST):
+            done.lists.append(folder / SKIPPED_LIST)
     write_index(out, entries, source, done.account, settings.spec.truncated_images)
     return done
 

@@ -143,6 +143,12 @@ def test_the_three_tools_print_the_same_account(tools: Callable[..., tuple[int, 
         assert status == 0 and account_in(said) == printed
         folder = place[-1] if place else out
         assert account_in(tools(inspect_shards, "--data-path", folder)[1]) == printed
+    older = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    for line in older:
+        del line["outcome"]
+    (out / "skipped.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in older))
+    said = tools(index_shards, "--data-path", out)[1]
+    assert account_in(said) == printed and said.endswith(f"left out: {out / 'skipped.jsonl'}\n")
     found = json.loads(tools(inspect_shards, "--data-path", out, "--json")[1])["account"]
     assert found == json.loads(tools(index_shards, "--data-path", out, "--json")[1])["account"]
     assert (found["records"], found["trained"], found["bad"]["the image cannot be read"]["count"]) == (12, 7, 1)

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -141,6 +145,29 @@ REMEDIES = {
     errno.ELOOP: "a link on this path leads to itself",
 }
 """Errors of the operating system -> what to do."""
+
+
+@contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that nothing half-written and no process is left."""
+
+    def end(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def interrupted(prog: str, what: str) -> int:
+    """Prints that `prog` was stopped by a signal, and what is left of its work; returns the exit status 130."""
+    print(f"{prog}: stopped by a signal; {what}", file=sys.stderr)
+    return 130
 
 
 def refuse(prog: str, error: object) -> int:

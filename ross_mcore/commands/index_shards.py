@@ -27,6 +27,8 @@ from ross_mcore.commands import (
     add_sample_options,
     build_parser,
     check_sample_options,
+    ending_cleanly,
+    interrupted,
     print_account,
     refuse,
     sample_spec,
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         shards = find_shards(options.data_path, options.out)
         if compressed := compressed_shards(options.data_path):
             print(f"not read, because they are compressed: {', '.join(compressed[:5])}; unpack them", file=sys.stderr)
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with ending_cleanly(), Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("shards", total=None)
             done = index_shards(
                 shards,
@@ -91,6 +93,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
             )
     except (UserError, OSError) as error:
         return refuse(prog, error)
+    except KeyboardInterrupt:
+        return interrupted(prog, "finished shards are kept, and the same command continues")
     seconds, account = time.monotonic() - start, done.account
     if options.json:
         print(json.dumps({"folder": str(options.out), "account": account.as_json()}, indent=1, ensure_ascii=False))

@@ -20,6 +20,8 @@ from ross_mcore.commands import (
     add_sample_options,
     build_parser,
     check_sample_options,
+    ending_cleanly,
+    interrupted,
     print_account,
     refuse,
     sample_spec,
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
             length_source=measure.source,
             overwrite=options.overwrite,
         )
-        with writer, Progress(*columns, console=console) as bar:
+        with ending_cleanly(), writer, Progress(*columns, console=console) as bar:
             task = bar.add_task("records", total=count)
             account = convert_records(
                 records,
@@ -92,6 +94,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         return refuse(prog, error if named else f"{options.data}: {error}")
     except (UserError, OSError) as error:
         return refuse(prog, error)
+    except KeyboardInterrupt:
+        return interrupted(prog, "nothing was written")
     if options.json:
         print(json.dumps({"folder": str(options.out), "account": account.as_json()}, indent=1, ensure_ascii=False))
         return 0

@@ -362,6 +362,15 @@ def _run(tasks: Sequence[Task], settings: Settings, num_workers: int, progress: 
             "a worker process died (out of memory, or a decoder crashed); finished shards are kept: run again with "
             "fewer --num-workers, or with --num-workers 0 to see where it happens"
         ) from None
+    except BaseException:  # a shard takes minutes, and nobody waits for its result
+        for child in multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
+        names = {path.name for _, path, _ in tasks}
+        for half_written in tasks[0][1].parent.glob(".*.npz.*.partial"):
+            if f"{half_written.name[1:].partition('.npz')[0]}.npz" in names:
+                half_written.unlink(missing_ok=True)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     progress(total, total)

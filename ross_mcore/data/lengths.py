@@ -48,7 +48,8 @@ def stale_lengths(reader: ShardReader, source: LengthSource, tokenizer_folder: P
         was = f"was measured without the pictures of {never_shown(reader)} samples whose text has no <image>"
     else:
         return None
-    flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template", source.template]
+    flags = ["--data-path", str(reader.folder), "--tokenizer", str(tokenizer_folder), "--template"]
+    flags += [source.template.partition("#")[0]]  # without the digest of a template of one's own
     flags += ["--mm-use-im-start-end"] if source.mm_use_im_start_end else []
     flags += ["--truncated-images", "fill"] if reader.truncated_images == "fill" else []
     return f"the index of {reader.folder} {was}; mend it with: {INDEX_TOOL} {shlex.join(flags)}"

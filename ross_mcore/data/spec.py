@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ross_mcore import checked
@@ -17,7 +17,8 @@ class SampleSpec:
     """How samples are read: fields of options.py:DataOptions with the same names, defaults filled in.
 
     Built by training/start.py, saved in train_state.json, compared whole when a run resumes. `template` is "" if texts
-    are not tokenized; `seq_length` is UNCUT if rows are not cut.
+    are not tokenized, else a name (data/templates.py:with_template); `own_templates` has the content of those that come
+    from a YAML file. `seq_length` is UNCUT if rows are not cut.
     """
 
     template: str = ""
@@ -28,11 +29,12 @@ class SampleSpec:
     max_tokens_per_sample: int | None = None
     supervise_final_eos: bool = True
     truncated_images: str = "refuse"
+    own_templates: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> SampleSpec:
         """The spec in a train_state.json; a key that is missing has its default. Raises ValueError for another type."""
-        names = {field.name for field in fields(cls)}
+        names = {item.name for item in fields(cls)}
         return checked.build(cls, {name: value for name, value in saved.items() if name in names}, "it")
 
     @property
@@ -43,7 +45,7 @@ class SampleSpec:
     @property
     def measured(self) -> SampleSpec:
         """The spec for the lengths in an index, which depend on template and image markers. Rows are not cut."""
-        return SampleSpec(self.template, mm_use_im_start_end=self.mm_use_im_start_end)
+        return SampleSpec(self.template, mm_use_im_start_end=self.mm_use_im_start_end, own_templates=self.own_templates)
 
 
 def merged(specs: Sequence[SampleSpec]) -> SampleSpec:
@@ -52,6 +54,7 @@ def merged(specs: Sequence[SampleSpec]) -> SampleSpec:
         specs[0],
         template=_one_or_all([spec.template for spec in specs]),
         image_aspect_ratio=_one_or_all([spec.image_aspect_ratio for spec in specs]),
+        own_templates={name: text for spec in specs for name, text in spec.own_templates.items()},
     )
 
 

@@ -1,22 +1,35 @@
-"""Templates: conversations -> text -> token ids and labels, as in the reference.
+"""Templates: conversations -> text -> token ids and labels.
 
-Reference: conversation.py:264-520 and train.py:620-893; tests compare every token with recorded values. The reference
-has no system turns; here one replaces the template's own system text.
+TEMPLATES holds the reference's (conversation.py:264-520 and train.py:620-893; tests compare every token with recorded
+values) and ChatML. Others are a YAML file or the tokenizer's own chat template (chat_templates.py). A system turn,
+which the reference does not have, replaces a template's own system text.
 Legend: L tokens of a row.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ross_mcore.batch import IGNORE_INDEX
+from ross_mcore.data.chat_templates import (
+    CHATML,
+    SUFFIXES,
+    TokenizerTemplate,
+    TurnTemplate,
+    Written,
+    digest_of,
+    labelled,
+)
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_INDEX,
+    Dialogue,
     as_dialogue,
     cut_row,
     encode_text,
@@ -24,7 +37,8 @@ from ross_mcore.data.conversation import (
 )
 from ross_mcore.data.labels import Prompt, mask_byte_pairs, mask_caption, mask_headers, mask_sentencepiece
 from ross_mcore.data.spec import UNCUT, SampleSpec
-from ross_mcore.errors import ConversationError
+from ross_mcore.data.tokenizer import encode
+from ross_mcore.errors import ConversationError, TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +46,7 @@ if TYPE_CHECKING:
 IMAGE_PLACEHOLDER_IN_TEXT = "<im_start><image><im_end>"
 ROLES = {"human": "USER", "gpt": "ASSISTANT"}
 ANSWER_START = " ASSISTANT: "
+IM_END = "<|im_end|>"
 END_OF_TURN = "<|eot_id|>"
 HEADERS = {
     "system": f"<|start_header_id|>system<|end_header_id|>\n\n{{text}}{END_OF_TURN}",
@@ -68,32 +83,35 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become text and labels.
+    """A template of the reference: how turns become text and labels.
 
     `system` opens the prompt; `system_form` is how a conversation's own system text is written in its place, "" if it
-    is left out. `answer_start` precedes and `round_end` follows every answer. `write` returns the text of the turns,
-    `mask` the labels and whether they are a mismatch. If not `tokenized`, `round_end` is removed from the text before
-    it is tokenized.
+    is left out. `answer_start` precedes and `round_end` follows every answer. `write_turns` returns the text of the
+    turns, `mask` the labels and whether they are a mismatch. If not `tokenized`, `round_end` is removed from the text
+    before it is tokenized.
     """
 
     system: str
     system_form: str
     answer_start: str
     round_end: str
-    write: Callable[[list[Turn], Template], str]
+    write_turns: Callable[[list[Turn], Template], str]
     mask: Callable[[Prompt], tuple[list[int], bool]]
     tokenized: bool = True
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """What separates turns, so that a turn that contains it cannot be told from several."""
-        return tuple(word for word in (self.answer_start, self.round_end) if word.strip())
 
     def opening(self, system: str | None) -> str:
         """The text before the first turn; a blank `system` leaves out the template's own."""
         if system is None:
             return self.system
         return self.system_form.replace("{text}", system) if system.strip() else ""
+
+    def write(self, dialogue: Dialogue, generation: bool = False) -> Written:
+        """The text of a conversation; with `generation`, up to the start of the answer. `mask` finds the answers."""
+        turns: list[Turn] = [*dialogue.turns, *([("gpt", None)] if generation else [])]
+        return Written(self.opening(dialogue.system) + self.write_turns(turns, self), [])
+
+
+AnyTemplate = Template | TurnTemplate | TokenizerTemplate
 
 
 def _write_caption(turns: list[Turn], style: Template) -> str:
@@ -112,24 +130,13 @@ def _write_caption(turns: list[Turn], style: Template) -> str:
 def _write_dialogue(turns: list[Turn], style: Template) -> str:
     """`USER: q ASSISTANT: a<round_end>USER: ...`; a turn without text is its role and a colon."""
     ends = {"human": " ", "gpt": style.round_end}
-    return "".join(
-        f"{ROLES[role]}: {text}{ends[role]}" if text else f"{ROLES[role]}:" for role, text in _alternating(turns)
-    )
+    return "".join(f"{ROLES[role]}: {text}{ends[role]}" if text else f"{ROLES[role]}:" for role, text in turns)
 
 
 def _write_headers(turns: list[Turn], style: Template) -> str:
     """A header, the text and `<|eot_id|>` for every turn; an answer to be generated is its header alone."""
     ends = {"human": END_OF_TURN, "gpt": END_OF_TURN + style.round_end}
-    return "".join(
-        HEADERS[role] if text is None else f"{HEADERS[role]}{text}{ends[role]}" for role, text in _alternating(turns)
-    )
-
-
-def _alternating(turns: list[Turn]) -> list[Turn]:
-    """The turns. Raises ConversationError unless human and gpt alternate."""
-    if any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
-        raise ConversationError("the turns do not alternate between human and gpt")
-    return turns
+    return "".join(HEADERS[role] if text is None else f"{HEADERS[role]}{text}{ends[role]}" for role, text in turns)
 
 
 def _system(human: str) -> str:
@@ -139,19 +146,138 @@ def _system(human: str) -> str:
     )
 
 
-TEMPLATES = {
+TEMPLATES: dict[str, Template | TurnTemplate] = {
     "plain": Template("", "", "", "\n", _write_caption, mask_caption),
-    "qwen_2": Template(_system("human"), "{text} ", ANSWER_START, "<|im_end|>", _write_dialogue, mask_byte_pairs),
+    "qwen_2": Template(_system("human"), "{text} ", ANSWER_START, IM_END, _write_dialogue, mask_byte_pairs),
     "v1": Template(_system("user"), "{text} ", ANSWER_START, "</s>", _write_dialogue, mask_sentencepiece),
     "llama3": Template(
         "", HEADERS["system"], HEADERS["gpt"], "<|eot_conversation|>", _write_headers, mask_headers, tokenized=False
     ),
-    "v1_qwen2": Template(_system("human"), "{text} ", ANSWER_START, "<|im_end|>", _write_dialogue, mask_sentencepiece),
+    "chatml": CHATML,
+    "v1_qwen2": Template(_system("human"), "{text} ", ANSWER_START, IM_END, _write_dialogue, mask_sentencepiece),
 }
-"""Reference conversation.py:264-520 and the dispatch of train.py:881-893."""
+"""The template by its name. The reference's: conversation.py:264-520 and the dispatch of train.py:881-893."""
 
 TRAINING_TEMPLATES = tuple(name for name in TEMPLATES if name != "v1_qwen2")
 """Templates for training. v1_qwen2 has no labels for more than one round, and the prompts of qwen_2."""
+
+NEEDED = {
+    "qwen_2": (IM_END,),
+    "v1": ("</s>",),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", END_OF_TURN),
+    "chatml": ("<|im_start|>", IM_END),
+}
+"""What a template writes that must be one token each."""
+
+OF_TOKENIZER = "tokenizer"
+"""The value of --template for the tokenizer's own chat template."""
+
+
+def with_template(spec: SampleSpec, given: str, tokenizer: PreTrainedTokenizerBase) -> SampleSpec:
+    """`spec` with the template of a --template: a name, `tokenizer`, or the path of a YAML file.
+
+    A template that is not in TEMPLATES gets a name with a digest of its content, so that a change of the content is a
+    change of the name; the content of a YAML file is in the spec. Raises TokenizerError for an unknown template, a bad
+    file, or a template that the tokenizer cannot write.
+    """
+    own: dict[str, str] = {}
+    if given == OF_TOKENIZER:
+        name = f"{OF_TOKENIZER}#{TokenizerTemplate.of(tokenizer).digest}"
+    elif given.endswith(SUFFIXES):
+        text = TurnTemplate.read(Path(given)).as_text()
+        name = f"{re.sub('[^A-Za-z0-9_.-]', '_', Path(given).name)}#{digest_of(text)}"
+        own[name] = text
+    else:
+        name = given
+        require_known(given)
+    found = replace(spec, template=name, own_templates=own)
+    require_fit(found, tokenizer)
+    return found
+
+
+def require_known(given: str) -> None:
+    """Raises TokenizerError unless the value of a --template can be one."""
+    if given not in TRAINING_TEMPLATES and given != OF_TOKENIZER and not given.endswith(SUFFIXES):
+        raise TokenizerError(
+            f"--template {given} is not one of {', '.join(TRAINING_TEMPLATES)}, {OF_TOKENIZER} (the tokenizer's own "
+            "chat template) or a YAML file of your own (docs/data.md, Templates)"
+        )
+
+
+def template_of(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase | None = None) -> AnyTemplate:
+    """The template of a spec. Raises KeyError for an unknown one, TokenizerError if it is another tokenizer's."""
+    found = TEMPLATES.get(spec.template)
+    if found is not None:
+        return found
+    if spec.template in spec.own_templates:
+        return TurnTemplate.from_text(spec.own_templates[spec.template])
+    if tokenizer is None or not spec.template.startswith(f"{OF_TOKENIZER}#"):
+        raise KeyError(f"there is no template {spec.template!r}")
+    own = TokenizerTemplate.of(tokenizer)
+    if spec.template != f"{OF_TOKENIZER}#{own.digest}":
+        raise TokenizerError(
+            f"the chat template of the tokenizer {tokenizer.name_or_path} is not the one of the template "
+            f"{spec.template}; give the tokenizer that was used before"
+        )
+    return own
+
+
+def end_of_answer(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that ends an answer, None where it is not one token."""
+    style = template_of(spec, tokenizer)
+    end = style.answer_end if not isinstance(style, Template) else END_OF_TURN if style.tokenized else style.round_end
+    ids = encode(end, tokenizer)[len(encode("", tokenizer)) :]
+    return ids[0] if len(ids) == 1 and end.strip() else None
+
+
+def require_fit(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises TokenizerError when the tokenizer cannot write a template, or an ordinary conversation has no label."""
+    where = f"the tokenizer {tokenizer.name_or_path}"
+    others = f"templates whose tokens it has: {', '.join(_with_tokens(tokenizer))}"
+    if missing := _missing(spec.template, tokenizer):
+        raise TokenizerError(f"--template {spec.template} writes {missing[0]}, not one token of {where}; {others}")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A thing."}]
+    reason = why_without_labels(turns if spec.template == "plain" else turns * 2, 0, tokenizer, spec.measured)
+    if reason is not None:
+        raise TokenizerError(f"--template {spec.template} does not fit {where}: {reason}; {others}")
+
+
+def _missing(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a template needs as one token and the tokenizer does not have."""
+    added = len(encode("", tokenizer))
+    return [token for token in NEEDED.get(template, ()) if len(encode(token, tokenizer)) != added + 1]
+
+
+def _with_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The templates whose tokens a tokenizer has."""
+    return [name for name in TRAINING_TEMPLATES if not _missing(name, tokenizer)]
+
+
+class Choice(NamedTuple):
+    """A template chosen without a --template, and why."""
+
+    template: str
+    why: str
+
+
+def choose_template(training_stage: str, model_type: str, tokenizer: PreTrainedTokenizerBase) -> Choice:
+    """The template when --template is not given. Raises TokenizerError when none is known to fit."""
+    if training_stage == "pretrain":
+        return Choice("plain", "the default of --training-stage pretrain")
+    has = _with_tokens(tokenizer)
+    if "llama3" in has:
+        return Choice("llama3", "the default of a Llama 3 tokenizer")
+    if "qwen_2" in has and model_type.startswith("qwen"):
+        return Choice("qwen_2", "the recipes' default of a Qwen tokenizer; its own format is --template chatml")
+    if "chatml" in has:
+        return Choice("chatml", "the default of a tokenizer with <|im_start|> and <|im_end|>")
+    if "v1" in has and encode("", tokenizer):
+        return Choice("v1", "the default of a Llama tokenizer")
+    raise TokenizerError(
+        f"no template is the default of the tokenizer {tokenizer.name_or_path} with a model of type {model_type}; give "
+        f"--template: one of {', '.join(TRAINING_TEMPLATES)}, {OF_TOKENIZER} (its own chat template) or a YAML file "
+        "(docs/data.md, Templates)"
+    )
 
 
 def tokenize_conversation(
@@ -168,9 +294,15 @@ def tokenize_conversation(
     `spec.seq_length` here.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
-    style = TEMPLATES[spec.template]
-    text = write_prompt(conversations, num_images, spec)
+    style = template_of(spec, tokenizer)
+    written = style.write(_dialogue(conversations, num_images, spec))
+    text = written.text
     shows_image = _shows_image(text, num_images, spec.template)
+    if not isinstance(style, Template):
+        ids, labels = labelled(written, shows_image, tokenizer, style.adds_special_tokens)
+        text_tokens = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
+        end = None if shows_image else spec.seq_length
+        return Tokenized(ids[:end], labels[:end], False, text_tokens)
     ids = encode_text(text if style.tokenized else text.replace(style.round_end, ""), shows_image, tokenizer)
     text_tokens = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
     if not shows_image:
@@ -204,21 +336,23 @@ def why_without_labels(
         return str(error)
     if row.label_tokens:
         return "its answers are beyond --seq-length"
-    style, (system, turns) = TEMPLATES[spec.template], as_dialogue(conversations, num_images)
+    style, (system, turns) = template_of(spec, tokenizer), as_dialogue(conversations, num_images)
     answers = [text for role, text in turns if role == "gpt"]
     if not answers:
         return "it has no answer"
     if not any(text.strip() for text in answers):
         return "every answer is empty"
-    if "" in answers:
-        return "an answer is empty"
-    if turns[-1][0] == "human":
-        return "the last turn is the human's"
-    texts = [system or "", *(text for _, text in turns)]
-    if word := next((word for word in style.words for text in texts if word.strip() in text), None):
-        return f"a turn contains the template's own {word.strip()}"
-    if tokenizer.pad_token_id in row.input_ids:
-        return f"a turn contains the padding token {tokenizer.pad_token}"
+    if isinstance(style, Template):  # whose labels are all dropped where its arithmetic does not fit
+        if "" in answers:
+            return "an answer is empty"
+        if turns[-1][0] == "human":
+            return "the last turn is the human's"
+        texts = [system or "", *(text for _, text in turns)]
+        words = [word.strip() for word in (style.answer_start, style.round_end) if word.strip()]
+        if word := next((word for word in words for text in texts if word in text), None):
+            return f"a turn contains the template's own {word}"
+        if tokenizer.pad_token_id in row.input_ids:
+            return f"a turn contains the padding token {tokenizer.pad_token}"
     return "the answers are not found among the tokens: tokenizer and template do not fit"
 
 
@@ -230,26 +364,42 @@ def tokenize_prompt(
     `plain` returns the images alone. Like the reference, later rounds of `llama3` keep `<|eot_conversation|>` as text
     here, unlike in training. Raises as `write_prompt`.
     """
-    text = write_prompt(conversations, num_images, spec, generation=True)
-    return encode_text(text, _shows_image(text, num_images, spec.template), tokenizer)
+    style = template_of(spec, tokenizer)
+    written = style.write(_dialogue(conversations, num_images, spec, generation=True), generation=True)
+    shows_image = _shows_image(written.text, num_images, spec.template)
+    if isinstance(style, Template):
+        return encode_text(written.text, shows_image, tokenizer)
+    return labelled(written, shows_image, tokenizer, style.adds_special_tokens)[0]
 
 
-def write_prompt(conversations: Any, num_images: int, spec: SampleSpec, generation: bool = False) -> str:
+def write_prompt(
+    conversations: Any,
+    num_images: int,
+    spec: SampleSpec,
+    generation: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
     """The text of a conversation, with one `<image>` per picture; with `generation`, up to the start of the answer.
 
-    `spec.mm_use_im_start_end` puts the plain text `<im_start>` and `<im_end>` around every `<image>`.
+    `spec.mm_use_im_start_end` puts the plain text `<im_start>` and `<im_end>` around every `<image>`. Only a template
+    of the tokenizer needs `tokenizer`.
     Raises ConversationError for a malformed conversation, KeyError for an unknown template.
     """
-    style = TEMPLATES[spec.template]
-    system, shown = as_dialogue(conversations, num_images)
+    dialogue = _dialogue(conversations, num_images, spec, generation)
+    return template_of(spec, tokenizer).write(dialogue, generation).text
+
+
+def _dialogue(conversations: Any, num_images: int, spec: SampleSpec, generation: bool = False) -> Dialogue:
+    """The turns as they are written; they alternate between human and gpt, except in `plain`."""
+    dialogue = as_dialogue(conversations, num_images)
+    turns = dialogue.turns
     if num_images and spec.mm_use_im_start_end:
-        shown = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in shown]
-    turns: list[Turn] = [*shown]
-    if generation:
-        if turns[-1][0] != "human":
-            raise ConversationError("nothing to answer: the last turn is not the human's")
-        turns.append(("gpt", None))
-    return style.opening(system) + style.write(turns, style)
+        turns = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in turns]
+    if generation and turns[-1][0] != "human":
+        raise ConversationError("nothing to answer: the last turn is not the human's")
+    if spec.template != "plain" and any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
+        raise ConversationError("the turns do not alternate between human and gpt")
+    return dialogue._replace(turns=turns)
 
 
 def _shows_image(text: str, num_images: int, template: str) -> bool:

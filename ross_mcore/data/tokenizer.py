@@ -173,3 +173,20 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ids: list[int] = backend.encode(text).ids
         return ids
     return list(tokenizer(text, verbose=False).input_ids)
+
+
+def encode_with_places(
+    text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a text and the (start, end) of their characters; `special_tokens`: with BOS if the tokenizer adds one.
+
+    Raises TokenizerError for a tokenizer that does not know the places.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TokenizerError(
+            f"the tokenizer {tokenizer.name_or_path} does not say where its tokens are in a text; save it as "
+            "tokenizer.json, or use the template plain, qwen_2, v1 or llama3"
+        )
+    encoded = backend.encode(text, add_special_tokens=special_tokens)
+    return encoded.ids, encoded.offsets

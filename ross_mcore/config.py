@@ -8,7 +8,6 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ross_mcore.architecture import ModelConfig
 from ross_mcore.checked import shown
 from ross_mcore.errors import ConfigError
 from ross_mcore.options import (
@@ -91,14 +90,6 @@ class Config:
             llm_trains=self.llm_trains,
             vision_trains=self.vision_trains,
         )
-
-    def template(self, model: ModelConfig) -> str:
-        """The conversation template; the default depends on the stage and the language model's family."""
-        if self.data.template:
-            return self.data.template
-        if self.training.training_stage == "pretrain":
-            return "plain"
-        return {"qwen2": "qwen_2", "llama": "v1"}[model.language.model_type]
 
     @property
     def image_aspect_ratio(self) -> str:

@@ -31,7 +31,7 @@ from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, check_turns, expand_
 from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image, rgb_picture
 from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.templates import TEMPLATES, TRAINING_TEMPLATES, tokenize_prompt
+from ross_mcore.data.templates import TEMPLATES, end_of_answer, require_trainable, tokenize_prompt, with_template
 from ross_mcore.data.tokenizer import load_tokenizer, require_ids, require_vocabulary
 from ross_mcore.errors import CheckpointError, ConfigError, ConversationError, ImageError
 from ross_mcore.models.inventory import inventory
@@ -68,10 +68,11 @@ class TrainedModel:
         file = self.checkpoint.path / TRAIN_STATE
         try:
             saved = SampleSpec.from_state({"template": "plain", **self.checkpoint.train_state()})
-            template = _first_of(saved.template, TRAINING_TEMPLATES)
+            template = saved.template.partition(",")[0]
+            require_trainable(replace(saved, template=template), self.tokenizer)
             aspect_ratio = _first_of(saved.image_aspect_ratio, get_args(ImageAspectRatio))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from None
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{file}: {error.args[0]}; copy the checkpoint again") from None
         return replace(saved, template=template, image_aspect_ratio=aspect_ratio)
 
     @property
@@ -137,22 +138,27 @@ def answer(
     batch_size: int = 32,
     stop: Sequence[str] = (),
 ) -> list[str]:
-    """Greedy answers, in order; generation ends at EOS, at a `stop` token or after `max_new_tokens`.
+    """Greedy answers, in order; generation ends at EOS, at the template's end of an answer, at a `stop` token or after
+    `max_new_tokens`.
 
-    `template` is the conversation template, by default that of the checkpoint's training. Every new token runs the
+    `template` is a value of --template, by default that of the checkpoint's training. Every new token runs the
     whole row again (no key-value cache), so this is for checks and not for serving.
     Raises ConversationError for a malformed question or one with too few pictures, and ImageError for an unusable
-    picture, both with the question's number; ConfigError for an unknown template; OSError for an unreadable file.
+    picture, both with the question's number; TokenizerError for a template that is unknown or does not fit; OSError for
+    an unreadable file.
     """
     _require_model(trained)
-    if template is not None and template not in TEMPLATES:
-        raise ConfigError(f"there is no template {shown(template)}; expected one of {', '.join(TEMPLATES)}")
-    spec = trained.spec if template is None else replace(trained.spec, template=template)
+    spec = trained.spec
+    if template in TEMPLATES:
+        spec = replace(spec, template=template)
+    elif template is not None:
+        spec = with_template(spec, template, trained.tokenizer)
     if isinstance(questions, (Question, str)):
         raise TypeError(f"questions is one {type(questions).__name__}, expected a list of Question")
     for number, question in enumerate(questions):  # checks all questions before the first answer
         _turns(question, f"questions[{number}]")
-    ends = {trained.tokenizer.eos_token_id, *(trained.tokenizer.convert_tokens_to_ids(token) for token in stop)}
+    ends = {trained.tokenizer.eos_token_id, end_of_answer(spec, trained.tokenizer)}
+    ends |= {trained.tokenizer.convert_tokens_to_ids(token) for token in stop}
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         numbers = range(start, min(start + batch_size, len(questions)))

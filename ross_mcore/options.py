@@ -11,6 +11,8 @@ from typing import Literal
 from ross_mcore.checked import shown
 from ross_mcore.errors import ConfigError
 
+TEMPLATES = ("plain", "qwen_2", "v1", "llama3", "chatml", "tokenizer")
+"""Values of --template, besides YAML files."""
 MOST_WORKERS = 128
 MOST_ROWS = 1 << 20
 """Limit of the batch sizes: every rank plans all rows of a step in advance."""
@@ -162,9 +164,10 @@ class DataOptions:
     seq_length: int = 2048
     """Maximum length of a row in tokens, image tokens included. A longer sample is cut, but never inside a picture; a
     sample that has no picture or no label left is skipped."""
-    template: Literal["plain", "qwen_2", "v1", "llama3"] | None = None
-    """Conversation template. llama3 fits the tokenizer of Llama 3. Default: plain for --training-stage pretrain; qwen_2
-    (Qwen2) or v1 (Llama) for finetune."""
+    template: str | None = None
+    """Conversation template: plain, qwen_2, v1, llama3, chatml (Qwen's own format), tokenizer (the tokenizer's own chat
+    template), or a YAML file of your own. Default: plain for --training-stage pretrain; for finetune by the tokenizer,
+    llama3 (Llama 3), qwen_2 (Qwen), v1 (Llama, Vicuna) or chatml (others with <|im_start|>)."""
     mm_use_im_start_end: bool = False
     """Write <im_start> and <im_end> as plain text around every picture (template plain: around those inside captions).
     """
@@ -211,6 +214,11 @@ class DataOptions:
         _positive(self, "seq_length", "max_images_per_sample", "max_tokens_per_sample", "data_cache_bytes")
         _not_negative(self, "num_workers", "max_bad_fraction")
         _at_most(self, MOST_WORKERS, "num_workers")
+        if self.template not in (None, *TEMPLATES) and not str(self.template).endswith((".yaml", ".yml")):
+            raise ConfigError(
+                f"--template must be {', '.join(TEMPLATES)} or a YAML file of your own (docs/data.md, Templates), got "
+                f"{shown(self.template)}"
+            )
 
 
 @dataclass(frozen=True)

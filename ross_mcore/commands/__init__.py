@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ross_mcore.shards.account import Account
 
 
+TEMPLATE_HELP = "plain, qwen_2, v1, llama3, chatml, tokenizer (its own chat template), or a YAML file"
+
+
 class Command(NamedTuple):
     """A subcommand of `ross`: the script in the repository that runs the same module, and one line of help."""
 
@@ -58,7 +61,7 @@ def build_parser(prog: str, description: str | None, epilog: str | None = None) 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of make-shards and index-shards that decide which samples are used and how they are measured."""
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder: stores token and label counts, for packing")
-    parser.add_argument("--template", help="conversation template of the counts (plain, qwen_2, v1, llama3)")
+    parser.add_argument("--template", help=f"conversation template of the counts: {TEMPLATE_HELP}")
     parser.add_argument("--mm-use-im-start-end", action="store_true", help="count as in training with this flag")
     parser.add_argument(
         "--max-images-per-sample", type=int, default=64, metavar="N", help="skip samples with more pictures (64)"
@@ -99,26 +102,21 @@ def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Name
 
 
 def sample_spec(options: argparse.Namespace) -> SampleSpec:
-    """The spec of the sample options. Raises TokenizerError for an unknown template."""
+    """The spec of the sample options. Raises TokenizerError for a template that is unknown or does not fit."""
     from ross_mcore.data.spec import SampleSpec
+    from ross_mcore.data.templates import require_known, with_template
+    from ross_mcore.data.tokenizer import load_tokenizer
 
-    require_template(options.template)
-    return SampleSpec(
-        options.template or "",
+    spec = SampleSpec(
         mm_use_im_start_end=options.mm_use_im_start_end,
         max_images_per_sample=options.max_images_per_sample,
         max_tokens_per_sample=options.max_tokens_per_sample,
         truncated_images=options.truncated_images,
     )
-
-
-def require_template(template: str | None) -> None:
-    """Raises TokenizerError for the value of --template that is not the name of a template."""
-    from ross_mcore.data.templates import TRAINING_TEMPLATES
-    from ross_mcore.errors import TokenizerError
-
-    if template is not None and template not in TRAINING_TEMPLATES:
-        raise TokenizerError(f"--template {template} is not one of {', '.join(TRAINING_TEMPLATES)}")
+    if options.template is None:
+        return spec
+    require_known(options.template)
+    return with_template(spec, options.template, load_tokenizer(options.tokenizer))
 
 
 def print_account(account: Account) -> None:

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ross_mcore.commands import build_parser, print_account, refuse, require_template
+from ross_mcore.commands import TEMPLATE_HELP, build_parser, print_account, refuse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     )
     parser.add_argument("--sample", metavar="KEY", help="print this record, and with the next two flags its tokens")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder")
-    parser.add_argument("--template", help="conversation template (plain, qwen_2, v1, llama3)")
+    parser.add_argument("--template", help=f"conversation template: {TEMPLATE_HELP}")
     parser.add_argument("--mm-use-im-start-end", action="store_true", help="tokens as in training with this flag")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw samples with their texts")
     parser.add_argument("--contact-samples", type=int, default=24, metavar="N", help="number of samples in it (24)")
@@ -132,13 +132,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
     from ross_mcore.data.shard_reader import ShardReader
     from ross_mcore.data.spec import SampleSpec
+    from ross_mcore.data.templates import require_known, with_template
     from ross_mcore.data.tokenizer import load_tokenizer
     from ross_mcore.errors import ShardError, UserError
     from ross_mcore.shards.inspection import inspect, record_of, tokens_of, write_contact_sheet
 
     console = Console(markup=False, emoji=False)
     try:
-        require_template(options.template)
+        if options.template is not None:
+            require_known(options.template)
         reader = ShardReader(options.data_path, options.data_cache_dir, options.data_cache_bytes)
         found = inspect(reader, options.seq_length, options.image_tokens)
         if options.seq_length and found["packing"] is None:
@@ -153,7 +155,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         for number in numbers:
             record, tokens = record_of(reader, number), None
             if tokenizer is not None:
-                spec = SampleSpec(options.template, mm_use_im_start_end=options.mm_use_im_start_end)
+                spec = SampleSpec(mm_use_im_start_end=options.mm_use_im_start_end)
+                spec = with_template(spec, options.template, tokenizer)
                 tokens = tokens_of(record, int(reader.samples[number]["num_images"]), tokenizer, spec)
             samples.append((record, tokens))
         if options.contact_sheet is not None:

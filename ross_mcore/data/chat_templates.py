@@ -95,6 +95,7 @@ class TurnTemplate:
     def write(self, dialogue: Dialogue, generation: bool = False) -> Written:
         """The text of a conversation; with `generation`, up to the start of the next answer.
 
+        A space before an answer is left to the answer, because many tokenizers merge it with the first word.
         Raises ConversationError for a system turn that the template has no place for.
         """
         system = self.default_system if dialogue.system is None else dialogue.system
@@ -111,7 +112,7 @@ class TurnTemplate:
                     answers.append((start, start + len(text) + len(self.answer_end)))
                 pieces.append(f"{self.answer_start}{text}{self.answer_end}{self.separator}")
             length += len(pieces[-1])
-        return Written("".join([*pieces, self.answer_start if generation else ""]), answers)
+        return Written("".join([*pieces, self.answer_start.rstrip(" ") if generation else ""]), answers)
 
 
 CHATML = TurnTemplate(
@@ -129,8 +130,8 @@ MARK = "\ue000{}\ue001"
 """Stands for an answer while its place is looked for; private characters of Unicode."""
 MARKS = re.compile("\ue000(\\d+)\ue001")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-FIXED: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
-"""Variables of known chat templates: Llama's date, by default today's, and the empty thoughts of Qwen3."""
+FIXED: dict[str, Any] = {"date_string": "26 Jul 2024"}
+"""Variables of known chat templates: Llama's date, by default today's."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class TokenizerTemplate:
     """A tokenizer's own chat template (`source`, Jinja), rendered by transformers in Jinja's sandbox.
 
     `answer_end` follows every answer: what the template writes after one, up to its first special token. Answers are
-    where {% generation %} says, else they are found by rendering the conversation with marks in their place.
+    where {% generation %} says, else they are found by rendering the conversation with marks in their place. The prompt
+    for an answer is the text before its mark, so that it is the same as in training.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -181,7 +183,8 @@ class TokenizerTemplate:
     def write(self, dialogue: Dialogue, generation: bool = False) -> Written:
         """As TurnTemplate.write. Raises ConversationError for what the template refuses, or answers that it changes."""
         if generation:
-            return Written(self._render(dialogue, generation), [])
+            asked = dialogue._replace(turns=[*dialogue.turns, ("gpt", MARK.format(0))])
+            return Written(MARKS.split(self._render(asked))[0].rstrip(" "), [])
         if GENERATION.search(self.source):
             return self._render_with_answers(dialogue)
         return self._find_answers(dialogue)
@@ -210,13 +213,10 @@ class TokenizerTemplate:
             raise ConversationError("the chat template changes an answer")
         return Written(text, spans)
 
-    def _render(self, dialogue: Dialogue, generation: bool = False) -> str:
+    def _render(self, dialogue: Dialogue) -> str:
         return str(
             self._rendered(
-                lambda messages: self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=generation, **FIXED
-                ),
-                dialogue,
+                lambda messages: self.tokenizer.apply_chat_template(messages, tokenize=False, **FIXED), dialogue
             )
         )
 

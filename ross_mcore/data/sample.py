@@ -27,7 +27,7 @@ from ross_mcore.data.records import normalise
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.templates import TRAINING_TEMPLATES, tokenize_conversation
+from ross_mcore.data.templates import require_trainable, tokenize_conversation
 from ross_mcore.data.tokenizer import require_ids
 from ross_mcore.errors import ConversationError, ImageError, NothingLeft, ShardError
 
@@ -52,8 +52,7 @@ class ShardDataset:
         spec: SampleSpec,
         image_processor: dict[str, Any] | None = None,
     ) -> None:
-        if spec.template not in TRAINING_TEMPLATES:
-            raise KeyError(f"template {spec.template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
+        require_trainable(spec, tokenizer)
         if reader.truncated_images == "fill" and spec.truncated_images == "refuse":
             raise ShardError(
                 f"{reader.folder} was indexed with --truncated-images fill, so it may hold pictures that are cut "

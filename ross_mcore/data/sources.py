@@ -3,7 +3,7 @@
     datasets:                       # or the list alone
       - path: shards/captions       # relative to the folder of this file
         weight: 1                   # a share of the samples; or epochs: passes over it in an epoch of the mixture
-        template: plain             # default: --template
+        template: plain             # as for --template, which is the default; a YAML counts from this file's folder
       - path: shards/instructions
         weight: 3
         image_aspect_ratio: pad     # default: --image-aspect-ratio
@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 
 from ross_mcore import checked
 from ross_mcore.batch import Sample
+from ross_mcore.data.chat_templates import SUFFIXES as TEMPLATE_SUFFIXES
 from ross_mcore.data.image import ImageAspectRatio
 from ross_mcore.data.mixture import counts_by_epochs, counts_by_weight
 from ross_mcore.data.replacement import Bad
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.spec import SampleSpec, merged
-from ross_mcore.data.templates import TRAINING_TEMPLATES
+from ross_mcore.data.templates import OF_TOKENIZER, TRAINING_TEMPLATES
 from ross_mcore.errors import ShardError
 
 SUFFIXES = (".yaml", ".yml")
@@ -51,14 +52,6 @@ class Source:
     epochs: float | None = None
     template: str | None = None
     image_aspect_ratio: ImageAspectRatio | None = None
-
-    def spec(self, common: SampleSpec) -> SampleSpec:
-        """How this data set is read: `common`, with its own template and aspect ratio if it has them."""
-        return replace(
-            common,
-            template=self.template or common.template,
-            image_aspect_ratio=self.image_aspect_ratio or common.image_aspect_ratio,
-        )
 
 
 def read_sources(path: Path) -> list[Source]:
@@ -145,12 +138,21 @@ def _source(file: Path, number: int, entry: Any) -> Source:
             raise ShardError(f"{where}: {key} must be a number above zero, got {checked.shown(value)}")
     if entry.get("weight") is not None and entry.get("epochs") is not None:
         raise ShardError(f"{where}: weight and epochs exclude each other; give one of them to every data set")
-    for key, allowed in (("template", tuple(TRAINING_TEMPLATES)), ("image_aspect_ratio", get_args(ImageAspectRatio))):
-        value = entry.get(key)
-        if value is not None and value not in allowed:
-            raise ShardError(
-                f"{where}: {key} {checked.shown(value)} is not one of {', '.join(allowed)}{_hint(value, allowed)}"
-            )
+    template = entry.get("template")
+    if isinstance(template, str) and template.endswith(TEMPLATE_SUFFIXES):
+        template = str(file.parent / template)
+        entry = {**entry, "template": template}
+    elif template is not None and template not in (names := (*TRAINING_TEMPLATES, OF_TOKENIZER)):
+        raise ShardError(
+            f"{where}: template {checked.shown(template)} is not one of {', '.join(names)}, nor a YAML file"
+            f"{_hint(template, names)}"
+        )
+    ratio, ratios = entry.get("image_aspect_ratio"), get_args(ImageAspectRatio)
+    if ratio is not None and ratio not in ratios:
+        raise ShardError(
+            f"{where}: image_aspect_ratio {checked.shown(ratio)} is not one of {', '.join(ratios)}"
+            f"{_hint(ratio, ratios)}"
+        )
     return Source(**{**entry, "path": path, "name": name})
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -212,7 +212,7 @@ def template_of(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase | None = No
     if spec.template in spec.own_templates:
         return TurnTemplate.from_text(spec.own_templates[spec.template])
     if tokenizer is None or not spec.template.startswith(f"{OF_TOKENIZER}#"):
-        raise KeyError(f"there is no template {spec.template!r}")
+        raise KeyError(f"template {spec.template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
     own = TokenizerTemplate.of(tokenizer)
     if spec.template != f"{OF_TOKENIZER}#{own.digest}":
         raise TokenizerError(
@@ -222,12 +222,19 @@ def template_of(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase | None = No
     return own
 
 
+def require_trainable(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises KeyError for a template that is unknown or not for training; other errors as template_of."""
+    if spec.template == "v1_qwen2":
+        raise KeyError(f"template {spec.template!r} is not one of {', '.join(TRAINING_TEMPLATES)}")
+    template_of(spec, tokenizer)
+
+
 def end_of_answer(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of the token that ends an answer, None where it is not one token."""
     style = template_of(spec, tokenizer)
     end = style.answer_end if not isinstance(style, Template) else END_OF_TURN if style.tokenized else style.round_end
-    ids = encode(end, tokenizer)[len(encode("", tokenizer)) :]
-    return ids[0] if len(ids) == 1 and end.strip() else None
+    ids = encode(end.strip(), tokenizer)[len(encode("", tokenizer)) :]
+    return ids[0] if len(ids) == 1 else None
 
 
 def require_fit(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -253,31 +260,24 @@ def _with_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [name for name in TRAINING_TEMPLATES if not _missing(name, tokenizer)]
 
 
-class Choice(NamedTuple):
-    """A template chosen without a --template, and why."""
+DEFAULT_OF = {
+    "plain": "the default of --training-stage pretrain",
+    "llama3": "the default of a Llama 3 tokenizer",
+    "qwen_2": "the default of a Qwen tokenizer, as in the reference; Qwen's own format is --template chatml",
+    "chatml": "the default of a tokenizer with <|im_start|> and <|im_end|>",
+    "v1": "the default of a Llama tokenizer",
+}
+"""Why `default_template` chooses a template."""
 
-    template: str
-    why: str
 
-
-def choose_template(training_stage: str, model_type: str, tokenizer: PreTrainedTokenizerBase) -> Choice:
-    """The template when --template is not given. Raises TokenizerError when none is known to fit."""
+def default_template(training_stage: str, model_type: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template when --template is not given; None when none is known to fit."""
     if training_stage == "pretrain":
-        return Choice("plain", "the default of --training-stage pretrain")
+        return "plain"
     has = _with_tokens(tokenizer)
-    if "llama3" in has:
-        return Choice("llama3", "the default of a Llama 3 tokenizer")
-    if "qwen_2" in has and model_type.startswith("qwen"):
-        return Choice("qwen_2", "the recipes' default of a Qwen tokenizer; its own format is --template chatml")
-    if "chatml" in has:
-        return Choice("chatml", "the default of a tokenizer with <|im_start|> and <|im_end|>")
-    if "v1" in has and encode("", tokenizer):
-        return Choice("v1", "the default of a Llama tokenizer")
-    raise TokenizerError(
-        f"no template is the default of the tokenizer {tokenizer.name_or_path} with a model of type {model_type}; give "
-        f"--template: one of {', '.join(TRAINING_TEMPLATES)}, {OF_TOKENIZER} (its own chat template) or a YAML file "
-        "(docs/data.md, Templates)"
-    )
+    is_qwen, begins = model_type.startswith("qwen"), bool(encode("", tokenizer))
+    fits = {"llama3": True, "qwen_2": is_qwen, "chatml": True, "v1": begins}
+    return next((name for name, rest in fits.items() if rest and name in has), None)
 
 
 def tokenize_conversation(

@@ -10,6 +10,7 @@ from pathlib import Path
 from ross_mcore import platform
 from ross_mcore.checked import real_path
 from ross_mcore.data.replacement import BadSample
+from ross_mcore.data.templates import DEFAULT_OF, default_template
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.guards.incidents import Incident
@@ -42,6 +43,7 @@ class Console(Reporter):
             f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
             f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(_stages(run))}\n"
             f"data: {len(dataset)} samples, {run.rows_per_step} rows a step, {run.train_iters} iterations\n"
+            f"{_templates(run)}\n"
             f"process {os.getpid()} on {socket.gethostname()}: SIGUSR1 saves and continues, SIGTERM saves and ends"
         )
         changed = changed_options(run.start.train_state(), state) if run.resume else []
@@ -105,6 +107,22 @@ class Console(Reporter):
         skipped = f"; {self._skipped} samples were skipped" if self._skipped else ""
         ignored = f"; {self._ignored} samples had no label" if self._ignored else ""
         say(f"finished {state.iteration} iterations, {state.consumed_samples} samples{skipped}{ignored}")
+
+
+def _templates(run: Run) -> str:
+    """The line that names the templates, why they are used, and the tokenizer."""
+    config, tokenizer = run.config, run.dataset.parts[0].tokenizer
+    named = list(dict.fromkeys(part.spec.template for part in run.dataset.parts))
+    default = default_template(config.training.training_stage, run.model_config.language.model_type, tokenizer)
+    is_default = config.data.template is None and named == [default]
+    why = (
+        DEFAULT_OF[named[0]]
+        if is_default
+        else "given by --template"
+        if config.data.template
+        else "given by --data-path"
+    )
+    return f"template: {', '.join(named)} ({why}); tokenizer: {tokenizer.name_or_path}"
 
 
 def _stages(run: Run) -> Iterator[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,11 +24,15 @@ from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.spec import SampleSpec
+from ross_mcore.data.templates import TRAINING_TEMPLATES, default_template, with_template
 from ross_mcore.data.tokenizer import load_tokenizer, require_vocabulary
 from ross_mcore.engine.precision import check_execution
 from ross_mcore.errors import ConfigError
 from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parallel.layout import Layout, make_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS_COUNTED_IN = 1_000_000
 """Maximum number of samples whose rows are planned at start to estimate the steps of an epoch: about two seconds."""
@@ -78,23 +83,37 @@ def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = 
     return layout
 
 
-def sample_spec(config: Config, model_config: ModelConfig) -> SampleSpec:
-    """How this run reads samples; the entry of a data set in a YAML file may override it."""
-    given = {field.name: getattr(config.data, field.name) for field in fields(SampleSpec)}
-    defaults = {"template": config.template(model_config), "image_aspect_ratio": config.image_aspect_ratio}
-    return SampleSpec(**given | defaults)
+def chosen_template(config: Config, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """--template, or the default of stage, model and tokenizer. Raises ConfigError when there is none."""
+    model_type = model_config.language.model_type
+    chosen = config.data.template or default_template(config.training.training_stage, model_type, tokenizer)
+    if chosen is None:
+        raise ConfigError(
+            f"no template is the default of the tokenizer {tokenizer.name_or_path} with a model of type {model_type}; "
+            f"give --template: {', '.join(TRAINING_TEMPLATES)}, tokenizer (its own chat template) or a YAML file "
+            "(docs/data.md, Templates)"
+        )
+    return chosen
 
 
 def open_dataset(config: Config, model_config: ModelConfig, start: Checkpoint, path: str) -> MixtureDataset:
-    """The data sets of `path`, a folder or a YAML file."""
+    """The data sets of `path`, a folder or a YAML file, which may override template and aspect ratio.
+
+    Raises ConfigError and TokenizerError for a template that does not fit the tokenizer.
+    """
     tokenizer, image_processor = load_tokenizer(start.tokenizer), start.image_processor()
     require_vocabulary(tokenizer, model_config.language.vocab_size, str(start.tokenizer))
-    data, spec = config.data, sample_spec(config, model_config)
+    data = config.data
     cache = None if data.data_cache_dir is None else Path(data.data_cache_dir)
+    same = {item.name for item in fields(SampleSpec)} & vars(data).keys() - {"template", "image_aspect_ratio"}
+    common = SampleSpec(**{name: getattr(data, name) for name in same})
 
     def open_part(source: Source) -> ShardDataset:
         reader = ShardReader(source.path, cache, data.data_cache_bytes)
-        return ShardDataset(reader, tokenizer, model_config, source.spec(spec), image_processor)
+        spec = replace(common, image_aspect_ratio=source.image_aspect_ratio or config.image_aspect_ratio)
+        template = source.template or chosen_template(config, model_config, tokenizer)
+        spec = with_template(spec, template, tokenizer)
+        return ShardDataset(reader, tokenizer, model_config, spec, image_processor)
 
     dataset = MixtureDataset.open(Path(path), open_part)
     if config.data.pack:

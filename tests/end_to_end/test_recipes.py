@@ -168,7 +168,7 @@ def test_options(recipe: Recipe) -> None:
     config, model = read_config(recipe), read_model(recipe)
     layout = place(recipe, config, model)
     options.check(config, data_parallel_size=layout.data_parallel)
-    assert config.template(model) == recipe.template
+    assert config.data.template == recipe.template
 
 
 def test_reference_mode() -> None:

@@ -160,7 +160,7 @@ def test_training_templates_have_labels_in_every_round(
     tokenizers: dict[str, Any], conversations: dict[str, Any]
 ) -> None:
     """The template that is not for training does not."""
-    fitting = {"plain": "qwen", "qwen_2": "qwen", "v1": "llama_legacyF", "llama3": "llama3"}
+    fitting = {"plain": "qwen", "qwen_2": "qwen", "v1": "llama_legacyF", "llama3": "llama3", "chatml": "qwen"}
     assert set(TRAINING_TEMPLATES) == set(fitting)
     for template, name in fitting.items():
         turns = TURNS[:2] if template == "plain" else TURNS

@@ -134,8 +134,8 @@ def test_a_bad_question_is_named(model: TrainedModel, question: Any, kind: type[
 
 
 def test_an_unknown_template_gets_the_list(model: TrainedModel) -> None:
-    with pytest.raises(ross_mcore.UserError, match="no template 'chatml'; expected one of plain, qwen_2, v1, llama3"):
-        ross_mcore.answer(model, [Question("What?")], "chatml")
+    with pytest.raises(ross_mcore.UserError, match="--template alpaca is not one of plain, qwen_2, v1, llama3, chatml"):
+        ross_mcore.answer(model, [Question("What?")], "alpaca")
 
 
 def test_prompts_show_pictures_as_the_checkpoint_was_trained(tmp_path: Path, process_group: None) -> None:
@@ -151,7 +151,7 @@ def test_prompts_show_pictures_as_the_checkpoint_was_trained(tmp_path: Path, pro
     assert not torch.equal(ross_mcore.reconstruct(trained, [PICTURE], steps=1)[1], without)
 
 
-@pytest.mark.parametrize("state", ['{"template": "chatml"}', '{"image_aspect_ratio": 3}', '{"mm_use_im_start_end": 1}'])
+@pytest.mark.parametrize("state", ['{"template": "alpaca"}', '{"image_aspect_ratio": 3}', '{"mm_use_im_start_end": 1}'])
 def test_a_damaged_train_state_is_named(model: TrainedModel, state: str) -> None:
     file = model.checkpoint.path / TRAIN_STATE
     file.write_text(state)

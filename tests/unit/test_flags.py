@@ -106,7 +106,10 @@ def test_flags_win_over_yaml_and_later_files_over_earlier(tmp_path: Path) -> Non
     [
         ("seq-lenght: 3", "did you mean --seq-length"),
         ("lr: [1, 2]", "must be a single value"),
-        ("template: chatml", "invalid choice"),
+        (
+            "template: alpaca",
+            "--template must be plain, qwen_2, v1, llama3, chatml, tokenizer or a YAML file of your own",
+        ),
         ("- lr", "expected a mapping"),
         ("lr: {", "cannot be read"),
         ("micro-batch-size: 0", "must be positive"),

@@ -158,8 +158,8 @@ def test_a_shard_that_shrinks_under_the_reader_is_a_problem(
 
 
 def test_an_unknown_template_is_refused(shards: Path, tokenizer: Any, model_config: Any) -> None:
-    with pytest.raises(KeyError, match="chatml"):
-        ShardDataset(ShardReader(shards), tokenizer, model_config, SampleSpec("chatml", seq_length=64))
+    with pytest.raises(KeyError, match="v1_qwen2"):
+        ShardDataset(ShardReader(shards), tokenizer, model_config, SampleSpec("v1_qwen2", seq_length=64))
 
 
 def test_records_are_the_json_members(shards: Path) -> None:

@@ -174,7 +174,7 @@ def test_the_tool_prints_the_outcome(
         (["--data-path", "nowhere", "--out", "{out}"], "nowhere names no tar"),
         (["--data-path", "*.rat", "--out", "{out}"], "names no tar"),
         (["--data-path", "{out}", "--template", "plain"], "need each other"),
-        (["--data-path", "{out}", "--tokenizer", "x", "--template", "chatml"], "not one of"),
+        (["--data-path", "{out}", "--tokenizer", "x", "--template", "alpaca"], "not one of"),
         (["--data-path", "nosuch://a/b.tar", "--out", "{out}"], "nosuch"),
         (["--data-path", "gs://a/b.tar", "--out", "{out}"], "gs:// needs a package that is not installed"),
     ],

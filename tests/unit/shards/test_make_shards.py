@@ -173,7 +173,7 @@ def test_json_lines_with_a_damaged_line(make: Callable[..., int], tmp_path: Path
         ("[]", [], "no usable sample"),
         ("[1, 2]", [], "2 x the record is not a JSON object"),
         ("[1]", ["--tokenizer", "nowhere", "--template", "plain"], "nowhere"),
-        ("[1]", ["--tokenizer", "nowhere", "--template", "chatml"], "chatml"),
+        ("[1]", ["--tokenizer", "nowhere", "--template", "alpaca"], "alpaca"),
         ("[1]", ["--tokenizer", "nowhere", "--template", "v1_qwen2"], "v1_qwen2 is not one of"),
         ("[1]", ["--template", "plain"], "need each other"),
         ("[1]", ["--shard-size", "0"], "at least 1"),

@@ -18,7 +18,7 @@ from ross_mcore.data.lengths import length_source
 from ross_mcore.data.order import evenly_spaced
 from ross_mcore.data.remote import is_remote
 from ross_mcore.data.sample import NOTHING_TO_LEARN, ShardDataset
-from ross_mcore.data.templates import TRAINING_TEMPLATES, why_without_labels
+from ross_mcore.data.templates import why_without_labels, writable_templates
 from ross_mcore.errors import ConversationError, ShardError
 
 PROBED_SAMPLES = 512
@@ -119,7 +119,7 @@ def why_unlabelled(dataset: ShardDataset, number: int) -> str:
 def fitting_templates(dataset: ShardDataset, numbers: list[int]) -> list[str]:
     """The templates of conversations under which all these samples have labels."""
     fitting = []
-    for template in TRAINING_TEMPLATES:
+    for template in writable_templates(dataset.tokenizer):
         other = copy.copy(dataset)
         other.spec = replace(dataset.spec, template=template)
         if template not in ("plain", dataset.spec.template) and all(other.get(n, 0).label_tokens for n in numbers):

@@ -240,7 +240,7 @@ def end_of_answer(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> int |
 def require_fit(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises TokenizerError when the tokenizer cannot write a template, or an ordinary conversation has no label."""
     where = f"the tokenizer {tokenizer.name_or_path}"
-    others = f"templates whose tokens it has: {', '.join(_with_tokens(tokenizer))}"
+    others = f"templates whose tokens it has: {', '.join(writable_templates(tokenizer))}"
     if missing := _missing(spec.template, tokenizer):
         raise TokenizerError(f"--template {spec.template} writes {missing[0]}, not one token of {where}; {others}")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A thing."}]
@@ -255,8 +255,8 @@ def _missing(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token for token in NEEDED.get(template, ()) if len(encode(token, tokenizer)) != added + 1]
 
 
-def _with_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The templates whose tokens a tokenizer has."""
+def writable_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The templates whose tokens a tokenizer has, by name."""
     return [name for name in TRAINING_TEMPLATES if not _missing(name, tokenizer)]
 
 
@@ -274,7 +274,7 @@ def default_template(training_stage: str, model_type: str, tokenizer: PreTrained
     """The template when --template is not given; None when none is known to fit."""
     if training_stage == "pretrain":
         return "plain"
-    has = _with_tokens(tokenizer)
+    has = writable_templates(tokenizer)
     is_qwen, begins = model_type.startswith("qwen"), bool(encode("", tokenizer))
     fits = {"llama3": True, "qwen_2": is_qwen, "chatml": True, "v1": begins}
     return next((name for name, rest in fits.items() if rest and name in has), None)

@@ -129,7 +129,7 @@ def find_shards(places: Sequence[str], out: Path) -> list[Shard]:
             elif Path(pattern).is_file():
                 locations.append(pattern)
         if len(locations) == before:
-            found = _what_is_there(Path(place))
+            found = "" if is_remote(place) or any(mark in place for mark in "*?[{") else _what_is_there(Path(place))
             raise ShardError(f"{place} names no tar: {found}give a folder of *.tar files, files, patterns or URLs")
     return [_describe(location, out) for location in dict.fromkeys(map(_absolute, locations))]
 
@@ -156,11 +156,12 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _what_is_there(folder: Path) -> str:
-    """What a folder without a tar has, and the remedy, for a message; empty if nothing is known."""
-    entries = _files(folder)
-    compressed = compressed_shards([str(folder)])
-    below = sorted(path.name for path in entries if path.is_dir() and any(path.glob("*.tar")))
+def _what_is_there(place: Path) -> str:
+    """What a place without a tar has, and the remedy, for a message; empty if nothing is known."""
+    if not place.is_dir():
+        return "it does not exist; "
+    entries, compressed = _files(place), compressed_shards([str(place)])
+    below = {path.parent.relative_to(place) for pattern in ("*/*.tar", "*/*/*.tar") for path in place.glob(pattern)}
     if compressed:
         names = ", ".join(Path(path).name for path in compressed[:3])
         return (
@@ -168,11 +169,9 @@ def _what_is_there(folder: Path) -> str:
             "training reads members at their places; "
         )
     if below:
-        return f"the tars are in its folders {', '.join(below[:5])}: give those; "
-    if folder.is_dir():
-        kinds = Counter(path.suffix or "no suffix" for path in entries if not path.name.startswith("."))
-        return f"it has {', '.join(f'{count} x {kind}' for kind, count in kinds.most_common(5)) or 'no files'}; "
-    return ""
+        return f"the tars are in its folders {', '.join(map(str, sorted(below)[:5]))}: give those; "
+    kinds = Counter("a folder" if path.is_dir() else path.suffix or "no suffix" for path in entries)
+    return f"it has {', '.join(f'{count} x {kind}' for kind, count in kinds.most_common(5)) or 'no files'}; "
 
 
 def _absolute(location: str) -> str:

@@ -290,7 +290,8 @@ NO_TARS: tuple[tuple[str, dict[str, bytes], Sequence[str]], ...] = (
         {"a.tar.gz": b"", "b.tgz": b""},
         ["no tar: it has 2 compressed archives (a.tar.gz, b.tgz): unpack"],
     ),
-    ("in_folders", {"train/a.tar": GOOD}, ["the tars are in its folders train"]),
+    ("in_folders", {"train/a.tar": GOOD}, ["the tars are in its folders train: give"]),
+    ("in_inner_folders", {"a/shards/a.tar": GOOD}, ["the tars are in its folders a/shards: give those"]),
     ("other_files", {"a.parquet": b"", "b.parquet": b""}, ["it has 2 x .parquet"]),
     ("nothing", {}, ["names no tar: it has no files"]),
     (
@@ -316,7 +317,7 @@ def test_what_is_there_is_named(
     files: dict[str, bytes], says: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, data in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     assert index(tmp_path) == 2
     error = " ".join(capsys.readouterr().err.split())

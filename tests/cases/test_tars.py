@@ -121,9 +121,9 @@ EDITION_B_SAMPLES = {
 TARS = (
     *[one(f"suffix_{end}", [(f"k.{end}", picture(3, form)), ("k.json", llava())], [3]) for end, form in FORMATS],
     # which pictures, and their order
-    one("numbers", [*((f"k.{n}.jpg", picture(n)) for n in (10, 2, 0)), ("k.json", llava(3))], [0, 2, 10]),
+    one("numbers", [*((f"k.{n}.jpg", picture(n)) for n in (10, 3, 2)), ("k.json", llava(3))], [2, 3, 10]),
     one(
-        "img", [*((f"k.img{n}.jpg", picture(n)) for n in (10, 2, 0)), ("k.json", llava(3))], [0, 2, 10], source=ENERGON
+        "img", [*((f"k.img{n}.jpg", picture(n)) for n in (10, 3, 2)), ("k.json", llava(3))], [2, 3, 10], source=ENERGON
     ),
     one(
         "two_formats",

@@ -101,11 +101,13 @@ def assemble(
             raise ConversionError(
                 f"{source.path}: {error}; give weights and a configuration{configs} that belong together"
             ) from None
-    with Claim(root):  # refuses a folder that a run saves to
-        former = [checkpoint.path for checkpoint in folder.checkpoints(root)]
-        moved = folder.set_aside(root) if is_run else None
+    moved = None
+    if is_run:
+        with Claim(root):  # refuses a folder that a run saves to
+            moved = folder.set_aside(root)
     try:
         with Claim(root):
+            former = folder.checkpoints(root)
             streams = [*(convert_in(steps, tensors, model.language) for steps, tensors in plans), fresh]
             checkpoint = _write(root, model, streams, assets, dtype, advance)
     except BaseException:
@@ -142,6 +144,7 @@ def _write(
                 for name, tensor in stream:
                     if dtype is not None:
                         tensor = tensor.to(torch.float32 if part_of(name).converted_in_float32 else dtype)
+                    _require_finite(name, tensor)
                     writer.add(name, tensor)
                     written[name] = tuple(tensor.shape)
                     advance(tensor.numel())
@@ -152,6 +155,14 @@ def _write(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    """Raises ConversionError for a tensor that training would refuse to start from."""
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # without a copy
+        raise ConversionError(
+            f"{name} has numbers that are not finite, from which no training can start; give other weights"
+        )
 
 
 def _require_buildable(model: ModelConfig) -> None:

@@ -195,6 +195,13 @@ def harm_quantised(folders: dict[str, Path]) -> None:
     save_file({**weights, "model.norm.weight": weights["model.norm.weight"].to(torch.int8)}, path)
 
 
+def harm_infinite(folders: dict[str, Path]) -> None:
+    path = folders["vision"] / "model.safetensors"
+    weights = load_file(path)
+    weights["embeddings.patch_embedding.bias"][3] = float("nan")
+    save_file(weights, path)
+
+
 def harm_truncated(folders: dict[str, Path]) -> None:
     path = folders["pixel_decoder"] / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -231,6 +238,7 @@ def harm_json(folders: dict[str, Path]) -> None:
         (harm_unknown, "head.adapter"),
         (harm_shape, "[150, 16], the architecture says [149, 16]"),
         (harm_quantised, "model.safetensors: tensor model.norm.weight is torch.int8"),
+        (harm_infinite, "vision_model.tower.embeddings.patch_embedding.bias has numbers that are not finite"),
         (harm_truncated, "not a whole safetensors file"),
         (harm_tokenizer, "tokenizer.json"),
         (harm_processor, "preprocessor_config.json"),

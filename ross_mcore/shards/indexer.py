@@ -111,27 +111,33 @@ def find_shards(places: Sequence[str], out: Path) -> list[Shard]:
     """The tars of folders, files, `*` patterns, `{0..9}` ranges and URLs, in this order, each once.
 
     A folder means its *.tar, sorted, and the shards outside of it that its index.json lists.
-    Raises ShardError for a place without a tar, RemoteError for a URL that cannot be read.
+    Raises ShardError for a place, or a file of a range, without a tar, RemoteError for a URL that cannot be read.
     """
     import braceexpand  # of webdataset, whose patterns these are
 
     locations: list[str] = []
     for place in places:
-        before = len(locations)
         for pattern in braceexpand.braceexpand(place):
+            before = len(locations)
             if is_remote(pattern):
                 locations += list_shards(pattern)
             elif Path(pattern).is_dir():
                 locations += sorted(map(str, Path(pattern).glob("*.tar"))) + _named_elsewhere(Path(pattern))
-            elif any(character in pattern for character in "*?["):
+            elif _is_glob(pattern):
                 anchor = Path(Path(pattern).anchor)
                 locations += sorted(map(str, anchor.glob(str(Path(pattern).relative_to(anchor)))))
             elif Path(pattern).is_file():
                 locations.append(pattern)
-        if len(locations) == before:
-            found = "" if is_remote(place) or any(mark in place for mark in "*?[{") else _what_is_there(Path(place))
-            raise ShardError(f"{place} names no tar: {found}give a folder of *.tar files, files, patterns or URLs")
+            if len(locations) == before:
+                known = "" if is_remote(pattern) or _is_glob(pattern) else _what_is_there(Path(pattern))
+                raise ShardError(
+                    f"{pattern} names no tar: {known}give a folder of *.tar files, files, patterns or URLs"
+                )
     return [_describe(location, out) for location in dict.fromkeys(map(_absolute, locations))]
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
 
 
 def compressed_shards(places: Sequence[str]) -> list[str]:

@@ -172,6 +172,7 @@ def test_the_tool_prints_the_outcome(
     [
         (["--data-path", "nowhere"], "give --out"),
         (["--data-path", "nowhere", "--out", "{out}"], "nowhere names no tar: it does not exist"),
+        (["--data-path", "{{nowhere,here}}-{{0..2}}", "--out", "{out}"], "nowhere-0 names no tar: it does not exist"),
         (["--data-path", "*.rat", "--out", "{out}"], "names no tar"),
         (["--data-path", "{out}", "--template", "plain"], "need each other"),
         (["--data-path", "{out}", "--tokenizer", "x", "--template", "alpaca"], "not one of"),

@@ -72,6 +72,11 @@ class Config:
         return self.execution.bf16 if chosen is None else chosen
 
     @property
+    def only_validates(self) -> bool:
+        """Whether nothing is trained and nothing is saved."""
+        return self.training.train_iters == 0
+
+    @property
     def llm_trains(self) -> bool:
         return self.training.training_stage == "finetune"
 
@@ -135,12 +140,20 @@ SECTIONS = {
 
 
 def require_complete(config: Config) -> None:
-    """Raises ConfigError unless --load, --save, --data-path and the length of the run are given."""
+    """Raises ConfigError unless --load, --save, --data-path and the length of the run are given.
+
+    A validation alone (--train-iters 0) needs --load and --valid-data-path.
+    """
+    if config.only_validates and not config.data.valid_data_path:
+        raise ConfigError("--train-iters 0 trains nothing; it validates --load: give the data with --valid-data-path")
     for value, flag in (
         (config.checkpoint.load, "--load"),
-        (config.checkpoint.save, "--save"),
-        (config.data.data_path, "--data-path"),
-        (config.training.train_iters or config.training.train_epochs, "--train-iters or --train-epochs"),
+        (config.checkpoint.save or config.only_validates, "--save"),
+        (config.data.data_path or config.only_validates, "--data-path"),
+        (
+            config.training.train_iters or config.training.train_epochs or config.only_validates,
+            "--train-iters or --train-epochs",
+        ),
     ):
         if not value:
             raise ConfigError(f"{flag} is missing; see --help")

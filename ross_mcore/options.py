@@ -235,7 +235,9 @@ class TrainingOptions:
     """Allow a run to resume with a different --global-batch-size; data and iteration count continue where it stopped.
     """
     train_iters: int | None = None
-    """Optimizer steps of the whole run. Give this or --train-epochs."""
+    """Optimizer steps of the whole run. Give this or --train-epochs. 0: validate the checkpoint on --valid-data-path,
+    print the losses and save nothing; --data-path and --save are not needed, and with --save the losses are also added
+    to SAVE/validation.jsonl."""
     train_epochs: float | None = None
     """Passes over the data. Give this or --train-iters."""
     loss_normalization: Literal["global", "microbatch"] = "global"
@@ -267,9 +269,9 @@ class TrainingOptions:
     saved. Default: at the start only."""
 
     def __post_init__(self) -> None:
-        _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_epochs", "max_bad_steps")
+        _positive(self, "micro_batch_size", "global_batch_size", "train_epochs", "max_bad_steps")
         _positive(self, "exit_duration_in_mins", "exit_interval", "check_replicas_interval")
-        _not_negative(self, "loss_spike_factor")
+        _not_negative(self, "train_iters", "loss_spike_factor")
         _at_most(self, MOST_ROWS, "micro_batch_size", "global_batch_size")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ConfigError("--train-iters and --train-epochs exclude each other; give one")

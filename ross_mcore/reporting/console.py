@@ -78,21 +78,10 @@ class Console(Reporter):
             say(str(incident))
 
     def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
-        self.bad_samples(bad)
-        for name, own in found.datasets.items():
-            say(
-                f"validation after iteration {found.iteration} | {name} | lm_loss {loss_text(own.lm_loss)} | "
-                f"vm_loss {loss_text(own.vm_loss)} | {own.samples} samples, {own.labels} labels, {own.images} images"
-            )
+        say_validation(found, bad)
 
     def bad_samples(self, bad: Sequence[BadSample]) -> None:
-        for sample in bad:
-            replacement = "its place stays empty" if sample.replaced_by is None else f"{sample.replaced_by} replaces it"
-            kind = "bad" if sample.is_bad else "left out"
-            say(
-                f"iteration {sample.iteration}: sample {sample.key} of {sample.shard} is {kind}: {sample.reason}; "
-                f"{replacement}"
-            )
+        _say_bad_samples(bad)
 
     def finish(self, state: TrainState, stopped_by: str | None) -> None:
         if stopped_by is not None and state.iteration == self._first:
@@ -123,6 +112,26 @@ def _templates(run: Run) -> str:
         else "given by --data-path"
     )
     return f"template: {', '.join(named)} ({why}); tokenizer: {tokenizer.name_or_path}"
+
+
+def say_validation(found: Validation, bad: Sequence[BadSample]) -> None:
+    """Prints the bad samples of a validation, and its losses."""
+    _say_bad_samples(bad)
+    for name, own in found.datasets.items():
+        say(
+            f"validation after iteration {found.iteration} | {name} | lm_loss {loss_text(own.lm_loss)} | "
+            f"vm_loss {loss_text(own.vm_loss)} | {own.samples} samples, {own.labels} labels, {own.images} images"
+        )
+
+
+def _say_bad_samples(bad: Sequence[BadSample]) -> None:
+    for sample in bad:
+        replacement = "its place stays empty" if sample.replaced_by is None else f"{sample.replaced_by} replaces it"
+        kind = "bad" if sample.is_bad else "left out"
+        say(
+            f"iteration {sample.iteration}: sample {sample.key} of {sample.shard} is {kind}: {sample.reason}; "
+            f"{replacement}"
+        )
 
 
 def _stages(run: Run) -> Iterator[str]:

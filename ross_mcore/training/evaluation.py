@@ -1,15 +1,22 @@
-"""Validation and reconstructions during a run."""
+"""Validation and reconstructions during a run, and validation of a checkpoint alone."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 
+from ross_mcore.config import Config
 from ross_mcore.data.workers import Interrupted
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
-from ross_mcore.logs import VALIDATION_FILE, read_entries
+from ross_mcore.logs import VALIDATION_FILE, JsonLines, read_entries, say
 from ross_mcore.parallel.collectives import all_or_none, gather
+from ross_mcore.reporting.console import say_validation
 from ross_mcore.reporting.report import Report
+from ross_mcore.training.opening import open_validation
 from ross_mcore.training.reconstruction import reconstruction_grid
 from ross_mcore.training.validation import validate
 
@@ -42,6 +49,26 @@ def evaluate_missed(run: Run, state: TrainState, report: Report) -> bool:
         return True
     has_line = all_or_none(lambda: run.groups.is_logging_rank and _has_validation(run, state.iteration))
     return any(gather(has_line)) or evaluate(run, state, report)
+
+
+def validate_checkpoint(config: Config, closing: ExitStack) -> None:
+    """Validates a checkpoint once and prints the losses; with --save adds them to validation.jsonl. Collective.
+
+    closing: see `open_run`. Saves nothing. Raises UserError.
+    """
+    engine, start, held_out = open_validation(config, closing)
+    is_logging_rank = engine.groups.is_logging_rank
+    if is_logging_rank:
+        say(
+            f"validation of {start.path}, template {held_out.spec.template}, on "
+            f"{', '.join(f'{name} ({size} samples)' for name, size in zip(held_out.names, held_out.sizes))}"
+        )
+    found, bad = validate(engine, held_out, start.iteration)
+    if is_logging_rank:
+        say_validation(found, bad)
+        if config.checkpoint.save is not None:
+            JsonLines(Path(config.checkpoint.save) / VALIDATION_FILE, sys.maxsize).add(asdict(found))
+        say("validated; nothing was trained or saved (--train-iters 0)")
 
 
 def _has_validation(run: Run, iteration: int) -> bool:

@@ -11,19 +11,22 @@ from ross_mcore.engine.step import Request
 from ross_mcore.guards.table import Guards
 from ross_mcore.reporting.report import open_report
 from ross_mcore.training.checkpointer import Checkpointer
-from ross_mcore.training.evaluation import evaluate, evaluate_missed
+from ross_mcore.training.evaluation import evaluate, evaluate_missed, validate_checkpoint
 from ross_mcore.training.opening import open_run
 from ross_mcore.training.step import read_step, train_step
 from ross_mcore.training.stop import Requests
 
 
 def train(config: Config) -> None:
-    """Trains until the run of `config` is finished or stopped on request. Raises UserError.
+    """Trains until the run of `config` is finished or stopped on request; or only validates. Raises UserError.
 
     When another rank dies or is blocked, the process itself ends (guards/watchdog.py).
     """
     with Requests.of(config.training) as requests, ExitStack() as closing:
         with requests.starting():
+            if config.only_validates:
+                validate_checkpoint(config, closing)
+                return
             run, state = open_run(config, closing, requests.is_stopping)
         _train(run, state, requests)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ross_mcore import checked, platform
-from ross_mcore.architecture import ModelConfig
+from ross_mcore.architecture import ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.fit import architecture_of
@@ -22,6 +22,7 @@ from ross_mcore.data.replacement import Replacement
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.data.workers import largest_batch_bytes, prefetched_bytes, require_shared_memory
+from ross_mcore.engine.engine import Engine
 from ross_mcore.engine.finite import all_finite, diagnose
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.run import Run
@@ -55,25 +56,20 @@ def open_run(
     `closing` ends the data workers, releases the first rank's claim on the folder of --save, and leaves the process
     groups after a run without an error. is_stopping: see Run.
     """
-    require_rendezvous()
-    closing.enter_context(process_groups.left_as_found())
-    platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
-    closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
-    claim = all_or_none(lambda: _claim(config, closing))
+    claim = _join(config, closing)
     start, resume = starting_point(config)
     if resume and config.checkpoint.load is not None:
         all_or_none(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
     model_config = all_or_none(lambda: architecture_of(start, inventory))
-    dataset, held_out = _open_data(config, model_config, start)
-    parts_of_data = [*dataset.parts, *(held_out.parts if held_out is not None else [])]
-    precomputed = choose_precomputed(config, model_config, start, parts_of_data)
-    layout = all_or_none(lambda: place(config, model_config, precomputed))
-    groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
-    all_or_none(lambda: read_pictures_as(parts_of_data, precomputed, groups.stage, model_config))
-    _require_shared_memory(config, [dataset] if held_out is None else [dataset, held_out], groups)
+    dataset = _open_data(config, model_config, start, config.data.data_path)
+    valid_data_path = config.data.valid_data_path
+    held_out = None if valid_data_path is None else _open_data(config, model_config, start, valid_data_path)
+    datasets = [dataset] if held_out is None else [dataset, held_out]
+    precomputed, groups = _place(config, model_config, start, datasets)
     at("looking at the data", is_long=True)
     warnings = from_first_rank(lambda: check_data(config, model_config, dataset))
-    rows_per_step = config.training.global_batch_size or layout.data_parallel * config.training.micro_batch_size
+    rows_at_once = groups.layout.data_parallel * config.training.micro_batch_size
+    rows_per_step = config.training.global_batch_size or rows_at_once
     order = sample_order(config, dataset, rows_per_step)
     skipped = all_or_none(lambda: skipped_samples(config, dataset))
     train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
@@ -85,10 +81,7 @@ def open_run(
     if checked.real_path(start.path.parent) != checked.real_path(Path(config.checkpoint.save or "")):
         load = Path(config.checkpoint.load or "")
         state = replace(state, started_from=all_or_none(lambda: started_from(load, start)))
-    unused = unused_parts(config, precomputed)
-    carried = all_or_none(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
-    blank = all_or_none(lambda: blank_posterior(parts_of_data))
-    not_built = NotBuilt(precomputed, blank, carried)
+    not_built = _not_built(config, start, precomputed, groups, datasets)
     span = Span(train_iters, len(dataset.parts))
     engine = build_engine(config, model_config, groups, start, span, resume=resume, not_built=not_built)
     if not all_finite(engine.model, engine.device):
@@ -109,20 +102,62 @@ def open_run(
     return Run(*constants, warnings, is_stopping), state
 
 
+def open_validation(config: Config, closing: ExitStack) -> tuple[Engine, Checkpoint, MixtureDataset]:
+    """The engine with the weights of a checkpoint, that checkpoint, and the data to validate it on. Collective.
+
+    closing: see `open_run`. --save may be missing.
+    """
+    _join(config, closing)
+    start, _ = starting_point(config)
+    model_config = all_or_none(lambda: architecture_of(start, inventory))
+    held_out = _open_data(config, model_config, start, config.data.valid_data_path)
+    precomputed, groups = _place(config, model_config, start, [held_out])
+    not_built = _not_built(config, start, precomputed, groups, [held_out])
+    return build_engine(config, model_config, groups, start, Span(0), not_built=not_built), start, held_out
+
+
+def _join(config: Config, closing: ExitStack) -> Claim | None:
+    """Joins the process group and claims --save; returns the claim on the first rank. Collective."""
+    require_rendezvous()
+    closing.enter_context(process_groups.left_as_found())
+    platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
+    closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
+    return all_or_none(lambda: _claim(config, closing))
+
+
 def _claim(config: Config, closing: ExitStack) -> Claim | None:
-    return closing.enter_context(Claim(Path(config.checkpoint.save or ""))) if dist.get_rank() == 0 else None
+    save = config.checkpoint.save
+    return None if save is None or dist.get_rank() else closing.enter_context(Claim(Path(save)))
 
 
-def _open_data(
-    config: Config, model_config: ModelConfig, start: Checkpoint
-) -> tuple[MixtureDataset, MixtureDataset | None]:
-    """The training data sets and, if any, the validation data sets."""
+def _open_data(config: Config, model_config: ModelConfig, start: Checkpoint, path: str | None) -> MixtureDataset:
+    return all_or_none(lambda: open_dataset(config, model_config, start, path or ""))
 
-    def opened(path: str) -> MixtureDataset:
-        return all_or_none(lambda: open_dataset(config, model_config, start, path))
 
-    dataset = opened(config.data.data_path or "")
-    return dataset, None if config.data.valid_data_path is None else opened(config.data.valid_data_path)
+def _place(
+    config: Config, model_config: ModelConfig, start: Checkpoint, datasets: list[MixtureDataset]
+) -> tuple[Precomputed, Groups]:
+    """Which parts of pictures are read, and this rank's place; the data sets then read what its stage needs."""
+    parts = _parts(datasets)
+    precomputed = choose_precomputed(config, model_config, start, parts)
+    layout = all_or_none(lambda: place(config, model_config, precomputed))
+    groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
+    all_or_none(lambda: read_pictures_as(parts, precomputed, groups.stage, model_config))
+    _require_shared_memory(config, datasets, groups)
+    return precomputed, groups
+
+
+def _not_built(
+    config: Config, start: Checkpoint, precomputed: Precomputed, groups: Groups, datasets: list[MixtureDataset]
+) -> NotBuilt:
+    unused = unused_parts(config, precomputed)
+    carried = all_or_none(lambda: CarriedWeights(start, unused, holds=groups.rank == 0))
+    blank = all_or_none(lambda: blank_posterior(_parts(datasets)))
+    return NotBuilt(precomputed, blank, carried)
+
+
+def _parts(datasets: list[MixtureDataset]) -> list[ShardDataset]:
+    return [part for dataset in datasets for part in dataset.parts]
 
 
 def _require_shared_memory(config: Config, datasets: list[MixtureDataset], groups: Groups) -> None:

@@ -47,7 +47,7 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
     when there is no intact checkpoint or ranks see different ones.
     """
     checkpoint, stage = config.checkpoint, config.training.training_stage
-    own = find_intact(Path(checkpoint.save or ""), checkpoint.verify)
+    own = None if checkpoint.save is None else find_intact(Path(checkpoint.save), checkpoint.verify)
     if own is not None:
         saved_stage = all_or_none(lambda: own.train_state().get("training_stage"))
         if saved_stage is None:

@@ -112,6 +112,20 @@ def indexing(place: Place) -> Sequence[object]:
     return ["--data-path", place.folder / "shards", "--tokenizer", folder, "--template", "qwen_2"]
 
 
+def validating(place: Place, *flags: object) -> Sequence[object]:
+    """The checkpoint of --load on shards, with nothing to train."""
+    training(place)
+    data = ("--valid-data-path", place.folder / "shards", "--template", "qwen_2", "--num-workers", 0)
+    return ["--load", place.base, *data, "--train-iters", 0, *flags]
+
+
+def validated_only(place: Place) -> None:
+    run = place.folder / "run"
+    (line,) = map(json.loads, (run / "validation.jsonl").read_text().splitlines())
+    assert line["iteration"] == 0 and line["datasets"]["shards"]["labels"] > 0
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == ["validation.jsonl"]
+
+
 def nothing_saved(name: str) -> Callable[[Place], None]:
     def check(place: Place) -> None:
         assert not list((place.folder / name).glob("iter_*"))
@@ -194,6 +208,24 @@ CASES = [
         ["nothing was learned in iterations 1 to 2: 2 named by --skip-iterations"],
         never=["finished"],
         holds=nothing_saved("run"),
+    ),
+    Case(
+        "validation_alone",
+        "train",
+        lambda place: validating(place, *TP2, "--save", place.folder / "run"),
+        0,
+        ["iter_0000000, template qwen_2, on shards (4 samples)", "validation after iteration 0", "nothing was trained"],
+        never=["finished", "saved iteration"],
+        holds=validated_only,
+        ranks=2,
+    ),
+    Case("validation_alone_prints_without_save", "train", validating, 0, ["4 samples, 16 labels, 4 images"], ["Error"]),
+    Case(
+        "nothing_to_train_and_nothing_to_validate",
+        "train",
+        lambda place: training(place, "--train-iters", 0),
+        2,
+        ["--train-iters 0 trains nothing; it validates --load: give the data with --valid-data-path"],
     ),
     Case(
         "tokens_beyond_the_vocabulary_at_start",

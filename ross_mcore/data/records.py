@@ -58,8 +58,10 @@ def normalise(record: Any, num_images: int | None = None) -> Record:
         record = {"conversations": record}
     if not isinstance(record, dict):
         raise ConversationError("the record is not a JSON object")
-    if not _is_llava(record):
-        record = _as_llava(record, num_images)
+    try:
+        record = record if _is_llava(record) else _as_llava(record, num_images)
+    except RecursionError:
+        raise ConversationError("the record is nested too deeply") from None
     names = len(picture_names(record))
     if num_images is None:
         num_images = names
@@ -325,7 +327,11 @@ def _round_turns(record: Record, pictures: Pictures) -> list[dict[str, str]]:
     """Of a question and its answer, texts or lists of turns; `history` has the rounds before, [question, answer]."""
     question, answer = next(keys for keys in ROUND_KEYS if _are_round(record, keys))
     turns: list[dict[str, str]] = []
-    for number, earlier in enumerate([*(record.get("history") or []), (record[question], record[answer])], start=1):
+    history = record.get("history")
+    history = _from_json(history, "history") if isinstance(history, str) and history else history or []
+    if not isinstance(history, (list, tuple)):
+        raise ConversationError(f"history is not a list of rounds: it is {shown(history)}")
+    for number, earlier in enumerate([*history, (record[question], record[answer])], start=1):
         if not isinstance(earlier, (list, tuple)) or len(earlier) != 2:
             raise ConversationError(f"history is not a list of rounds: round {number} is {shown(earlier)}")
         for role, said in zip(("human", "gpt"), earlier, strict=True):
@@ -404,16 +410,13 @@ class Unread:
 
 LLAVA = 'write it as {"image": name, "conversations": [{"from": "human", "value": "<image>..."}, {"from": "gpt", ...}]}'
 
+VIDEO = Unread(
+    "video",
+    lambda r, _: _first(r, ("video", "videos", "video_path", "video_paths")) is not None or r.get("media") == "video",
+    "videos are not read; leave the record out or name pictures of its frames",
+)
 NOT_READ = (
-    Unread(
-        "video",
-        lambda r, _: (
-            _first(r, ("video", "videos", "video_path", "video_paths")) is not None
-            or (r.get("media") == "video")
-            or any(str(name).lower().endswith(VIDEO_SUFFIXES) for name in _safe_pictures(r))
-        ),
-        "videos are not read; leave the record out or name pictures of its frames",
-    ),
+    VIDEO,
     Unread(
         "audio",
         lambda r, _: _first(r, ("audio", "audios", "audio_path")) is not None,
@@ -486,13 +489,17 @@ def _as_llava(record: Record, num_images: int | None) -> Record:
             "forms that are read"
         )
     pictures = Pictures(num_images, _listed_pictures(record))
-    turns = form.turns(record, pictures)
+    turns = _with_system(record, form.turns(record, pictures))
     names = pictures.names()
+    if any(isinstance(name, str) and name.lower().endswith(VIDEO_SUFFIXES) for name in names):
+        raise ConversationError(f"looks like {VIDEO.name}: {VIDEO.remedy}")
+    if not turns:
+        raise ConversationError("conversations is not a list of turns: every turn is blank")
     left_out = {*form.uses, *SYSTEM_KEYS, *PICTURE_KEYS, "conversations"}
     left_out |= {key for key in OTHER_PICTURE_KEYS if _safe_references(record.get(key)) == names}
     left_out |= {"media", "name"} if record.get("media") == "image" else set()
     kept = {key: value for key, value in record.items() if key not in left_out}
-    return {**kept, **({"image": names} if names else {}), "conversations": _with_system(record, turns)}
+    return {**kept, **({"image": names} if names else {}), "conversations": turns}
 
 
 def _safe_references(value: Any) -> list[Any]:

@@ -7,8 +7,22 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ross_mcore.data.records import NOT_READ, PLACEHOLDERS, READ, normalise, picture_names
+from ross_mcore.data.records import (
+    CAPTION_KEYS,
+    NOT_READ,
+    OTHER_PICTURE_KEYS,
+    PICTURE_KEYS,
+    PLACEHOLDERS,
+    READ,
+    ROUND_KEYS,
+    SYSTEM_KEYS,
+    TURNS_KEYS,
+    normalise,
+    picture_names,
+)
 from ross_mcore.errors import ConversationError
 
 ASKED = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
@@ -180,6 +194,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an answer not to be learned": (one([*ASKED[:1], {"from": "assistant", "value": "x", "loss": False}]), "not to be"),
     "a tool's turn": (one([*ASKED, {"from": "observation", "value": "x"}]), "looks like tool calls: turn 3"),
     "a call of a tool": ({"messages": [ROLES[0], {"role": "assistant", "tool_calls": [{"a": 1}]}]}, "looks like tool"),
+    "nested too deeply": (json.loads('{"messages": ' + "[" * 900 + "]" * 900 + "}"), "nested too deeply"),
+    "no history": ({"query": "x", "response": "y", "history": -1}, "history is not a list of rounds: it is -1"),
     "history of texts": ({"query": "x", "response": "y", "history": ["z"]}, "round 1 is 'z'"),
     "captions of one picture": ({"image": "a.png", "caption": ["A", "B"]}, "2 captions and 0 prompts for 1 pictures"),
     "video": ({"conversations": asked("<video>\nWhat?"), "video": "a.mp4"}, "looks like video"),
@@ -306,3 +322,36 @@ def test_the_number_of_pictures_in_a_shard_counts() -> None:
     assert normalise({"messages": LISTED}, 1)["conversations"] == ASKED
     with pytest.raises(ConversationError, match="names 1 pictures and the shard has 2"):
         normalise(one(), 2)
+
+
+TEXTS = st.sampled_from(
+    ["", "x", "a.jpg", "<image>", "<image 1>", "<video>", "[]", '["a"]', "[{'a': 1}]", "\ud800", "image"]
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=2) | TEXTS
+ROLE = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", "x"])
+PARTS = st.dictionaries(
+    st.sampled_from(["type", "text", "image", "image_url", "url", "bytes", "path"]), LEAVES, max_size=3
+)
+CONTENT = LEAVES | st.lists(PARTS | TEXTS, max_size=3)
+TURN = st.fixed_dictionaries({"from": ROLE, "value": CONTENT}) | st.fixed_dictionaries(
+    {"role": ROLE, "content": CONTENT}
+)
+VALUES = CONTENT | st.lists(TURN, max_size=3) | st.lists(st.fixed_dictionaries({"user": CONTENT, "assistant": CONTENT}))
+ALL_KEYS = (*TURNS_KEYS, *SYSTEM_KEYS, *PICTURE_KEYS, *OTHER_PICTURE_KEYS[:3], *CAPTION_KEYS, *sum(ROUND_KEYS, ()))
+KEYS = st.sampled_from(
+    [*ALL_KEYS, "captions", "prompts", "history", "media", "name", "video", "tools", "instruction", "id"]
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=5) | VALUES, st.sampled_from([None, None, 0, 1, 2]))
+def test_any_value_is_a_record_or_has_a_reason(value: Any, num_images: int | None) -> None:
+    try:
+        record = normalise(value, num_images)
+    except ConversationError as error:
+        assert len(str(error)) < 500 and "\n" not in str(error)
+        return
+    roles = [turn["from"] for turn in record["conversations"]]
+    assert roles and set(roles) <= {"human", "gpt", "system"} and "system" not in roles[1:]
+    assert all(isinstance(turn["value"], str) for turn in record["conversations"])
+    assert normalise(record, num_images) == record or record != record  # NaN is not equal to itself

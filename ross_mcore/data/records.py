@@ -42,6 +42,7 @@ OTHER_PICTURE_KEYS = (
     *("img", "imgs", "img_path", "picture", "pictures", "file_name", "jpg", "jpeg", "png", "webp"),
 )
 """Read only if none of PICTURE_KEYS names a picture: beside an embedded picture they say where it came from."""
+PART_KEYS = ("image", "image_url", "url", "path", "bytes", "source")
 REFERENCE_KEYS = ("path", "url", "image", "image_url", "file_name", "filename", "name")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".flv", ".wmv")
@@ -95,7 +96,8 @@ def _is_llava(record: Record) -> bool:
     if any(not _is_blank(record.get(key)) for key in _FOREIGN_KEYS):
         return False
     if image in (None, []):
-        return all(_is_blank(record.get(key)) for key in OTHER_PICTURE_KEYS)
+        elsewhere = [record.get(key) for key in OTHER_PICTURE_KEYS]
+        return _is_blank([*elsewhere, *(turn.get(key) for turn in turns for key in PICTURE_KEYS)])
     return all(map(_is_name, image if isinstance(image, list) else [image]))
 
 
@@ -194,6 +196,10 @@ def _references(value: Any) -> list[Any]:
             return [{"bytes": bytes(data), "path": value.get("path")}]
         if isinstance(data, str) and data:
             return [f"data:;base64,{data}"]
+        if isinstance(data := value.get("base64") or value.get("data"), str) and data:
+            return [data if data.startswith("data:") else f"data:;base64,{data}"]
+        if all(isinstance(key, str) and re.fullmatch(r"<.*>", key) for key in value):  # placeholder -> name
+            return [reference for key in sorted(value) for reference in _references(value[key])]
         key = _first(value, REFERENCE_KEYS)
         if key is None:
             raise ConversationError(f"a picture is {shown(value)}: expected its name")
@@ -229,7 +235,7 @@ def _turn(turn: Any, number: int, pictures: Pictures) -> Iterator[dict[str, str]
         for said_by, pair_key in zip(("human", "gpt"), pair, strict=True):
             yield _said(said_by, turn[pair_key or ""], number, pictures)
         return
-    role = _ROLE_OF.get(str(turn[speaker]).strip().lower())
+    role = _ROLE_OF.get(str(turn[speaker]).strip("<|> :\n").lower())
     if role == "tool" or _has(turn, "tool_calls") or _has(turn, "function_call"):
         raise ConversationError(f"looks like tool calls: turn {number} is one; leave out records with tools")
     if role is None:
@@ -239,6 +245,7 @@ def _turn(turn: Any, number: int, pictures: Pictures) -> Iterator[dict[str, str]
         )
     if turn.get("weight") == 0 or turn.get("loss") is False:
         raise ConversationError(f"a turn is marked as not to be learned: turn {number}; every answer is learned here")
+    pictures.named += [reference for key in PICTURE_KEYS for reference in _references(turn.get(key))]
     text_key = next((key for key in TEXT_KEYS if key in turn), "value")
     yield _said(role, turn.get(text_key), number, pictures)
 
@@ -272,7 +279,9 @@ def _part(part: Any, number: int, pictures: Pictures) -> str:
         raise ConversationError(f"a turn has no text: turn {number} has the part {shown(part)}")
     kind = str(part.get("type") or _first(part, ("image", "image_url", "video", "audio")) or "text")
     if kind in ("image", "image_url", "input_image"):
-        references = _references(part.get(_first(part, ("image", "image_url", "url", "path", "bytes")) or ""))
+        references = _references(part.get(_first(part, PART_KEYS) or ""))
+        if not references and _has(part, "base64"):
+            references = _references(part)
         pictures.named += references
         pictures.unnamed += not references
         return "\n".join([IMAGE] * max(1, len(references)))
@@ -408,6 +417,7 @@ class Unread:
     remedy: str
 
 
+IN_TEMPLATE = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<\|assistant\|>|\[/INST\]|\bASSISTANT:|### Response:")
 LLAVA = 'write it as {"image": name, "conversations": [{"from": "human", "value": "<image>..."}, {"from": "gpt", ...}]}'
 
 VIDEO = Unread(
@@ -430,12 +440,14 @@ NOT_READ = (
     Unread("tool calls", lambda r, _: _has(r, "tools"), "tools are not read; leave out records with tools"),
     Unread(
         "Alpaca (instruction/input/output)",
-        lambda r, _: _has(r, "instruction") and (_has(r, "output") or _has(r, "response")),
+        lambda r, _: _has(r, "instruction") and _first(r, ("output", "outputs", "response", "answer")) is not None,
         f"{LLAVA} with instruction and input as the question and output as the answer",
     ),
     Unread(
         "VQA (question/answer)",
-        lambda r, _: _first(r, TURNS_KEYS) is None and _first(r, ("question", "questions", "question_id")) is not None,
+        lambda r, _: (
+            _first(r, TURNS_KEYS) is None and _first(r, ("question", "questions", "question_id", "problem")) is not None
+        ),
         f"{LLAVA} with the question and one answer",
     ),
     Unread(
@@ -451,6 +463,11 @@ NOT_READ = (
             and not _is_blank(r["texts"])
         ),
         LLAVA,
+    ),
+    Unread(
+        "a conversation in a template",
+        lambda r, _: any(isinstance(r.get(key), str) and IN_TEMPLATE.search(r[key]) for key in CAPTION_KEYS),
+        "write its turns as conversations, without the template's words",
     ),
     Unread(
         "a caption without a picture",
@@ -548,7 +565,7 @@ PLACEHOLDERS = (
     Placeholder(r"<\|begin_of_image\|>(?:<image>|(?:<\|image\|>)+)<\|end_of_image\|>"),  # GLM
     Placeholder(r"<\|image\|>"),  # Llama 3.2
     Placeholder(r"<\|image_(\d{1,5})\|>"),  # Phi
-    Placeholder(r"<image[ _-]?(\d{1,5})>"),  # MMMU
+    Placeholder(r"<[Ii]mage[ _-]?(\d{1,5})>"),  # MMMU
     Placeholder(r"<[Ii]mg>(?:<image>|<ImageHere>)</[Ii]mg>"),  # MiniGPT-4
     Placeholder(r"<ImageHere>"),  # InternLM-XComposer
     Placeholder(r"<img>(?:<IMG_CONTEXT>)+</img>"),  # InternVL
@@ -558,7 +575,7 @@ PLACEHOLDERS = (
         r"<img>[^<>\n]{1,1000}</img>", "", remedy="name the picture under image and write <image> in the text"
     ),  # Qwen-VL, first version
     Placeholder(r"\(<image>\./</image>\)|<image>\./</image>"),  # MiniCPM-V
-    Placeholder(r"<image></image>"),
+    Placeholder(r"<image></image>|<image ?/>"),
     Placeholder(r"<fake_token_around_image><image><fake_token_around_image>"),  # Idefics
     Placeholder(r"<image_placeholder>|<IMAGE_PLACEHOLDER>|<image_token>|<image_here>"),  # DeepSeek-VL
     Placeholder(r"<start_of_image>|<image_soft_token>|<\|media_pad\|>"),  # Gemma, Kimi-VL

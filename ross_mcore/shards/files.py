@@ -45,6 +45,8 @@ MAGIC = {
     b"<": "is a web page or XML; download the file again",
 }
 """Kinds of files by their first bytes."""
+DATA_SET_KEYS = {"file_name", "hf_hub_url", "ms_hub_url", "script_url", "annotation", "annotation_path", "json_path"}
+"""Keys of a data set in the lists of LLaMA-Factory and InternVL."""
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "index.json")
 SPLIT = re.compile(
     r"(?P<hub>.+)-\d{5}-of-\d{5}.*|(?:.*[^a-z])?(?P<word>train|training|test|validation|valid|val|dev|eval)(?:[^a-z].*)?"
@@ -184,8 +186,8 @@ def _unwrapped(path: Path, data: dict[str, Any]) -> Sequence[Any]:
         raise RecordsError(f"{path} holds several lists, {named}: write each to a file of its own")
     values = list(data.values())
     if values and all(isinstance(value, dict) for value in values):
-        if all({"file_name", "hf_hub_url", "ms_hub_url", "script_url"} & set(value) for value in values):
-            raise RecordsError(f"{path} looks like LLaMA-Factory's dataset_info.json: give a file that it names")
+        if all(DATA_SET_KEYS & set(value) for value in values):
+            raise RecordsError(f"{path} looks like a list of data sets (dataset_info.json): give a file that it names")
         if all(map(has_turns, values)):
             return [{"id": key, **value} for key, value in data.items()]
     raise RecordsError(f"{path} holds {checked.shown(data)}; expected a list of records")

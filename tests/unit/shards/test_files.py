@@ -204,7 +204,7 @@ UNREAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "LLaMA-Factory's list": (
         lambda f: save(f / "a.json", json.dumps({"mine": {"file_name": "mine.json"}})),
-        "looks like LLaMA-Factory's dataset_info.json",
+        "looks like a list of data sets (dataset_info.json)",
     ),
     "damaged parquet": (lambda f: save(f / "a.parquet", b"PAR1" + bytes(100)), "a.parquet cannot be read"),
     "damaged arrow": (lambda f: save(f / "a.arrow", b"\xff\xff\xff\xff" + b"\1" * 100), "a.arrow cannot be read"),

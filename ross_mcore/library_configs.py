@@ -21,9 +21,19 @@ NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     ),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (1,)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), ()),
-    **dict.fromkeys(("attention_multiplier", "scale_depth", "dim_model_base", "clip_qkv"), ()),
+    **dict.fromkeys(("use_logn_attn", "use_dynamic_ntk"), (False,)),
+    **dict.fromkeys(("text_config", "attention_multiplier", "scale_depth", "dim_model_base", "clip_qkv"), ()),
     **dict.fromkeys(
-        ("use_qk_norm", "qk_layernorm", "use_mrope", "alibi", "rope_interleaved", "parallel_residual"), (False,)
+        (
+            "use_qk_norm",
+            "qk_layernorm",
+            "use_mrope",
+            "alibi",
+            "rope_interleaved",
+            "rope_interleave",
+            "parallel_residual",
+        ),
+        (False,),
     ),
     **dict.fromkeys(("use_sliding_window", "use_bidirectional_attention", "no_rope_layers"), (False, [])),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, 1)),
@@ -33,6 +43,7 @@ NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
 """Keys of a decoder's config.json that change its results -> the values under which they do not; null never does."""
 LLAMA_NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
 DROPOUT = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob")
+DEFAULT_ROPE_THETA = 10000.0
 ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 LANGUAGE_KEYS = {
     *NOT_IMPLEMENTED,
@@ -78,8 +89,12 @@ def check_language(config: dict[str, Any], family: str) -> None:
             only = f"only {values[0]!r} is" if values else "no value is"
             raise ValueError(f"{key}={checked.shown(value)} is not implemented ({only}), and the model depends on it")
     kinds = config.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise ValueError(f"layer_types is {checked.shown(kinds)}: only 'full_attention' is implemented")
+    if kinds is not None and kinds != ["full_attention"] * checked.count(config, "num_hidden_layers", most=MOST_LAYERS):
+        raise ValueError(
+            f"layer_types is {checked.shown(kinds)}: only 'full_attention' for each of num_hidden_layers is implemented"
+        )
+    if config.get("hidden_act", "silu") is None:
+        raise ValueError("hidden_act is null, expected 'silu'")
     window = config.get("sliding_window")
     if family == "llama" and window is not None and window != 0:
         raise ValueError(
@@ -115,13 +130,15 @@ def rope_theta(config: dict[str, Any]) -> float:
         checked.real({"partial_rotary_factor": 1.0} | facts, "partial_rotary_factor", above=0)
         if facts.get("partial_rotary_factor") not in (None, 1):
             raise ValueError(f"{name}: partial_rotary_factor={facts['partial_rotary_factor']} is not implemented")
-    thetas = {"rope_theta": config} if "rope_theta" in config else {}
-    thetas |= {f"{name}.rope_theta": place for name, place in places.items() if "rope_theta" in place}
-    found = {name: checked.real(place, "rope_theta", above=0) for name, place in thetas.items()}
+    found = {"rope_theta": checked.real(config, "rope_theta", above=0)} if "rope_theta" in config else {}
+    top = found.get("rope_theta", DEFAULT_ROPE_THETA)
+    found |= {
+        f"{name}.rope_theta": checked.real(place, "rope_theta", top, 0) for name, place in places.items() if place
+    }
     if len(set(found.values())) > 1:
         listed = " and ".join(f"{name}={value:g}" for name, value in found.items())
         raise ValueError(f"{listed}: two bases for one model; remove the one that it was not trained with")
-    return next(iter(found.values()), 10000.0)
+    return next(iter(found.values()), DEFAULT_ROPE_THETA)
 
 
 def _rope_facts(name: str, place: dict[str, Any]) -> dict[str, Any]:

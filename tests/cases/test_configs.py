@@ -126,6 +126,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("llama", {"sliding_window": 32}, "sliding_window=32"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window=True"),
+    ("llama", {"rope_theta": 1e6, "rope_parameters": PLAIN}, "rope_theta=1e+06 and rope_parameters.rope_theta=500000"),
+    # transformers 5 reads rope_scaling alone, whose base is then the default
+    ("llama", {"rope_scaling": {"type": "default"}, "rope_parameters": PLAIN}, "rope_scaling.rope_theta=10000"),
+    ("llama", {"rope_theta": None}, "rope_theta is missing"),
+    ("llama", {"rope_theta": "10000"}, "rope_theta is '10000'"),
+    ("llama", {"hidden_act": None}, "hidden_act is null"),
+    ("llama", {"text_config": {"hidden_size": 64}}, "text_config"),
+    ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("llama", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
     ("llama", {"num_local_experts": 8}, "num_local_experts=8"),
@@ -149,6 +158,7 @@ def test_refused_with_the_key(family: str, edits: dict[str, Any], message: str) 
 ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": None, "rope_theta": 5e5}),
     ("llama", {"rope_parameters": None}),
+    ("llama", {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "default"}}),
     ("llama", {"rope_theta": 5e5, "rope_parameters": PLAIN, "rope_scaling": PLAIN}),
     ("llama", {"hidden_act": "swish", "pretraining_tp": 2, "attention_dropout": 0.1, "partial_rotary_factor": 1.0}),
     ("qwen2", {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 1, "head_dim": 16}),

@@ -6,13 +6,15 @@ Here they are set for one call in one thread, and a program that uses PIL itself
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 from PIL import (
@@ -27,6 +29,7 @@ from PIL import (
     PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    _imaging,
 )
 
 from ross_mcore.errors import ImageError
@@ -118,6 +121,20 @@ def quiet_pil(fill: bool | None = None) -> Iterator[None]:
         _call.quiet, _call.fill = before
 
 
+@cache
+def _quiet_libtiff() -> None:
+    """Takes libtiff its messages: it writes them to the process's stderr itself, and PIL leaves that as it is.
+
+    They name no file; what PIL raises is reported. Only PIL's own copy of the library changes where PIL brings one.
+    """
+    with suppress(OSError, AttributeError):  # a PIL without libtiff, or whose library cannot be asked
+        library = ctypes.CDLL(_imaging.__file__)
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+            function(None)
+
+
 def open_picture(data: bytes) -> Image.Image:
     """A picture with its header read and no pixel decoded. Raises ImageError, or any error of PIL for a hostile file.
 
@@ -129,6 +146,8 @@ def open_picture(data: bytes) -> Image.Image:
         if isinstance(accepted, str):  # this PIL was built without the format
             problem = accepted
         elif accepted:
+            if factory is TiffImagePlugin.TiffImageFile:
+                _quiet_libtiff()
             try:
                 picture: Image.Image = factory(io.BytesIO(data), "")
                 return picture
@@ -138,9 +157,11 @@ def open_picture(data: bytes) -> Image.Image:
         if prefix[8:12] in HEIF_BRANDS:
             return _heif(data)
         if not problem:
-            raise ImageError("undecodable: a video, whose frames can be saved as JPEG")
+            raise ImageError("undecodable: a video, or a picture in a box of another kind; save it as JPEG")
     if not problem:
         raise ImageError(f"undecodable: {_what(data)}")
+    if problem == "unknown pixel mode":
+        problem = "a TIFF that PIL does not read, such as of colours in floats or of over 4 channels; save it as PNG"
     raise ImageError(f"undecodable: {problem}")
 
 

@@ -180,6 +180,10 @@ def test_a_jpeg_with_a_long_side_is_decoded_smaller(monkeypatch: pytest.MonkeyPa
         (b"\xd7\xcd\xc6\x9a" + bytes(60), "not one of"),  # WMF
         (b"8BPS\0\1", "PSD"),
         (b"\0\0\0\x18ftypmp42" + bytes(16), "a video"),
+        (
+            encode(levels(), "TIFF").replace(b"\x06\1\3\0\1\0\0\0\2", b"\x06\1\3\0\1\0\0\0\x7f"),
+            "a TIFF that PIL does not read",
+        ),
     ],
 )
 def test_what_is_no_picture_is_named(data: bytes, reason: str) -> None:
@@ -244,7 +248,8 @@ def noisy_pictures() -> dict[str, bytes]:
 def test_pil_writes_nothing(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for data in noisy_pictures().values():
+        packed = encode(levels(), "TIFF", compression="tiff_deflate")
+        for data in (*noisy_pictures().values(), packed.replace(b"\x78\x9c", b"\xff\xff")):  # libtiff's own message
             with contextlib.suppress(ImageError):
                 decode_image(data)
         captured = capfd.readouterr()

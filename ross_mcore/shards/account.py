@@ -94,11 +94,12 @@ class Notes(NamedTuple):
     """What the row of a sample in the index does not say.
 
     without_labels: why it has no label, "" if it has one; colours: for every picture that was decoded, the description
-    of its only colour, None for a picture of several colours.
+    of its only colour, None for a picture of several colours; filled: how many of them are cut off and were filled.
     """
 
     without_labels: str = ""
     colours: Sequence[str | None] = ()
+    filled: int = 0
 
 
 NO_NOTES = Notes()
@@ -114,7 +115,7 @@ class Line(NamedTuple):
 
 COUNTS = (
     *("records", "trained", "text_only", "several_pictures", "measured"),
-    *("pictures", "never_shown", "decoded", "lost_bytes"),
+    *("pictures", "never_shown", "decoded", "filled", "lost_bytes"),
 )
 FINDINGS = ("skipped", "bad", "placeholders", "without_labels", "one_colour", "damage")
 
@@ -127,8 +128,8 @@ class Account:
     placeholders: bad records whose text names a picture, video or audio that the record does not have, by placeholder.
     Of the samples in the index: text_only, several_pictures: samples with no picture, with more than one; pictures;
     never_shown: pictures that no text shows; measured: samples whose labels were counted; without_labels: those with
-    none; decoded: pictures that were decoded; one_colour: those that have a single colour. damage: why
-    shards are not whole, a reason for each, without keys; lost_bytes: damaged bytes.
+    none; decoded: pictures that were decoded; filled: those that are cut off; one_colour: those of a single colour.
+    damage: why shards are not whole, a reason for each, without keys; lost_bytes: damaged bytes.
     """
 
     records: int = 0
@@ -143,6 +144,7 @@ class Account:
     measured: int = 0
     without_labels: Findings = field(default_factory=Findings)
     decoded: int = 0
+    filled: int = 0
     one_colour: Findings = field(default_factory=Findings)
     damage: Findings = field(default_factory=Findings)
     lost_bytes: int = 0
@@ -180,6 +182,7 @@ class Account:
         self.pictures += pictures
         self.never_shown += pictures - shown
         self.decoded += len(notes.colours)
+        self.filled += notes.filled
         for colour in filter(None, notes.colours):
             self.one_colour.add(kind(colour), [key])
         self.measured += labels != UNKNOWN_LENGTH
@@ -286,6 +289,10 @@ class Account:
             shown += _findings("one colour", self.one_colour, self.decoded, f" of {self.decoded:,} pictures")
         else:
             shown.append(Line("one colour", "not counted: that needs --verify-images"))
+        if self.filled:
+            shown.append(
+                Line("filled", f"{self.filled:,} pictures are cut off; what is missing is grey or black", True)
+            )
         if self.damage.total:
             shown.append(Line("damaged", f"{self.damage.total:,} shards, {self.lost_bytes:,} bytes lost", True))
             shown += _reasons(self.damage, is_wrong=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from ross_mcore import checked
 from ross_mcore.data.image import decode_image, one_colour
@@ -63,9 +63,11 @@ def convert_records(
         progress()
         key = f"{number:09d}"
         try:
-            record, images, colours = read.result()
+            record, pictures = read.result()
+            images = [(picture.suffix, picture.data) for picture in pictures]
             facts = measure(record, len(images))
-            notes = Notes(measure.why_without_labels(record, facts), colours)
+            colours, filled = [picture.colour for picture in pictures], sum(picture.filled for picture in pictures)
+            notes = Notes(measure.why_without_labels(record, facts), colours, filled)
             writer.write(key, _encode({"id": key, **record}), images, notes=notes, **facts)
         except SampleError as error:
             is_bad = not isinstance(error, OverBounds)
@@ -139,8 +141,17 @@ def _encode(record: dict[str, Any]) -> bytes:
     return encoded
 
 
-Found = tuple[dict[str, Any], list[tuple[str, bytes]], list[str | None]]
-"""A record in LLaVA's form, (suffix, bytes) of its pictures, the colour of each picture that has only one."""
+class Stored(NamedTuple):
+    """An encoded picture to store: its suffix and bytes, the name of its only colour, whether it was filled."""
+
+    suffix: str
+    data: bytes
+    colour: str | None = None
+    filled: bool = False
+
+
+Found = tuple[dict[str, Any], list[Stored]]
+"""A record in LLaVA's form, and its pictures."""
 
 
 def _read(record: Any, folder: PictureFolder, spec: SampleSpec) -> Found:
@@ -156,13 +167,13 @@ def _read(record: Any, folder: PictureFolder, spec: SampleSpec) -> Found:
     except ConversationError as error:
         raise SampleError(str(error)) from None
     pictures = [as_stored(folder.read(name), spec.truncated_images) for name in names]
-    stored = stored_names(names, [suffix for suffix, *_ in pictures])
+    stored = stored_names(names, [picture.suffix for picture in pictures])
     record = record if stored == names else {**record, "image": stored}
-    return record, [(suffix, data) for suffix, data, _ in pictures], [colour for *_, colour in pictures]
+    return record, pictures
 
 
-def as_stored(data: bytes, truncated_images: str) -> tuple[str, bytes, str | None]:
-    """(suffix, bytes, its only colour) of a picture to store: its own bytes, or a PNG with the same pixels.
+def as_stored(data: bytes, truncated_images: str) -> Stored:
+    """An encoded picture as it is stored: its own bytes, or a PNG with the same pixels.
 
     PNG is stored of a picture in a format that is not in SUFFIXES, and of one that is cut off and was filled.
     Raises SampleError for a picture that cannot be used.
@@ -172,9 +183,9 @@ def as_stored(data: bytes, truncated_images: str) -> tuple[str, bytes, str | Non
     except ImageError as error:
         raise SampleError(f"the image is {error}") from None
     if source in SUFFIXES and not filled:
-        return SUFFIXES[source], data, one_colour(picture)
+        return Stored(SUFFIXES[source], data, one_colour(picture))
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     if encoded.tell() > MAX_IMAGE_BYTES:
         raise SampleError(f"the image is over {MAX_IMAGE_BYTES} bytes as PNG, as which {source} is stored; use JPEG")
-    return "png", encoded.getvalue(), one_colour(picture)
+    return Stored("png", encoded.getvalue(), one_colour(picture), filled)

@@ -197,6 +197,7 @@ def _row(
         raise SampleError(f"{first_problem}{without}")
     sample.pictures = pictures
     colours: list[str | None] = []
+    filled = 0
     for picture in pictures:
         require_usable(picture)
         try:
@@ -204,10 +205,11 @@ def _row(
                 data = os.pread(descriptor, picture.size, picture.offset)
                 decoded = decode_image(data, measure.spec.truncated_images)
                 colours.append(one_colour(decoded.picture))
+                filled += decoded.filled
         except ImageError as error:
             raise SampleError(f"a picture is {error}") from None
     columns = {**measured, "kind": kind, "num_images": len(sizes)}
-    return columns, content_digest(sample.key, text, sizes), sources, Notes(without_labels, colours)
+    return columns, content_digest(sample.key, text, sizes), sources, Notes(without_labels, colours, filled)
 
 
 def _read_part_header(descriptor: int, member: Member) -> tuple[list[int], Any]:

@@ -172,6 +172,7 @@ def test_a_filled_picture_is_the_same_on_every_way_in(place: Place) -> None:
     data, spec = PICTURES["cut jpeg"].make(), SampleSpec(truncated_images="fill")
     made, found = as_shards(place, data, spec), indexed(place, data, spec)
     assert (made.truncated_images, found.truncated_images) == ("refuse", "fill")
+    assert [made.index["account"]["filled"], found.index["account"]["filled"]] == [1, 1]
     with pytest.raises(
         ShardError, match="was indexed with --truncated-images fill.* give --truncated-images fill here"
     ):
@@ -193,7 +194,8 @@ def training(place: Place) -> Sequence[object]:
     """Arguments of a short run on three pictures and one that is cut off, in a tar indexed with `fill`."""
     folder = tar_of(place, [PICTURES["cut jpeg"].make(), *[saved(COLOURS, "GIF")] * 3])
     shards = ["--data-path", folder, "--tokenizer", TOKENIZER, "--template", "qwen_2", "--truncated-images", "fill"]
-    Case("filled", "index-shards", lambda _: [*shards, "--num-workers", 0], 0, ["4 samples"]).run(place)
+    says = ["4 samples", "1 pictures are cut off"]
+    Case("filled", "index-shards", lambda _: [*shards, "--num-workers", 0], 0, says).run(place)
     return [
         *("--load", place.base, "--data-path", folder, "--save", place.folder / "run", "--template", "qwen_2"),
         *("--training-stage", "finetune", "--train-iters", 1, "--num-workers", 0, "--seq-length", 256),

@@ -131,6 +131,14 @@ def test_orientation_is_left_as_stored() -> None:
     assert decode_image(encode(Image.new("RGB", (5, 7)), "JPEG", exif=exif)).picture.size == (5, 7)
 
 
+def test_the_orientation_of_a_heic_is_a_part_of_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(levels())
+    picture.info["exif"] = exif.tobytes()
+    assert decode_image(encode(picture, "HEIF")).picture.size == (30, 40)
+
+
 @pytest.mark.parametrize(
     ("size", "reason"),
     [

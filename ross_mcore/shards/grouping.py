@@ -2,8 +2,9 @@
 
 As in WebDataset, the key of a sample is the name of a member up to the first dot of its last part, and the rest is the
 suffix, in lower case. Where that rule splits names that have dots themselves, such as `a.b.jpg` and `a.b.json`, the key
-is the text's name without its last suffix. A sample's pictures are those that its record names; otherwise `KEY.jpg` and
-`KEY.0.jpg`, `KEY.1.jpg`, ...; otherwise `KEY.img0.jpg`, `KEY.image.jpg`, ...; otherwise all, as in `KEY.left.png`.
+is the text's name without its last suffix. A sample's pictures are the first of these that its record fits: `KEY.jpg`
+and `KEY.0.jpg`, `KEY.1.jpg`, ...; those that the record names; `KEY.img0.jpg`, `KEY.image.jpg`, ...; all, as in
+`KEY.left.png`.
 """
 
 from __future__ import annotations

@@ -233,19 +233,28 @@ def _read_text(descriptor: int, sample: TarSample) -> tuple[bytes, int, Any]:
 
     Sets the sample's `text`.
     """
-    problem = ""
-    several = len(sample.records) > 1
+    problem, several = "", len(sample.records) > 1
+    read: list[tuple[Member, bytes, Any]] = []
     for member in sample.records:
-        sample.text, text = member, _read(descriptor, member)
         try:
+            text = _read(descriptor, member)
             found = json.loads(text)
+        except SampleError as error:
+            if not several:
+                raise
+            problem = problem or str(error)
+            continue
         except (ValueError, RecursionError) as error:
             problem = problem or f"the record is not JSON: {type(error).__name__}"
             continue
         if _has_turns(found) if several else isinstance(found, list) or has_turns(found) or sample.caption is None:
-            return text, TURNS if isinstance(found, list) else RECORD, found
+            read = [*read[:1], (member, text, found)]
         problem = problem or ("no JSON has a conversation" if several else "the record is not a JSON object")
-    if sample.caption is None:
+    if len(read) == 1:
+        sample.text, text, found = read[0]
+        return text, TURNS if isinstance(found, list) else RECORD, found
+    problem = "several JSONs have a conversation" if read else problem
+    if read or sample.caption is None:
         raise SampleError(problem + (f": its members are {sample.member_names()}" if several else ""))
     sample.text = sample.caption
     return _read(descriptor, sample.caption), CAPTION, None

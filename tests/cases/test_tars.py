@@ -165,7 +165,13 @@ TARS = (
     ),
     one(
         "columns",
-        [("k.id.txt", b"7"), ("k.image.jpg", JPEG), ("k.boxes.json", b"[[1]]"), ("k.messages.json", record(chat()))],
+        [
+            ("k.id.txt", b"7"),
+            ("k.image.jpg", JPEG),
+            ("k.boxes.json", b"[[1]]"),
+            ("k.b.json", b""),
+            ("k.messages.json", record(chat())),
+        ],
         [0],
         says=["1 x .id.txt, 1 x .boxes.json"],
     ),
@@ -221,6 +227,7 @@ TARS = (
             *[("f.txt", b"alone"), ("g.jpg", JPEG), ("h.a.jpg", JPEG), ("h.b.jpg", JPEG), ("h.json", llava(3))],
             *[("i.jpg", JPEG), ("i.question.txt", b"What?"), ("i.answer.txt", b"A cat.")],
             *[("j.jpg", JPEG), ("j.id.txt", b"7"), ("j.meta.json", b"{}")],
+            *[("l.jpg", JPEG), ("l.a.json", llava()), ("l.b.json", llava())],
         ],
         {"ok": ([0], said())},
         {
@@ -232,6 +239,7 @@ TARS = (
             "h": "3 <image> in the text, 2 pictures",
             "i": "neither .json nor .txt: its members are .jpg, .question.txt, .answer.txt",
             "j": "conversations is not a list of turns",
+            "l": "several JSONs have a conversation: its members are .jpg, .a.json, .b.json",
         },
         ["1 x .mp4", "1 x .jpgs", "1 x .svg"],
     ),

@@ -4,6 +4,8 @@
   python tools/inspect_shards.py --data-path shards/finetune --contact-sheet sheet.png
   python tools/inspect_shards.py --data-path shards/finetune --sample 000000123 \\
       --tokenizer Qwen2-7B-Instruct --template qwen_2
+  python tools/inspect_shards.py --data-path mixture.yaml --sample coco_000000123 \\
+      --tokenizer Qwen2-7B-Instruct --template qwen_2
 
 The account counts every record of the data: trained on, skipped or bad, with reasons, as make_shards.py or
 index_shards.py counted it. Red lines name what to mend.
@@ -26,20 +28,24 @@ from ross_mcore.commands import TEMPLATE_HELP, build_parser, print_account, refu
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
-    from ross_mcore.shards.inspection import Token
+    from ross_mcore.data.shard_reader import ShardReader
+    from ross_mcore.shards.inspection import Inspected
 
 SCRIPT = "inspect_shards.py"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> argparse.Namespace:
     parser = build_parser(prog, __doc__)
-    parser.add_argument("--data-path", type=Path, required=True, help="folder with an index")
+    parser.add_argument("--data-path", type=Path, required=True, help="folder with an index, or a YAML file of several")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a row, to show how full packed rows are")
     parser.add_argument(
         "--image-tokens", type=int, metavar="N", help="tokens per picture: 729 for siglip-so400m-384, 576 for clip-336"
     )
-    parser.add_argument("--sample", metavar="KEY", help="print this record, and with the next two flags its tokens")
+    parser.add_argument(
+        "--sample", metavar="ID", help="print the record of this key or id, and with the next two flags its tokens"
+    )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder")
     parser.add_argument("--template", help=f"conversation template: {TEMPLATE_HELP}")
     parser.add_argument("--mm-use-im-start-end", action="store_true", help="tokens as in training with this flag")
@@ -49,7 +55,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     parser.add_argument("--data-cache-bytes", type=int, default=64 << 30, metavar="BYTES", help="limit of its size")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)
-    if (options.tokenizer is None) != (options.template is None):
+    is_mixture = options.data_path.is_file()  # whose data sets may have templates of their own
+    if (options.tokenizer is None) != (options.template is None) and not (is_mixture and options.template is None):
         parser.error("--tokenizer and --template need each other: tokens depend on both")
     if (options.seq_length is None) != (options.image_tokens is None):
         parser.error("--seq-length and --image-tokens need each other: the fill of rows depends on both")
@@ -106,24 +113,26 @@ def print_figures(found: dict[str, Any], console: Console) -> None:
         console.print(Text.assemble(f"{label:>14} ", (bar, "cyan"), f" {count:,}"))
 
 
-def print_sample(key: str, record: dict[str, Any], tokens: list[Token] | None, console: Console) -> None:
+def print_sample(key: str, sample: Inspected, console: Console) -> None:
     from rich.json import JSON
     from rich.text import Text
 
     from ross_mcore.checked import printable
 
     console.rule(Text(key))
-    console.print(JSON(json.dumps(record)))
-    if tokens is None:
+    console.print(JSON(json.dumps(sample.record)))
+    if sample.tokens is None:
         return
     styles = {True: "bold green", False: "dim"}
     shown = Text("\n")
-    for token in tokens:
+    for token in sample.tokens:
         text = printable(token.text.replace("\n", "\\n"))
         shown.append(f"[{text}]" if token.supervised else text, styles[token.supervised]).append("|", "dim")
     console.print(shown, highlight=False)
-    supervised = sum(token.supervised for token in tokens)
-    console.print(f"{len(tokens)} tokens (an image counts as one), {supervised} in brackets are supervised")
+    supervised = sum(token.supervised for token in sample.tokens)
+    console.print(f"{len(sample.tokens)} tokens (an image counts as one), {supervised} in brackets are supervised")
+    if sample.without_labels is not None:
+        console.print(f"without labels: {printable(sample.without_labels)}", style="red")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
@@ -131,47 +140,92 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.console import Console
 
     from ross_mcore.data.shard_reader import ShardReader
-    from ross_mcore.data.spec import SampleSpec
-    from ross_mcore.data.templates import require_known, with_template
+    from ross_mcore.data.sources import read_sources
+    from ross_mcore.data.templates import require_known
     from ross_mcore.data.tokenizer import load_tokenizer
     from ross_mcore.errors import ShardError, UserError
-    from ross_mcore.shards.inspection import inspect, record_of, tokens_of, write_contact_sheet
+    from ross_mcore.shards.inspection import inspect, write_contact_sheet
 
     console = Console(markup=False, emoji=False)
     try:
         if options.template is not None:
             require_known(options.template)
-        reader = ShardReader(options.data_path, options.data_cache_dir, options.data_cache_bytes)
-        found = inspect(reader, options.seq_length, options.image_tokens)
-        if options.seq_length and found["packing"] is None:
-            raise ShardError(f"{options.data_path}: packing needs lengths; index it with --tokenizer and --template")
-        found["sample"], found["contact_sheet"] = [], None
+        sources = read_sources(options.data_path)
+        if len(sources) > 1 and options.contact_sheet is not None:
+            raise ShardError(f"{options.data_path} has {len(sources)} data sets; give one for --contact-sheet")
+        readers = [ShardReader(source.path, options.data_cache_dir, options.data_cache_bytes) for source in sources]
         tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-        numbers = [] if options.sample is None else reader.find([options.sample])[options.sample]
-        if options.sample is not None and not numbers:
-            first = reader.keys(range(min(3, len(reader))))
-            raise ShardError(f"{options.data_path}: no sample has the key {options.sample!r}; the first keys: {first}")
-        samples = []
-        for number in numbers:
-            record, tokens = record_of(reader, number), None
-            if tokenizer is not None:
-                spec = SampleSpec(mm_use_im_start_end=options.mm_use_im_start_end)
-                spec = with_template(spec, options.template, tokenizer)
-                tokens = tokens_of(record, int(reader.samples[number]["num_images"]), tokenizer, spec)
-            samples.append((record, tokens))
+        found = [inspect(reader, options.seq_length, options.image_tokens) for reader in readers]
+        for source, figures in zip(sources, found, strict=True):
+            if options.seq_length and figures["packing"] is None:
+                raise ShardError(f"{source.path}: packing needs lengths; index it with --tokenizer and --template")
+        samples = [
+            samples_of(options, reader, source.template or options.template, tokenizer)
+            for source, reader in zip(sources, readers, strict=True)
+        ]
+        if options.sample is not None and not any(samples):
+            raise ShardError(not_found(options, readers))
+        sheet = None
         if options.contact_sheet is not None:
-            found["contact_sheet"] = write_contact_sheet(reader, options.contact_sheet, options.contact_samples)
+            sheet = write_contact_sheet(readers[0], options.contact_sheet, options.contact_samples)
     except (UserError, OSError) as error:
         return refuse(prog, error)
     if options.json:
-        found["sample"] = [{"record": r, "tokens": t and [asdict(token) for token in t]} for r, t in samples]
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        for figures, shown in zip(found, samples, strict=True):
+            figures["sample"] = [asdict(sample) for sample in shown]
+            figures["contact_sheet"] = sheet
+        whole: Any = {"datasets": found} if options.data_path.is_file() else found[0]
+        print(json.dumps(whole, indent=1, ensure_ascii=False))
         return 0
-    if samples:
-        for record, tokens in samples:
-            print_sample(options.sample, record, tokens, console)
-    else:
-        print_figures(found, console)
-    if options.contact_sheet is not None:
-        print(f"{options.contact_sheet}: {len(found['contact_sheet'])} samples")
+    for source, figures, shown in zip(sources, found, samples, strict=True):
+        if len(sources) > 1 and (shown or options.sample is None):
+            console.print(f"data set {source.name}", style="bold")
+        for sample in shown:
+            print_sample(options.sample, sample, console)
+        if options.sample is None:
+            print_figures(figures, console)
+    if sheet is not None:
+        print(f"{options.contact_sheet}: {len(sheet)} samples")
     return 0
+
+
+def samples_of(
+    options: argparse.Namespace,
+    reader: ShardReader,
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[Inspected]:
+    """The samples of a data set that --sample names."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ross_mcore.data.spec import SampleSpec
+    from ross_mcore.data.templates import with_template
+    from ross_mcore.shards.inspection import Inspected, find_samples, record_of, tokens_of
+
+    if options.sample is None:
+        return []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("records", total=len(reader), visible=False)
+        numbers = find_samples(reader, options.sample, lambda read: bar.update(task, completed=read, visible=read > 0))
+    records = [record_of(reader, number) for number in numbers]
+    if tokenizer is None or template is None or not numbers:
+        return [Inspected(record) for record in records]
+    spec = with_template(SampleSpec(mm_use_im_start_end=options.mm_use_im_start_end), template, tokenizer)
+    images = [int(reader.samples[number]["num_images"]) for number in numbers]
+    return [tokens_of(record, count, tokenizer, spec) for record, count in zip(records, images, strict=True)]
+
+
+def not_found(options: argparse.Namespace, readers: Sequence[ShardReader]) -> str:
+    from ross_mcore.checked import shown
+    from ross_mcore.data.remote import is_remote
+    from ross_mcore.shards.inspection import MOST_SEARCHED
+
+    ids = " or this id"
+    if any(is_remote(shard["name"]) for reader in readers for shard in reader.index["shards"]):
+        ids = ", and ids are not looked up in shards behind URLs"
+    elif max(map(len, readers)) > MOST_SEARCHED:
+        ids = f", and none of the first {MOST_SEARCHED:,} records has this id"
+    first = [key for reader in readers for key in reader.keys(range(min(3, len(reader))))]
+    return f"{options.data_path}: no sample has the key {shown(options.sample)}{ids}; the first keys: {first}"

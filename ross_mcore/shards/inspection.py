@@ -9,6 +9,7 @@ import json
 import math
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ from ross_mcore.data.image import decode_image
 from ross_mcore.data.order import WINDOW_SAMPLES, SampleOrder, evenly_spaced
 from ross_mcore.data.packing import pack
 from ross_mcore.data.records import normalise
+from ross_mcore.data.remote import is_remote
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.templates import tokenize_conversation
+from ross_mcore.data.templates import tokenize_conversation, why_without_labels
 from ross_mcore.errors import ConversationError, ImageError, ShardError
 from ross_mcore.shards.account import Account
 from ross_mcore.shards.index_parts import replacing
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
 HISTOGRAM_BINS = 16
 PACKING_WINDOWS = 8
 """Number of windows of random samples for measuring how full packed rows get."""
+ID_KEYS = ("id", "sample_id", "question_id", "uid")
+"""Keys of a record that may hold its own id."""
+MOST_SEARCHED = 2_000_000
+"""Number of records of a data set that are read to find an id, which takes about a minute."""
 TILE = 224
 TEXT_LINES = 6
 LINE_PIXELS = 14
@@ -156,6 +162,29 @@ def packing_figures(lengths: NDArray[np.int64], seq_length: int) -> dict[str, An
     }
 
 
+def find_samples(reader: ShardReader, name: str, progress: Callable[[int], None] = lambda _: None) -> list[int]:
+    """The numbers of the samples with this key, else of those whose record has this id.
+
+    Keys are in the index; ids are not, so up to MOST_SEARCHED records are read, in local shards only. `progress` is
+    called with the number of records read so far.
+    """
+    numbers = reader.find([name])[name]
+    if numbers or any(is_remote(shard["name"]) for shard in reader.index["shards"]):
+        return numbers
+    written = {name.encode(errors="replace"), json.dumps(name)[1:-1].encode()}
+    for number in range(min(len(reader), MOST_SEARCHED)):
+        if not number % 1000:
+            progress(number)
+        try:
+            data = reader.text_bytes(number)
+            record = json.loads(data) if any(text in data for text in written) else None
+        except (ShardError, ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and name in (str(record[key]) for key in ID_KEYS if key in record):
+            numbers.append(number)
+    return numbers
+
+
 def record_of(reader: ShardReader, number: int) -> dict[str, Any]:
     """The record of a sample in LLaVA's form, as training reads it. Raises ShardError when it cannot be read."""
     shard = checked.shown(str(reader.folder / reader.shard_name(int(reader.samples[number]["shard"]))))
@@ -179,17 +208,29 @@ class Token:
     supervised: bool
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """A sample: its record and, with a tokenizer, its tokens, and why none has a label."""
+
+    record: dict[str, Any]
+    tokens: list[Token] | None = None
+    without_labels: str | None = None
+
+
 def tokens_of(
     record: dict[str, Any], num_images: int, tokenizer: PreTrainedTokenizerBase, spec: SampleSpec
-) -> list[Token]:
-    """The tokens of a sample, one per image. Raises ShardError for a record that has no row."""
+) -> Inspected:
+    """A sample with its tokens, one per image. Raises ShardError for a record that has no row."""
+    turns = record.get("conversations")
     try:
-        row = tokenize_conversation(record.get("conversations"), num_images, tokenizer, spec)
+        row = tokenize_conversation(turns, num_images, tokenizer, spec)
     except ConversationError as error:
         raise ShardError(f"the record has no row under template {spec.template}: {error}") from None
     texts = [IMAGE_PLACEHOLDER if i == IMAGE_TOKEN_INDEX else str(tokenizer.decode([i])) for i in row.input_ids]
     learned = [place > 0 and label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for place, label in enumerate(row.labels)]
-    return [Token(*token) for token in zip(row.input_ids, texts, learned, strict=True)]
+    tokens = [Token(*token) for token in zip(row.input_ids, texts, learned, strict=True)]
+    reason = None if row.label_tokens else why_without_labels(turns, num_images, tokenizer, spec)
+    return Inspected(record, tokens, reason)
 
 
 def write_contact_sheet(reader: ShardReader, path: Path, num_samples: int = 24, columns: int = 6) -> list[str]:

@@ -87,7 +87,7 @@ def test_keys_are_found_whole(tmp_path: Path) -> None:
 
 def test_supervised_tokens_are_the_answer(tokenizer: Any) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
-    tokens = tokens_of({"conversations": turns}, 1, tokenizer, SampleSpec("qwen_2"))
+    tokens = tokens_of({"conversations": turns}, 1, tokenizer, SampleSpec("qwen_2")).tokens or []
     assert "".join(token.text for token in tokens if token.supervised) == " A car.<|im_end|>"
     assert [token.text for token in tokens].count("<image>") == 1
     with pytest.raises(ShardError, match="plain takes two turns"):
@@ -116,6 +116,39 @@ def test_the_tool_prints_a_sample_and_its_labels(
     assert tool(*flags, "--json") == 0
     (sample,) = json.loads(capsys.readouterr().out)["sample"]
     assert sample["record"]["id"] == "r4" and any(token["supervised"] for token in sample["tokens"])
+
+
+def test_a_sample_is_found_by_the_id_of_its_record(
+    tool: Callable[..., int], shards: Path, golden_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every data set of a mixture, with the data set's own template; a key comes first."""
+    assert tool("--data-path", shards, "--sample", "r4", "--json") == 0
+    (sample,) = json.loads(capsys.readouterr().out)["sample"]
+    assert sample["record"]["id"] == "r4" and sample["tokens"] is None
+    (tmp_path / "own.yaml").write_text("user: 'Q {text} '\nanswer_start: 'A '\nanswer_end: <|im_end|>\n")
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(
+        f"- {{path: {shards}, name: one, template: plain}}\n- {{path: {shards}, name: two, template: own.yaml}}\n"
+    )
+    flags = ["--data-path", mixture, "--sample", "r4", "--tokenizer", golden_data / "tok_qwen2"]
+    assert tool(*flags) == 0
+    said = capsys.readouterr().out
+    assert said.index("data set one") < said.index("data set two") and said.count('"id": "r4"') == 2
+    assert "Q|" in said.rpartition("data set two")[2] and "Q|" not in said.partition("data set two")[0]
+    assert tool(*flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["datasets"]
+    assert [len(figures["sample"]) for figures in found] == [1, 1]
+    assert tool("--data-path", mixture) == 0
+    assert capsys.readouterr().out.count("23 in 4 shards") == 2
+    assert tool("--data-path", mixture, "--contact-sheet", tmp_path / "a.png") == 2
+    assert "has 2 data sets; give one for --contact-sheet" in capsys.readouterr().err
+
+
+def test_why_a_sample_has_no_label_is_printed(tokenizer: Any) -> None:
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": ""}]
+    assert tokens_of({"conversations": turns}, 0, tokenizer, SampleSpec("qwen_2")).without_labels == (
+        "every answer is empty"
+    )
 
 
 def test_the_contact_sheet_shows_the_pictures(
@@ -156,7 +189,7 @@ def without_account(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sample", "nothing"], "no sample has the key 'nothing'; the first keys"),
+        (["--sample", "nothing"], "no sample has the key 'nothing' or this id; the first keys"),
         (["--template", "plain"], "need each other"),
         (["--seq-length", "5"], "need each other"),
         (["--data-path", "nowhere"], "index_shards.py --data-path nowhere"),

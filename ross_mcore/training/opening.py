@@ -57,9 +57,7 @@ def open_run(
     groups after a run without an error. is_stopping: see Run.
     """
     claim = _join(config, closing)
-    start, resume = starting_point(config)
-    if resume and config.checkpoint.load is not None:
-        all_or_none(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
+    start, resume = _starting_point(config)
     model_config = all_or_none(lambda: architecture_of(start, inventory))
     dataset = _open_data(config, model_config, start, config.data.data_path)
     valid_data_path = config.data.valid_data_path
@@ -108,7 +106,7 @@ def open_validation(config: Config, closing: ExitStack) -> tuple[Engine, Checkpo
     closing: see `open_run`. --save may be missing.
     """
     _join(config, closing)
-    start, _ = starting_point(config)
+    start, _ = _starting_point(config)
     model_config = all_or_none(lambda: architecture_of(start, inventory))
     held_out = _open_data(config, model_config, start, config.data.valid_data_path)
     precomputed, groups = _place(config, model_config, start, [held_out])
@@ -123,6 +121,14 @@ def _join(config: Config, closing: ExitStack) -> Claim | None:
     platform.initialize_process_group(config.parallel.distributed_timeout_minutes)
     closing.enter_context(Watchdog(60 * config.parallel.distributed_timeout_minutes))
     return all_or_none(lambda: _claim(config, closing))
+
+
+def _starting_point(config: Config) -> tuple[Checkpoint, bool]:
+    """As `starting_point`; a run in --save that did not start from --load is refused. Collective."""
+    start, resume = starting_point(config)
+    if resume and config.checkpoint.load is not None:
+        all_or_none(lambda: refuse_other_model(start, Path(config.checkpoint.load or "")))
+    return start, resume
 
 
 def _claim(config: Config, closing: ExitStack) -> Claim | None:

@@ -44,13 +44,14 @@ class Found:
 class Survey:
     """Outcomes of all samples.
 
-    labelled: with a label; unlabelled: whole and without a label; cut_unlabelled: cut, and no label is left;
-    nothing: by reason, those that are empty rows or bad; lengths [N]: tokens, images included, before any cut where the
-    index has them; tokenized: number of samples that were tokenized.
+    pictured: with a picture; labelled: with a label; unlabelled: whole and without a label; cut_unlabelled: cut, and no
+    label is left; nothing: by reason, those that are empty rows or bad; lengths [N]: tokens, images included, before
+    any cut where the index has them; tokenized: number of samples that were tokenized.
     """
 
     samples: int
     by_index: bool
+    pictured: Found = field(default_factory=Found)
     labelled: Found = field(default_factory=Found)
     unlabelled: Found = field(default_factory=Found)
     cut_unlabelled: Found = field(default_factory=Found)
@@ -83,6 +84,7 @@ def survey(dataset: ShardDataset) -> Survey:
             _add(found.nothing.setdefault(reason, Found()), rest & over)
             rest &= ~over
         cut, has_label = found.lengths > spec.seq_length, rows["label_tokens"] > 0
+        _add(found.pictured, rest & ~cut & (rows["image_spans"] > 0))
         _add(found.labelled, rest & ~cut & has_label)
         _add(found.unlabelled, rest & ~cut & ~has_label)
         to_read = np.flatnonzero(rest & cut)
@@ -100,6 +102,8 @@ def survey(dataset: ShardDataset) -> Survey:
         else:
             outcome = found.cut_unlabelled if by_index or tokens >= spec.seq_length else found.unlabelled
         outcome.add(len(to_read) / len(numbers), number)
+        if sample.image_starts:
+            found.pictured.add(len(to_read) / len(numbers), number)
     if not by_index:
         found.lengths = np.array(tokenized, np.int64)
     found.nothing = {reason: outcome for reason, outcome in found.nothing.items() if outcome.count}

@@ -24,8 +24,8 @@ CUT_SHARE_TO_WARN = 0.1
 def check_data(config: Config, model_config: ModelConfig, dataset: MixtureDataset) -> list[str]:
     """Warnings about the samples of every data set.
 
-    Raises ConfigError when a data set would leave nothing to learn: no picture fits in a row, no sample leaves
-    anything, or, without --allow-missing-labels, fewer than half of its samples have labels.
+    Raises ConfigError when a data set would leave nothing to learn: no picture fits in a row or is left, no sample
+    leaves anything, or, without --allow-missing-labels, fewer than half of its samples have labels.
     """
     warnings = []
     for name, part in zip(dataset.names, dataset.parts, strict=True):
@@ -58,6 +58,11 @@ def _require_samples(part: ShardDataset, found: Survey) -> None:
     if not found.labelled.count and not found.without_labels.count:
         raise ConfigError(
             f"{part.reader.folder} leaves nothing to train on: {_reasons(part, found)}; {_remedy(part, found)}"
+        )
+    if part.reader.num_images and not found.pictured.count and found.nothing:
+        raise ConfigError(
+            f"none of the {part.reader.num_images} pictures of {part.reader.folder} would be trained on: "
+            f"{_reasons(part, found)}; {_remedy(part, found)}"
         )
 
 

@@ -16,6 +16,7 @@ from tests.cases.case import LLAMA3_TOKENIZER, TOKENIZER, Case, Place, conversat
 from tests.recorded import GOLDEN
 
 RECORD = {"image": "a.jpg", "conversations": conversation()}
+TEXT = {"conversations": conversation(question="What?")}
 UNANSWERED = {"image": "a.jpg", "conversations": conversation(answer="")}
 TP2 = ("--tensor-model-parallel-size", 2)
 
@@ -155,6 +156,13 @@ CASES = [
         2,
         ["leaves nothing to train on: 4 of 4 samples: the cut at 17 tokens", "raise --seq-length (half of the samples"],
         holds=nothing_saved("run"),
+    ),
+    Case(
+        "row_too_short_for_every_picture",
+        "train",
+        lambda place: training(place, "--seq-length", 60, records=[RECORD, TEXT, TEXT, TEXT]),
+        2,
+        ["none of the 1 pictures", "1 of 4 samples: the cut at 60 tokens", "raise --seq-length (half of the samples"],
     ),
     Case(
         "row_that_cuts_every_answer",

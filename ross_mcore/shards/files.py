@@ -63,12 +63,16 @@ def read_records(path: Path, split: str | None = None) -> tuple[int, Iterator[An
     `split`: which part of a folder that has several. A damaged line of JSON lines is one bad record, a SampleError.
     Raises RecordsError naming the file and the remedy.
     """
-    files = _files_of(path, split) if path.is_dir() else [path]
-    opened = [_open(file) for file in files]
+    try:
+        files = _files_of(path, split) if path.is_dir() else [path]
+    except OSError as error:
+        raise RecordsError(f"{path} cannot be read: {checked.reason(error)}") from None
+    opened = [_open(file, keep=len(files) == 1) for file in files]
     return sum(count for count, _ in opened), chain.from_iterable(read() for _, read in opened)
 
 
-def _open(path: Path) -> Opened:
+def _open(path: Path, keep: bool) -> Opened:
+    """Opens a file. A list of JSON is parsed to count it: it is kept, or else parsed again, so that few are held."""
     remedy = next((remedy for suffixes, remedy in UNREAD_FILES.items() if path.suffix.lower() in suffixes), None)
     try:
         checked.require_regular(path)
@@ -85,7 +89,7 @@ def _open(path: Path) -> Opened:
             count = sum(line is None or bool(line.strip()) for line in checked.read_lines(path))
             return count, lambda: _read_lines(path)
         records = _read_whole(path, head)
-        return len(records), lambda: records
+        return len(records), (lambda: records) if keep else (lambda: _read_whole(path, head))
     except RecursionError:
         raise RecordsError(f"{path} cannot be read: it is nested too deeply; {REMEDY}") from None
     except RecordsError:
@@ -221,11 +225,14 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     for place in (folder, folder / "data"):
         if found := _of_one_kind(place):
             return _chosen(folder, _by_split(found), split)
-    inside = [each for each in _folders(folder) if _of_one_kind(each)]
-    if len(inside) == 1:
-        return _files_of(inside[0], split)
+    folders = _folders(folder)
+    inside = {each.name: each for each in folders if _of_one_kind(each)}
+    if split in inside:
+        return _files_of(inside[split], None)
+    if len(inside) == 1 or (len(folders) == 1 and not inside):
+        return _files_of(next(iter(inside.values()), folders[0]), split)
     if inside:
-        names = ", ".join(each.name for each in inside[:5])
+        names = ", ".join([*inside][:5])
         raise RecordsError(f"{folder} has records in several folders, {names}: give one of them")
     if next(folder.glob("*.tar"), None) is not None:
         raise RecordsError(f"{folder} holds tars; tools/index_shards.py --data-path {folder} indexes them for training")

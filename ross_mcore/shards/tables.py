@@ -14,6 +14,7 @@ from typing import Any
 from ross_mcore import checked
 from ross_mcore.errors import RecordsError
 
+BUFFER_BYTES = 1 << 20
 ROWS_AT_ONCE = 16
 """Rows that are held as Python objects: each may hold a picture of MAX_IMAGE_BYTES."""
 
@@ -26,8 +27,9 @@ def open_parquet(path: Path) -> tuple[int, Callable[[], Iterable[Any]]]:
         count = pyarrow.parquet.read_metadata(path).num_rows
 
     def read() -> Iterator[Any]:
-        with _errors(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(ROWS_AT_ONCE):
+        options = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
+        with _errors(path), pyarrow.parquet.ParquetFile(path, **options) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):  # a page is decoded whole: memory is bounded by its size
                 yield from batch.to_pylist()
 
     return count, read
@@ -40,7 +42,7 @@ def open_arrow(path: Path) -> tuple[int, Callable[[], Iterable[Any]]]:
         import pyarrow
 
         with _errors(path), pyarrow.memory_map(str(path)) as source:
-            if path.open("rb").read(6) == b"ARROW1":
+            if source.read_at(6, 0) == b"ARROW1":
                 file = pyarrow.ipc.open_file(source)
                 yield from map(file.get_batch, range(file.num_record_batches))
             else:
@@ -49,7 +51,11 @@ def open_arrow(path: Path) -> tuple[int, Callable[[], Iterable[Any]]]:
     def read() -> Iterator[Any]:
         for batch in batches():
             for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+                rows = batch.slice(start, ROWS_AT_ONCE)
+                with _errors(path):
+                    rows.validate(full=True)  # offsets of a damaged file lead out of memory
+                    records = rows.to_pylist()
+                yield from records
 
     with _errors(path):
         return sum(batch.num_rows for batch in batches()), read

@@ -149,10 +149,17 @@ def test_a_split_is_chosen(split: str, tmp_path: Path) -> None:
     saved_splits(tmp_path / "saved", "train", "test")
     save(tmp_path / "json" / "llava_train.json", LIST)
     save(tmp_path / "json" / "llava_test.json", json.dumps(RECORDS[:3]))
-    expected = {"hub": {"train": 5, "test": 3}, "saved": {"train": 5, "test": 5}, "json": {"train": 5, "test": 3}}
+    for name, number in {"train": 5, "test": 3}.items():
+        save(tmp_path / "converted" / "default" / name / "0000.jsonl", lines(0, number))
+    expected = {
+        "converted": {"train": 5, "test": 3},
+        "hub": {"train": 5, "test": 3},
+        "saved": {"train": 5, "test": 5},
+        "json": {"train": 5, "test": 3},
+    }
     for folder, counts in expected.items():
         assert read_records(tmp_path / folder, split)[0] == counts[split]
-        with pytest.raises(RecordsError, match="has the splits test, train: choose one with --split"):
+        with pytest.raises(RecordsError, match="(splits test, train: choose one with --split|folders, test, train)"):
             read_records(tmp_path / folder)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ross_mcore.data.lengths import length_source, stale_lengths
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.errors import SampleError, TooManyBad
+from ross_mcore.shards import indexer
 from ross_mcore.shards.index_parts import PARTS
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 from ross_mcore.shards.measure import Measure
@@ -165,6 +168,23 @@ def test_the_tool_prints_the_outcome(
     assert reader.index["shards"][0]["name"] == str(tmp_path / "in" / "s-000.tar")
     assert tool("--data-path", tmp_path / "out", "--max-bad-fraction", "0.5", "--num-workers", "0") == 0
     assert len(ShardReader(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_signal_leaves_finished_shards(
+    tool: Callable[..., int], tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_bytes(tar(sample(f"k{number}")))
+
+    def stop(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(indexer, "wait" if num_workers else "index_tar", stop)
+    assert tool("--data-path", tmp_path, "--num-workers", num_workers) == 130
+    assert "stopped by a signal; finished shards are kept" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "1.tar", PARTS]
+    assert not list((tmp_path / PARTS).glob(".*")) and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

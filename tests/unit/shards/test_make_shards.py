@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from ross_mcore.commands import make_shards
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.shards import llava
 
 TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
@@ -196,6 +198,17 @@ def test_errors_are_one_paragraph_and_leave_nothing(
     assert message in said and "Traceback" not in said
     listed = ["out.skipped.jsonl"] if " x " in message else []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images", *listed]
+
+
+def test_a_signal_leaves_nothing_behind(
+    make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, [{"conversations": TEXT}] * 9)
+    monkeypatch.setattr(llava, "_encode", lambda _: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert make() == 130 and "stopped by a signal; nothing was written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_full_folder_is_not_overwritten(

@@ -103,7 +103,8 @@ def _require_few_bad(writer: ShardWriter, limit: float) -> None:
     examples: dict[str, str] = {}
     for text in islice(checked.read_lines(kept), MOST_LINES_SEARCHED):
         line = json.loads(text or b"{}")
-        example = f"record {line['record']}, image {checked.shown(line['image'])}: {line['reason']}"
+        detail = line["reason"].partition(":")[2]
+        example = f"record {line['record']}, image {checked.shown(line['image'])}{':' if detail else ''}{detail}"
         examples.setdefault(kind(line["reason"]), example)
     reasons = "; ".join(
         f"{count} x {reason} (first: {examples[reason]})" if reason in examples else f"{count} x {reason}"

@@ -53,7 +53,7 @@ def nothing_is_left(place: Place) -> None:
     assert {json.loads(line)["outcome"] for line in lines} == {"bad"}
 
 
-FIRST = "the image cannot be read (first: record 0, image 'coco/0.jpg': the image cannot be read: No such file"
+FIRST = "the image cannot be read (first: record 0, image 'coco/0.jpg': No such file"
 CASES = [
     Case(
         "fifteen_of_sixteen_pictures_missing",

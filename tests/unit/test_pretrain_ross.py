@@ -32,8 +32,8 @@ def test_a_signal_during_imports_ends_with_a_line(tmp_path: Path, name: str, sta
     script = shutil.copy(ROOT / "pretrain_ross.py", tmp_path)
     shutil.copytree(ROOT / "ross_mcore" / "commands", tmp_path / "ross_mcore" / "commands")
     (tmp_path / "ross_mcore" / "__init__.py").touch()
-    for name in ("arguments.py", "launcher.py", "errors.py"):
-        shutil.copy(ROOT / "ross_mcore" / name, tmp_path / "ross_mcore")
+    for module in ("arguments.py", "launcher.py", "errors.py"):
+        shutil.copy(ROOT / "ross_mcore" / module, tmp_path / "ross_mcore")
     (tmp_path / "ross_mcore" / "flags.py").write_text(SLOW_IMPORTS.replace("{name}", name))
     for rank, errors in (("0", line), ("1", b"")):
         environment = {**os.environ, "RANK": rank}

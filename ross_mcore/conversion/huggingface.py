@@ -379,7 +379,7 @@ class WeightsFolder:
             return _Pickled(path)
         try:
             return safe_open(path, framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             with path.open("rb") as stream:
                 is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
             problem = "is a Git LFS pointer, not the weights" if is_pointer else "is not a whole safetensors file"

@@ -80,7 +80,7 @@ class TurnTemplate:
         except FileNotFoundError:
             raise TokenizerError(f"--template {path}: no such file; give a YAML file with the keys {KEYS}") from None
         except ValueError as error:
-            raise TokenizerError(f"--template {path}: {error}; its keys are {KEYS} (docs/data.md, Templates)") from None
+            raise TokenizerError(f"--template {path}: {error}; give a YAML file with the keys {KEYS}") from None
 
     def as_text(self) -> str:
         """The template on one line, from which `from_text` makes it again."""

@@ -236,7 +236,7 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
         raise RecordsError(f"{folder} has records in several folders, {names}: give one of them")
     if next(folder.glob("*.tar"), None) is not None:
         raise RecordsError(f"{folder} holds tars; tools/index_shards.py --data-path {folder} indexes them for training")
-    raise RecordsError(f"{folder} has no .json, .jsonl, .parquet or .arrow file of records")
+    raise RecordsError(f"{folder} has no .json, .jsonl, .parquet or .arrow file of records; give one that has")
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -253,8 +253,9 @@ def index_shards(
             raise ShardError(_nothing_usable(out, done, entries))
         raise TooManyBad(
             f"{done.bad} of {done.samples + done.bad} samples are bad, over --max-bad-fraction {max_bad_fraction}, so "
-            f"no index was written; see {out / 'quarantine.jsonl'}: {done.account.reasons()}. Mend them, or allow them "
-            f"with --max-bad-fraction {allowing(done.bad_fraction)}"
+            f"no index was written; see {out / 'quarantine.jsonl'}: {done.account.reasons()}; "
+            f"{_first_left_out(entries)}. "
+            f"Mend them, or allow them with --max-bad-fraction {allowing(done.bad_fraction)}"
         )
     if done.account.samples < done.account.records or done.account.damage.total:
         done.lists.append(out / "quarantine.jsonl")
@@ -317,12 +318,20 @@ def _summary(entries: Sequence[IndexedShard]) -> Indexing:
 def _nothing_usable(out: Path, done: Indexing, entries: Sequence[IndexedShard]) -> str:
     """What is in the shards, with the first reason in full, and what would be read."""
     found = [reasons] if (reasons := done.account.reasons()) else []
-    left_out = ((key, reason) for entry in entries for key, reason in entry.part().quarantine if key is not None)
-    found += [f"the first is {checked.shown(key)}: {reason}" for key, reason in itertools.islice(left_out, 1)]
+    found += [first] if (first := _first_left_out(entries)) else []
     found += [done.unused_members] if done.others else []
     found += [f"the first members are {', '.join(done.first_names[:3])}"] if done.first_names else []
     found += [WHAT_IS_READ] if done.first_names else []
     return f"no usable sample, so no index was written to {out}; see quarantine.jsonl there: {'; '.join(found)}"
+
+
+def _first_left_out(entries: Sequence[IndexedShard]) -> str:
+    """The first sample left out, or the first damaged shard."""
+    for entry in entries:
+        for key, reason in entry.part().quarantine[:1]:
+            sample = "" if key is None else f"{checked.shown(key)} of "
+            return f"the first is {sample}{entry.name}: {reason}"
+    return ""
 
 
 Task = tuple[Shard, Path, dict[str, Any]]

@@ -67,6 +67,10 @@ class PictureFolder:
             raise SampleError(
                 f"the image cannot be read: No such file {checked.shown(name)}{self._hint(name)}"
             ) from None
+        except SampleError:
+            raise
+        except ValueError:  # of a name that is not Unicode, or of a malformed URL
+            raise SampleError("image is not a path") from None
         except (OSError, RuntimeError) as error:
             raise SampleError(f"the image cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ross_mcore import checked
 from ross_mcore.errors import RecordsError
 
 BUFFER_BYTES = 1 << 20
@@ -70,4 +69,5 @@ def _errors(path: Path) -> Iterator[None]:
     except RecordsError:
         raise
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
-        raise RecordsError(f"{path} cannot be read: {checked.reason(error)}; copy it again") from None
+        problem = getattr(error, "strerror", None) or "it is damaged, or of another format than its name says"
+        raise RecordsError(f"{path} cannot be read: {problem}; copy it again") from None

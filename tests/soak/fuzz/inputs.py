@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.recorded import GOLDEN
 from tests.soak.fuzz import child
+from tests.soak.fuzz.brought import make_brought
 
 TRAIN = """\
 training-stage: finetune
@@ -87,6 +88,7 @@ def make_inputs(folder: Path, log: Path) -> None:
     (folder / "run.yaml").write_text(TRAIN)
     (folder / "mixture.yaml").write_text(MIXTURE)
     (folder / "held.yaml").write_text(HELD)
+    make_brought(folder)
     _record_parts(folder / "recorded")
     _record_model(folder / "model")
     for script, arguments in STEPS:

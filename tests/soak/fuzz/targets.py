@@ -57,6 +57,8 @@ RUN_PLANTS = (
     *("out/run/latest_checkpointed_iteration.txt", "out/run/latest_checkpointed_iteration.txt.new"),
     *("out/run/.iter_0000002.partial", "out/run/iter_0000002", "out/run/.lock"),
 )
+MADE = ("shards/index.json", "shards/shard-00000.tar")
+LEFT_OUT = ("shards.skipped.jsonl",)
 INDEX_PLANTS = (
     *(f"out/shards/{name}" for name in ("index.json", "samples.npy", "images.npy", "keys.txt", "quarantine.jsonl")),
     "out/shards/index.parts",
@@ -150,7 +152,8 @@ TARGETS = (
         "--num-workers 1",
         ("records.json", "images", "tokenizer"),
         ("in/records.json", "in/records.json", "in/images/*", "in/tokenizer/*"),
-        makes=("shards/index.json", "shards/shard-00000.tar"),
+        may_leave=LEFT_OUT,
+        makes=MADE,
     ),
     Target(
         "make_shards: lines, again",
@@ -158,8 +161,38 @@ TARGETS = (
         "--data in/records.jsonl --image-folder in/images --out out/shards --overwrite --num-workers 1",
         ("records.jsonl", "images", "out/shards"),
         ("in/records.jsonl", "in/records.jsonl", "in/images/*", "out/shards/index.json"),
-        makes=("shards/index.json", "shards/shard-00000.tar"),
+        may_leave=LEFT_OUT,
+        makes=MADE,
         plants=("out/shards", "out/shards/index.json", "out/shards/shard-00000.tar"),
+    ),
+    Target(
+        "make_shards: forms",
+        "tools/make_shards.py",
+        "--data in/forms.json --image-folder in/pictures --out out/shards --tokenizer in/tokenizer "
+        "--template in/chat.yaml --max-bad-fraction 0.5 --num-workers 1",
+        ("forms.json", "pictures", "tokenizer", "chat.yaml"),
+        ("in/forms.json", "in/pictures/*", "in/chat.yaml"),
+        may_leave=LEFT_OUT,
+        makes=MADE,
+    ),
+    Target(
+        "make_shards: parquet",
+        "tools/make_shards.py",
+        "--data in/forms.parquet --out out/shards --max-bad-fraction 0.5 --num-workers 1",
+        ("forms.parquet",),
+        ("in/forms.parquet",),
+        may_leave=LEFT_OUT,
+        makes=MADE,
+    ),
+    Target(
+        "index_shards: editions",
+        "tools/index_shards.py",
+        "--data-path in/editions --out out/shards --tokenizer in/tokenizer --template qwen_2 --max-bad-fraction 0.9 "
+        "--num-workers 0",
+        ("editions", "tokenizer"),
+        ("in/editions/*.tar",),
+        ("shards", "shards/quarantine.jsonl", "shards/index.parts", "shards/index.parts/*"),
+        makes=("shards/index.json", "shards/samples.npy"),
     ),
     Target(
         "index_shards",

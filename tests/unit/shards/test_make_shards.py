@@ -14,7 +14,9 @@ import pytest
 
 from ross_mcore.commands import make_shards
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH, ShardReader
+from ross_mcore.errors import SampleError
 from ross_mcore.shards import llava
+from ross_mcore.shards.pictures import PictureFolder
 
 TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A car."}]
@@ -227,3 +229,9 @@ def test_help_needs_no_library() -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "--image-folder" in done.stdout
     assert not any(f" {name}\n" in done.stderr for name in ("torch", "numpy", "PIL", "rich", "transformers"))
+
+
+@pytest.mark.parametrize("name", ["\ud800.png", "file:///a%00b.png", "file://[a/b.png"])
+def test_a_name_that_no_file_can_have_is_a_reason(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SampleError, match="image is not a path"):
+        PictureFolder(tmp_path, False).read(name)

@@ -315,7 +315,11 @@ NO_TARS: tuple[tuple[str, dict[str, bytes], Sequence[str]], ...] = (
     (
         "other_folders",
         {"a.tar": tar([("images/k.jpg", JPEG), ("labels/k.json", llava())])},
-        ["the first is 'images/k' of a.tar: it has neither", "1 x a placeholder without a picture", "in the same folder"],
+        [
+            "the first is 'images/k' of a.tar: it has neither",
+            "1 x a placeholder without a picture",
+            "in the same folder",
+        ],
     ),
 )
 

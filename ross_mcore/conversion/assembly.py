@@ -144,7 +144,6 @@ def _write(
                 for name, tensor in stream:
                     if dtype is not None:
                         tensor = tensor.to(torch.float32 if part_of(name).converted_in_float32 else dtype)
-                    _require_finite(name, tensor)
                     writer.add(name, tensor)
                     written[name] = tuple(tensor.shape)
                     advance(tensor.numel())
@@ -155,14 +154,6 @@ def _write(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _require_finite(name: str, tensor: Tensor) -> None:
-    """Raises ConversionError for a tensor that training would refuse to start from."""
-    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # without a copy
-        raise ConversionError(
-            f"{name} has numbers that are not finite, from which no training can start; give other weights"
-        )
 
 
 def _require_buildable(model: ModelConfig) -> None:

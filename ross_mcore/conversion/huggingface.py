@@ -268,6 +268,16 @@ def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
+def _require_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, read from `path`. Raises ConversionError for one that training would refuse to start from."""
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # without a copy
+        raise ConversionError(
+            f"{path}: tensor {checked.printable(name)} has numbers that are not finite, from which no training can "
+            "start; give other weights"
+        )
+    return tensor
+
+
 def open_tensors(path: Path) -> AdapterFile | WeightsFolder:
     """Opens a folder of weights or a stage-1 adapter file. Raises ConversionError or CheckpointError naming it."""
     return AdapterFile(path) if Path(path).is_file() else WeightsFolder(path)
@@ -284,6 +294,7 @@ class AdapterFile:
     unread: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._tensors: dict[str, Tensor] = {
             re.sub(r"^.*?(mm_projector|mm_inv_projector)\.", r"model.\1.", str(name)): tensor
             for name, tensor in read_adapter(path).items()
@@ -296,7 +307,7 @@ class AdapterFile:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return _require_finite(self._path, name, self._tensors[name])
 
 
 class _Pickled:
@@ -402,4 +413,4 @@ class WeightsFolder:
                 f"{self._folder / file}: tensor {name} is {tensor.dtype}; only plain floats can be converted: give a "
                 "folder of those"
             )
-        return tensor
+        return _require_finite(self._folder / file, name, tensor)

@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from tests.recorded import GOLDEN
 from tests.soak.fuzz import child
 from tests.soak.fuzz.brought import make_brought
@@ -94,8 +97,24 @@ def make_inputs(folder: Path, log: Path) -> None:
     for script, arguments in STEPS:
         require_works(script, arguments.format(here=folder).split(), folder, log)
     shutil.rmtree(folder / "tmp")
+    _as_torch(folder / "parts", folder / "torch")
     bad = {"iteration": 1, "position": 0, "shard": "s", "key": "k", "reason": "a picture", "replaced_by": None}
     (folder / "run" / "quarantine.jsonl").write_text(json.dumps(bad) + "\n")
+
+
+def _as_torch(parts: Path, target: Path) -> None:
+    """A copy of exported parts with weights in pytorch_model.bin, the language model's in two files with an index."""
+    shutil.copytree(parts, target)
+    for path in target.glob("*/*.safetensors"):
+        tensors, stem = load_file(path), {"model": "pytorch_model"}.get(path.stem, path.stem)
+        path.unlink()
+        if path.parent.name != "language_model":
+            torch.save(tensors, path.with_name(f"{stem}.bin"))
+            continue
+        files = {name: f"{stem}-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(tensors)}
+        for file in set(files.values()):
+            torch.save({name: tensors[name] for name in tensors if files[name] == file}, path.with_name(file))
+        path.with_name(f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 def require_works(script: str, arguments: Sequence[str], folder: Path, log: Path) -> None:

@@ -253,6 +253,14 @@ TARGETS = (
         makes=SAVED,
     ),
     Target(
+        "convert_hf_to_mcore: torch.save",
+        "tools/convert_hf_to_mcore.py",
+        PARTS.replace("in/parts", "in/torch"),
+        ("torch",),
+        tuple(f"in/torch/{part}/*.bin*" for part in ("language_model", "siglip_vision_tower", "pixel_decoder")),
+        makes=SAVED,
+    ),
+    Target(
         "convert_hf_to_mcore: ROSS",
         "tools/convert_hf_to_mcore.py",
         "--ross-model in/ross --tokenizer in/tokenizer --vision-model in/tower --pixel-decoder in/vae --save out/base",

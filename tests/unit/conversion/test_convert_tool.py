@@ -238,7 +238,7 @@ def harm_json(folders: dict[str, Path]) -> None:
         (harm_unknown, "head.adapter"),
         (harm_shape, "[150, 16], the architecture says [149, 16]"),
         (harm_quantised, "model.safetensors: tensor model.norm.weight is torch.int8"),
-        (harm_infinite, "vision_model.tower.embeddings.patch_embedding.bias has numbers that are not finite"),
+        (harm_infinite, "vision/model.safetensors: tensor embeddings.patch_embedding.bias has numbers that are not"),
         (harm_truncated, "not a whole safetensors file"),
         (harm_tokenizer, "tokenizer.json"),
         (harm_processor, "preprocessor_config.json"),

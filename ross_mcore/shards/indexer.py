@@ -80,7 +80,7 @@ class Indexing:
     """The outcome: the account of the shards, counts of samples, shards, shards read again.
 
     `bad`: samples left out, without those over the bounds, plus those lost by damage: the damaged bytes divided by the
-    mean size of a sample, and for a shard without a sample at least the mean number of samples of a shard.
+    mean size of a sample, and for a shard that is no tar at least the mean number of samples of a shard.
     `others`: members that no sample uses, by suffix. `first_names`: names of the first members. `lists`: files
     that list the samples left out.
     """
@@ -297,6 +297,7 @@ def _summary(entries: Sequence[IndexedShard]) -> Indexing:
     done = Indexing(shards=len(entries))
     account, held_bytes = done.account, 0
     damaged: list[tuple[int, int]] = []
+    with_records = 0
     for entry in entries:
         part = entry.part()
         assert part.account is not None, "a part without an account is made again"
@@ -305,11 +306,11 @@ def _summary(entries: Sequence[IndexedShard]) -> Indexing:
         done.others.update(part.others)
         done.first_names += part.first_names if len(done.first_names) < 3 else []
         held_bytes += entry.bytes - part.lost_bytes
-        if part.account.damage.total:
+        with_records += part.account.records > 0
+        if part.lost_bytes or not entry.bytes:
             damaged.append((part.lost_bytes, part.account.records))
     sample_bytes = max(1.0, held_bytes / max(1, account.records))
-    whole_shards = sum(not records for _, records in damaged)
-    shard_samples = account.records / max(1, len(entries) - whole_shards)
+    shard_samples = account.records / max(1, with_records)
     lost = sum(max(size / sample_bytes, 0 if records else shard_samples) for size, records in damaged)
     done.bad = account.bad.total + round(lost)
     return done

@@ -348,7 +348,7 @@ def test_compressed_tars_beside_others_are_named(tmp_path: Path, capsys: pytest.
 
 def test_a_shard_that_is_no_tar_counts_as_its_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = tar([member for n in range(4) for member in ((f"k{n}.jpg", JPEG), (f"k{n}.json", llava()))])
-    for name, data in {"a.tar": good, "b.tar": gzip.compress(good), "c.tar": b""}.items():
+    for name, data in {"a.tar": good, "b.tar": gzip.compress(good), "c.tar": b"", "d.tar": tar([])}.items():
         (tmp_path / name).write_bytes(data)
     assert index(tmp_path) == 2
     assert "8 of 12 samples are bad" in (error := " ".join(capsys.readouterr().err.split()))

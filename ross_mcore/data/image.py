@@ -34,6 +34,8 @@ memory as a whole, in up to 6 bytes a pixel."""
 MAX_SIDE = 16384
 MAX_ASPECT_RATIO = 200
 """Padding makes a thin picture a square of its longer side, which costs far more than its own pixels."""
+GDAL_NODATA = 42113
+"""Tag of a TIFF."""
 NEARLY = 16
 """Levels, of 256: a picture whose channels all vary by less is nearly of one colour."""
 
@@ -129,27 +131,39 @@ def _eight_bits(picture: Image.Image) -> NDArray[np.uint8]:
 
     16 bits keep their upper 8. The range of a 32-bit picture's values shows what they are: floats from 0 to 1 are
     fractions of white; values from 0 to 255 are levels and integers from 0 to 65535 have 16 bits, unless the picture
-    would be nearly black (NEARLY); all others are stretched, the smallest becomes black and the largest white. What is
-    not a finite number is black.
+    would be nearly black (NEARLY); all others are stretched, the smallest becomes black and the largest white. Pixels
+    without a value are black: those that are no finite number, and GDAL's no-data.
     """
     values = np.asarray(picture)
     if picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM") and picture.mode == "I":
         return (values >> 8).astype(np.uint8)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    valid = np.isfinite(values)
+    if (missing := _missing_value(picture)) is not None:
+        valid &= values != missing
+    low, high = (float(values[valid].min()), float(values[valid].max())) if valid.any() else (0.0, 0.0)
     integers = picture.mode == "I"
     if not integers and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     elif low >= 0 and NEARLY <= high <= 255:
         low, high = 0.0, 255.0
     elif integers and low >= 0 and NEARLY << 8 <= high <= 65535:
-        return (values >> 8).astype(np.uint8)
+        return np.where(valid, values >> 8, 0).astype(np.uint8)
     scale = 0.0 if high == low else 255 / (high - low)
     levels = np.zeros(values.shape, np.uint8)
     for start in range(0, len(values), 256):  # few rows at a time, because they are of 8 bytes a pixel
-        rows = (values[start : start + 256].astype(np.float64) - low) * scale
-        levels[start : start + 256] = np.where(np.isfinite(rows), rows, 0).clip(0, 255) + (0 if scale == 1 else 0.5)
+        some = slice(start, start + 256)
+        rows = (np.where(valid[some], values[some], low).astype(np.float64) - low) * scale
+        levels[some] = rows.clip(0, 255) + (0 if scale == 1 else 0.5)
     return levels
+
+
+def _missing_value(picture: Image.Image) -> float | None:
+    """The value that stands for none in a GeoTIFF, GDAL's no-data."""
+    tags: Any = getattr(picture, "tag_v2", {})  # of TIFF only
+    try:
+        return float(str(tags[GDAL_NODATA]).strip("\0 "))
+    except (KeyError, ValueError):
+        return None
 
 
 def one_colour(picture: Image.Image) -> str | None:

@@ -50,6 +50,8 @@ program (PostScript), draw (WMF, SVG), or have no mark at their beginning (TGA) 
 FORMATS = (*READERS, "HEIF")
 
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706
+"""Tags of a TIFF: 1 for a preview; the version of a DNG."""
 OTHER_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer instead of the picture: run `git lfs pull`"),
     (b"<!doctype", "an HTML page, as a server sends it instead of a picture: download it again"),
@@ -67,6 +69,7 @@ OTHER_FILES = (
     (b"\x1a\x45\xdf\xa3", "a video: save its frames as JPEG"),
     (b"pk\3\4", "a zip archive: unpack it"),
     (b"\x1f\x8b", "gzip data: unpack it"),
+    (b"\x93numpy", "a NumPy array: save it as PNG"),
 )
 """Beginning of a file in lower case -> what it is, for the reason that is reported."""
 
@@ -150,9 +153,11 @@ def open_picture(data: bytes) -> Image.Image:
                 _quiet_libtiff()
             try:
                 picture: Image.Image = factory(io.BytesIO(data), "")
-                return picture
             except (SyntaxError, IndexError, TypeError, struct.error) as error:
                 problem = str(error)  # another format has the same beginning
+            else:
+                _require_whole(picture, data)
+                return picture
     if prefix[4:8] == b"ftyp":
         if prefix[8:12] in HEIF_BRANDS:
             return _heif(data)
@@ -163,6 +168,13 @@ def open_picture(data: bytes) -> Image.Image:
     if problem == "unknown pixel mode":
         problem = "a TIFF that PIL does not read, such as of colours in floats or of over 4 channels; save it as PNG"
     raise ImageError(f"undecodable: {problem}")
+
+
+def _require_whole(picture: Image.Image, data: bytes) -> None:
+    """Raises ImageError for a TIFF whose first picture is a preview, as in the raw files of cameras (DNG, NEF, CR2)."""
+    tags: Any = getattr(picture, "tag_v2", {})  # of TIFF only
+    if tags and (tags.get(NEW_SUBFILE_TYPE, 0) == 1 or DNG_VERSION in tags or data[8:10] == b"CR"):
+        raise ImageError("undecodable: a camera's raw file, or a TIFF that begins with a preview; save it as JPEG")
 
 
 def _heif(data: bytes) -> Image.Image:
@@ -178,5 +190,7 @@ def _what(data: bytes) -> str:
     beginning = data[:64].lstrip().lower()
     if not data:
         return "an empty file"
+    if data[128:132] == b"DICM":
+        return "DICOM: choose its window and save it as PNG"
     known = next((what for mark, what in OTHER_FILES if beginning.startswith(mark) or data.startswith(mark)), None)
     return known or f"not one of {', '.join(FORMATS)}"

@@ -10,7 +10,7 @@ import zlib
 from tests.soak.fuzz import mutate
 
 SIDES = (0, 1, 5, 201, 8_192, 16_384, 20_000, 65_535, 2**31 - 1)
-FORMATS = ("GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "PDF", "JPEG", "PCX", "TGA", "SGI", "JPEG2000")
+FORMATS = ("GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "PDF", "JPEG", "PCX", "TGA", "SGI", "JPEG2000", "AVIF", "MPO")
 MODES = ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F", "YCbCr")
 
 

@@ -158,7 +158,8 @@ TARGETS = (
     Target(
         "make_shards: lines, again",
         "tools/make_shards.py",
-        "--data in/records.jsonl --image-folder in/images --out out/shards --overwrite --num-workers 1",
+        "--data in/records.jsonl --image-folder in/images --out out/shards --overwrite --num-workers 1 "
+        "--truncated-images fill",
         ("records.jsonl", "images", "out/shards"),
         ("in/records.jsonl", "in/records.jsonl", "in/images/*", "out/shards/index.json"),
         may_leave=LEFT_OUT,

@@ -123,6 +123,21 @@ def test_grey_of_32_bits_is_scaled_by_its_range(values: Any, expected: list[int]
     assert np.abs(found[0] - np.array(expected)[:, None]).max() <= (expected[1] == 128)  # a half, rounded up or down
 
 
+def test_what_a_geotiff_names_as_missing_is_black() -> None:
+    heights = np.float32([[-9999, 100, 150, 200]])
+    data = encode(heights, "TIFF", tiffinfo={42113: "-9999"})
+    assert pixels(decode_image(data).picture)[0, :, 0].tolist() == [0, 100, 150, 200]
+    heights = np.int32([[-32768, 1000, 1500, 2000]])
+    assert pixels(decode_image(encode(heights, "TIFF", tiffinfo={42113: "-32768"})).picture)[0, 1:, 0].std() > 80
+    assert pixels(decode_image(encode(heights, "TIFF", tiffinfo={42113: "none"})).picture)[0, 1:, 0].std() < 10
+
+
+def test_a_preview_is_not_taken_for_the_picture() -> None:
+    for tag, value in ((254, 1), (50706, b"\1\4\0\0")):
+        assert "a camera's raw file" in refusal(encode(levels(), "TIFF", tiffinfo={tag: value}))
+    assert decode_image(encode(levels(), "TIFF", tiffinfo={254: 0}))
+
+
 def test_orientation_is_left_as_stored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -183,6 +198,7 @@ def test_a_jpeg_with_a_long_side_is_decoded_smaller(monkeypatch: pytest.MonkeyPa
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
         (b"\xd7\xcd\xc6\x9a" + bytes(60), "not one of"),  # WMF
         (b"8BPS\0\1", "PSD"),
+        (bytes(128) + b"DICM", "DICOM"),
         (b"\0\0\0\x18ftypmp42" + bytes(16), "a video"),
         (
             encode(levels(), "TIFF").replace(b"\x06\1\3\0\1\0\0\0\2", b"\x06\1\3\0\1\0\0\0\x7f"),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ross_mcore.errors import PlatformError
+from ross_mcore.launcher import RENDEZVOUS
 
 RECORDED_COLLECTIVES = 64
 """Length of torch's flight recorder, of which the last entry is read; with its default length reading is slow."""
@@ -122,7 +123,7 @@ def order_kernels() -> None:
 def initialize_process_group(timeout_minutes: float) -> None:
     """Creates the process group of all processes that torchrun started, or of this process without torchrun.
 
-    Raises PlatformError when a machine has more processes than GPUs.
+    Raises PlatformError when a machine has more processes than GPUs, or when processes do not find each other in time.
     """
     if torch.distributed.is_initialized():
         return
@@ -137,19 +138,28 @@ def initialize_process_group(timeout_minutes: float) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store, rank, world_size = torch.distributed.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        shared, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-        store = _store_of_this_start(shared, rank, world_size)
-    torch.distributed.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        if "RANK" in os.environ:
+            shared, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+            store = _store_of_this_start(shared, rank, world_size, timeout)
+        torch.distributed.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (torch.distributed.DistError, TimeoutError, ValueError) as error:
+        given = ", ".join(f"{name}={os.environ.get(name)}" for name in RENDEZVOUS)
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise PlatformError(
+            f"the processes of this run did not find each other within {timeout_minutes:g} minutes ({given}): "
+            f"{reason}. All must be started, with the same address and port of the first machine, which the others can reach; "
+            "--distributed-timeout-minutes sets the limit"
+        ) from None
 
 
-def _store_of_this_start(shared: Any, rank: int, world_size: int) -> Any:
+def _store_of_this_start(shared: Any, rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
     """The launcher's store under a prefix of this start, without keys of earlier starts.
 
     torchrun keeps its store when it restarts ranks, with the addresses of ended processes in it, and its count of
     restarts differs between machines. So rank 0 draws a random prefix for this start. Every other rank sends a request
     with a random id, gets the prefix under this id, and confirms that it arrived. Requests of ended processes are
-    answered too.
+    answered too. Raises TimeoutError or DistStoreError.
     """
     name = uuid.uuid4().hex
     if rank:
@@ -157,8 +167,10 @@ def _store_of_this_start(shared: Any, rank: int, world_size: int) -> Any:
         start = shared.get(f"start/reply/{name}").decode()
         shared.set(f"start/confirmed/{start}/{rank}", "")
         return torch.distributed.PrefixStore(f"start/{start}", shared)
-    waiting = set(range(1, world_size))
+    waiting, deadline = set(range(1, world_size)), time.monotonic() + timeout.total_seconds()
     while waiting:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {', '.join(map(str, sorted(waiting)))} did not answer")
         for other in list(waiting):
             if shared.check([f"start/request/{other}"]):
                 shared.set(f"start/reply/{shared.get(f'start/request/{other}').decode()}", name)

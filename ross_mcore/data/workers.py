@@ -82,7 +82,7 @@ def require_shared_memory(needed_bytes: int, ranks: int) -> None:
     free_bytes = found.f_bavail * found.f_frsize
     if found.f_blocks and free_bytes < needed_bytes:  # 0 blocks: a file system without a limit
         raise WorkerError(
-            f"{SHARED_MEMORY} has {_size(free_bytes)} free, and the batches of the worker processes of {ranks} ranks "
+            f"{SHARED_MEMORY} has {_size(free_bytes)} free, and the batches of the worker processes of {ranks} rank(s) "
             f"need up to {_size(needed_bytes)} there: {REMEDY}; fewer workers (--num-workers) and a smaller "
             "--micro-batch-size need less"
         )

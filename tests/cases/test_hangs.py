@@ -56,7 +56,7 @@ def shrink_shared_memory_unchecked(rank: int) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (shrink_shared_memory, "/dev/shm has 256 KiB free, and the batches of the worker processes of 2 ranks need"),
+        (shrink_shared_memory, "/dev/shm has 256 KiB free, and the batches of the worker processes of 2 rank(s) need"),
         (shrink_shared_memory_unchecked, "cannot put a batch into /dev/shm"),
     ],
 )
@@ -177,3 +177,15 @@ def test_a_signal_during_the_start_ends_it(place: Place, change: Callable[[int],
     output = output_of(place, 0) + output_of(place, 1)
     assert "stopped by SIGTERM before training began; nothing is saved" in output and "Traceback" not in output
     assert not [path for path in (place.folder / "run").rglob("*") if path.name != ".lock"]
+
+
+def start_without_the_other_rank(_: int) -> None:
+    os.environ["WORLD_SIZE"] = "2"
+
+
+def test_ranks_that_do_not_come_are_an_error(place: Place) -> None:
+    flags = [*training(place), "--distributed-timeout-minutes", 0.01]
+    assert end_of_ranks(train_with, 1, start_without_the_other_rank, flags, place.folder) == [2]
+    output = output_of(place, 0)
+    assert "did not find each other within 0.01 minutes (RANK=0, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1" in output
+    assert "Traceback" not in output

@@ -29,7 +29,7 @@ ALLOWED = {
     "flops": {"architecture"},
     "parts": {"architecture"},
     "shapes": set(),
-    "platform": set(),
+    "platform": {"launcher"},
     "cpu_megatron": set(),
     "megatron_hook": {"platform", "cpu_megatron"},
     "parallel": {"parts", "architecture", "flops", "platform", "parallel"},

@@ -148,8 +148,8 @@ def initialize_process_group(timeout_minutes: float) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise PlatformError(
             f"the processes of this run did not find each other within {timeout_minutes:g} minutes ({given}): "
-            f"{reason}. All must be started, with the same address and port of the first machine, which the others can reach; "
-            "--distributed-timeout-minutes sets the limit"
+            f"{reason}. All must be started, with the same address and port of the first machine, which the others "
+            "can reach; --distributed-timeout-minutes sets the limit"
         ) from None
 
 

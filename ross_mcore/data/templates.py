@@ -232,7 +232,7 @@ def require_trainable(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> N
 def end_of_answer(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of the token that ends an answer, None where it is not one token."""
     style = template_of(spec, tokenizer)
-    end = style.answer_end if not isinstance(style, Template) else END_OF_TURN if style.tokenized else style.round_end
+    end = style.answer_end if not isinstance(style, Template) else style.round_end if style.tokenized else END_OF_TURN
     ids = encode(end.strip(), tokenizer)[len(encode("", tokenizer)) :]
     return ids[0] if len(ids) == 1 else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ross_mcore import platform
 from ross_mcore.checked import real_path
 from ross_mcore.data.replacement import BadSample
-from ross_mcore.data.templates import DEFAULT_OF, default_template
+from ross_mcore.data.templates import DEFAULT_OF, default_template, end_of_answer
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.guards.incidents import Incident
@@ -99,7 +99,7 @@ class Console(Reporter):
 
 
 def _templates(run: Run) -> str:
-    """The line that names the templates, why they are used, and the tokenizer."""
+    """The line that names the templates, why they are used, and the tokenizer; warnings about them."""
     config, tokenizer = run.config, run.dataset.parts[0].tokenizer
     named = list(dict.fromkeys(part.spec.template for part in run.dataset.parts))
     default = default_template(config.training.training_stage, run.model_config.language.model_type, tokenizer)
@@ -111,7 +111,11 @@ def _templates(run: Run) -> str:
         if config.data.template
         else "given by --data-path"
     )
-    return f"template: {', '.join(named)} ({why}); tokenizer: {tokenizer.name_or_path}"
+    line = f"template: {', '.join(named)} ({why}); tokenizer: {tokenizer.name_or_path}"
+    for spec in {part.spec.template: part.spec for part in run.dataset.parts}.values():
+        if spec.template != "plain" and end_of_answer(spec, tokenizer) is None:
+            line += f"\nwarning: what ends an answer in {spec.template} is not one token, so a model may never stop"
+    return line
 
 
 def say_validation(found: Validation, bad: Sequence[BadSample]) -> None:

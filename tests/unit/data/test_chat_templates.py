@@ -159,6 +159,20 @@ def test_answers_of_a_chat_template_have_labels(
     assert tokenize_conversation(answered, 0, tokenizer, spec).input_ids[: len(asked)] == asked
 
 
+def test_the_token_that_ends_an_answer(tokenizers: dict[str, Any]) -> None:
+    for template, name, end in (
+        ("qwen_2", "tok_qwen2", "<|im_end|>"),
+        ("chatml", "tok_qwen2", "<|im_end|>"),
+        ("v1", "tok_llama_legacyF", "</s>"),
+        ("llama3", "tok_llama3", "<|eot_id|>"),
+    ):
+        tokenizer = tokenizers[name]
+        assert end_of_answer(SampleSpec(template), tokenizer) == tokenizer.convert_tokens_to_ids(end)
+    assert end_of_answer(SampleSpec("plain"), tokenizers["tok_llama3"]) is None
+    own = TurnTemplate("Q {text} ", "A ", "the end")
+    assert end_of_answer(SampleSpec("a", own_templates={"a": own.as_text()}), tokenizers["tok_qwen2"]) is None
+
+
 def test_pictures_are_in_a_chat_template_s_text(tokenizers: dict[str, Any]) -> None:
     for source, name, _ in CHAT_TEMPLATES:
         tokenizer = with_chat_template(tokenizers[name], source)

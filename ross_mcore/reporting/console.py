@@ -104,13 +104,7 @@ def _templates(run: Run) -> str:
     named = list(dict.fromkeys(part.spec.template for part in run.dataset.parts))
     default = default_template(config.training.training_stage, run.model_config.language.model_type, tokenizer)
     is_default = config.data.template is None and named == [default]
-    why = (
-        DEFAULT_OF[named[0]]
-        if is_default
-        else "given by --template"
-        if config.data.template
-        else "given by --data-path"
-    )
+    why = DEFAULT_OF[named[0]] if is_default else "as given"
     line = f"template: {', '.join(named)} ({why}); tokenizer: {tokenizer.name_or_path}"
     for spec in {part.spec.template: part.spec for part in run.dataset.parts}.values():
         if spec.template != "plain" and end_of_answer(spec, tokenizer) is None:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from parity.golden import Golden, Tensors
@@ -166,7 +168,8 @@ def import_model(golden: Golden, name: str, root: Path) -> Checkpoint:
     """Converts the recorded checkpoint. Its tokenizer is neither recorded nor used, so any tokenizer serves."""
     source = golden.folder / name / "hf_checkpoint"
     with tempfile.TemporaryDirectory() as none_recorded:
-        (Path(none_recorded) / "tokenizer.json").write_text("{}", encoding="utf-8")
+        Tokenizer(WordLevel({"<unk>": 0}, "<unk>")).save(str(Path(none_recorded) / "tokenizer.json"))
+        (Path(none_recorded) / "tokenizer_config.json").write_text('{"unk_token": "<unk>"}', encoding="utf-8")
         tokenizers = [golden.folder / path for path in golden.names("data/tok_*")] + [Path(none_recorded)]
         return import_ross(root, source, tokenizer=tokenizers[0], base=golden.folder)
 

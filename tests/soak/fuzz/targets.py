@@ -149,7 +149,7 @@ TARGETS = (
         "make_shards",
         "tools/make_shards.py",
         "--data in/records.json --image-folder in/images --out out/shards --tokenizer in/tokenizer --template qwen_2 "
-        "--num-workers 1",
+        "--num-workers 1 --max-bad-fraction 1",
         ("records.json", "images", "tokenizer"),
         ("in/records.json", "in/records.json", "in/images/*", "in/tokenizer/*"),
         may_leave=LEFT_OUT,
@@ -164,7 +164,7 @@ TARGETS = (
         ("in/records.jsonl", "in/records.jsonl", "in/images/*", "out/shards/index.json"),
         may_leave=LEFT_OUT,
         makes=MADE,
-        plants=("out/shards", "out/shards/index.json", "out/shards/shard-00000.tar"),
+        plants=("out/shards", "out/shards/index.json", "out/shards/shard-00000.tar", "out/shards.skipped.jsonl"),
     ),
     Target(
         "make_shards: forms",

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from ross_mcore.commands import index_shards, inspect_shards, make_shards
 from ross_mcore.data.shard_reader import UNKNOWN_LENGTH
+from ross_mcore.errors import ShardError
 from ross_mcore.shards.account import MOST_KEYS, MOST_REASONS, OTHER_REASONS, Account, Findings, Notes, kind
+from ross_mcore.shards.indexer import Settings, find_shards
+from ross_mcore.shards.indexer import index_shards as index_tars
 from tests.unit.shards.tars import JPEG, TEXT, TURNS, sample, tar
 
 REASONS = st.sampled_from(["a", "b: detail", "c\x1b[31m", *(f"reason {number}" for number in range(3))])
@@ -169,6 +172,14 @@ def test_a_shard_that_changes_is_counted_again(tools: Callable[..., tuple[int, s
     after = indexed()
     assert (after.records, after.trained, after.bad.total) == (7, 5, 2)
     assert list(after.bad.first.values()) == [["bad0", "bad2"]]
+
+
+@pytest.mark.parametrize("line", ["[]", "{", '{"record": "x", "reason": "a"}', '{"record": 1, "reason": 3}'])
+def test_a_damaged_list_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.tar").write_bytes(tar(sample("k")))
+    (tmp_path / "skipped.jsonl").write_text(f'{{"record": 1, "reason": "a"}}\n{line}\n')
+    with pytest.raises(ShardError, match=r"skipped\.jsonl cannot be read: line 2: .*remove the list"):
+        index_tars(find_shards([str(tmp_path)], tmp_path), tmp_path, Settings())
 
 
 def test_the_list_of_a_refusal_is_kept_until_it_works(tools: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

@@ -228,4 +228,5 @@ def not_found(options: argparse.Namespace, readers: Sequence[ShardReader]) -> st
     elif max(map(len, readers)) > MOST_SEARCHED:
         ids = f", and none of the first {MOST_SEARCHED:,} records has this id"
     first = [key for reader in readers for key in reader.keys(range(min(3, len(reader))))]
-    return f"{options.data_path}: no sample has the key {shown(options.sample)}{ids}; the first keys: {first}"
+    named = f"{options.data_path}: no sample has the key {shown(options.sample)}{ids}"
+    return f"{named}; the first keys: {first}; give one of keys.txt"

@@ -28,11 +28,11 @@ from ross_mcore.conversion.mapping import ross_table
 from ross_mcore.conversion.stream import TensorWriter
 from ross_mcore.conversion.table import AnyEntry, convert_in, plan
 from ross_mcore.data.tokenizer import load_tokenizer, require_vocabulary
-from ross_mcore.errors import ConversionError, TokenizerError
+from ross_mcore.errors import ArchitectureError, ConversionError, TokenizerError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.models.pixel_decoder import PixelDecoder
 from ross_mcore.models.vision import VisionModel
-from ross_mcore.parts import DENOISER, PARTS, VAE, Part, part_of
+from ross_mcore.parts import DENOISER, PARTS, VAE, VISION_TOWER, Part, part_of
 from ross_mcore.shapes import Shapes, differences
 
 _logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def assemble(
     is_run = folder.require_room(root, overwrite)
     if is_run and (inside := [path for path in (*(s.path for s in sources), assets.tokenizer) if _is_in(path, root)]):
         raise ConversionError(f"{inside[0]} is in {root}, which would be moved; give another --save folder")
-    _require_buildable(model)
+    _require_buildable(model, sources)
     shapes = inventory(model)
     plans = []
     for source in sources:
@@ -156,13 +156,20 @@ def _write(
         raise
 
 
-def _require_buildable(model: ModelConfig) -> None:
+def _require_buildable(model: ModelConfig, sources: Sequence[Source]) -> None:
     """Raises ArchitectureError where transformers or diffusers build no such tower or VAE, as training would."""
-    with torch.device("meta"):  # no memory, no weights
-        VisionModel(model.vision)
-        if model.pixel_decoder is not None:
-            vision = model.vision
-            PixelDecoder(model.pixel_decoder, vision.image_mean, vision.image_std, model.decode_image_size)
+    vision, part = model.vision, VISION_TOWER
+    try:
+        with torch.device("meta"):  # no memory, no weights
+            VisionModel(vision)
+            part = VAE
+            if model.pixel_decoder is not None:
+                PixelDecoder(model.pixel_decoder, vision.image_mean, vision.image_std, model.decode_image_size)
+    except ArchitectureError as error:
+        source = next(source for source in sources if part in source.parts)
+        files = " or ".join(map(str, source.configs or [source.path / "config.json"]))
+        reason = str(error).removeprefix("config.json: ")
+        raise ArchitectureError(f"{files}: {reason}; give a {part.label} that its library builds") from None
 
 
 def _require_tokenizer(source: Path, copied: Path, vocab_size: int) -> None:

@@ -231,3 +231,12 @@ def test_a_vae_without_a_scale_is_refused(place: Place) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": None, "shift_factor": None}))
     with pytest.raises(ArchitectureError, match="scaling_factor is null"):
         read_pixel_decoder_config(folder)
+
+
+def test_what_a_library_does_not_build_is_refused_at_conversion(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = vae_with(place, act_fn="~")
+    assert convert.main([*map(str, flags(place, "--pixel-decoder", vae))]) == 2
+    error = capsys.readouterr().err
+    assert f"{vae / 'config.json'}: diffusers builds no AutoencoderKL" in error and "give a" in error

@@ -113,14 +113,15 @@ def _has_lines(path: Path, head: bytes) -> bool:
     opening = _text(head).lstrip().partition(b"\n")[0].strip()
     if first != b"[" and opening != b"{" and path.suffix.lower() in (".jsonl", ".ndjson"):
         return True
-    lines = (line for line in checked.read_lines(path) if line is None or _text(line).strip())
-    try:
-        value = json.loads(_text(next(lines, None) or b""))
-    except (ValueError, RecursionError):
-        return False
-    if isinstance(value, list) and not _are_turns(value):
-        return False
-    return next(lines, b"") != b"" or (isinstance(value, list) and path.suffix.lower() != ".json")
+    with path.open("rb") as stream:
+        lines = (line for line in iter(lambda: stream.readline(checked.MOST_LINE_BYTES), b"") if _text(line).strip())
+        try:
+            value = json.loads(_text(next(lines, b"")))
+        except (ValueError, RecursionError):
+            return False
+        if isinstance(value, list) and not _are_turns(value):
+            return False
+        return next(lines, b"") != b"" or (isinstance(value, list) and path.suffix.lower() != ".json")
 
 
 def _are_turns(value: list[Any]) -> bool:

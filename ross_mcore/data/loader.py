@@ -12,6 +12,7 @@ Legend: J pictures decoded on this rank, H W pixels.
 from __future__ import annotations
 
 import atexit
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ from ross_mcore.data.replacement import (
 )
 from ross_mcore.data.rows import PlannedRow, RowStream, T, micro_batches
 from ross_mcore.data.sample import skipped_sample
-from ross_mcore.data.workers import Interrupted, Stream, shared
+from ross_mcore.data.workers import MEMORY_REMEDY, Interrupted, Stream, shared
 from ross_mcore.errors import ShardReadError, WorkerError
 from ross_mcore.parallel.layout import EVERYTHING, DataShare, share_of
 
@@ -155,6 +156,8 @@ class _MicroBatches(Dataset[_Read]):
             packed = _MicroBatch.pack(samples, [row.samples.size for row in planned], bad + found, pixels)
             if get_worker_info() is not None:
                 shared(packed.tensors)
+        except MemoryError:
+            return WorkerError(f"no memory was left while reading (process {os.getpid()}): {MEMORY_REMEDY}")
         except (ShardReadError, WorkerError) as error:
             return error
         return packed

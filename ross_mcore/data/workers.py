@@ -37,10 +37,10 @@ REMEDY = (
     "give the container or machine more shared memory (docker run --shm-size=8g, or --ipc=host; Kubernetes: an "
     "emptyDir with medium: Memory at /dev/shm), or read without worker processes: --num-workers 0"
 )
+MEMORY_REMEDY = "use fewer --num-workers, or give the job more memory"
 CAUSES = {
     signal.SIGBUS: f"usually {SHARED_MEMORY} is full: {REMEDY}",
-    signal.SIGKILL: "usually no memory was left (see dmesg, or the limit of the container or job): use fewer "
-    "--num-workers, or give the job more memory",
+    signal.SIGKILL: f"usually no memory was left (see dmesg, or the limit of the container or job): {MEMORY_REMEDY}",
     signal.SIGSEGV: "a library crashed, perhaps on a damaged picture: --num-workers 0 reads in the training process "
     "and shows where",
 }

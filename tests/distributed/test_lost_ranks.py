@@ -52,7 +52,14 @@ def train_until_one_is_lost(flags: dict[str, Any], output: str, lost: int, hosts
         pytest.param(
             1, True, 0.4, r"rank 0: rank 1 is lost\nrank 1 \(process \d+ on node1\) sends no heartbeat", id="elsewhere"
         ),
-        pytest.param(0, True, 0.4, r"rank 1: the store of the ranks is gone\nrank 0 on .* does not answer", id="store"),
+        pytest.param(
+            0,
+            True,
+            0.4,
+            r"rank 1: the store of the ranks is gone\nrank 0 on .* does not answer",
+            id="store",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(1, False, 10.0, r"rank \d: rank 1 is gone\nrank 1 .*gone", id="default", marks=pytest.mark.slow),
     ],
 )

@@ -58,11 +58,16 @@ def die(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+def run_out_of_memory() -> None:
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (die(signal.SIGKILL), r"a data worker \(process \d+\) was killed by SIGKILL: usually no memory was left"),
         (die(signal.SIGBUS), r"killed by SIGBUS: usually /dev/shm is full: .*--shm-size.*--num-workers 0"),
+        (run_out_of_memory, r"no memory was left while reading \(process \d+\): use fewer --num-workers"),
         (lambda: os._exit(3), "ended with exit status 3: a library in it ended the process"),
         (lambda: os._exit(0), "ended with exit status 0"),
     ],

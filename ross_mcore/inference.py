@@ -265,6 +265,7 @@ def _prompt(trained: TrainedModel, question: Question, spec: SampleSpec, name: s
 def _pixels(pictures: Sequence[Picture], trained: TrainedModel, name: str, first: int = 0) -> list[Tensor]:
     """Pixels of pictures, numbered from `first` in errors. Raises ImageError, OSError, TypeError."""
     preprocessing, size = trained.preprocessing(), trained.config.vision.image_size
+    truncated_images = trained.spec.truncated_images
     pixels = []
     for number, picture in enumerate(pictures, first):
         try:
@@ -278,7 +279,7 @@ def _pixels(pictures: Sequence[Picture], trained: TrainedModel, name: str, first
             elif isinstance(picture, Image.Image):
                 pixels.append(torch.from_numpy(preprocessing(rgb_picture(picture))))
             elif isinstance(picture, (str, Path)):
-                pixels.append(read_picture(picture, preprocessing, trained.spec.truncated_images))
+                pixels.append(read_picture(picture, preprocessing, truncated_images))
             else:
                 kind = type(picture).__name__
                 raise TypeError(f"{name}[{number}] is a {kind}, expected a path, a PIL picture or a tensor")

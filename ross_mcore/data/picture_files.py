@@ -112,7 +112,7 @@ TiffImagePlugin.logger.addFilter(_messages)
 @contextmanager
 def quiet_pil(fill: bool | None = None) -> Iterator[None]:
     """Within it PIL warns of nothing in this thread; `fill`: whether PIL fills what a cut-off file lacks."""
-    if warnings.filters[0] is not _ignored:  # another filter may have been put before it
+    if list(warnings.filters[:1]) != [_ignored]:  # another filter may have been put before it
         warnings.filters[:] = [_ignored, *(entry for entry in warnings.filters if entry is not _ignored)]  # type: ignore[index]  # a list, whatever its stub says
     if not isinstance(ImageFile.LOAD_TRUNCATED_IMAGES, _Truncated):
         ImageFile.LOAD_TRUNCATED_IMAGES = _Truncated(bool(ImageFile.LOAD_TRUNCATED_IMAGES))  # type: ignore[assignment]  # PIL asks for its truth only
@@ -126,9 +126,9 @@ def quiet_pil(fill: bool | None = None) -> Iterator[None]:
 
 @cache
 def _quiet_libtiff() -> None:
-    """Takes libtiff its messages: it writes them to the process's stderr itself, and PIL leaves that as it is.
+    """Silences libtiff, which writes to the process's stderr what is wrong in a file, without the file's name.
 
-    They name no file; what PIL raises is reported. Only PIL's own copy of the library changes where PIL brings one.
+    What PIL raises for the file is reported. Where PIL brings its own copy of libtiff, no other program part uses it.
     """
     with suppress(OSError, AttributeError):  # a PIL without libtiff, or whose library cannot be asked
         library = ctypes.CDLL(_imaging.__file__)
@@ -162,7 +162,7 @@ def open_picture(data: bytes) -> Image.Image:
         if prefix[8:12] in HEIF_BRANDS:
             return _heif(data)
         if not problem:
-            raise ImageError("undecodable: a video, or a picture in a box of another kind; save it as JPEG")
+            raise ImageError("undecodable: a video, or a picture in a container that is not read; save it as JPEG")
     if not problem:
         raise ImageError(f"undecodable: {_what(data)}")
     if problem == "unknown pixel mode":

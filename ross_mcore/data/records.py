@@ -30,7 +30,10 @@ ROLES = {
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 SPEAKER_KEYS = ("from", "role", "speaker")
 TEXT_KEYS = ("value", "content", "text")
-PAIR_KEYS = (("human", "user", "input", "query", "prompt"), ("assistant", "gpt", "bot", "output", "response"))
+PAIR_KEYS = (
+    ("human", "user", "input", "query", "prompt", "question", "instruction"),
+    ("assistant", "gpt", "bot", "output", "response", "answer"),
+)
 """Keys of one round: {"user": question, "assistant": answer}."""
 TURNS_KEYS = ("conversations", "messages", "conversation", "texts", "dialogue", "dialog", "turns")
 ROUND_KEYS = (("query", "response"), ("prompt", "completion"), ("prompt", "response"), ("input", "output"))

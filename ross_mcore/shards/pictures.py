@@ -93,7 +93,7 @@ class PictureFolder:
         if checked.real_path(path).is_relative_to(self._real):
             return path
         if not lexical.is_relative_to(self.folder) or ".." in path.parts:
-            similar = self._similar(_parts(name)[-1:])
+            similar = self._similar(name)
             raise SampleError(LEAVES + (f": write it relative to that folder, as {similar}" if similar else ""))
         if not self._follow_links:
             raise SampleError(f"{LEAVES} by a link; --follow-links allows it")
@@ -104,14 +104,19 @@ class PictureFolder:
         assert self.folder is not None
         if (self.folder.parent / name).is_file():
             return f"; it is in {self.folder.parent}: give that folder as --image-folder"
-        similar = self._similar(_parts(name))
+        similar = self._similar(name)
         return f"; did you mean {similar}?" if similar else ""
 
-    def _similar(self, parts: Sequence[str]) -> str | None:
-        """A file in the folder whose name differs in case, suffix or Unicode form, or that lacks the first folders."""
+    def _similar(self, name: str) -> str | None:
+        """A file in the folder whose name differs in case, suffix or Unicode form, lacks the first folders, or is not
+        written as in a URL."""
         if self.folder is None:
             return None
-        return next((found for start in range(len(parts)) if (found := self._similar_to(parts[start:]))), None)
+        for parts in (_parts(name), _parts(unquote(name.partition("?")[0]))):
+            for start in range(len(parts)):
+                if found := self._similar_to(parts[start:]):
+                    return found
+        return None
 
     def _similar_to(self, parts: Sequence[str]) -> str | None:
         place = self.folder

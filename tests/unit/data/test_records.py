@@ -153,6 +153,11 @@ EXPECTED: dict[str, tuple[Any, list[Any], list[dict[str, str]]]] = {
     "roles alone": ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], [], TEXT),
     "rounds": (one([{"user": "<image>\nWhat?", "assistant": "A car.", "source": "x"}]), ["a.png"], ASKED),
     "rounds as texts": ({"images": [PNG], "texts": [{"user": "What?", "assistant": "A car."}]}, [PNG], asked("What?")),
+    "rounds of question and answer": (
+        {"image": "a.png", "conversations": [{"question": "<image>\nWhat?", "answer": "A car."}]},
+        ["a.png"],
+        ASKED,
+    ),
     "rounds of input and output": (
         {"image": "a.png", "conversation": [{"system": "Be brief.", "input": "<image>\nWhat?", "output": "A car."}]},
         ["a.png"],

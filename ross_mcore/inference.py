@@ -120,8 +120,8 @@ def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: 
 class Question:
     """A conversation that ends with a turn of the human, and its pictures, in their order in the text.
 
-    The conversation is a list of {"from": "human" | "gpt", "value": text}, or the text of a single turn. `<image>` in a
-    text is the place of a picture; pictures without one come first.
+    The conversation is a list of {"from": "human" | "gpt", "value": text}, the first of which may be from "system", or
+    the text of a single turn. `<image>` in a text is the place of a picture; pictures without one come first.
     """
 
     conversations: list[dict[str, str]] | str

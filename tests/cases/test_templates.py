@@ -235,7 +235,7 @@ CASES = [
             *("--template", own_template(place, YAML.replace("user", "usr"))),
         ],
         2,
-        ["my.yaml: the template has an unknown key 'usr'", "docs/data.md, Templates"],
+        ["my.yaml: the template has an unknown key 'usr'", "give a YAML file with the keys user, answer_start"],
     ),
 ]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 import ross_mcore
 from ross_mcore import Question, TrainedModel, inference
 from ross_mcore.checkpoint.folder import TRAIN_STATE
+from ross_mcore.data.chat_templates import TurnTemplate
 from ross_mcore.data.spec import SampleSpec
 from tests.recorded import GOLDEN, recorded_checkpoint
 
@@ -149,6 +152,30 @@ def test_prompts_show_pictures_as_the_checkpoint_was_trained(tmp_path: Path, pro
     after = trained.tokenizer.decode(prompt.tokens[prompt.image_starts[0] + trained.config.vision.image_tokens :])
     assert before.endswith("USER: <im_start>") and after.startswith("<im_end>\nWhat is it?")
     assert not torch.equal(ross_mcore.reconstruct(trained, [PICTURE], steps=1)[1], without)
+
+
+def test_answers_are_asked_for_as_the_checkpoint_was_trained(model: TrainedModel, tmp_path: Path) -> None:
+    """With a template of one's own, whose file is not needed any more; `template` takes another file."""
+    own = TurnTemplate("Q: {text} ", "A: ", "<|im_end|>", system="{text} ")
+    file, spec = (
+        model.checkpoint.path / TRAIN_STATE,
+        SampleSpec("my.yaml#1", own_templates={"my.yaml#1": own.as_text()}),
+    )
+    asked = Question([{"from": "system", "value": "Be brief."}, {"from": "human", "value": ASKED}], [PICTURE])
+    file.write_text(json.dumps(asdict(spec)))
+    try:
+        assert model.template == "my.yaml#1"
+        tokens = inference._prompt(model, asked, model.spec).tokens.tolist()
+        assert model.tokenizer.decode([t for t in tokens if t]) == "Be brief. Q: \nWhat is it? A:"
+        (tmp_path / "other.yaml").write_text("user: '{text} '\nanswer_start: '='\nanswer_end: <|im_end|>")
+        assert len(ross_mcore.answer(model, [asked], "chatml", max_new_tokens=2)) == 1
+        with pytest.raises(ross_mcore.ConversationError, match="no place for a system turn"):
+            ross_mcore.answer(model, [asked], str(tmp_path / "other.yaml"), max_new_tokens=2)
+        file.write_text(json.dumps(asdict(spec) | {"own_templates": {"my.yaml#1": "{}"}}))
+        with pytest.raises(ross_mcore.CheckpointError, match="the template has no key 'user'; copy the checkpoint"):
+            _ = model.spec
+    finally:
+        file.unlink()
 
 
 @pytest.mark.parametrize("state", ['{"template": "alpaca"}', '{"image_aspect_ratio": 3}', '{"mm_use_im_start_end": 1}'])

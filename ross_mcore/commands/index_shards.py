@@ -53,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="worker processes; 0: none")
     parser.add_argument("--data-cache-dir", type=Path, help="folder for shards from URLs; training uses it too")
     parser.add_argument("--data-cache-bytes", type=int, default=64 << 30, metavar="BYTES", help="limit of its size")
+    parser.add_argument("--overwrite", action="store_true", help="replace the index of other shards in --out")
     options = parser.parse_args(arguments)
     check_sample_options(parser, options)
     if options.num_workers < 0 or options.data_cache_bytes < 1:
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ross_mcore.errors import UserError
-    from ross_mcore.shards.indexer import Settings, compressed_shards, find_shards, index_shards
+    from ross_mcore.shards.indexer import Settings, compressed_shards, find_shards, index_shards, require_own_index
 
     columns = TextColumn("shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     start = time.monotonic()
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         cache = options.data_cache_dir, options.data_cache_bytes
         settings = Settings(options.tokenizer, sample_spec(options), options.verify_images, *cache)
         shards = find_shards(options.data_path, options.out)
+        if not options.overwrite:
+            require_own_index(shards, options.out)
         if compressed := compressed_shards(options.data_path):
             print(f"not read, because they are compressed: {', '.join(compressed[:5])}; unpack them", file=sys.stderr)
         with ending_cleanly(), Progress(*columns, console=Console(stderr=True)) as bar:

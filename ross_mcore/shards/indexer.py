@@ -194,6 +194,20 @@ def _named_elsewhere(folder: Path) -> list[str]:
         return []
 
 
+def require_own_index(shards: Sequence[Shard], out: Path) -> None:
+    """Raises ShardError when `out` holds the index of other shards only, which still exist: it would be replaced."""
+    try:
+        names = [str(shard["name"]) for shard in checked.read_json(out / "index.json")["shards"]]
+        others = [name for name in names if is_remote(name) or (out / name).exists()]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none that could be read
+        return
+    if others and not set(names) & {shard.name for shard in shards}:
+        raise ShardError(
+            f"{out / 'index.json'} is the index of other shards ({checked.shown(others[0])} ...); give another "
+            "--out, or add --overwrite"
+        )
+
+
 def _describe(location: str, out: Path) -> Shard:
     if is_remote(location):
         size, tag = identify(location)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from ross_mcore.checkpoint import folder
-from ross_mcore.commands import convert, make_shards
-from tests.cases.case import TOKENIZER, Case, Place, command_of_rank, conversation
+from ross_mcore.commands import convert, index_shards, make_shards
+from tests.cases.case import TOKENIZER, Case, Place, command_of_rank, conversation, picture_bytes
 from tests.distributed.harness import end_of_ranks
 from tests.recorded import GOLDEN
 
@@ -77,7 +80,52 @@ def half_written(place: Place) -> Path:
     return place.folder / "there"
 
 
+def shards(place: Place, name: str) -> Path:
+    """Two samples in a tar."""
+    tar = place.folder / name / "shard-0.tar"
+    tar.parent.mkdir()
+    with tarfile.open(tar, "w") as stream:
+        for key in ("a", "b"):
+            for suffix, content in (("jpg", picture_bytes()), ("txt", b"A car.")):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                stream.addfile(member, io.BytesIO(content))
+    return tar
+
+
+def index_of_others(place: Place) -> Sequence[object]:
+    """Arguments that index the shards of one folder where the index of another one is."""
+    other = shards(place, "other")
+    assert (
+        index_shards.main(["--data-path", str(other), "--out", str(place.folder / "there"), "--num-workers", "0"]) == 0
+    )
+    return ["--data-path", shards(place, "mine"), "--out", place.folder / "there", "--num-workers", 0]
+
+
+def index_is_of(name: str) -> Callable[[Place], None]:
+    def holds(place: Place) -> None:
+        index = json.loads((place.folder / "there" / "index.json").read_text())
+        assert [shard["name"] for shard in index["shards"]] == [str(place.folder / name / "shard-0.tar")]
+
+    return holds
+
+
 CASES = [
+    Case(
+        "indexing where the index of others is",
+        "index-shards",
+        index_of_others,
+        2,
+        ["there/index.json is the index of other shards", "--overwrite"],
+        holds=index_is_of("other"),
+    ),
+    Case(
+        "indexing where the index of others is, with --overwrite",
+        "index-shards",
+        lambda place: [*index_of_others(place), "--overwrite"],
+        0,
+        holds=index_is_of("mine"),
+    ),
     Case(
         "converting into a run",
         "convert",

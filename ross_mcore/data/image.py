@@ -85,6 +85,8 @@ def _decoded(data: bytes, fill: bool) -> Decoded:
             problem = reason(error)
             if "truncated" in problem.lower() and not fill:
                 raise ImageError("truncated; copy it again, or let --truncated-images fill what is missing") from None
+            if "MAX_TEXT" in problem:
+                problem = "a PNG with over a MiB of text in its metadata; save it again without"
             raise ImageError(f"undecodable: {problem}") from None
 
 

@@ -89,7 +89,7 @@ PICTURES: dict[str, tuple[bytes, str]] = {
     "a PNG of 2^31 pixels a side": (png(2**31 - 1, 2**31 - 1), "a picture is"),
     "a PNG of no pixel": (png(0, 0), "a picture is"),
     "a thread": (png(4000, 2), "thin"),
-    "a PNG with a bomb of text": (text_bomb(), "undecodable"),
+    "a PNG with a bomb of text": (text_bomb(), "undecodable: a PNG with over a MiB of text"),
     "a PNG with a wrong checksum": (PNG[:20] + b"\xff" + PNG[21:], "a picture is"),
     "a PNG without data": (png(24, 16), "truncated"),
     "text": (b"not a picture", "undecodable"),

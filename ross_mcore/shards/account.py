@@ -35,8 +35,8 @@ SKIPPED_LIST = "skipped.jsonl"
 
 
 def kind(reason: str) -> str:
-    """A reason without its details, which follow the first colon."""
-    return _bounded(reason.partition(":")[0])
+    """A reason without its details, which follow the first colon, or are the members of a sample of a tar."""
+    return _bounded(reason.partition("; its members")[0].partition(":")[0])
 
 
 def _bounded(reason: str) -> str:
@@ -277,7 +277,10 @@ class Account:
             *_findings("skipped", self.skipped, self.records, "", is_wrong=False),
             *_findings("bad", self.bad, self.records, ""),
             *_findings("placeholders", self.placeholders, self.records, " without a picture"),
-            Line("pictures", f"{self.pictures:,} (text only: {self.text_only:,}, several: {self.several_pictures:,})"),
+            Line(
+                "pictures",
+                f"{self.pictures:,} (samples of text only: {self.text_only:,}, of several: {self.several_pictures:,})",
+            ),
             Line("never shown", f"{self.never_shown:,} pictures", self.never_shown > 0),
         ]
         if self.measured:
@@ -288,7 +291,7 @@ class Account:
         if self.decoded or not self.pictures:
             shown += _findings("one colour", self.one_colour, self.decoded, f" of {self.decoded:,} pictures")
         else:
-            shown.append(Line("one colour", "not counted: that needs --verify-images"))
+            shown.append(Line("one colour", "not counted: no picture was decoded (--verify-images)"))
         if self.filled:
             shown.append(
                 Line("filled", f"{self.filled:,} pictures are cut off; what is missing is grey or black", True)

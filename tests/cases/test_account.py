@@ -132,7 +132,7 @@ SAID = [
     "placeholders    3 without a picture",
     "2 x <image> (000000013, 000000015)",
     "1 x <video> (000000014)",
-    "pictures        11 (text only: 4, several: 1)",
+    "pictures        11 (samples of text only: 4, of several: 1)",
     "7 samples, 5 of them train on their pictures alone",
     "5 x every answer is empty",
     "1 x the last turn is the human's (000000017)",

@@ -139,6 +139,9 @@ NOT_OFFERED = (
 """Patterns of flags of other trainers whose feature is in docs/features.md under "Not offered"."""
 
 
+LISTED = "; --help lists all options"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes no abbreviations and keeps the line breaks of its help.
 
@@ -163,7 +166,7 @@ class Parser(argparse.ArgumentParser):
         return [text for action in self._actions for text in action.option_strings if text.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
-        self.refuse(f"{message}{'' if '; ' in message else '; --help lists all options'}")
+        self.refuse(message if "; " in message else message + LISTED)
 
     def refuse(self, message: str) -> NoReturn:
         """Prints `message` once per machine, leaves it for torchrun, and exits with status 2."""

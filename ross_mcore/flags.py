@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ross_mcore import checked
-from ross_mcore.arguments import Parser, answer
+from ross_mcore.arguments import LISTED, Parser, answer
 from ross_mcore.config import SECTIONS, Config, require_complete
 from ross_mcore.errors import ConfigError
 from ross_mcore.options import flag_of
@@ -156,7 +156,9 @@ def read_yaml(path: str, parser: Parser) -> dict[str, Any]:
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ConfigError(f"--config {path}: unknown option {checked.shown(key)}{answer(name, parser.flags())}")
+            raise ConfigError(
+                f"--config {path}: unknown option {checked.shown(key)}{answer(name, parser.flags()) or LISTED}"
+            )
         if isinstance(value, bool):
             tokens.append(flag_of(name) if value else "--no-" + flag_of(name)[2:])
         elif isinstance(value, (str, int, float)):

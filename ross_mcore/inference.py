@@ -221,7 +221,7 @@ def read_picture(path: Path | str, preprocessing: ImagePreprocessing, truncated_
             raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
         picture = decode_image(Path(path).read_bytes(), truncated_images).picture
     except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
+        raise ImageError(f"{path}: {error}; give a whole picture of a format that docs/data.md lists") from None
     return torch.from_numpy(preprocessing(picture))
 
 

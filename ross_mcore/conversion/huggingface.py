@@ -115,7 +115,9 @@ def read_vision_config(folder: Path, select_layer: int = -2) -> VisionConfig:
         check_processor(processor, crop, vision.image_size, vision.image_mean, vision.image_std)
         return vision
     except ValueError as error:
-        raise ArchitectureError(f"{folder} (config.json, preprocessor_config.json): {error}") from None
+        raise ArchitectureError(
+            f"{folder} (config.json, preprocessor_config.json): {error}; copy it again, or give another"
+        ) from None
 
 
 def _tower_of(config: dict[str, Any]) -> dict[str, Any]:

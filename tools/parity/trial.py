@@ -165,13 +165,12 @@ def share_of_pixels(rows: list[Sample], groups: Groups) -> list[Sample]:
 
 
 def import_model(golden: Golden, name: str, root: Path) -> Checkpoint:
-    """Converts the recorded checkpoint. Its tokenizer is neither recorded nor used, so any tokenizer serves."""
+    """Converts the recorded checkpoint. Its tokenizer is neither recorded nor used: one of a single word serves."""
     source = golden.folder / name / "hf_checkpoint"
-    with tempfile.TemporaryDirectory() as none_recorded:
-        Tokenizer(WordLevel({"<unk>": 0}, "<unk>")).save(str(Path(none_recorded) / "tokenizer.json"))
-        (Path(none_recorded) / "tokenizer_config.json").write_text('{"unk_token": "<unk>"}', encoding="utf-8")
-        tokenizers = [golden.folder / path for path in golden.names("data/tok_*")] + [Path(none_recorded)]
-        return import_ross(root, source, tokenizer=tokenizers[0], base=golden.folder)
+    with tempfile.TemporaryDirectory() as tokenizer:
+        Tokenizer(WordLevel({"<unk>": 0}, "<unk>")).save(f"{tokenizer}/tokenizer.json")
+        (Path(tokenizer) / "tokenizer_config.json").write_text('{"unk_token": "<unk>"}', encoding="utf-8")
+        return import_ross(root, source, tokenizer=Path(tokenizer), base=golden.folder)
 
 
 def configuration(layout: Layout, stage: str, **flags: Any) -> Config:

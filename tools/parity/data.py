@@ -14,7 +14,7 @@ from parity.golden import Golden, NotRecorded, where_recorded
 from parity.rows import Row, compare, compare_exactly, failed, instead, not_recorded, unsupported
 from ross_mcore.architecture import VisionConfig
 from ross_mcore.batch import Sample, collate
-from ross_mcore.data.conversation import IMAGE_TOKEN_INDEX, count_words, expand_images
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, count_words, expand_images
 from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing
 from ross_mcore.data.order import modality_length_order
 from ross_mcore.data.spec import SampleSpec
@@ -97,7 +97,8 @@ def _conversation_row(conversations: Conversations, case: str, name: str) -> Ite
     if "error" in recorded:
         yield instead("conversations", title, f"{len(found.input_ids)} tokens", recorded["error"])
         return
-    if found.image_spans and IMAGE_TOKEN_INDEX not in recorded["input_ids"]:
+    shown = any(IMAGE_PLACEHOLDER in turn["value"] for turn in conversations.sample(name)["conversations"])
+    if found.image_spans and not shown:
         yield instead("conversations", title, "its picture is put first", "trained without its picture")
         return
     warned = "mismatch" in (recorded.get("printed") or "")

@@ -132,7 +132,7 @@ def summary(rows: Sequence[Row]) -> str:
     compared = count["ok"] + count["FAIL"]
     lines.append(
         f"{compared} rows compared: {count['ok']} ok, {count['FAIL']} failed. Apart from them: {count['instead']} "
-        "where the reference raised or gave NaN (the row describes what this trainer does), "
+        "where the reference raised, gave NaN or lost a picture (the row describes what this trainer does), "
         f"{count['unsupported']} not supported."
     )
     if count["not recorded"]:

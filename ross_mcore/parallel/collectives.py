@@ -57,10 +57,10 @@ def agree(value: int, group: ProcessGroup, device: torch.device) -> bool:
     return highest == ~lowest_inverted
 
 
-def any_rank(value: bool, group: ProcessGroup, device: torch.device) -> bool:
-    """Whether `value` holds on any rank of a group."""
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether `value` holds on any rank."""
     found = torch.tensor(int(value), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
 
 

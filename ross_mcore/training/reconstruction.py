@@ -31,7 +31,7 @@ def reconstruction_grid(
     """Originals above reconstructions [3, H, W] in [0, 1] on the last stage, None elsewhere. Collective.
 
     Shows the first --eval-images pictures in the order of the shards; every data-parallel replica computes the same.
-    Raises Interrupted when `is_stopping` on any rank: on every rank before the model runs, later on some.
+    Raises Interrupted on every rank when `is_stopping` on any, before each micro-batch.
     """
     at("reconstructions", is_long=True)
     first = dataset.first_picture(SEARCHED_SAMPLES)
@@ -43,18 +43,20 @@ def reconstruction_grid(
     engine.model.eval()
     hidden = engine.hidden(step)
     engine.model.train()
-    if not engine.groups.stage.is_last or step.loaded.micro_batches is None:
-        return None
     originals, pictures = [], []
-    for number, (states, rows) in enumerate(zip(hidden, step.loaded.micro_batches, strict=True)):
+    for number in range(step.size.micro_batches):
         at("reconstructions", is_long=True)
-        if any_rank(is_stopping(), engine.groups.tensor, engine.device):
+        if any_rank(is_stopping(), engine.device):
             raise Interrupted
+        if not engine.groups.stage.is_last or (rows := step.rows_of(number)) is None:
+            continue
         image_size = engine.model_config.vision.image_size
         batch = collate(rows, step.size.seq_length, image_size, step.slots_of(number)).to(engine.device)
-        original, picture = engine.model.last.reconstruct(states, batch)
+        original, picture = engine.model.last.reconstruct(hidden[number], batch)
         originals.append(gather_shares(original.contiguous(), batch.num_images, engine.groups.tensor))
         pictures.append(gather_shares(picture.contiguous(), batch.num_images, engine.groups.tensor))
+    if not pictures:
+        return None
     shown = engine.config.logging.eval_images
     return picture_grid([torch.cat(originals)[:shown], torch.cat(pictures)[:shown]])
 

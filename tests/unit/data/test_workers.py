@@ -22,6 +22,7 @@ from ross_mcore.data.workers import (
     require_shared_memory,
 )
 from ross_mcore.errors import WorkerError
+from ross_mcore.parallel.layout import DataShare
 from tests.unit.data.loading import open_loader
 
 
@@ -117,6 +118,13 @@ def test_a_wait_for_data_is_interrupted() -> None:
 
     *_, last = until_failure(lambda: signal.pause(), polled)
     assert isinstance(last.failure, Interrupted)
+
+
+def test_a_rank_that_reads_nothing_is_interrupted_too() -> None:
+    share = DataShare(reads=False)
+    order = SampleOrder(8, 0, shuffle=False)
+    with StepLoader(Samples(int), order, StepPlan(2, 1), share, is_interrupted=lambda: True) as loader:
+        assert isinstance(next(loader).failure, Interrupted)
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,11 @@ def _keys(part: ShardDataset, found: Found) -> str:
 
 
 def _keys_and_reasons(part: ShardDataset, found: Found) -> str:
-    keys = part.keys(found.numbers)
-    return ", ".join(f"{key} ({why_unlabelled(part, n)})" for key, n in zip(keys, found.numbers, strict=True))
+    """`a, b (every answer is empty); c (it has no answer)`"""
+    by_reason: dict[str, list[str]] = {}
+    for key, number in zip(part.keys(found.numbers), found.numbers, strict=True):
+        by_reason.setdefault(why_unlabelled(part, number), []).append(key)
+    return "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in by_reason.items())
 
 
 def _number(count: float) -> str:

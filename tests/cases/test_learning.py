@@ -197,7 +197,7 @@ CASES = [
         [
             "75.0% of the samples",
             "(3 of 4, by the index)",
-            "000000001 (every answer is empty), 000000002",
+            "000000001, 000000002, 000000003 (every answer is empty)",
             "inspect-shards",
         ],
     ),

@@ -37,7 +37,8 @@ class Part:
 
 def warnings_of(monkeypatch: pytest.MonkeyPatch, positions: int = 128, denoiser: Any = "denoiser", **found: Any) -> str:
     """The warnings about a data set with this survey."""
-    whole = Survey(10, by_index=True, **{"lengths": np.full(10, 40), "labelled": Found(10), **found})
+    usual = {"lengths": np.full(10, 40), "labelled": Found(10), "pictured": Found(10)}
+    whole = Survey(10, by_index=True, **{**usual, **found})
     monkeypatch.setattr(learning, "survey", lambda part: whole)
     monkeypatch.setattr(learning, "why_unlabelled", lambda part, number: "why")
     monkeypatch.setattr(learning, "fitting_templates", lambda part, numbers: ["v1"])
@@ -51,9 +52,7 @@ def test_a_sound_data_set_has_no_warning(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_samples_without_labels_are_warned_of_and_most_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     few = warnings_of(monkeypatch, labelled=Found(8), unlabelled=Found(2, [3, 4]))
-    assert (
-        few.startswith("warning: 20.0% of the samples have no label (2 by the index)") and "s3 (why), s4 (why)" in few
-    )
+    assert few.startswith("warning: 20.0% of the samples have no label (2 by the index)") and "s3, s4 (why)" in few
     with pytest.raises(ConfigError, match="60.0% .* Look at one .* s3.* pass --allow-missing-labels"):
         warnings_of(monkeypatch, labelled=Found(4), unlabelled=Found(6, [3]))
     with pytest.raises(ConfigError, match="behind the cut at --seq-length 64: raise it .*at most 40 tokens"):
@@ -70,6 +69,8 @@ def test_samples_that_are_skipped_or_cut_are_counted(monkeypatch: pytest.MonkeyP
         ConfigError, match=r"shards leaves nothing to train on: 10 of 10 samples: it has over 64 pict.*"
     ):
         warnings_of(monkeypatch, labelled=Found(), nothing={"it has over 64 pictures": Found(10, [1])})
+    with pytest.raises(ConfigError, match="none of the 10 pictures of shards would be trained on: 3 of 10 samp"):
+        warnings_of(monkeypatch, labelled=Found(7), pictured=Found(), nothing={reason: Found(3, [1])})
     long = warnings_of(monkeypatch, lengths=np.array([40] * 7 + [100] * 3), positions=50)
     assert "30.0% of the samples (3) are longer than --seq-length 64 (half" in long and "the longest 100)" in long
     assert "3 of 10 samples have more tokens than the 50 positions" in long and "up to 64" in long

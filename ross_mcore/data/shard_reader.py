@@ -277,7 +277,7 @@ class ShardReader:
                 with self._cache.open(name, total, self.index["shards"][shard].get("tag")) as handle:
                     data = os.pread(handle, size, offset)
             except OSError as error:  # the cache has made several attempts
-                raise ShardReadError(f"{name}: {checked.reason(error)}") from None
+                raise ShardReadError(f"{name}: {error.strerror or error}") from None
         else:
             name = str(self.folder / name)
             data = self._read_local(shard, name, size, offset)
@@ -300,7 +300,7 @@ class ShardReader:
                         os.close(self._handles.pop(shard))
                 if pause is None:
                     attempts = len(READ_PAUSES_SECONDS) + 1
-                    raise ShardReadError(f"{path}: {checked.reason(error)}, {attempts} times in a row") from None
+                    raise ShardReadError(f"{path}: {error.strerror or error}, {attempts} times in a row") from None
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 

@@ -21,7 +21,8 @@ def train(config: Config) -> None:
     """Trains in this process, or in all processes that torchrun started; returns when the run is finished.
 
     Also returns when the run is stopped on request (Ctrl-C, SIGTERM, `exit_interval`), after saving a checkpoint; the
-    same call resumes it. Raises UserError for bad input and for a run that cannot continue.
+    same call resumes it. Before training begins, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit. Raises
+    UserError for bad input and for a run that cannot continue.
     """
     if not isinstance(config, Config):
         raise TypeError(

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,31 @@ def test_a_signal_during_validation_saves_without_another_step(place: Place) -> 
     assert "after iteration 2; the same command continues" in output_of(place, 0) + output_of(place, 1)
     assert end_of_ranks(train_with, 2, int, flags, place.folder) == [0, 0]
     assert lines_of(run, "metrics.jsonl") == lines_of(run, "validation.jsonl") == [1, 2, 3]
+
+
+def signal_in_reconstruction(folder: Path, _: int) -> None:
+    """In the second batch; every batch leaves a file."""
+    from ross_mcore.models.ross import RossModel
+
+    reconstruct, batches = RossModel.reconstruct, []
+
+    def signals(model: RossModel, *arguments: Any) -> Any:
+        batches.append(model)
+        (folder / f"batch.{len(batches)}").touch()
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reconstruct(model, *arguments)
+
+    RossModel.reconstruct = signals
+
+
+def test_a_signal_during_reconstructions_begins_no_other_batch(place: Place) -> None:
+    change = partial(signal_in_reconstruction, place.folder)
+    flags = [*training(place), "--eval-interval", 1, "--eval-images", 4, "--train-iters", 3]
+    assert end_of_ranks(train_with, 1, change, flags, place.folder) == [0], output_of(place, 0)
+    assert sorted(path.name for path in place.folder.glob("batch.*")) == ["batch.1", "batch.2"]
+    assert lines_of(place.folder / "run", "metrics.jsonl") == [1] and find_checkpoint(place.folder / "run")
+    assert "stopped by SIGTERM after iteration 1" in output_of(place, 0)
 
 
 def signal_while_reading(rank: int) -> None:

@@ -246,7 +246,7 @@ def _turn(turn: Any, number: int, pictures: Pictures) -> Iterator[dict[str, str]
             f"a turn is neither the human's nor the gpt's: turn {number} is by {shown(turn[speaker])}, expected human "
             "or gpt (user, assistant and system are read too)"
         )
-    if turn.get("weight") == 0 or turn.get("loss") is False:
+    if role == "gpt" and (turn.get("weight") == 0 or turn.get("loss") == 0):
         raise ConversationError(f"a turn is marked as not to be learned: turn {number}; every answer is learned here")
     pictures.named += [reference for key in PICTURE_KEYS for reference in _references(turn.get(key))]
     text_key = next((key for key in TEXT_KEYS if key in turn), "value")
@@ -329,10 +329,11 @@ class Form:
 
 
 def _conversation_turns(record: Record, pictures: Pictures) -> list[dict[str, str]]:
-    keys = [key for key in TURNS_KEYS if _has(record, key)]
-    if len(keys) > 1:
+    held = [key for key in TURNS_KEYS if _has(record, key)]
+    keys = [key for key in held if isinstance(record[key], (list, tuple)) or str(record[key]).lstrip()[:1] == "["]
+    if any(record[key] != record[keys[0]] for key in keys):
         raise ConversationError(f"conversations come twice: under {' and '.join(keys)}; keep one of the keys")
-    return _turns(record[keys[0]], pictures)
+    return _turns(record[(keys or held)[0]], pictures)
 
 
 def _round_turns(record: Record, pictures: Pictures) -> list[dict[str, str]]:

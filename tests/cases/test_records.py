@@ -15,6 +15,7 @@ import pytest
 
 from ross_mcore.commands import index_shards, make_shards
 from ross_mcore.data.image import decode_image
+from ross_mcore.data.records import picture_names
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.data.spec import SampleSpec
@@ -338,6 +339,8 @@ def test_records(
     for number in range(len(reader)):
         count = int(reader.samples[number]["num_images"])
         stored = json.loads(reader.record_bytes(number))
+        names = picture_names(stored)
+        assert len(names) == count and all(isinstance(name, str) and len(name) < 200 for name in names)
         widths = [decode_image(reader.image_bytes(number, place)).picture.width - BASE_WIDTH for place in range(count)]
         found.append((widths, [(turn["from"], turn["value"]) for turn in stored["conversations"]]))
         sample = dataset.get(number, 0)

@@ -149,6 +149,13 @@ EXPECTED: dict[str, tuple[Any, list[Any], list[dict[str, str]]]] = {
     "an empty system turn": (one([{"role": "system", "content": ""}, *ROLES]), ["a.png"], ASKED),
     "conversations as JSON": (one(json.dumps(ASKED)), ["a.png"], ASKED),
     "messages as JSON": ({"messages": json.dumps(ROLES), "image": "a.png"}, ["a.png"], ASKED),
+    "a number of turns": ({"messages": ROLES, "turns": 1, "dialogue": "x", "image": "a.png"}, ["a.png"], ASKED),
+    "the same under two keys": ({"conversations": ROLES, "messages": ROLES, "image": "a.png"}, ["a.png"], ASKED),
+    "a question without a loss": (
+        one([{"from": "user", "value": "<image>\nWhat?", "loss": False}, ASKED[1]]),
+        ["a.png"],
+        ASKED,
+    ),
     "turns alone": (TEXT, [], TEXT),
     "roles alone": ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], [], TEXT),
     "rounds": (one([{"user": "<image>\nWhat?", "assistant": "A car.", "source": "x"}]), ["a.png"], ASKED),
@@ -209,7 +216,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no role": (one([{"said": "x"}]), "turn 1 has the keys said"),
     "a system turn later": (one([*ASKED, SYSTEM, *TEXT]), "a system turn is not the first: it is turn 3"),
     "two systems": (one([SYSTEM, *ASKED], system="Be long."), "the system text comes twice"),
-    "two conversations": ({"messages": ROLES, "texts": ROLES}, "under messages and texts"),
+    "two conversations": ({"messages": ROLES, "texts": ROLES[:1]}, "under messages and texts"),
     "two names": (one(images=["b.png"]), "image and images differ"),
     "parts and keys differ": ({"messages": parts({"image": "a.png"}, "x"), "images": ["b.png"]}, "named in two places"),
     "parts without pictures": (

@@ -4,12 +4,14 @@ logits."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ross_mcore import inference
 from ross_mcore.architecture import LanguageConfig
@@ -58,6 +60,23 @@ def flags(place: Place, *more: object, **edits: Any) -> Sequence[object]:
     return [*parts, "--save", place.folder / "base", *more]
 
 
+def pickled(place: Place, content: object = None) -> Sequence[object]:
+    """Arguments of a conversion where tower and language model are only in pytorch_model.bin."""
+    arguments = [*flags(place, "--vision-model", shutil.copytree(TOWER, place.folder / "tower"))]
+    for name in ("language", "tower"):
+        weights = place.folder / name / "model.safetensors"
+        torch.save(content or load_file(weights), weights.with_name("pytorch_model.bin"))
+        weights.unlink()
+    return arguments
+
+
+class Code:
+    """Pickled, it would run when it is read."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("code of the pickle has run",)
+
+
 def vae_with(place: Place, **edits: Any) -> Path:
     path = place.write("vae/config.json", (VAE / "config.json").read_bytes())
     edit(path, **edits)
@@ -93,6 +112,23 @@ CASES = [
         lambda place: flags(place, "--pixel-decoder", vae_with(place, latents_mean=[0.1] * 16, latents_std=[2.0] * 16)),
         2,
         ["vae/config.json", "latents_mean=["],
+        holds=nothing_written,
+    ),
+    Case(
+        "pytorch_model.bin",
+        "convert",
+        pickled,
+        0,
+        ["wrote"],
+        source="openai/clip-vit-large-patch14-336 and lmsys/vicuna-13b-v1.5 on the hub",
+    ),
+    Case(
+        "pytorch_model.bin with code",
+        "convert",
+        lambda place: pickled(place, {"model.norm.weight": Code()}),
+        2,
+        ["pytorch_model.bin was refused", "more than tensors"],
+        never=["has run"],
         holds=nothing_written,
     ),
     Case(

@@ -238,6 +238,7 @@ def index_shards(
     `num_workers=0` works in this process. Raises ShardError, TooManyBad, RemoteError and TokenizerError.
     """
     source = settings.measure().source
+    left_out, lists = _left_out(shards)
     parts = out / PARTS
     make_folder(parts)
     paths = [parts / f"{hashlib.sha256(shard.location.encode()).hexdigest()[:24]}.npz" for shard in shards]
@@ -271,19 +272,25 @@ def index_shards(
             f"{_first_left_out(entries)}. "
             f"Mend them, or allow them with --max-bad-fraction {allowing(done.bad_fraction)}"
         )
-    if done.account.samples < done.account.records or done.account.damage.total:
-        done.lists.append(out / "quarantine.jsonl")
-    for folder in _whole_folders(shards):
-        if (folder / SKIPPED_LIST).is_file() and done.account.leave_out_listed(folder / SKIPPED_LIST):
-            done.lists.append(folder / SKIPPED_LIST)
+    has_more = done.account.samples < done.account.records or done.account.damage.total
+    done.lists = [out / "quarantine.jsonl"] * bool(has_more) + lists
+    done.account.merge(left_out)
     write_index(out, entries, source, done.account, settings.spec.truncated_images)
     return done
 
 
-def _whole_folders(shards: Sequence[Shard]) -> list[Path]:
-    """The local folders of which all tars are among `shards`."""
+def _left_out(shards: Sequence[Shard]) -> tuple[Account, list[Path]]:
+    """The account of the records that make_shards left out of these shards, and its lists of them.
+
+    A list counts if all tars of its folder are among `shards`. Raises ShardError for a damaged list.
+    """
+    account, lists = Account(), []
     local = {Path(shard.location) for shard in shards if not is_remote(shard.location)}
-    return sorted(folder for folder in {path.parent for path in local} if local.issuperset(folder.glob("*.tar")))
+    for folder in sorted({path.parent for path in local}):
+        path = folder / SKIPPED_LIST
+        if path.is_file() and local.issuperset(folder.glob("*.tar")) and account.leave_out_listed(path):
+            lists.append(path)
+    return account, lists
 
 
 def _about(shard: Shard, settings: Settings, source: LengthSource | None) -> dict[str, Any]:

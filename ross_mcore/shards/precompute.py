@@ -158,6 +158,7 @@ class Precomputation:
 
     def _begin(self) -> None:
         """Makes `out`, or checks that it was begun with the same settings."""
+        Account.of(self.reader)  # a damaged one is refused now rather than at the end
         settings = {
             "data": self.reader.fingerprint,
             "shards": [shard["name"] for shard in self.reader.index["shards"]],

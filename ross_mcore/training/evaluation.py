@@ -13,9 +13,10 @@ from ross_mcore.data.workers import Interrupted
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
 from ross_mcore.logs import VALIDATION_FILE, JsonLines, read_entries, say
-from ross_mcore.parallel.collectives import all_or_none, gather
+from ross_mcore.parallel.collectives import all_or_none, from_first_rank, gather
 from ross_mcore.reporting.console import say_validation
 from ross_mcore.reporting.report import Report
+from ross_mcore.training.learning import about_held_out
 from ross_mcore.training.opening import open_validation
 from ross_mcore.training.reconstruction import reconstruction_grid
 from ross_mcore.training.validation import validate
@@ -63,8 +64,11 @@ def validate_checkpoint(config: Config, closing: ExitStack) -> None:
             f"validation of {start.path}, template {held_out.spec.template}, on "
             f"{', '.join(f'{name} ({size} samples)' for name, size in zip(held_out.names, held_out.sizes))}"
         )
+    warnings = from_first_rank(lambda: about_held_out(engine.model_config, held_out))
     found, bad = validate(engine, held_out, start.iteration)
     if is_logging_rank:
+        for warning in warnings:
+            say(warning)
         say_validation(found, bad)
         if config.checkpoint.save is not None:
             JsonLines(Path(config.checkpoint.save) / VALIDATION_FILE, sys.maxsize).add(asdict(found))

@@ -38,6 +38,15 @@ def check_data(config: Config, model_config: ModelConfig, dataset: MixtureDatase
     return warnings
 
 
+def about_held_out(model_config: ModelConfig, held_out: MixtureDataset) -> list[str]:
+    """Warnings about data sets that are only validated on."""
+    return [
+        f"validation on {name}: warning: {text}"
+        for name, part in zip(held_out.names, held_out.parts, strict=True)
+        for text in _remarks(model_config, part, survey(part))
+    ]
+
+
 def check_schedule(config: Config, order: Order, dataset: MixtureDataset, rows: int, train_iters: int) -> list[str]:
     """Warnings about the learning rate, and about steps that are larger than the data. rows: of a step."""
     return [f"warning: {text}" for text in _about_schedule(config, order, dataset, rows, train_iters)]
@@ -94,17 +103,17 @@ def _remedy_for_labels(part: ShardDataset, found: Survey) -> str:
 
 
 def _remarks(model_config: ModelConfig, part: ShardDataset, found: Survey) -> Iterator[str]:
-    """Warnings about a data set that is trained on."""
+    """Warnings about the samples of a data set."""
     row, positions, lost = part.spec.seq_length, model_config.language.max_position_embeddings, found.without_labels
     if lost.count > SHARE_TO_WARN * found.samples:
         how = "by the index" if found.by_index else f"of {found.tokenized} tokenized, spread over the data"
         yield (
             f"{lost.count / found.samples:.1%} of the samples have no label ({_number(lost.count)} {how}), so their "
-            f"text is not trained on; the first are {_keys_and_reasons(part, lost)}"
+            f"text has no loss; the first are {_keys_and_reasons(part, lost)}"
         )
     if found.empty > SHARE_TO_WARN * found.samples:
         yield (
-            f"{found.empty / found.samples:.1%} of the samples are not trained on: {_reasons(part, found)}; "
+            f"{found.empty / found.samples:.1%} of the samples are left out: {_reasons(part, found)}; "
             f"{_remedy(part, found)}"
         )
     cut = np.count_nonzero(found.lengths > row)

@@ -35,7 +35,7 @@ from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.collectives import all_or_none, from_first_rank, gather
 from ross_mcore.parallel.groups import Groups
-from ross_mcore.training.learning import check_data, check_schedule
+from ross_mcore.training.learning import about_held_out, check_data, check_schedule
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model, started_from
 from ross_mcore.training.start import (
@@ -66,6 +66,8 @@ def open_run(
     precomputed, groups = _place(config, model_config, start, datasets)
     at("looking at the data", is_long=True)
     warnings = from_first_rank(lambda: check_data(config, model_config, dataset))
+    if held_out is not None:
+        warnings += from_first_rank(lambda: about_held_out(model_config, held_out))
     rows_at_once = groups.layout.data_parallel * config.training.micro_batch_size
     rows_per_step = config.training.global_batch_size or rows_at_once
     order = sample_order(config, dataset, rows_per_step)

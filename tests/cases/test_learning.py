@@ -229,6 +229,13 @@ CASES = [
     ),
     Case("validation_alone_prints_without_save", "train", validating, 0, ["4 samples, 16 labels, 4 images"], ["Error"]),
     Case(
+        "validation_of_rows_without_room",
+        "train",
+        lambda place: validating(place, "--seq-length", 17),
+        0,
+        ["on shards: warning: 100.0% of the samples are left out", "lm_loss - | vm_loss - | 0 samples"],
+    ),
+    Case(
         "nothing_to_train_and_nothing_to_validate",
         "train",
         lambda place: training(place, "--train-iters", 0),

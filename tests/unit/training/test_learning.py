@@ -64,7 +64,7 @@ def test_samples_without_labels_are_warned_of_and_most_are_refused(monkeypatch: 
 def test_samples_that_are_skipped_or_cut_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "the cut at 64 tokens would go through a picture"
     some = warnings_of(monkeypatch, labelled=Found(7), nothing={reason: Found(3, [1])})
-    assert f"30.0% of the samples are not trained on: 3 of 10 samples: {reason} (s1); raise --seq-length" in some
+    assert f"30.0% of the samples are left out: 3 of 10 samples: {reason} (s1); raise --seq-length" in some
     with pytest.raises(
         ConfigError, match=r"shards leaves nothing to train on: 10 of 10 samples: it has over 64 pict.*"
     ):

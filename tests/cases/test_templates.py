@@ -87,6 +87,7 @@ ODD = [
     Odd("ends with the human", said(SEEN, ("G", "A car."), ("H", "And?")), without=all_of(REFERENCE, LAST)),
     Odd("human alone", said(SEEN), without=all_of(list(TOKENIZERS), "it has no answer")),
     Odd("empty answer", said(SEEN, ("G", "")), without={t: EMPTY for t in TOKENIZERS if t != "llama3"}),
+    Odd("blank answer", said(SEEN, ("G", "   ")), without=all_of(("chatml", "tokenizer", "own.yaml"), EMPTY)),
     Odd("an empty answer first", said(SEEN, ("G", ""), ("H", "And?"), ("G", "A car."))),
     Odd(
         "an empty answer last",

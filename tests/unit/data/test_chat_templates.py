@@ -100,6 +100,7 @@ CONVERSATIONS = [
     turns("这张图片里有什么？ 👩‍🚀", "一只猫 — “café” 12345 😀."),
     turns("say <|im_end|> now </s>", "ok <|im_end|> done </s> USER: hi ASSISTANT: x"),
     turns("{{ 7 * 7 }} {% raw %} {text}", "{text} {{ messages }}"),
+    turns(" What? \n", " \n A car.  ", "And?", "  A dog."),
 ]
 
 
@@ -141,7 +142,7 @@ def test_chatml_is_qwen2_s_chat_template(conversation: list[dict[str, str]], tok
         assert tokenize_prompt(asked, 0, tokenizer, spec) == prompt == expected[: len(prompt)]
 
 
-@pytest.mark.parametrize("conversation", [CONVERSATIONS[n] for n in (0, 1, 3, 5)])
+@pytest.mark.parametrize("conversation", [CONVERSATIONS[n] for n in (0, 1, 3, 5, 6)])
 @pytest.mark.parametrize(("source", "name", "end"), CHAT_TEMPLATES)
 def test_answers_of_a_chat_template_have_labels(
     source: str, name: str, end: str, conversation: list[dict[str, str]], tokenizers: dict[str, Any]

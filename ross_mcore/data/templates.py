@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ross_mcore.batch import IGNORE_INDEX
+from ross_mcore.checked import shown
 from ross_mcore.data.chat_templates import (
     CHATML,
     SUFFIXES,
@@ -397,8 +398,12 @@ def _dialogue(conversations: Any, num_images: int, spec: SampleSpec, generation:
         turns = [(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_IN_TEXT)) for role, text in turns]
     if generation and turns[-1][0] != "human":
         raise ConversationError("nothing to answer: the last turn is not the human's")
-    if spec.template != "plain" and any(role != ("human", "gpt")[place % 2] for place, (role, _) in enumerate(turns)):
-        raise ConversationError("the turns do not alternate between human and gpt")
+    for place, (role, text) in enumerate(turns if spec.template != "plain" else []):
+        if role != ("human", "gpt")[place % 2]:
+            raise ConversationError(
+                f"the turns do not alternate between human and gpt: two of {role} in a row, the second {shown(text)}; "
+                "join them"
+            )
     return dialogue._replace(turns=turns)
 
 

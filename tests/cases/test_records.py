@@ -155,6 +155,35 @@ SETS = (
     Records(
         "blank_values", [llava(TEXT, ""), llava(TEXT, [""]), {"image": None, **llava(TEXT, None)}], [([], TEXT)] * 3
     ),
+    Records(
+        "conversations",
+        [
+            llava([*SEEN, *TEXT, *TEXT]),
+            llava([("human", "Look at <image> now."), ("gpt", "A car.")]),
+            llava([*TEXT, *SEEN]),
+            llava([("gpt", "Hello."), *SEEN]),
+            llava(TEXT),
+            llava([("human", "<image>\nSame?"), ("gpt", "No.")], ["a.jpg", "b.png"]),
+            llava([("human", "<image>\n这是什么？ ما هذا؟ 🚀"), ("gpt", "宇航员。 👩‍🚀")]),
+            llava([*SEEN, *SEEN]),
+            llava([SEEN[0], *SEEN]),
+            llava([*SEEN, SYSTEM]),
+        ],
+        [
+            ([1], [*SEEN, *TEXT, *TEXT]),
+            ([1], [("human", "Look at <image> now."), ("gpt", "A car.")]),
+            ([1], [*TEXT, *SEEN]),
+            ([1], [("gpt", "Hello."), *SEEN]),
+            ([1], TEXT),
+            ([1, 2], [("human", "<image>\nSame?"), ("gpt", "No.")]),
+            ([1], [("human", "<image>\n这是什么？ ما هذا؟ 🚀"), ("gpt", "宇航员。 👩‍🚀")]),
+        ],
+        {
+            7: "2 <image> in the text, 1 pictures",
+            8: "two of human in a row, the second '<image>\\nWhat is this?'; join them",
+            9: "a system turn is not the first: it is turn 3",
+        },
+    ),
     # turns of other trainers
     one("messages", {"image": "a.jpg", "messages": roles([SYSTEM, *SEEN])}, turns=[SYSTEM, *SEEN], source=SWIFT),
     one("messages_and_images", {"messages": roles(), "images": ["a.jpg"]}, source="LlamaFactory#5503"),

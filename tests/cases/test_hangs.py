@@ -132,6 +132,24 @@ def test_a_signal_during_validation_saves_without_another_step(place: Place) -> 
     assert lines_of(run, "metrics.jsonl") == lines_of(run, "validation.jsonl") == [1, 2, 3]
 
 
+def die_in_validation(_: int) -> None:
+    from ross_mcore.training import evaluation
+
+    evaluation.validate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_step_is_saved_before_its_evaluation(place: Place) -> None:
+    """So a run that is killed while it validates has the step, and the next start does the validation."""
+    run = place.folder / "run"
+    flags = [*training(place), "--valid-data-path", place.folder / "shards", "--valid-interval", 1]
+    flags += ["--train-iters", 2, "--save-interval", 1, "--no-async-save"]
+    assert end_of_ranks(train_with, 1, die_in_validation, flags, place.folder) == [-signal.SIGKILL]
+    found = find_checkpoint(run)
+    assert found is not None and found.iteration == 1
+    assert end_of_ranks(train_with, 1, int, flags, place.folder) == [0]
+    assert lines_of(run, "metrics.jsonl") == lines_of(run, "validation.jsonl") == [1, 2]
+
+
 def signal_in_reconstruction(folder: Path, _: int) -> None:
     """In the second batch; every batch leaves a file."""
     from ross_mcore.models.ross import RossModel

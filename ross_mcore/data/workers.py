@@ -11,7 +11,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -173,24 +174,35 @@ class Stream(Iterator[T]):
         return None
 
     def close(self) -> None:
-        """Kills the workers, which hold nothing that must be kept.
+        """Ends the workers, and kills those that are still busy after END_SECONDS.
 
-        torch's own way waits five seconds for every worker that is busy, and for ever for a lock that a killed worker
-        held.
+        torch's own way waits five seconds for each of them, and for ever for a lock that a killed worker held.
         """
         stream = self._stream
         if stream._shutdown:
             return
         stream._shutdown = True
         self._ignore_deaths()
+        if self._death() is None:
+            stream._workers_done_event.set()
+            for queue in stream._index_queues:
+                queue.put(None)
+            self._join()
         for worker in stream._workers:
             worker.kill()
-        deadline = time.monotonic() + END_SECONDS
-        for worker in stream._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
+        self._join()
+        for worker in stream._workers:  # of a worker that died while it shared a batch
+            for left_over in Path(SHARED_MEMORY).glob(f"torch_{worker.pid}_*"):
+                left_over.unlink(missing_ok=True)
         for queue in (*stream._index_queues, stream._worker_result_queue):
             queue.cancel_join_thread()
             queue.close()
+
+    def _join(self) -> None:
+        """Waits for the workers to end."""
+        deadline = time.monotonic() + END_SECONDS
+        for worker in self._stream._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
 
 
 class Interrupted(Exception):
@@ -211,12 +223,17 @@ def cause_of_death(process: int, status: int) -> str:
     return f"{worker} was killed by {name}" + (f": {cause}" if cause else "; use --num-workers 0")
 
 
+def _end_worker(*_: object) -> NoReturn:
+    os._exit(0)
+
+
 def _begin_worker(_: int) -> None:
     """A worker ends with its process, which needs it after SIGINT or SIGTERM to finish a step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, _end_worker)  # not SIGKILL, which would leave a file in shared memory
     with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere torch's worker looks every few seconds
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
         os._exit(0)  # it ended before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,16 @@ def test_a_worker_that_dies_is_an_error_with_its_cause(fault: Callable[[], objec
     assert isinstance(last.failure, WorkerError)
     with pytest.raises(WorkerError, match=message):
         raise last.failure
+
+
+def test_a_killed_worker_leaves_nothing_in_shared_memory() -> None:
+    def die_while_sharing() -> None:
+        Path(workers.SHARED_MEMORY, f"torch_{os.getpid()}_left_over").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    *_, last = until_failure(die_while_sharing)
+    assert isinstance(last.failure, WorkerError)
+    assert not list(Path(workers.SHARED_MEMORY).glob("torch_*_left_over"))
 
 
 def test_every_signal_has_a_text() -> None:

@@ -238,7 +238,7 @@ CASES = [
     Case(
         "nothing_to_train_and_nothing_to_validate",
         "train",
-        lambda place: training(place, "--train-iters", 0),
+        lambda place: ["--load", place.base, "--train-iters", 0],
         2,
         ["--train-iters 0 trains nothing; it validates --load: give the data with --valid-data-path"],
     ),

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import errno
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -147,7 +147,9 @@ class Stream(Iterator[T]):
                     raise WorkerError(reason)
                 found: T = next(self._stream)
                 return found
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                if not isinstance(error, RuntimeError):  # a worker dies while it sends
+                    multiprocessing.connection.wait([w.sentinel for w in self._stream._workers], POLL_SECONDS)
                 if (reason := self._death()) is not None:
                     raise WorkerError(reason) from None
                 if not str(error).startswith(_TIMED_OUT):

@@ -167,19 +167,14 @@ def train_and_expect(flags: dict[str, Any], message: str, fault: str = "") -> No
         def killing(loader: Any) -> Any:
             steps.append(loader)
             if len(steps) == 5:
-                for worker in loader._stream._workers:
+                for worker in loader._stream._stream._workers:
                     os.kill(worker.pid, signal.SIGKILL)
             return read(loader)
 
         StepLoader._read = killing
     errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            status = train_status(Config.from_flat(**flags))
-    except RuntimeError as error:
-        # not a user's error, so it has a traceback; torch's text depends on which thread notices first
-        assert victim and fault == "worker" and "DataLoader worker" in str(error), error
-        return
+    with contextlib.redirect_stderr(errors):
+        status = train_status(Config.from_flat(**flags))
     assert status == 2 and (message in errors.getvalue()) == first, errors.getvalue()
 
 
@@ -196,7 +191,7 @@ def test_too_many_bad_samples_end_the_run_on_all_ranks(flags: dict[str, Any]) ->
     ("fault", "message"),
     [
         ("file system", "Input/output error, 3 times in a row (rank 1)"),
-        ("worker", " (rank 1)"),
+        ("worker", "SIGKILL"),
     ],
 )
 def test_a_rank_that_cannot_read_ends_the_run_on_all_ranks(flags: dict[str, Any], fault: str, message: str) -> None:

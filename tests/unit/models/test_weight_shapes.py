@@ -21,6 +21,9 @@ def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+TYPES = ("down_block_types", "up_block_types")
+
+
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("kind", ["siglip_vision_model", "clip_vision_model"])
 def test_vision_tower(kind: str, head: bool) -> None:
@@ -42,11 +45,15 @@ def test_vision_tower(kind: str, head: bool) -> None:
 def test_autoencoder(changes: dict[str, Any]) -> None:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    config = {**VAE, **changes}
-    for key in ("down_block_types", "up_block_types"):
-        config[key] = [VAE[key][0]] * len(config["block_out_channels"])
+    config = vae_of(changes)
     with torch.device("meta"):
         assert pixel_decoder.weight_shapes(PixelDecoderConfig(config)) == shapes_of(AutoencoderKL.from_config(config))
+
+
+def vae_of(changes: dict[str, Any]) -> dict[str, Any]:
+    """VAE with changes, and as many types of blocks as widths."""
+    config = {**VAE, **changes}
+    return config | {key: [VAE[key][0]] * len(config["block_out_channels"]) for key in TYPES}
 
 
 def test_denoiser_and_projector() -> None:
@@ -64,7 +71,7 @@ def test_published_parameter_counts() -> None:
         return round(sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6, 2)
 
     siglip = {**SIGLIP, "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
-    flux = {**VAE, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16}
+    flux = vae_of({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16})
     assert millions(language_weights.weight_shapes(QWEN2_7B)) == 7615.62
     assert millions(vision.weight_shapes(VisionConfig(siglip, HALF, HALF))) == 428.23
     assert millions(denoiser.weight_shapes(DenoiserConfig(), 64, 3584, 27)) == 64.63

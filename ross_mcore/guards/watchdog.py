@@ -28,6 +28,7 @@ import torch.distributed as dist
 from ross_mcore import platform
 from ross_mcore.engine import progress
 from ross_mcore.guards.verdict import ENDED, RUNNING, Heartbeat, verdict
+from ross_mcore.launcher import record_failure
 from ross_mcore.logs import complain
 from ross_mcore.parallel.groups import last_collective
 
@@ -108,10 +109,13 @@ class Watchdog:
             os._exit(LOST_A_RANK)
 
     def _print(self, trouble: str, cause: str) -> None:
-        complain(
+        """Prints the cause, and leaves it for torchrun."""
+        text = (
             f"pretrain_ross.py: error: rank {self._rank}: {trouble}\n{cause}\n"
             "The newest complete checkpoint is intact; the same command continues from it."
         )
+        record_failure(text)
+        complain(text)
 
     def _beat(self) -> None:
         try:

@@ -56,7 +56,7 @@ ALLOWED = {
         *("parallel", "models", "data", "checkpoint", "engine"),
     },
     "guards": {
-        *("checked", "config", "logs", "options", "parts", "platform"),
+        *("checked", "config", "launcher", "logs", "options", "parts", "platform"),
         *("parallel", "data", "checkpoint", "engine", "guards"),
     },
     "reporting": {

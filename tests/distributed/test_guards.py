@@ -178,9 +178,15 @@ def test_samples_with_extreme_losses_are_named_and_can_be_skipped(
     "case",
     [
         Case("fp32", 1),
-        Case("bf16, masters on every rank", 1, {"bf16": True, "use_distributed_optimizer": False}),
-        Case("bf16", 1, {"bf16": True}),
-        Case("tp2, frozen LLM, distributed optimizer", 2, layout(2, use_distributed_optimizer=True), stage="pretrain"),
+        pytest.param(
+            Case("bf16, masters on every rank", 1, {"bf16": True, "use_distributed_optimizer": False}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(Case("bf16", 1, {"bf16": True}), marks=pytest.mark.slow),
+        pytest.param(
+            Case("tp2, frozen LLM, sharded", 2, layout(2, use_distributed_optimizer=True), stage="pretrain"),
+            marks=pytest.mark.slow,
+        ),
         Case("dp2 distributed optimizer", 2, {"use_distributed_optimizer": True}),
     ],
     ids=lambda case: case.name,

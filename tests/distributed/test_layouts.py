@@ -179,7 +179,7 @@ def test_fp32_masters_go_from_optimizer_to_optimizer(start: Callable[..., Finish
         start(case, after.name, train_iters=1, load=str(before))
         assert moved(before / "iter_0000001", after / "iter_0000001") == 0
         before = after
-    run = start(Case("", 2), "masters 2", train_iters=2)
+    run = start(Case("", 2), "masters 2", train_iters=2, load=str(workplace / "runs" / "masters 1"))
     assert [entry["iteration"] for entry in run.metrics] == [2]
 
 

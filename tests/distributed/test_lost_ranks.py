@@ -50,7 +50,12 @@ def train_until_one_is_lost(flags: dict[str, Any], output: str, lost: int, hosts
     [
         pytest.param(1, False, 0.4, r"rank 0: rank 1 is gone\nrank 1 \(process \d+ on .*\) sends no hea", id="here"),
         pytest.param(
-            1, True, 0.4, r"rank 0: rank 1 is lost\nrank 1 \(process \d+ on node1\) sends no heartbeat", id="elsewhere"
+            1,
+            True,
+            0.4,
+            r"rank 0: rank 1 is lost\nrank 1 \(process \d+ on node1\) sends no heartbeat",
+            id="elsewhere",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             0,

@@ -80,7 +80,13 @@ def difference(run: Finished, expected: Finished) -> float:
     )
 
 
-@pytest.mark.parametrize("rows", [{"train_iters": 8}, {"train_iters": 8, **PACKED}], ids=["a sample a row", "packed"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param({"train_iters": 8}, id="a sample a row", marks=pytest.mark.slow),
+        pytest.param({"train_iters": 8, **PACKED}, id="packed"),
+    ],
+)
 def test_bad_samples_are_replaced_alike_at_every_layout(
     rows: dict[str, Any], start: Callable[..., Finished], damaged: Path
 ) -> None:

@@ -34,6 +34,7 @@ print("grew by", peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak of a process")
 def test_memory_stays_near_one_shard(tmp_path: Path) -> None:
     """257 MB in shards of at most 64 MB, exported and imported, also from one pytorch_model.bin.

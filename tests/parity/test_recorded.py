@@ -179,6 +179,7 @@ def check(*arguments: object) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_and_a_wrong_layout_are_one_line(tmp_path: Path) -> None:
     for name in ("components", "model_llama_clip"):
         shutil.copytree(GOLDEN / name, tmp_path / name, ignore=shutil.ignore_patterns("train20*"))

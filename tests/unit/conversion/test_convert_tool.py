@@ -98,6 +98,7 @@ def test_two_shards_with_an_index(
     assert folder.find_checkpoint(tmp_path / "again") is None
 
 
+@pytest.mark.slow
 def test_weights_of_torch_save(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -119,8 +119,9 @@ def test_a_worker_without_shared_memory_sends_the_error(monkeypatch: pytest.Monk
     assert "--shm-size" in message and "--ipc=host" in message and "--num-workers 0" in message
 
 
-def test_a_wait_for_data_is_interrupted() -> None:
+def test_a_wait_for_data_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a request to stop that comes while a worker is blocked, which closing does not wait for."""
+    monkeypatch.setattr(workers, "END_SECONDS", 0.2)
     asked: list[bool] = []
 
     def polled() -> bool:

@@ -43,6 +43,7 @@ def full_size_model() -> ModelConfig:
     tower = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14}
     tower |= {"num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384}
     vae = {"latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+    vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     return ModelConfig(
         LanguageConfig("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 32768, 1e-6, 1e6, False, True),
         VisionConfig(tower, (0.5,) * 3, (0.5,) * 3),

@@ -154,6 +154,11 @@ class VisionConfig:
         return int(self.huggingface["hidden_size"])
 
     @property
+    def intermediate_size(self) -> int:
+        """Width of the layers' MLP; the default is transformers' for both towers."""
+        return int(self.huggingface.get("intermediate_size", 3072))
+
+    @property
     def image_size(self) -> int:
         return int(self.huggingface["image_size"])
 

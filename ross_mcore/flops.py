@@ -44,7 +44,7 @@ def forward_flops(
     layer = 2 * tokens * width * (2 * query + 2 * key + 3 * language.intermediate_size) + 2 * tokens**2 * query
 
     patches, inner = vision.image_tokens, vision.hidden_size
-    tower_layer = 2 * patches * inner * (4 * inner + 2 * int(vision.huggingface["intermediate_size"]))
+    tower_layer = 2 * patches * inner * (4 * inner + 2 * vision.intermediate_size)
     tower_layer += 4 * patches**2 * inner
     layers_run = vision.num_layers + 1 + vision.select_layer
     patch_pixels = 3 * int(vision.huggingface["patch_size"]) ** 2

@@ -225,11 +225,11 @@ def check_autoencoder(vae: dict[str, Any]) -> None:
     for key, default in VAE_COUNTS.items():
         checked.count(vae, key, default, most=MOST_WIDTH)
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        kinds = vae.get(key, [kind] * len(blocks))
+        kinds = vae.get(key, [kind])  # diffusers' default
         if not isinstance(kinds, list) or any(other != kind for other in kinds):
             raise ValueError(f"{key} is {checked.shown(kinds)}; only {kind} is implemented")
         if len(kinds) != len(blocks):
-            raise ValueError(f"{key} has {len(kinds)} blocks and block_out_channels {len(blocks)}")
+            raise ValueError(f"{key} has {len(kinds)} blocks, expected the {len(blocks)} of block_out_channels")
     if vae.get("scaling_factor", 1) is None:
         raise ValueError("scaling_factor is null, expected a number: latents cannot be given unit variance without")
     checked.count(vae, "layers_per_block", 1, most=64)

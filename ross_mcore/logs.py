@@ -35,9 +35,9 @@ _complain_once = functools.cache(complain)
 
 
 def _print(text: str, stream: TextIO) -> str | None:
-    """Prints a line; returns the reason when it could not be written, else None."""
+    """Prints lines without control characters; returns the reason when they could not be written, else None."""
     try:
-        print(text, file=stream, flush=True)
+        print("\n".join(map(checked.printable, text.split("\n"))), file=stream, flush=True)
     except OSError as error:
         _discard_buffer(stream)
         return checked.reason(error)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ross_mcore.architecture import LanguageConfig
+from ross_mcore.checked import printable
 from ross_mcore.errors import ConversionError
 from ross_mcore.shapes import Shapes, differences
 
@@ -157,7 +158,7 @@ def _first_entry(table: Sequence[AnyEntry], name: str) -> tuple[AnyEntry, dict[s
             values = match(pattern, name)
             if values is not None:
                 return entry, values
-    raise ConversionError(f"tensor {name} is not known to this conversion")
+    raise ConversionError(f"tensor {printable(name)} is not known to this conversion")
 
 
 def plan(table: Sequence[AnyEntry], source: Tensors, shapes: Shapes, language: LanguageConfig) -> list[Step]:
@@ -213,7 +214,7 @@ def plan_out(table: Sequence[AnyEntry], names: Iterable[str]) -> list[Step]:
     for name in names:
         found = next(((entry, values) for entry in entries if (values := match(entry.ours, name)) is not None), None)
         if found is None:
-            raise ConversionError(f"tensor {name} is not known to this conversion")
+            raise ConversionError(f"tensor {printable(name)} is not known to this conversion")
         entry, values = found
         steps.append(Step(entry, name, tuple(pattern.format(**values) for pattern in entry.theirs)))
     return steps

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ross_mcore import checked
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.batch import Sample
 from ross_mcore.data.conversation import cut_row, expand_images, require_pictures
@@ -206,4 +207,4 @@ def _parse(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ConversationError(f"the record is not JSON: {type(error).__name__}") from None
+        raise ConversationError(f"the record is not JSON: {checked.reason(error)}") from None

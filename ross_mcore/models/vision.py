@@ -105,7 +105,7 @@ def _build_tower(config: VisionConfig, dtype: torch.dtype) -> nn.Module:
         attention = attention_of(dtype, usable)
         tower: nn.Module = model(configuration(**fields | {"attn_implementation": attention, "dtype": dtype}))
         return tower.to(dtype)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # its checks raise exceptions of many kinds
         raise ArchitectureError(
             f"config.json: transformers builds no {config.model_type} of {shown(fields)}: {reason(error)}"
         ) from None
@@ -115,7 +115,7 @@ def weight_shapes(config: VisionConfig) -> Shapes:
     """Shapes of a whole tower by the names of transformers 5, including parts that never run."""
     tower = config.huggingface
     hidden, patch, channels = config.hidden_size, int(tower["patch_size"]), int(tower.get("num_channels", 3))
-    intermediate = int(tower["intermediate_size"])
+    intermediate = config.intermediate_size
     is_clip = config.model_type == "clip_vision_model"
     shapes: Shapes = {"embeddings.patch_embedding.weight": (hidden, channels, patch, patch)}
     shapes["embeddings.position_embedding.weight"] = (config.image_tokens + is_clip, hidden)

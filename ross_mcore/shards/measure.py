@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ross_mcore import checked
 from ross_mcore.data.conversation import (
     IMAGE_PLACEHOLDER,
     check_turns,
@@ -80,9 +81,9 @@ class Measure:
         try:
             turns = normalise(record, num_images)["conversations"]
             self.spec.bounds.require(num_images)
-            checked = check_turns(turns, roles=None)
+            said = check_turns(turns, roles=None)
             if self.tokenizer is None:
-                shown = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked)
+                shown = sum(text.count(IMAGE_PLACEHOLDER) for _, text in said)
                 if num_images > 1:
                     require_pictures(max(shown, num_images), num_images)
                 measured = {"image_spans": num_images}
@@ -245,7 +246,7 @@ def _read_text(descriptor: int, sample: TarSample) -> tuple[bytes, int, Any]:
             problem = problem or str(error)
             continue
         except (ValueError, RecursionError) as error:
-            problem = problem or f"the record is not JSON: {type(error).__name__}"
+            problem = problem or f"the record is not JSON: {checked.reason(error)}"
             continue
         if _has_turns(found) if several else isinstance(found, list) or has_turns(found) or sample.caption is None:
             read = [*read[:1], (member, text, found)]

@@ -249,7 +249,7 @@ def test_towers(edits: dict[str, Any], message: str, tmp_path: Path) -> None:
 
 VAES: list[tuple[dict[str, Any], str]] = [
     ({"latents_std": [2.0] * 16}, "latents_std"),
-    ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types has 1 blocks and block_out_channels"),
+    ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types has 1 blocks, expected the"),
     ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
 ]
 

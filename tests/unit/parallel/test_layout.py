@@ -38,7 +38,12 @@ SIGLIP = VisionConfig(
     (0.5, 0.5, 0.5),
     (0.5, 0.5, 0.5),
 )
-FLUX = PixelDecoderConfig({"latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2})
+FLUX = PixelDecoderConfig(
+    {
+        **{"latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
+        **{"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
+    }
+)
 ROSS_7B = ModelConfig(QWEN2_7B, SIGLIP, ProjectorConfig(), DenoiserConfig.from_type("denoiser_vit3x"), FLUX)
 
 

@@ -164,7 +164,9 @@ def require_intact(path: Path) -> Checkpoint:
 def nothing_at(path: Path, problems: list[str]) -> CheckpointError:
     """The error when no checkpoint at `path` can be loaded. problems: of the incomplete or damaged ones there."""
     if not Path(path).is_dir():
-        return CheckpointError(f"{path} does not exist or is not a folder, so there is no checkpoint to load")
+        return CheckpointError(
+            f"{path} does not exist or is not a folder, so there is no checkpoint to load; give another path"
+        )
     none = "it has no iter_* folder. Give a folder that a training run or tools/convert_hf_to_mcore.py wrote"
     reasons = "; ".join([*problems, REMEDY]) if problems else none
     return CheckpointError(f"{path} holds no complete checkpoint: {reasons}")

@@ -166,7 +166,11 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
 
 def _require_plain_groups(checkpoint: Checkpoint, stored: Any) -> None:
     """Raises CheckpointError unless the values by which mcore identifies a parameter group are numbers."""
-    stored = stored.get("optimizer", stored) if isinstance(stored, dict) else {}
+    if not isinstance(stored, dict | None):
+        raise CheckpointError(
+            f"{checkpoint.path / COMMON_FILE}: optimizer is {shown(stored)}, expected a mapping; {REMEDY}"
+        )
+    stored = (stored or {}).get("optimizer", stored)
     groups = stored.get("param_groups") if isinstance(stored, dict) else None
     for group in groups if isinstance(groups, list) else ():
         for key, value in group.items() if isinstance(group, dict) else ():

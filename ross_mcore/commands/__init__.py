@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ross_mcore.arguments import Parser
 from ross_mcore.errors import UserError
 from ross_mcore.launcher import record_failure
+from ross_mcore.logs import complain
 
 if TYPE_CHECKING:
     from ross_mcore.data.spec import SampleSpec
@@ -172,7 +173,7 @@ def refuse(prog: str, error: object) -> int:
     """Prints an error or message of `prog`, leaves it for torchrun, and returns the exit status 2."""
     text = f"{prog}: {as_started(describe(error), prog)}"
     record_failure(text)
-    print(text, file=sys.stderr)
+    complain(text)
     return 2
 
 

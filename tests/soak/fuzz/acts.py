@@ -53,7 +53,7 @@ def _forbidden(event: str, arguments: tuple[object, ...], allowed: tuple[str, ..
         if not isinstance(path, (str, bytes, os.PathLike)):
             return None  # a descriptor
         if isinstance(flags, int) and flags & WRITING:
-            return _outside("wrote to", path, allowed, follow=True)
+            return _outside("wrote to", path, allowed, follow=not flags & os.O_NOFOLLOW)
         said = os.fsdecode(path)
         return f"read {said}" if any(said.endswith(name) or name in said for name in MADE_UP) else None
     if event in CHANGES:

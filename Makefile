@@ -14,7 +14,7 @@ help:
 	@echo "make demo         train a small model on 4 CPU ranks, stop and resume it, ask it questions, reconstruct pictures"
 	@echo "make demo-stamps  the same on 150 real pictures (fetches a Debian package)"
 	@echo "make test         the whole test suite        make test-unit  its fast part"
-	@echo "make test-slow    runs that are killed, restarted or resumed at other layouts; 7 minutes"
+	@echo "make test-slow    runs that are killed, restarted or resumed at other layouts; 10 minutes"
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
 	@echo "make test-soak    runs killed anywhere and resumed; files damaged in hundreds of ways"
 	@echo "make fp8-convergence  the demo's second stage in fp32, bf16 and FP8 on those stand-ins, drawn into docs/"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ross_mcore import checked
-from ross_mcore.data.records import placeholder_of
+from ross_mcore.data.placeholders import placeholder_of
 from ross_mcore.data.sample import NOTHING_TO_LEARN
 from ross_mcore.data.shard_reader import MAX_SAMPLES, UNKNOWN_LENGTH, ShardReader
 from ross_mcore.errors import ShardError

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ross_mcore.data.placeholders import PLACEHOLDERS
 from ross_mcore.data.records import (
     CAPTION_KEYS,
     NOT_READ,
     OTHER_PICTURE_KEYS,
     PICTURE_KEYS,
-    PLACEHOLDERS,
     READ,
     ROUND_KEYS,
     SYSTEM_KEYS,

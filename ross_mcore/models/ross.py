@@ -22,9 +22,10 @@ from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.batch import Batch, normalised_pixels
 from ross_mcore.models import diffusion, image_tokens
+from ross_mcore.models.attention import packed_sequence
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.diffusion import Draws
-from ross_mcore.models.language import Execution, LanguageModel, packed_sequence, transformer_config
+from ross_mcore.models.language import Execution, LanguageModel, transformer_config
 from ross_mcore.models.pixel_decoder import PixelDecoder, sample_latents
 from ross_mcore.models.projector import VisionProjection
 from ross_mcore.models.vision import VisionModel

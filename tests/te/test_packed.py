@@ -24,7 +24,7 @@ of a family's largest gradient. Attention across the samples of a row: 1e-3 on l
 
 def train_across_samples(flags: dict[str, Any], stop_after: int | None = None) -> None:
     """`train_and_look` with an attention that treats a row as one sample; micro-batches have one row."""
-    from ross_mcore.models.language import packed_sequence
+    from ross_mcore.models.attention import packed_sequence
     from ross_mcore.models.transformer_engine import CoreAttention
 
     attend = CoreAttention.forward

@@ -192,7 +192,7 @@ def _check_interleaving(config: Config, data_parallel_size: int) -> None:
             "tensors to the same neighbour in one batch and would mix them up; remove the flag"
         )
     rows = data_parallel_size * training.micro_batch_size
-    if (training.global_batch_size or rows) // rows % stages:
+    if training.global_batch_samples is None and (training.global_batch_size or rows) // rows % stages:
         raise ConfigError(
             f"--global-batch-size {training.global_batch_size or rows}: the interleaved schedule needs a multiple of "
             f"{stages} micro-batches a rank, one for every pipeline stage; use a multiple of {stages * rows}"

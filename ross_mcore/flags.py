@@ -89,7 +89,11 @@ def build_parser(prog: str = SCRIPT) -> Parser:
     return parser
 
 
-EXCLUSIVE = (("train_iters", "train_epochs"), ("lr_warmup_iters", "lr_warmup_fraction"))
+EXCLUSIVE = (
+    ("train_iters", "train_epochs"),
+    ("global_batch_size", "global_batch_samples"),
+    ("lr_warmup_iters", "lr_warmup_fraction"),
+)
 """Pairs of options that exclude each other; on the command line, one replaces the other of a YAML file."""
 
 

@@ -231,9 +231,13 @@ class TrainingOptions:
     """Rows of one forward and backward pass of a pipeline stage."""
     global_batch_size: int | None = None
     """Rows of one optimizer step over all ranks. Default: micro-batch size x data-parallel size."""
+    global_batch_samples: int | None = None
+    """Instead of --global-batch-size: samples of one optimizer step over all ranks, on average. The rows of a step are
+    chosen once, at the first start: N divided by the mean samples of a row, to the nearest multiple of micro-batch size
+    x data-parallel size (x pipeline stages if interleaved). Checkpoints keep them."""
     override_global_batch_size: bool = False
-    """Allow a run to resume with a different --global-batch-size; data and iteration count continue where it stopped.
-    """
+    """Allow a run to resume with a different --global-batch-size or --global-batch-samples; data and iteration count
+    continue where it stopped."""
     train_iters: int | None = None
     """Optimizer steps of the whole run. Give this or --train-epochs. 0: validate the checkpoint on --valid-data-path,
     print the losses and save nothing; --data-path and --save are not needed, and with --save the losses are also added
@@ -269,12 +273,15 @@ class TrainingOptions:
     saved. Default: at the start only."""
 
     def __post_init__(self) -> None:
-        _positive(self, "micro_batch_size", "global_batch_size", "train_epochs", "max_bad_steps")
+        _positive(self, "micro_batch_size", "global_batch_size", "global_batch_samples")
+        _positive(self, "train_epochs", "max_bad_steps")
         _positive(self, "exit_duration_in_mins", "exit_interval", "check_replicas_interval")
         _not_negative(self, "train_iters", "loss_spike_factor")
-        _at_most(self, MOST_ROWS, "micro_batch_size", "global_batch_size")
+        _at_most(self, MOST_ROWS, "micro_batch_size", "global_batch_size", "global_batch_samples")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ConfigError("--train-iters and --train-epochs exclude each other; give one")
+        if self.global_batch_size is not None and self.global_batch_samples is not None:
+            raise ConfigError("--global-batch-size and --global-batch-samples exclude each other; give one")
         _ranges("--skip-iterations", self.skip_iterations)
 
     def skips(self, iteration: int) -> bool:

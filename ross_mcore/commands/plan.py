@@ -34,6 +34,12 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     parser.allow_abbrev = False  # the trainer's options pass through
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="total number of GPUs")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens of the longest row of a step [--seq-length]")
+    parser.add_argument(
+        "--samples-a-row",
+        type=float,
+        metavar="X",
+        help="with --global-batch-samples: as tools/inspect_shards.py prints",
+    )
     parser.add_argument("--language-model", type=Path, metavar="DIR", help="instead of --load: its config.json is read")
     parser.add_argument("--vision-model", type=Path, metavar="DIR", help="tower for --language-model")
     parser.add_argument("--pixel-decoder", type=Path, metavar="DIR", help="VAE; without it, a plain LLaVA model")
@@ -61,7 +67,22 @@ def read_model(options: argparse.Namespace, load: str | None) -> ModelConfig:
     )
 
 
-def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int) -> None:
+def rows_of_a_step(config: Config, layout: Layout, samples_a_row: float | None) -> int:
+    """Rows of a step over all ranks. Raises ConfigError where they follow from data and are not given."""
+    from ross_mcore.errors import ConfigError
+
+    training = config.training
+    if training.global_batch_samples is None:
+        return training.global_batch_size or layout.data_parallel * training.micro_batch_size
+    if config.data.pack and not samples_a_row:
+        raise ConfigError(
+            f"with --global-batch-samples {training.global_batch_samples} the rows of a step follow from the data: "
+            "give the samples of a packed row with --samples-a-row (tools/inspect_shards.py --seq-length prints them)"
+        )
+    return layout.rows_for(training.global_batch_samples / (samples_a_row or 1), training.micro_batch_size)
+
+
+def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int, batch: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -71,7 +92,6 @@ def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int) 
 
     llm_trains, vision_trains = config.llm_trains, config.vision_trains
     rows = layout.data_parallel * config.training.micro_batch_size
-    batch = config.training.global_batch_size or rows
     plan = Plan(
         config.training.micro_batch_size,
         tokens,
@@ -118,7 +138,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         model = read_model(options, config.checkpoint.load)
         layout = make_layout(model, config.placement, world_size=options.world_size)
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
+        batch = rows_of_a_step(config, layout, options.samples_a_row)
     except UserError as error:
         return refuse(prog, f"{error}; see --help")
-    print_plan(config, model, layout, options.tokens or config.data.seq_length)
+    print_plan(config, model, layout, options.tokens or config.data.seq_length, batch)
     return 0

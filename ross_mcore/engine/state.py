@@ -67,6 +67,7 @@ class TrainState:
     seed: int = 0
     data_fingerprint: str = ""
     global_batch_size: int = 0
+    global_batch_samples: int | None = None
     samples: SampleSpec = SampleSpec()
     sampler: str = "shuffle"
     pack: bool = False

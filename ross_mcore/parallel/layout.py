@@ -120,6 +120,15 @@ class Layout:
         """The interleaved schedule needs a multiple of P micro-batches per rank; others any number."""
         return self.pipeline_parallel if self.virtual_stages > 1 else 1
 
+    def row_multiple(self, micro_batch_size: int) -> int:
+        """The rows of a step over all ranks are a multiple of this."""
+        return micro_batch_size * self.data_parallel * self.micro_batch_multiple
+
+    def rows_for(self, wanted: float, micro_batch_size: int) -> int:
+        """The multiple of `row_multiple` nearest to the wanted rows of a step; at least one multiple."""
+        multiple = self.row_multiple(micro_batch_size)
+        return max(1, round(wanted / multiple)) * multiple
+
     def stage(self, index: int) -> Stage:
         positions = range(index, len(self.layers_per_chunk), self.pipeline_parallel)
         return Stage(index, tuple(self._chunk(number, position) for number, position in enumerate(positions)))

@@ -35,7 +35,9 @@ def evaluate(
         if options.eval_interval and run.model_config.denoiser and run.is_due(iteration, options.eval_interval):
             report.picture(iteration, reconstruction_grid(run.engine, run.dataset, run.is_stopping))
         if run.held_out is not None and run.is_due(iteration, options.valid_interval):
-            report.validated(*validate(run.engine, run.held_out, iteration, run.is_stopping, lambda: between(state)))
+            rows = run.rows_per_step
+            found, bad = validate(run.engine, run.held_out, iteration, rows, run.is_stopping, lambda: between(state))
+            report.validated(found, bad)
     except Interrupted:
         return False
     return True
@@ -65,7 +67,9 @@ def validate_checkpoint(config: Config, closing: ExitStack) -> None:
             f"{', '.join(f'{name} ({size} samples)' for name, size in zip(held_out.names, held_out.sizes))}"
         )
     warnings = from_first_rank(lambda: about_held_out(engine.model_config, held_out))
-    found, bad = validate(engine, held_out, start.iteration)
+    training = config.training
+    rows = training.global_batch_size or training.global_batch_samples
+    found, bad = validate(engine, held_out, start.iteration, rows)
     if is_logging_rank:
         for warning in warnings:
             say(warning)

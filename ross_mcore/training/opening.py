@@ -37,12 +37,11 @@ from ross_mcore.parallel.collectives import all_or_none, from_first_rank, gather
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.training.learning import about_held_out, check_data, check_schedule
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
-from ross_mcore.training.resume import changeable_options, continued, refuse_other_model, started_from
+from ross_mcore.training.resume import changeable_options, continued, refuse_other_model, rows_kept, started_from
 from ross_mcore.training.start import (
-    iterations_of,
     open_dataset,
     place,
-    sample_order,
+    plan_steps,
     skipped_samples,
     starting_point,
 )
@@ -68,12 +67,11 @@ def open_run(
     warnings = from_first_rank(lambda: check_data(config, model_config, dataset))
     if held_out is not None:
         warnings += from_first_rank(lambda: about_held_out(model_config, held_out))
-    rows_at_once = groups.layout.data_parallel * config.training.micro_batch_size
-    rows_per_step = config.training.global_batch_size or rows_at_once
-    order = sample_order(config, dataset, rows_per_step)
+    kept = all_or_none(lambda: rows_kept(start, config, groups.layout)) if resume else None
+    steps = plan_steps(config, dataset, groups.layout, kept)
+    order, rows_per_step, train_iters = steps.order, steps.rows, steps.iterations
     skipped = all_or_none(lambda: skipped_samples(config, dataset))
-    train_iters = config.training.train_iters or iterations_of(config, dataset, order, rows_per_step)
-    warnings += check_schedule(config, order, dataset, rows_per_step, train_iters)
+    warnings += [*steps.remarks, *check_schedule(config, order, dataset, rows_per_step, train_iters)]
 
     state = _first_state(config, dataset, rows_per_step, train_iters)
     if resume:
@@ -189,6 +187,7 @@ def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, tr
         seed=config.training.seed,
         data_fingerprint=dataset.fingerprint,
         global_batch_size=rows_per_step,
+        global_batch_samples=config.training.global_batch_samples,
         samples=dataset.spec,
         sampler=config.data.sampler,
         pack=config.data.pack,

@@ -16,10 +16,12 @@ from ross_mcore.config import Config
 from ross_mcore.engine.state import TrainState, read_state
 from ross_mcore.errors import ArchitectureError, CheckpointError, ConfigError
 from ross_mcore.options import flag_of
+from ross_mcore.parallel.layout import Layout
 
 IDENTITY = {
     "seed": "--seed",
     "data_fingerprint": "--data-path",
+    "global_batch_samples": "--global-batch-samples",
     "global_batch_size": "--global-batch-size, by default --micro-batch-size x data-parallel size",
     "sampler": "--sampler",
     "pack": "--pack",
@@ -50,17 +52,45 @@ def continued(start: Checkpoint, started: TrainState, config: Config) -> TrainSt
     """
     saved = read_state(start)
     for name, flag, before, now in _identity(saved, started):
-        if before == now or (name == "global_batch_size" and _may_change_batch(config)):
+        is_batch = name in ("global_batch_samples", "global_batch_size")
+        if before == now or (is_batch and _may_change_batch(config)):
             continue
         allow = ""
-        if name == "global_batch_size" and config.data.sampler == "shuffle":
+        if is_batch and config.data.sampler == "shuffle":
             allow = "allow the change with --override-global-batch-size, "
         raise ConfigError(
             f"the checkpoint {start.path} was trained with {name} {shown(before)} and this run has {now!r} ({flag}), "
             f"so it cannot be resumed exactly; give the same, {allow}or start a new run from its weights with "
             "--finetune and a --save folder of its own"
         )
-    return replace(saved, global_batch_size=started.global_batch_size, options=started.options)
+    return replace(
+        saved,
+        global_batch_size=started.global_batch_size,
+        global_batch_samples=started.global_batch_samples,
+        options=started.options,
+    )
+
+
+def rows_kept(start: Checkpoint, config: Config, layout: Layout) -> int | None:
+    """Rows of a step of the run of `start` if --global-batch-samples is as it was, None if they are chosen anew.
+
+    Raises ConfigError when this layout cannot divide them and they must not change; CheckpointError for an unreadable
+    state.
+    """
+    saved, training = read_state(start), config.training
+    if training.global_batch_samples is None or saved.global_batch_samples != training.global_batch_samples:
+        return None
+    rows, multiple = saved.global_batch_size, layout.row_multiple(training.micro_batch_size)
+    if rows % multiple == 0:
+        return rows
+    if _may_change_batch(config):
+        return None
+    raise ConfigError(
+        f"the checkpoint {start.path} was trained with {rows} rows a step (--global-batch-samples "
+        f"{training.global_batch_samples}), and here they must be a multiple of {multiple}: --micro-batch-size "
+        f"{training.micro_batch_size} x data-parallel size, x pipeline stages if interleaved; give a layout and a "
+        "--micro-batch-size that divide them, or allow others with --override-global-batch-size"
+    )
 
 
 def _identity(saved: TrainState, started: TrainState) -> Iterator[tuple[str, str, Any, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_COUNTED_IN = 1_000_000
-"""Maximum number of samples whose rows are planned at start to estimate the steps of an epoch: about two seconds."""
+"""Maximum number of samples whose rows are planned at start, for rows a step and steps an epoch: about two seconds."""
 
 _logger = logging.getLogger(__name__)
 
@@ -150,8 +151,43 @@ def skipped_samples(config: Config, dataset: MixtureDataset) -> set[int]:
     return skipped
 
 
-def sample_order(config: Config, dataset: MixtureDataset, global_batch_size: int) -> Order:
-    """The order of --sampler. Raises ConfigError when that order cannot keep the data sets' shares."""
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a run. rows: of a step, over all ranks; iterations: of the run; remarks: for its start."""
+
+    order: Order
+    rows: int
+    iterations: int
+    remarks: Sequence[str] = ()
+
+
+def plan_steps(config: Config, dataset: MixtureDataset, layout: Layout, kept_rows: int | None = None) -> Steps:
+    """The order of samples, the rows of a step and the iterations of the run.
+
+    kept_rows: of a resumed run with --global-batch-samples; a new one chooses them from the index. Raises ConfigError.
+    """
+    options, samples = config.training, config.training.global_batch_samples
+    rows = options.global_batch_size or options.micro_batch_size * layout.data_parallel
+    order = sample_order(config, dataset, samples or rows)
+    counts = samples is not None or options.train_iters is None
+    density = rows_per_sample(order, dataset, config.data.pack) if counts else 1.0
+    remarks = []
+    if samples is not None:
+        rows = kept_rows or layout.rows_for(samples * density, options.micro_batch_size)
+        remarks.append(
+            f"--global-batch-samples {samples}: a step has {rows} rows, on average {rows / density:.1f} samples "
+            f"({1 / density:.2f} a row)"
+        )
+    epochs = options.train_epochs or 0
+    iterations = options.train_iters or math.ceil(epochs * order.num_samples * density / rows)
+    return Steps(order, rows, iterations, remarks)
+
+
+def sample_order(config: Config, dataset: MixtureDataset, step_samples: int) -> Order:
+    """The order of --sampler; step_samples: samples of a step, for an order that groups them.
+
+    Raises ConfigError when that order cannot keep the data sets' shares.
+    """
     seed = config.training.seed
     if config.data.sampler == "modality_length":
         if not dataset.passes_once:
@@ -160,25 +196,21 @@ def sample_order(config: Config, dataset: MixtureDataset, global_batch_size: int
                 f"{', '.join(f'{c} of {n} samples of {name!r}' for name, c, n in dataset.shares)} per epoch; remove "
                 "weight and epochs there, or use --sampler shuffle"
             )
-        return ModalityLengthOrder(dataset.modality_lengths(), global_batch_size, seed)
+        return ModalityLengthOrder(dataset.modality_lengths(), step_samples, seed)
     if len(dataset.parts) == 1 and dataset.passes_once:
         return BlockOrder(len(dataset), seed)
     orders = tuple(BlockOrder(size, int(keys(seed, which)[0])) for which, size in enumerate(dataset.sizes))
     return MixtureOrder(orders, dataset.counts, seed)
 
 
-def iterations_of(config: Config, dataset: MixtureDataset, order: Order, global_batch_size: int) -> int:
-    """The optimizer steps of --train-epochs.
-
-    With --pack, the first windows of the first epoch, up to ROWS_COUNTED_IN samples, give the rows per sample.
-    """
-    rows_per_sample = 1.0
-    if config.data.pack:
-        stream = RowStream(order, dataset.row_lengths, dataset.seq_length, True, order.window_samples)
-        samples = rows = 0
-        while samples < min(order.num_samples, ROWS_COUNTED_IN):
-            rows += stream.rows_of_window(stream.cursor.window)
-            stream.skip(stream.rows_of_window(stream.cursor.window))
-            samples = stream.cursor.consumed_samples
-        rows_per_sample = rows / samples
-    return math.ceil((config.training.train_epochs or 0) * order.num_samples * rows_per_sample / global_batch_size)
+def rows_per_sample(order: Order, dataset: MixtureDataset, packed: bool) -> float:
+    """1, or of packed rows the mean over the first windows of the first epoch, up to ROWS_COUNTED_IN samples."""
+    if not packed:
+        return 1.0
+    stream = RowStream(order, dataset.row_lengths, dataset.seq_length, True, order.window_samples)
+    samples = rows = 0
+    while samples < min(order.num_samples, ROWS_COUNTED_IN):
+        rows += stream.rows_of_window(stream.cursor.window)
+        stream.skip(stream.rows_of_window(stream.cursor.window))
+        samples = stream.cursor.consumed_samples
+    return rows / samples

@@ -25,21 +25,23 @@ def validate(
     engine: Engine,
     dataset: MixtureDataset,
     iteration: int,
+    rows_per_step: int | None,
     is_stopping: Callable[[], bool] = lambda: False,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[Validation, list[BadSample]]:
     """The losses of every data set, on every rank, and the bad samples. Collective.
 
     Uses the first --valid-samples samples of each in the order of its index, without bad ones. Data-parallel ranks
-    share the rows. Losses are means over all labels and over all images, independent of the training objective.
-    Before every batch `between` is called. Raises Interrupted on every rank when `is_stopping` on any.
+    share the rows, at most `rows_per_step` at once. Losses are means over all labels and over all images, independent
+    of the training objective. Before every batch `between` is called. Raises Interrupted on every rank when
+    `is_stopping` on any.
     """
     began = time.perf_counter()
     found, bad = {}, list[BadSample]()
     engine.model.eval()
     try:
         for name, part in zip(dataset.names, dataset.parts):
-            steps = _steps(engine, part, iteration, bad, is_stopping, between)
+            steps = _steps(engine, part, iteration, rows_per_step, bad, is_stopping, between)
             found[name] = engine.evaluate(steps, Objective(), DRAWS)
     finally:
         engine.model.train()
@@ -50,6 +52,7 @@ def _steps(
     engine: Engine,
     dataset: SampleDataset,
     iteration: int,
+    rows_per_step: int | None,
     bad: list[BadSample],
     is_stopping: Callable[[], bool],
     between: Callable[[], None],
@@ -58,8 +61,8 @@ def _steps(
     config, layout = engine.config, engine.groups.layout
     count = min(len(dataset), config.logging.valid_samples or len(dataset))
     rows, multiple = config.training.micro_batch_size * layout.data_parallel, layout.micro_batch_multiple
-    in_training = (config.training.global_batch_size or 0) // rows or 1
-    micro_batches = min(in_training, -(-count // (rows * multiple)) * multiple)
+    at_once = (rows_per_step or 0) // rows or 1
+    micro_batches = min(at_once, -(-count // (rows * multiple)) * multiple)
     with StepLoader(
         dataset,
         SampleOrder(count, seed=0, shuffle=False),

@@ -25,7 +25,8 @@ FLAGS = """
 --allow-missing-labels
 --num-workers --precomputed --skip-samples
 --data-cache-dir --data-cache-bytes
---training-stage --micro-batch-size --global-batch-size --override-global-batch-size --train-iters --train-epochs
+--training-stage --micro-batch-size --global-batch-size --global-batch-samples
+--override-global-batch-size --train-iters --train-epochs
 --loss-normalization --vm-loss-rows --seed --max-bad-steps --exit-duration-in-mins --exit-interval
 --loss-spike-factor --skip-iterations
 --self-check --check-replicas-interval
@@ -136,6 +137,7 @@ def test_bad_yaml_is_one_paragraph_naming_the_file(
     ("arguments", "says"),
     [
         (["--train-iters", "3", "--train-epochs", "1"], "exclude each other"),
+        (["--global-batch-size", "8", "--global-batch-samples", "8"], "exclude each other"),
         (["--lr-warmup-iters", "3", "--lr-warmup-fraction", "0.1"], "exclude each other"),
         (["--adam-beta2", "1"], r"in \[0, 1\)"),
         (["--min-lr", "1"], "above --lr"),

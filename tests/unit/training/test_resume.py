@@ -17,11 +17,13 @@ from ross_mcore.config import Config
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.errors import CheckpointError, ConfigError
+from ross_mcore.parallel.layout import Layout
 from ross_mcore.training.resume import (
     IDENTITY,
     changeable_options,
     continued,
     refuse_other_model,
+    rows_kept,
     started_from,
 )
 
@@ -94,6 +96,21 @@ def test_another_batch_size_needs_its_flag(tmp_path: Path) -> None:
         resumed(tmp_path, larger, train_epochs=2, **allowed)
     with pytest.raises(ConfigError, match="seed 1 and this run has 2"):
         resumed(tmp_path, replace(larger, seed=2), train_iters=9, **allowed)
+
+
+def test_rows_chosen_for_samples_are_kept_at_another_data_parallel_size(tmp_path: Path) -> None:
+    def kept(rows: int, data_parallel: int, samples: int = 128, **flags: Any) -> int | None:
+        state = replace(STARTED, global_batch_size=rows, global_batch_samples=128)
+        config = Config.from_flat(global_batch_samples=samples, micro_batch_size=2, train_iters=9, **flags)
+        return rows_kept(saved(tmp_path, state.to_dict()), config, Layout(1, 1, data_parallel, (1,)))
+
+    assert kept(rows=32, data_parallel=4) == kept(rows=32, data_parallel=8) == 32
+    assert kept(rows=32, data_parallel=4, samples=256) is None  # `continued` refuses
+    with pytest.raises(
+        ConfigError, match="30 rows a step .* a multiple of 8: --micro-batch-size 2 x .*--override-glob"
+    ):
+        kept(rows=30, data_parallel=4)
+    assert kept(rows=30, data_parallel=4, override_global_batch_size=True) is None
 
 
 def test_changed_options_are_listed(tmp_path: Path) -> None:

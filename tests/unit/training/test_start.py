@@ -1,18 +1,21 @@
-"""The checkpoint a run starts from, and the samples it leaves out."""
+"""The checkpoint a run starts from, the rows of its steps, and the samples it leaves out."""
 
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.errors import ConfigError
+from ross_mcore.parallel.layout import Layout
 from ross_mcore.training import start
-from ross_mcore.training.start import skipped_samples, starting_point
+from ross_mcore.training.start import plan_steps, skipped_samples, starting_point
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -58,3 +61,46 @@ def test_a_flag_that_names_no_sample_is_refused(tmp_path: Path, named: str) -> N
     for given in (named, str(tmp_path / "ids")):
         with pytest.raises(ConfigError, match="--skip-samples .* names no sample; give ids .* or remove the flag"):
             skipped(given)
+
+
+class Lengths:
+    """Samples of these lengths, in rows of 1,024 tokens."""
+
+    seq_length, passes_once = 1024, True
+
+    def __init__(self, *lengths: int) -> None:
+        self._lengths = np.array(lengths)
+        self.parts, self.sizes = [self], [len(lengths)]
+
+    def __len__(self) -> int:
+        return self._lengths.size
+
+    def row_lengths(self, numbers: Any) -> Any:
+        return self._lengths[numbers]
+
+
+@pytest.mark.parametrize(
+    ("samples", "micro_batch_size", "chunks", "pack", "rows"),
+    [
+        (128, 1, 1, True, 32),  # four samples of 256 tokens fill a row
+        (128, 3, 1, True, 30),  # the multiple of 6 nearest to 32
+        (128, 1, 2, True, 32),
+        (100, 1, 2, True, 24),  # interleaved: of 2 x 2 stages x 2 ranks; 25 rows are wanted
+        (1, 1, 1, True, 2),
+        (128, 1, 1, False, 128),
+    ],
+)
+def test_rows_are_chosen_for_samples(samples: int, micro_batch_size: int, chunks: int, pack: bool, rows: int) -> None:
+    flags = {"global_batch_samples": samples, "micro_batch_size": micro_batch_size, "pack": pack, "train_epochs": 2}
+    layout, dataset = Layout(1, chunks, 2, (1,) * chunks**2), Lengths(*[256] * 1000)
+    steps = plan_steps(Config.from_flat(**flags), dataset, layout)  # type: ignore[arg-type]
+    assert steps.rows == rows and steps.iterations == math.ceil(2 * (250 if pack else 1000) / rows)
+    assert steps.remarks[0].startswith(f"--global-batch-samples {samples}: a step has {rows} rows, on average ")
+
+
+def test_a_resumed_run_keeps_its_rows_and_a_given_batch_size_is_said_nothing_of() -> None:
+    dataset: Any = Lengths(*[256] * 1000)
+    config = Config.from_flat(global_batch_samples=128, train_epochs=1)
+    assert plan_steps(config, dataset, Layout(1, 1, 4, (1,)), kept_rows=36).iterations == 7  # 250 rows in steps of 36
+    given = plan_steps(Config.from_flat(global_batch_size=8, train_iters=5), dataset, Layout(1, 1, 4, (1,)))
+    assert (given.rows, given.iterations, given.remarks) == (8, 5, [])

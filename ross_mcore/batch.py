@@ -1,17 +1,19 @@
 """Types that data/ and models/ share: samples, rows of samples, and the micro-batch made of rows.
 
-Legend: B rows of S tokens each, T = B * S tokens of the micro-batch, I images in it, J images whose pixels this
-tensor-parallel rank holds, K samples without a picture, H W pixels.
+Legend: B rows of S tokens each, T = B * S tokens of the micro-batch, L labels in it, I images in it, J images whose
+pixels this tensor-parallel rank holds, K samples without a picture, H W pixels, k draws of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from ross_mcore import platform
 
 IGNORE_INDEX = -100
 
@@ -52,22 +54,50 @@ Slots = list[int]
 """Number of tokens that a row reserves for each of its samples."""
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers in the reconstruction loss of I images, as a value, so that recorded ones can be used again.
+
+    posterior_noise [I, C, h, w] of the VAE's posterior; timesteps [I, k] int64; noise [I, k, 4C, g, g].
+    """
+
+    posterior_noise: Tensor
+    timesteps: Tensor
+    noise: Tensor
+
+    def __getitem__(self, images: slice | Sequence[int]) -> Draws:
+        """The draws of some of the images."""
+        return Draws(*(value[images] for value in vars(self).values()))
+
+
+ON_HOST = ("labels", "sample_starts", "image_positions", "image_ordinals", "blank_positions")
+"""Fields of a Batch that only the host reads."""
+
+
 @dataclass
 class Batch:
-    """One micro-batch, its rows one after the other. Tensor-parallel ranks of a stage differ in pixels and parts only.
+    """One micro-batch, its rows one after the other. Tensor-parallel ranks differ in pixels, parts and draws only.
 
     tokens [T] int64, zero at image positions and padding; labels [T] int64, *shifted*: labels[t] is the token that
-    follows position t; sample_starts [N] int64: first token of each of the N samples; image_starts [I] int64: first
-    token of each image; image_samples [I] int64: index of its sample among the N; image_positions [I] int64: stream
-    position of that sample, and image_ordinals [I] int64: number of the image in it, together the key of its random
-    draws; blank_samples [K] and blank_positions [K] int64: the same for the samples without a picture that the
-    reconstruction loss covers (see collate); pixels [J, 3, H, W]: this rank's share of the I images, in order, uint8
-    levels or float32 in the tower's normalisation (see normalised_pixels); parts: precomputed parts of that share,
-    "latents" [J, 2, C, h, w] (posteriors of the VAE) and "features" [J, N, D] (of the tower), no key if J is 0.
+    follows position t; label_positions [L] int64: where there is a label, label_targets [L] int64: the labels,
+    label_samples [L] int64: their samples, label_weights [L] float32: 1; a batch without labels has one label of weight
+    0, so that all parameters stay in the autograd graph and all ranks take part in the same collectives; sample_starts
+    [N] int64: first token of each of the N samples; image_starts [I] int64: first token of each image; image_samples
+    [I] int64: index of its sample among the N; image_positions [I] int64: stream position of that sample, and
+    image_ordinals [I] int64: number of the image in it, together the key of its random draws; blank_samples [K] and
+    blank_positions [K] int64: the same for the samples without a picture that the reconstruction loss covers (see
+    collate); pixels [J, 3, H, W]: this rank's share of the I images, in order, uint8 levels or float32 in the tower's
+    normalisation (see normalised_pixels); parts: precomputed parts of that share, "latents" [J, 2, C, h, w] (posteriors
+    of the VAE) and "features" [J, N, D] (of the tower), no key if J is 0; draws: of this rank's share of the images and
+    of the K blank samples (RossModel.draws), None where nothing is denoised.
     """
 
     tokens: Tensor
     labels: Tensor
+    label_positions: Tensor
+    label_targets: Tensor
+    label_samples: Tensor
+    label_weights: Tensor
     sample_starts: Tensor
     image_starts: Tensor
     image_samples: Tensor
@@ -77,6 +107,7 @@ class Batch:
     blank_positions: Tensor
     pixels: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    draws: Draws | None = None
 
     @property
     def num_images(self) -> int:
@@ -87,32 +118,40 @@ class Batch:
         return int(self.sample_starts.numel())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; the keys of the random draws stay on the CPU, where the draws are made.
+        """The batch on `device`, but for the fields that only the host reads; copies overlap with computation."""
+        return self._each(partial(platform.upload, device=device))
 
-        Tensors are pinned, so that copies to an accelerator overlap with computation.
-        """
-        if device.type == "cpu":
-            return self
+    def pinned(self) -> Batch:
+        """The batch in pinned memory, so that `to` has only to start copies."""
+        return self._each(platform.pinned)
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `move` applied to the tensors that a device holds."""
+        moved = {
+            name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor) and name not in ON_HOST
+        }
+        parts = {kind: move(part) for kind, part in self.parts.items()}
+        draws = None if self.draws is None else Draws(*map(move, vars(self.draws).values()))
+        return replace(self, **moved, parts=parts, draws=draws)
 
-        kept = ("image_positions", "image_ordinals", "blank_positions", "parts")
-        moved: dict[str, Any] = {n: v if n in kept else move(v) for n, v in vars(self).items()}
-        moved["parts"] = {kind: move(part) for kind, part in self.parts.items()}
-        return Batch(**moved)
+
+def pixel_table(mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The 256 levels of each channel in the normalisation of a tower, [3, 256] float32.
+
+    mean, std: of the three channels, for levels scaled to [0, 1]. Bit for bit the values of Hugging Face's processors,
+    which scale in float64.
+    """
+    levels = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float().expand(3, 256)
+    return (levels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
 
 
-def normalised_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 levels [..., 3, H, W] -> float32 in the normalisation of a tower; floating-point pixels are returned as is.
+def normalised_pixels(pixels: Tensor, table: Tensor) -> Tensor:
+    """uint8 levels [..., 3, H, W] -> float32, by the table of a tower (pixel_table) on the same device.
 
-    mean, std: of the three channels, for levels scaled to [0, 1]. The 256 normalised values of a channel are looked up
-    in a table, bit for bit those of Hugging Face's processors (scaled in float64) on any device.
+    Floating-point pixels are returned as they are.
     """
     if pixels.is_floating_point():
         return pixels
-    levels = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float().expand(3, 256)
-    table = ((levels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).to(pixels.device)
     channels = zip(table, pixels.unbind(-3), strict=True)
     return torch.stack([values[channel.int()] for values, channel in channels], dim=-3)
 
@@ -182,12 +221,23 @@ def collate(
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
+    def on_labels(value: Tensor) -> Tensor:
+        return value if has_labels else value.new_zeros(1)
+
+    sample_starts, label_positions = integers(begins), (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    has_labels = bool(label_positions.numel())
+    label_positions = on_labels(label_positions)
     samples = [sample for row in rows for sample in row]
     blanks = [place for place, sample in enumerate(samples) if with_blank_samples and is_blank(sample)]
     return Batch(
         tokens,
         labels,
-        sample_starts=integers(begins),
+        label_positions=label_positions,
+        label_targets=on_labels(labels[label_positions]),
+        # of samples that start at the same position, all but the last are empty
+        label_samples=torch.searchsorted(sample_starts, label_positions, right=True) - 1,
+        label_weights=on_labels(torch.ones(label_positions.numel())),
+        sample_starts=sample_starts,
         image_starts=integers(starts),
         image_samples=integers(owners),
         image_positions=integers(positions),

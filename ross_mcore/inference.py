@@ -306,8 +306,9 @@ def _row(
 def _next_tokens(trained: TrainedModel, rows: list[Sample]) -> list[int]:
     """The most likely next token of every row."""
     batch, hidden = _run(trained, rows)
-    lengths = torch.tensor([row.tokens.numel() for row in rows], device=hidden.device)
-    return trained.model.language_model.logits(hidden[batch.sample_starts + lengths - 1, 0]).argmax(-1).tolist()
+    lengths = torch.tensor([row.tokens.numel() for row in rows])
+    last = platform.upload(batch.sample_starts + lengths - 1, hidden.device)
+    return trained.model.language_model.logits(hidden[last, 0]).argmax(-1).tolist()
 
 
 def _run(trained: TrainedModel, samples: list[Sample]) -> tuple[Batch, Tensor]:

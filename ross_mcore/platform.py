@@ -108,6 +108,22 @@ def compute_fp32_exactly() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def use_device() -> None:
+    """Makes this thread use the GPU of this process: torch has a current device for each thread, at first GPU 0."""
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the host in memory that a GPU can read by itself; without a GPU, the tensor itself."""
+    return tensor.pin_memory() if has_gpu() else tensor
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. The host does not wait: the copy is from pinned memory, in stream order."""
+    return tensor if device.type == "cpu" else pinned(tensor).to(device, non_blocking=True)
+
+
 def synchronize() -> None:
     """Waits until the device has finished, so that a time measured afterwards includes its work."""
     if has_gpu():
@@ -134,7 +150,7 @@ def initialize_process_group(timeout_minutes: float) -> None:
                 f"process {local_rank} of this machine has no GPU: there are {count}. Start at most {count} processes "
                 'a machine, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to run on the CPU'
             )
-        torch.cuda.set_device(local_rank)
+        use_device()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store, rank, world_size = torch.distributed.HashStore(), 0, 1

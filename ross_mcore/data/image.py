@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ross_mcore.architecture import VisionConfig
-from ross_mcore.batch import normalised_pixels
+from ross_mcore.batch import normalised_pixels, pixel_table
 from ross_mcore.checked import reason
 from ross_mcore.data.picture_files import open_picture, quiet_pil
 from ross_mcore.errors import ArchitectureError, ImageError
@@ -250,7 +250,7 @@ class ImagePreprocessing:
         """RGB picture of any size -> [3, H, W] float32, normalised."""
         levels = np.empty((3, self.image_size, self.image_size), np.uint8)
         self.write_levels(picture, levels)
-        return normalised_pixels(torch.from_numpy(levels), self.image_mean, self.image_std).numpy()
+        return normalised_pixels(torch.from_numpy(levels), pixel_table(self.image_mean, self.image_std)).numpy()
 
     def write_levels(self, picture: Image.Image, out: NDArray[np.uint8]) -> None:
         """Writes an RGB picture of any size to `out` [3, H, W], resized, not normalised.

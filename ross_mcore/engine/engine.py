@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from ross_mcore import platform
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.batch import Batch, collate, segments
+from ross_mcore.batch import Batch, Draws, collate, segments
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.config import Config
 from ross_mcore.data.loader import Step, StepLoader
+from ross_mcore.engine.ahead import made_ahead
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.finite import all_finite
 from ross_mcore.engine.losses import (
@@ -41,7 +43,6 @@ from ross_mcore.engine.losses import (
 from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, set_hyperparameters
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.step import AgreedStep, Request, agree_on_step, samples_of
-from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel.collectives import gather
 from ross_mcore.parallel.groups import Groups
 
@@ -191,33 +192,40 @@ class Engine:
         """Runs all micro-batches through mcore's schedule; the last stage's result of each, [] on other stages."""
         size, image_size = step.size, self.model_config.vision.image_size
         count, with_blanks = size.micro_batches, objective.with_blank_samples
+        reads = self.groups.stage.reads_data
+
+        def prepare(number: int) -> Batch:
+            rows = step.rows_of(number)
+            assert rows is not None
+            batch = collate(rows, size.seq_length, image_size, step.slots_of(number), with_blanks)
+            if output == "losses":
+                recorded = None if randomness.recorded is None else randomness.recorded[number]
+                batch.draws = self.model.last.draws(batch, randomness.seed, recorded)
+            return batch.pinned()
 
         def forward_step(numbers: Iterator[int], wrapped: DistributedDataParallel) -> tuple[Tensor, Any]:
             number = next(numbers)
             at(f"forward and backward, micro-batch {number + 1} of {count}")
             model = wrapped.module
-            rows = step.rows_of(number) if model.pre_process or model.post_process else None
-            slots = step.slots_of(number)
-            batch: Batch | None = None
-            if rows is not None:
-                batch = collate(rows, size.seq_length, image_size, slots, with_blanks).to(self.device)
-            draws = None if randomness.recorded is None else randomness.recorded[number]
-            lengths = segments(slots, size.seq_length)
-            result = wrapped(batch, lengths, output=output, draws=draws, draw_seed=randomness.seed)
+            # chunks run the micro-batches in order, and of a rank's chunks at most one takes the batch
+            takes_batch = model.pre_process or model.post_process
+            batch = next(batches).to(self.device) if takes_batch else None
+            result = wrapped(batch, segments(step.slots_of(number), size.seq_length), output=output)
             if output == "hidden":
                 return result, lambda hidden, non_loss_data=True: hidden
-            samples = samples_of([rows or []])
+            samples = samples_of([(step.rows_of(number) or []) if takes_batch else []])
             weights = micro_batch_weights(samples, size, objective, count * self.groups.layout.data_parallel)
             return result, partial(weighted_loss, samples=samples, weights=weights, with_blank_samples=with_blanks)
 
-        found: list[Any] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(range(count)) for _ in self.model],
-            model=list(self.model),
-            num_microbatches=count,
-            seq_length=size.seq_length * size.rows,
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=output == "hidden",
-        )
+        with closing(made_ahead(prepare, range(count if reads else 0))) as batches:
+            found: list[Any] = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(range(count)) for _ in self.model],
+                model=list(self.model),
+                num_microbatches=count,
+                seq_length=size.seq_length * size.rows,
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=output == "hidden",
+            )
         return found

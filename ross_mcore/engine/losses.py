@@ -124,7 +124,8 @@ def weighted_loss(
     mcore divides nothing: under calculate_per_token_loss (models/language.py) it leaves the division by tokens to
     finalize_model_grads, which engine/setup.py calls without them, so that this count is never used.
     """
-    terms = sums.sum(0) * sums.new_tensor(weights)
+    # not with a tensor of the weights: its copy to a device would wait
+    terms = torch.stack([total * weight for total, weight in zip(sums.sum(0), weights, strict=True)])
     kept = MicroBatchLosses.of(samples, terms, sums, with_blank_samples)
     return terms.sum().float(), torch.zeros((), dtype=torch.int, device=sums.device), kept
 

@@ -12,10 +12,11 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ross_mcore.batch import Draws
 
 TRAIN_TIMESTEPS = 1000
 MAX_BETA = 0.999
@@ -50,12 +51,15 @@ def spaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
 class Schedule:
     """Tables of a diffusion process over the timesteps kept in `timestep_map`; all [T], float64, on the CPU.
 
-    Values from the tables are cast to float32 before arithmetic, as in the reference. `timesteps` arguments index the
-    tables; `timestep_map` [T] int64 holds the timesteps of the full process, which the denoiser gets as input. Not a
-    module, so it is not saved with a checkpoint and not cast with a model.
+    Values from the tables are cast to float32 before arithmetic, as in the reference, and are on `device` from the
+    start. `timesteps` arguments index the tables; `timestep_map` [T] int64 holds the timesteps of the full process,
+    which the denoiser gets as input. Not a module, so it is not saved with a checkpoint and not cast with a model.
     """
 
-    def __init__(self, betas: Tensor, timestep_map: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, betas: Tensor, timestep_map: Sequence[int] | None = None, device: torch.device | None = None
+    ) -> None:
+        self.device = device
         kept = list(range(len(betas))) if timestep_map is None else list(timestep_map)
         self.full_betas = betas.double()
         self.timestep_map = torch.tensor(kept, dtype=torch.int64)
@@ -77,11 +81,16 @@ class Schedule:
         self.posterior_mean_coef2 = (1 - before) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
         self.fixed_large_variance = torch.cat([second, self.betas[1:]])
         """Variance of the noise that the sampler adds: beta_t, at t = 0 the posterior variance of t = 1."""
+        self._values = {
+            name: table.float().to(device)
+            for name, table in vars(self).items()
+            if isinstance(table, Tensor) and len(table) == len(kept)
+        }
 
     @classmethod
-    def cosine(cls) -> Schedule:
+    def cosine(cls, device: torch.device | None = None) -> Schedule:
         """The process that ROSS trains with."""
-        return cls(cosine_betas(TRAIN_TIMESTEPS))
+        return cls(cosine_betas(TRAIN_TIMESTEPS), device=device)
 
     @property
     def num_timesteps(self) -> int:
@@ -89,29 +98,29 @@ class Schedule:
 
     def respace(self, steps: int) -> Schedule:
         """A process of `steps` timesteps, for faster sampling; the marginals at the timesteps it keeps are the same."""
-        return Schedule(self.full_betas, spaced_timesteps(len(self.full_betas), steps))
+        return Schedule(self.full_betas, spaced_timesteps(len(self.full_betas), steps), self.device)
 
-    def _at(self, table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-        """table [T], timesteps [M] -> float32 on the device of `like`, shaped to broadcast against it."""
-        values = table.float().to(like.device)[timesteps]
+    def _at(self, table: str, timesteps: Tensor, like: Tensor) -> Tensor:
+        """The name of a table, timesteps [M] -> its values, float32, shaped to broadcast against `like`."""
+        values = self._values[table][timesteps]
         return values.view(-1, *[1] * (like.dim() - 1))
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """x_start [M, ...], timesteps [M], noise [M, ...] -> x_t [M, ...]: the noisy latent at `timesteps`."""
-        signal = self._at(self.sqrt_alphas_cumprod, timesteps, x_start)
-        return signal * x_start + self._at(self.sqrt_one_minus_alphas_cumprod, timesteps, x_start) * noise
+        signal = self._at("sqrt_alphas_cumprod", timesteps, x_start)
+        return signal * x_start + self._at("sqrt_one_minus_alphas_cumprod", timesteps, x_start) * noise
 
     def posterior(self, x_start: Tensor, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q(x_{t-1} | x_t, x_0), DDPM equation 7: mean [M, ...], variance and clipped log-variance (broadcastable)."""
-        mean = self._at(self.posterior_mean_coef1, timesteps, x_t) * x_start
-        mean = mean + self._at(self.posterior_mean_coef2, timesteps, x_t) * x_t
-        variance = self._at(self.posterior_variance, timesteps, x_t)
-        return mean, variance, self._at(self.posterior_log_variance_clipped, timesteps, x_t)
+        mean = self._at("posterior_mean_coef1", timesteps, x_t) * x_start
+        mean = mean + self._at("posterior_mean_coef2", timesteps, x_t) * x_t
+        variance = self._at("posterior_variance", timesteps, x_t)
+        return mean, variance, self._at("posterior_log_variance_clipped", timesteps, x_t)
 
     def predict_start(self, x_t: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """x_t [M, ...], timesteps [M], (predicted) noise [M, ...] -> the x_0 [M, ...] that they imply."""
-        scaled = self._at(self.sqrt_recip_alphas_cumprod, timesteps, x_t) * x_t
-        return scaled - self._at(self.sqrt_recipm1_alphas_cumprod, timesteps, x_t) * noise
+        scaled = self._at("sqrt_recip_alphas_cumprod", timesteps, x_t) * x_t
+        return scaled - self._at("sqrt_recipm1_alphas_cumprod", timesteps, x_t) * noise
 
 
 def epsilon_loss(prediction: Tensor, noise: Tensor) -> Tensor:
@@ -152,25 +161,6 @@ def sample(
         if step:
             x = x + temperature * float(deviations[step]) * fresh.to(x)
     return x
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers in the reconstruction loss of I images, as a value, so that recorded ones can be used again.
-
-    posterior_noise [I, C, h, w] of the VAE's posterior; timesteps [I, k] int64; noise [I, k, 4C, g, g].
-    """
-
-    posterior_noise: Tensor
-    timesteps: Tensor
-    noise: Tensor
-
-    def __getitem__(self, images: slice | Sequence[int]) -> Draws:
-        """The draws of some of the images."""
-        return Draws(*(value[images] for value in vars(self).values()))
-
-    def to(self, device: torch.device | str) -> Draws:
-        return Draws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
 def draw_seed(seed: int, position: int, ordinal: int) -> int:

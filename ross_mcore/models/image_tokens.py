@@ -1,17 +1,13 @@
-"""Images and labels in the token sequence: splices image features in, gathers hidden states at images and labels.
+"""Images in the token sequence: splices image features in, gathers hidden states at images.
 
-Legend: T positions of a micro-batch, D width, I images, N tokens per image, L supervised positions. Hidden states are
-[T, 1, D], sequence first as in Megatron-Core; an image has the N positions from its start.
+Legend: T positions of a micro-batch, D width, I images, N tokens per image. Hidden states are [T, 1, D], sequence first
+as in Megatron-Core; an image has the N positions from its start.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-from ross_mcore.batch import IGNORE_INDEX
 
 
 def image_indices(image_starts: Tensor, image_tokens: int) -> Tensor:
@@ -44,41 +40,3 @@ def gather(hidden: Tensor, image_starts: Tensor, image_tokens: int) -> Tensor:
     """
     indices = image_indices(image_starts, image_tokens)
     return hidden.index_select(0, indices).view(image_starts.numel(), image_tokens, hidden.shape[-1])
-
-
-class SupervisedPositions(NamedTuple):
-    """The L positions of a batch that have a label.
-
-    index [L]: positions; targets [L] int64: labels; weights [L] float32: 1. A batch without labels has one dummy
-    position with target 0 and weight 0.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not used
-    targets: Tensor
-    weights: Tensor
-
-    def select(self, hidden: Tensor) -> Tensor:
-        """hidden [T, 1, D] -> [L, D]; differentiable."""
-        return hidden.index_select(0, self.index).squeeze(1)
-
-
-def samples_at(positions: Tensor, sample_starts: Tensor) -> Tensor:
-    """positions [L], sorted sample_starts [N] -> index of the sample at each position, [L].
-
-    Of samples with the same start, all but the last are empty.
-    """
-    return torch.searchsorted(sample_starts, positions, right=True) - 1
-
-
-def supervised_positions(labels: Tensor) -> SupervisedPositions:
-    """labels [T] -> the positions whose label is not IGNORE_INDEX.
-
-    A batch without labels gets position 0 with weight 0, so that all parameters stay in the autograd graph and all
-    ranks take part in the same collectives.
-    """
-    index = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
-    if not index.numel():
-        zero = torch.zeros(1, dtype=torch.int64, device=labels.device)
-        return SupervisedPositions(zero, zero, zero.float())
-    weights = torch.ones(index.shape, dtype=torch.float32, device=labels.device)
-    return SupervisedPositions(index, labels[index], weights)

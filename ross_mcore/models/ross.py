@@ -20,11 +20,10 @@ from torch import Tensor
 
 from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
-from ross_mcore.batch import Batch, normalised_pixels
+from ross_mcore.batch import Batch, Draws, normalised_pixels, pixel_table
 from ross_mcore.models import diffusion, image_tokens
 from ross_mcore.models.attention import packed_sequence
 from ross_mcore.models.denoiser import Denoiser
-from ross_mcore.models.diffusion import Draws
 from ross_mcore.models.language import Execution, LanguageModel, transformer_config
 from ross_mcore.models.pixel_decoder import PixelDecoder, sample_latents
 from ross_mcore.models.projector import VisionProjection
@@ -92,13 +91,15 @@ class RossModel(MegatronModule):
             # stored like the other parts, but computed in fp32 (reference ross_arch.py:466-512)
             self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
             self.denoiser.to(execution.dtype)
-            self.schedule = diffusion.Schedule.cosine()
+            self.schedule = diffusion.Schedule.cosine(platform.device())
             self.autoencoder_config = model.pixel_decoder
             if options.decodes or not precomputed.latents:
                 self.pixel_decoder = PixelDecoder(
                     model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
                 )
             self.register_buffer("blank_posterior", options.blank_posterior, persistent=False)
+        table = pixel_table(model.vision.image_mean, model.vision.image_std)
+        self.register_buffer("pixel_table", table, persistent=False)
         self.to(platform.device())
         for part in PARTS:
             if part.splits_images and hasattr(self, part.prefix):
@@ -122,14 +123,11 @@ class RossModel(MegatronModule):
         batch: Batch | None,
         segments: Sequence[int],
         output: Literal["losses", "hidden"] = "losses",
-        draws: Draws | None = None,
-        draw_seed: int | None = None,
     ) -> Tensor:
         """Runs one micro-batch through this stage; middle stages take no batch.
 
-        `segments`: lengths of the runs of tokens that attend to each other (batch.segments). `draws`: random numbers of
-        the I images and then the K blank samples, the same on all tensor-parallel ranks; by default `keyed_draws` with
-        `draw_seed`, or with the model's seed when that is None. Raises ValueError when a batch is missing.
+        `segments`: lengths of the runs of tokens that attend to each other (batch.segments). Raises ValueError when a
+        batch is missing, or its draws for the losses of a model with a denoiser.
         """
         if (self.pre_process or self.post_process) and batch is None:
             raise ValueError("the first and the last pipeline stage need the batch")
@@ -147,7 +145,32 @@ class RossModel(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if output == "hidden":
             return hidden
-        return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch, draws, draw_seed)], dim=1)
+        return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch)], dim=1)
+
+    def draws(self, batch: Batch, seed: int | None = None, recorded: Draws | None = None) -> Draws | None:
+        """This rank's share of the draws of a micro-batch, on the CPU: of its images, then of its blank samples.
+
+        They are `keyed_draws` of `seed`, by default the model's, or taken from `recorded` ones of all I images and K
+        blank samples. None where nothing is denoised. Reads only fields of the batch that are on the host.
+        """
+        if not self.post_process or self.model.denoiser is None:
+            return None
+        mine, blanks = self._shares(batch)
+        if recorded is not None:
+            return recorded[[*mine, *(batch.num_images + place for place in blanks)]]
+        return diffusion.keyed_draws(
+            self.options.seed if seed is None else seed,
+            torch.cat([_part(batch.image_positions, mine), _part(batch.blank_positions, blanks)]),
+            torch.cat([_part(batch.image_ordinals, mine), torch.zeros(len(blanks), dtype=torch.int64)]),
+            self.denoiser.config.draws,
+            self.model.latent_shape,
+            self.denoiser.grid,
+        )
+
+    def _shares(self, batch: Batch) -> tuple[range, range]:
+        """This tensor-parallel rank's shares of the I images and of the K blank samples."""
+        rank, size = self.groups.tensor_rank, self.groups.tensor.size()
+        return share_of(batch.num_images, rank, size), share_of(batch.blank_positions.numel(), rank, size)
 
     def _embed(self, batch: Batch) -> Tensor:
         """Token embeddings with image features spliced in: [T, 1, D], or this rank's piece of it."""
@@ -162,7 +185,7 @@ class RossModel(MegatronModule):
 
     def _pixels(self, batch: Batch) -> Tensor:
         """[J, 3, H, W] float32 in the tower's normalisation."""
-        return normalised_pixels(batch.pixels, self.model.vision.image_mean, self.model.vision.image_std)
+        return normalised_pixels(batch.pixels, self.pixel_table)
 
     def _features(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """The tower's features [J, N, Dv] of this rank's share of the images."""
@@ -192,12 +215,11 @@ class RossModel(MegatronModule):
 
     def _lm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum of the cross-entropies over the labels of each sample, [N]; logits are computed at labels only."""
-        supervised = image_tokens.supervised_positions(batch.labels)
-        losses = self.language_model.token_losses(supervised.select(hidden), supervised.targets)
-        owners = image_tokens.samples_at(supervised.index, batch.sample_starts)
-        return _sums_by_sample(losses * supervised.weights, owners, batch)
+        states = hidden.index_select(0, batch.label_positions).squeeze(1)
+        losses = self.language_model.token_losses(states, batch.label_targets)
+        return _sums_by_sample(losses * batch.label_weights, batch.label_samples, batch)
 
-    def _vm_sums(self, hidden: Tensor, batch: Batch, draws: Draws | None, draw_seed: int | None) -> Tensor:
+    def _vm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum of the reconstruction losses over the images of each sample, [N], equal on all tensor-parallel ranks.
 
         Each tensor-parallel rank computes its share of the images. A blank sample counts as one picture of the mean
@@ -205,29 +227,16 @@ class RossModel(MegatronModule):
         """
         if self.model.denoiser is None:
             return hidden.new_zeros(batch.num_samples, dtype=torch.float64)
-        rank, size = self.groups.tensor_rank, self.groups.tensor.size()
-        share = share_of(batch.num_images, rank, size)
-        blank = share_of(batch.blank_positions.numel(), rank, size)
-        mine, blanks = slice(share.start, share.stop), slice(blank.start, blank.stop)
-        if draws is None:
-            draws = diffusion.keyed_draws(
-                self.options.seed if draw_seed is None else draw_seed,
-                torch.cat([batch.image_positions[mine], batch.blank_positions[blanks]]),
-                torch.cat([batch.image_ordinals[mine], torch.zeros(len(blank), dtype=torch.int64)]),
-                self.denoiser.config.draws,
-                self.model.latent_shape,
-                self.denoiser.grid,
-            )
-        else:
-            draws = draws[[*share, *(batch.num_images + place for place in blank)]]
-        draws = draws.to(hidden.device)
-        latents = self._latents(batch, len(blank), draws.posterior_noise)
+        if batch.draws is None:
+            raise ValueError("the reconstruction loss needs the batch's draws")
+        mine, blanks = self._shares(batch)
+        latents = self._latents(batch, len(blanks), batch.draws.posterior_noise)
         # a rank without images runs the denoiser on an empty batch: its gradients are zero, and no rank waits
         hidden = split.enter_share(hidden, self.groups.tensor)
-        condition = image_tokens.gather(hidden, batch.image_starts[mine], self.model.vision.image_tokens)
-        condition = torch.cat([condition, condition.new_zeros(len(blank), *condition.shape[1:])])
-        losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, draws)
-        owners = torch.cat([batch.image_samples[mine], batch.blank_samples[blanks]])
+        condition = image_tokens.gather(hidden, _part(batch.image_starts, mine), self.model.vision.image_tokens)
+        condition = torch.cat([condition, condition.new_zeros(len(blanks), *condition.shape[1:])])
+        losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, batch.draws)
+        owners = torch.cat([_part(batch.image_samples, mine), _part(batch.blank_samples, blanks)])
         return split.sum_shares(_sums_by_sample(losses, owners, batch), self.groups.tensor)
 
     @torch.no_grad()
@@ -240,14 +249,14 @@ class RossModel(MegatronModule):
         The denoiser samples latents in `steps` steps, and the VAE decodes them. The noise of an image depends on (seed,
         position, ordinal) only, so its reconstruction is the same in every layout.
         """
-        share = share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size())
-        mine = slice(share.start, share.stop)
-        tokens = self.model.vision.image_tokens
-        condition = image_tokens.gather(hidden, batch.image_starts[mine], tokens)
+        mine, _ = self._shares(batch)
+        condition = image_tokens.gather(hidden, _part(batch.image_starts, mine), self.model.vision.image_tokens)
         shape = (self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
         generators = [
             torch.Generator().manual_seed(diffusion.draw_seed(self.options.seed, position, ordinal))
-            for position, ordinal in zip(batch.image_positions[mine].tolist(), batch.image_ordinals[mine].tolist())
+            for position, ordinal in zip(
+                _part(batch.image_positions, mine).tolist(), _part(batch.image_ordinals, mine).tolist(), strict=True
+            )
         ]
 
         def draw() -> Tensor:
@@ -267,6 +276,11 @@ class RossModel(MegatronModule):
             return self.pixel_decoder.decode(means), self.pixel_decoder.decode(latents)
         originals = self.pixel_decoder.images_for_encoder(self._pixels(batch)) / 2 + 0.5
         return originals, self.pixel_decoder.decode(latents)
+
+
+def _part(values: Tensor, places: range) -> Tensor:
+    """The values at consecutive places."""
+    return values[places.start : places.stop]
 
 
 def _sums_by_sample(losses: Tensor, owners: Tensor, batch: Batch) -> Tensor:

@@ -23,14 +23,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from examples import ross_in_one_file as one_file
 from examples.demo.scenes import caption_records, chat_records, draw_scene, sample_training_scenes
-from ross_mcore.batch import Sample, normalised_pixels
+from ross_mcore.batch import Draws, Sample, normalised_pixels, pixel_table
 from ross_mcore.checkpoint.folder import Checkpoint, require_checkpoint
 from ross_mcore.commands import convert, export
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
-from ross_mcore.models.diffusion import Draws, Schedule
+from ross_mcore.models.diffusion import Schedule
 from ross_mcore.shards.llava import convert_records
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
@@ -138,7 +138,7 @@ def as_arguments(rows: list[Sample], draws: Draws, trial: Trial) -> tuple[Tensor
     columns = [with_images(row, vision.image_tokens) for row in rows], [row.labels for row in rows]
     text = [pad_sequence(column, batch_first=True, padding_value=one_file.IGNORE) for column in columns]
     levels = torch.stack([picture for row in rows for picture in row.pixels if picture is not None])
-    pixels = normalised_pixels(levels, vision.image_mean, vision.image_std)
+    pixels = normalised_pixels(levels, pixel_table(vision.image_mean, vision.image_std))
     return *text, pixels, draws.posterior_noise, draws.timesteps, draws.noise
 
 
@@ -239,7 +239,7 @@ def test_reads_what_the_trainer_reads(model: Model, stage: str, scenes: Path, tm
         assert torch.equal(tokens, with_images(sample, vision.image_tokens))
         assert torch.equal(labels, sample.labels) and sample.label_tokens > 0
         assert sample.pixels[0] is not None
-        expected = normalised_pixels(sample.pixels[0], vision.image_mean, vision.image_std)
+        expected = normalised_pixels(sample.pixels[0], pixel_table(vision.image_mean, vision.image_std))
         torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
 
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "architecture": {"checked", "library_configs"},
     "library_configs": {"checked"},
     "checked": set(),
-    "batch": set(),
+    "batch": {"platform"},
     "options": {"checked"},
     "config": {"architecture", "checked", "options", "parallel"},
     "flags": {"arguments", "checked", "options", "config"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ross_mcore.batch import IGNORE_INDEX, Sample, collate, normalised_pixels, segments
+from ross_mcore.batch import IGNORE_INDEX, Sample, collate, normalised_pixels, pixel_table, segments
 
 
 def sample(position: int, tokens: list[int], image_at: int | None = None) -> Sample:
@@ -21,6 +21,8 @@ def test_samples_share_a_row_and_predict_only_their_own_tokens() -> None:
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 0, 6, 7, 0, 0, 0, 0]
     nothing = IGNORE_INDEX
     assert batch.labels.tolist() == [2, 3, nothing, 5, nothing, nothing, 7, *[nothing] * 5]
+    assert batch.label_positions.tolist() == [0, 1, 3, 6] and batch.label_weights.tolist() == [1, 1, 1, 1]
+    assert batch.label_targets.tolist() == [2, 3, 5, 7] and batch.label_samples.tolist() == [0, 0, 1, 2]
     assert batch.sample_starts.tolist() == [0, 3, 6]
     assert batch.image_starts.tolist() == [1, 6]
     assert batch.image_positions.tolist() == [7, 9] and batch.image_ordinals.tolist() == [0, 0]
@@ -33,6 +35,17 @@ def test_a_slot_keeps_its_size_when_its_sample_is_shorter() -> None:
     batch = collate([[sample(1, [1]), sample(2, [2, 3])]], 8, 2, slots=[[4, 3]])
     assert batch.tokens.tolist() == [1, 0, 0, 0, 2, 3, 0, 0]
     assert batch.sample_starts.tolist() == [0, 4]
+
+
+def test_a_batch_without_labels_has_one_label_of_weight_zero() -> None:
+    batch = collate([[sample(1, [1]), sample(2, [2])]], 4, 2)
+    found = (batch.label_positions, batch.label_targets, batch.label_samples, batch.label_weights)
+    assert [value.tolist() for value in found] == [[0], [0], [0], [0.0]] and found[3].dtype == torch.float32
+
+
+def test_a_label_belongs_to_the_last_sample_that_starts_before_it() -> None:
+    batch = collate([[sample(1, [1, 2]), sample(2, []), sample(3, [3, 4])], [sample(4, []), sample(5, [5, 6])]], 5, 2)
+    assert batch.label_positions.tolist() == [0, 2, 5] and batch.label_samples.tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +74,6 @@ def test_normalised_levels_equal_the_librarys_bits() -> None:
     levels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 256).reshape(2, 3, 16, 16)
     scaled = (levels.numpy() * np.float64(1 / 255)).astype(np.float32)  # transformers' rescale, then its normalize
     wanted = (scaled - np.float32(mean)[:, None, None]) / np.float32(std)[:, None, None]
-    normalised = normalised_pixels(levels, mean, std)
+    normalised = normalised_pixels(levels, pixel_table(mean, std))
     assert normalised.dtype == torch.float32 and np.array_equal(normalised.numpy(), wanted)
-    assert normalised_pixels(normalised, mean, std) is normalised
+    assert normalised_pixels(normalised, pixel_table(mean, std)) is normalised

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from parity.golden import Golden, GoldenError, Tensors, where_recorded
 from parity.rows import Row, compare, compare_exactly, compare_sets, unsupported
 from ross_mcore.architecture import DenoiserConfig
+from ross_mcore.batch import Draws
 from ross_mcore.conversion.huggingface import read_pixel_decoder_config
 from ross_mcore.models.denoiser import (
     CONDITION_NORM_EPSILON,
@@ -23,7 +24,6 @@ from ross_mcore.models.denoiser import (
 )
 from ross_mcore.models.diffusion import (
     TRAIN_TIMESTEPS,
-    Draws,
     Schedule,
     cosine_betas,
     epsilon_loss,

@@ -29,7 +29,7 @@ from parity.trial import (
     replayed,
     shared_folder,
 )
-from ross_mcore.batch import Sample
+from ross_mcore.batch import Draws, Sample
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.conversion.mapping import ross_table
@@ -37,7 +37,6 @@ from ross_mcore.conversion.table import Entry, convert_out, match
 from ross_mcore.data.conversation import expand_images
 from ross_mcore.engine.losses import Losses
 from ross_mcore.errors import ConversationError, LayoutError
-from ross_mcore.models.diffusion import Draws
 from ross_mcore.training.start import place
 
 ROUNDING = 1e-7

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parity.golden import Golden, Tensors
 from ross_mcore.architecture import ModelConfig, VisionConfig
-from ross_mcore.batch import Sample
+from ross_mcore.batch import Draws, Sample
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.checkpoint.sharded import save_checkpoint
@@ -33,7 +33,6 @@ from ross_mcore.engine.engine import Engine, Randomness, Trained
 from ross_mcore.engine.losses import Losses
 from ross_mcore.engine.setup import Span, build_engine
 from ross_mcore.engine.step import AgreedStep
-from ross_mcore.models.diffusion import Draws
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.collectives import from_first_rank, gather
 from ross_mcore.parallel.groups import Groups

@@ -1,11 +1,11 @@
-"""Splice, gather and supervised positions: inverse to each other, differentiable, counts are checked."""
+"""Splice and gather: inverse to each other, differentiable, counts are checked."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ross_mcore.models.image_tokens import gather, samples_at, splice, supervised_positions
+from ross_mcore.models.image_tokens import gather, splice
 
 LENGTH, WIDTH, TOKENS = 27, 2, 3
 IMAGE_STARTS = torch.tensor([19, 6, 23])
@@ -73,25 +73,3 @@ def test_an_image_past_the_sequence_is_an_error():
         gather(torch.zeros(LENGTH, 1, WIDTH), IMAGE_STARTS + 4, TOKENS)
     with pytest.raises(IndexError):
         splice(torch.zeros(LENGTH, 1, WIDTH), torch.zeros(3, TOKENS, WIDTH), IMAGE_STARTS + 4)
-
-
-def test_supervised_positions():
-    supervised = supervised_positions(torch.tensor([-100, 7, -100, 0, -100, -100, -100, 5]))
-    assert supervised.index.tolist() == [1, 3, 7]
-    assert supervised.targets.tolist() == [7, 0, 5]
-    assert supervised.weights.tolist() == [1, 1, 1]
-    hidden = torch.arange(8.0).view(8, 1, 1)
-    assert supervised.select(hidden).flatten().tolist() == [1, 3, 7]
-
-
-def test_a_batch_without_labels_has_one_position_of_weight_zero():
-    hidden = torch.randn(8, 1, 3, requires_grad=True)
-    supervised = supervised_positions(torch.full((8,), -100))
-    assert [value.tolist() for value in supervised] == [[0], [0], [0]]
-    (supervised.select(hidden).sum(1) * supervised.weights).sum().backward()
-    assert hidden.grad is not None and not hidden.grad.any()
-
-
-def test_a_position_belongs_to_the_last_sample_that_starts_before_it():
-    starts = torch.tensor([0, 3, 3, 6])
-    assert samples_at(torch.tensor([0, 2, 3, 5, 6, 9]), starts).tolist() == [0, 0, 2, 2, 3, 3]

@@ -231,9 +231,10 @@ class RossModel(MegatronModule):
             raise ValueError("the reconstruction loss needs the batch's draws")
         mine, blanks = self._shares(batch)
         latents = self._latents(batch, len(blanks), batch.draws.posterior_noise)
+        # of the states' gradients, those at images are summed over the ranks, and no others are sent
+        condition = image_tokens.gather(hidden, batch.image_starts, self.model.vision.image_tokens)
         # a rank without images runs the denoiser on an empty batch: its gradients are zero, and no rank waits
-        hidden = split.enter_share(hidden, self.groups.tensor)
-        condition = image_tokens.gather(hidden, _part(batch.image_starts, mine), self.model.vision.image_tokens)
+        condition = _part(split.enter_share(condition, self.groups.tensor), mine)
         condition = torch.cat([condition, condition.new_zeros(len(blanks), *condition.shape[1:])])
         losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, batch.draws)
         owners = torch.cat([_part(batch.image_samples, mine), _part(batch.blank_samples, blanks)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +89,9 @@ class Batch:
     blank_positions [K] int64: the same for the samples without a picture that the reconstruction loss covers (see
     collate); pixels [J, 3, H, W]: this rank's share of the I images, in order, uint8 levels or float32 in the tower's
     normalisation (see normalised_pixels); parts: precomputed parts of that share, "latents" [J, 2, C, h, w] (posteriors
-    of the VAE) and "features" [J, N, D] (of the tower), no key if J is 0; draws: of this rank's share of the images and
-    of the K blank samples (RossModel.draws), None where nothing is denoised.
+    of the VAE) and "features" [J, N, D] (of the tower), no key if J is 0; draws: of the images and blank samples that
+    this rank denoises (RossModel.draws), None where nothing is denoised; turn: number of the micro-batch in its step,
+    see layout.share_of.
     """
 
     tokens: Tensor
@@ -108,6 +110,7 @@ class Batch:
     pixels: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     draws: Draws | None = None
+    turn: int = 0
 
     @property
     def num_images(self) -> int:
@@ -127,7 +130,7 @@ class Batch:
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `move` applied to the tensors that a device holds."""
-        moved = {
+        moved: dict[str, Any] = {
             name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor) and name not in ON_HOST
         }
         parts = {kind: move(part) for kind, part in self.parts.items()}
@@ -179,6 +182,7 @@ def collate(
     image_size: int,
     slots: Sequence[Slots] | None = None,
     with_blank_samples: bool = False,
+    turn: int = 0,
 ) -> Batch:
     """Lays rows of `seq_length` tokens one after the other and stacks the pixels that are present.
 
@@ -246,4 +250,5 @@ def collate(
         blank_positions=integers([samples[place].position for place in blanks]),
         pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8),
         parts={kind: torch.stack(held) for kind, held in parts.items() if held},
+        turn=turn,
     )

@@ -43,7 +43,18 @@ from ross_mcore.data.workers import MEMORY_REMEDY, Interrupted, Stream, shared
 from ross_mcore.errors import ShardReadError, WorkerError
 from ross_mcore.parallel.layout import EVERYTHING, DataShare, share_of
 
-PlannedMicroBatch = list[PlannedRow]
+
+@dataclass(frozen=True)
+class PlannedMicroBatch:
+    """The rows of a micro-batch, and its number in this rank's step, which says who decodes one picture more."""
+
+    number: int
+    rows: list[PlannedRow]
+
+    @property
+    def samples(self) -> list[int]:
+        """Numbers of the samples in the data set."""
+        return [number for row in self.rows for number in row.samples.tolist()]
 
 
 @dataclass(frozen=True)
@@ -147,13 +158,13 @@ class _MicroBatches(Dataset[_Read]):
         self.dataset, self.plan, self.share = dataset, plan, share
 
     def __getitem__(self, planned: PlannedMicroBatch) -> _Read:
-        numbers = [number for row in planned for number in row.samples.tolist()]
-        positions = [position for row in planned for position in row.positions.tolist()]
+        positions = [position for row in planned.rows for position in row.positions.tolist()]
         try:
-            samples = [self._text(number, position) for number, position in zip(numbers, positions, strict=True)]
+            texts = zip(planned.samples, positions, strict=True)
+            samples = [self._text(number, position) for number, position in texts]
             bad = [Bad(sample.position, TEXT, sample.problem or "") for sample in samples if sample.is_bad]
-            found, pixels = self._decode_share(samples, numbers)
-            packed = _MicroBatch.pack(samples, [row.samples.size for row in planned], bad + found, pixels)
+            found, pixels = self._decode_share(samples, planned)
+            packed = _MicroBatch.pack(samples, [row.samples.size for row in planned.rows], bad + found, pixels)
             if get_worker_info() is not None:
                 shared(packed.tensors)
         except MemoryError:
@@ -167,8 +178,7 @@ class _MicroBatches(Dataset[_Read]):
 
         This rank's share of the pictures may change with them; new pictures of the share are decoded.
         """
-        numbers = [number for row in planned for number in row.samples.tolist()]
-        for row, plan in zip(rows, planned, strict=True):
+        for row, plan in zip(rows, planned.rows, strict=True):
             for place, old in enumerate(row):
                 number = int(plan.samples[place])
                 if old.position in positions and number != EMPTY:
@@ -178,10 +188,10 @@ class _MicroBatches(Dataset[_Read]):
         samples = [sample for row in rows for sample in row]
         bad = [
             Bad(sample.position, TEXT, sample.problem)
-            for sample, number in zip(samples, numbers, strict=True)
+            for sample, number in zip(samples, planned.samples, strict=True)
             if sample.position in positions and number != EMPTY and sample.problem
         ]
-        return bad + self._decode_share(samples, numbers)[0]
+        return bad + self._decode_share(samples, planned)[0]
 
     def _text(self, number: int, position: int) -> Sample:
         """The sample without pictures; a bad one if its length is not that of the index.
@@ -200,19 +210,20 @@ class _MicroBatches(Dataset[_Read]):
             return skipped_sample(sample.key, position, reason, is_bad=True)
         return sample
 
-    def _decode_share(self, samples: list[Sample], numbers: list[int]) -> tuple[list[Bad], Tensor | None]:
+    def _decode_share(self, samples: list[Sample], planned: PlannedMicroBatch) -> tuple[list[Bad], Tensor | None]:
         """Decodes this rank's share of the pictures and drops the pixels of all others.
 
         Returns the errors of pictures, and the pixels [n, 3, H, W] of those decoded now.
         """
         pictures = [(place, ordinal) for place, sample in enumerate(samples) for ordinal in range(len(sample.pixels))]
-        share = share_of(len(pictures), self.share.tp_rank, self.share.tp_size)
+        share = share_of(len(pictures), self.share.tp_rank, self.share.tp_size, planned.number)
         for place, ordinal in (picture for number, picture in enumerate(pictures) if number not in share):
             samples[place].pixels[ordinal] = None
         mine = [pictures[number] for number in share]
         missing = [(place, ordinal) for place, ordinal in mine if samples[place].pixels[ordinal] is None]
         bad: list[Bad] = []
         pixels = torch.empty(len(missing), *self.dataset.pixel_shape, dtype=torch.uint8) if missing else None
+        numbers = planned.samples
         for row, (place, ordinal) in enumerate(missing):
             assert pixels is not None
             samples[place].pixels[ordinal] = pixels[row]
@@ -309,9 +320,10 @@ class StepLoader:
             return
         mine = self._mine(range(len(step.rows)))
         try:
-            for numbers, rows in zip(mine, step.micro_batches, strict=True):
-                if changed.intersection(numbers):
-                    step.bad += self._source.replace([step.rows[number] for number in numbers], rows, reasons)
+            for number, (places, rows) in enumerate(zip(mine, step.micro_batches, strict=True)):
+                if changed.intersection(places):
+                    planned = PlannedMicroBatch(number, [step.rows[place] for place in places])
+                    step.bad += self._source.replace(planned, rows, reasons)
         except Exception as error:
             step.failure = error
 
@@ -409,7 +421,7 @@ class StepLoader:
             named = [row.positions[np.isin(row.samples, self._skipped)] for row in rows]
             self._replan(step, dict.fromkeys(np.concatenate(named).tolist(), ASKED_FOR))
         self._planned.append(step)
-        return self._mine(step.rows)
+        return [PlannedMicroBatch(number, rows) for number, rows in enumerate(self._mine(step.rows))]
 
     def _mine(self, rows: Sequence[T]) -> list[list[T]]:
         """This rank's micro-batches of a step's rows."""

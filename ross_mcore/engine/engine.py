@@ -197,7 +197,7 @@ class Engine:
         def prepare(number: int) -> Batch:
             rows = step.rows_of(number)
             assert rows is not None
-            batch = collate(rows, size.seq_length, image_size, step.slots_of(number), with_blanks)
+            batch = collate(rows, size.seq_length, image_size, step.slots_of(number), with_blanks, number)
             if output == "losses":
                 recorded = None if randomness.recorded is None else randomness.recorded[number]
                 batch.draws = self.model.last.draws(batch, randomness.seed, recorded)

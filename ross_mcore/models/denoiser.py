@@ -8,6 +8,7 @@ N = g * g tokens, W width of the transformer, Dc width of the condition. Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -192,16 +193,18 @@ class Denoiser(nn.Module):
                 nn.init.xavier_uniform_(value.flatten(1), generator=generator)
             parameter.copy_(value)
 
-    def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, condition: Tensor, draws_of_each: Sequence[int] | None = None
+    ) -> Tensor:
         """x [M, C, g, g], timesteps [M] int64, condition [I, N, Dc] -> predicted noise [M, C, g, g] float32.
 
-        M = I * k: latents i * k to i * k + k - 1 are the draws of image i and share its condition, which is embedded
-        once. The condition is the hidden state before the reference's `ln_pre`, a LayerNorm that is applied here.
-        Raises ValueError when counts or shapes disagree.
+        The latents of an image are neighbours and share its condition, which is embedded once: `draws_of_each` of each
+        image, by default k, so that M = I * k. The condition is the hidden state before the reference's `ln_pre`, a
+        LayerNorm that is applied here. Raises ValueError when counts or shapes disagree.
         """
         num_images = len(condition)
-        draws = len(x) // num_images if num_images else 0
-        if draws * num_images != len(x) or len(x) != timesteps.numel():
+        counts = [len(x) // max(num_images, 1)] * num_images if draws_of_each is None else list(draws_of_each)
+        if len(counts) != num_images or sum(counts) != len(x) or len(x) != timesteps.numel():
             raise ValueError(
                 f"{len(x)} latents and {timesteps.numel()} timesteps for conditions of {num_images} images"
             )
@@ -213,8 +216,12 @@ class Denoiser(nn.Module):
             )
         with torch.autocast(device_type=x.device.type, enabled=False):
             embedded = self.z_embedder(layer_norm(condition.float(), CONDITION_NORM_EPSILON))
-            steps = self.t_embedder(timesteps).view(num_images, draws, 1, self.config.width)
-            modulation = (embedded[:, None] + steps).flatten(0, 1)
+            steps = self.t_embedder(timesteps)[:, None]
+            if len(set(counts)) > 1:
+                modulation = torch.cat([one + own for one, own in zip(embedded, steps.split(counts), strict=True)])
+            else:
+                by_image = steps.view(num_images, max(counts, default=0), 1, self.config.width)
+                modulation = (embedded[:, None] + by_image).flatten(0, 1)
             hidden = self.x_embedder(x.float()) + self.pos_embed.float()
             for block in self.blocks:
                 hidden = block(hidden, modulation)

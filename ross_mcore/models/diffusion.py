@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ross_mcore.batch import Draws
@@ -206,17 +207,22 @@ def reconstruction_losses(
     condition: Tensor,
     latents: Tensor,
     draws: Draws,
+    pairs: range | None = None,
 ) -> Tensor:
     """condition [I, N, Dc], latents [I, 4C, g, g], draws of I images -> [I] float32: mean loss of each image's draws.
 
-    The reference tiles its batch draw after draw (reference ross_arch.py:466-512); here the draws of an image are
-    neighbours, which changes no loss and no gradient. Without images the result is empty, but still depends on the
-    condition and the denoiser's parameters in autograd. Raises ValueError when the numbers of images differ.
+    `pairs`: those of the I * k (image, draw) pairs that are computed, by default all; the losses of the others count as
+    0, so that the results of disjoint pairs add up. The reference tiles its batch draw after draw (reference
+    ross_arch.py:466-512); here the draws of an image are neighbours, which changes no loss and no gradient. Without
+    images the result is empty, but still depends on the condition and the denoiser's parameters in autograd. Raises
+    ValueError when the numbers of images differ.
     """
     images, repeats = draws.timesteps.shape
     if not len(condition) == len(latents) == images:
         raise ValueError(f"conditions of {len(condition)} images, latents of {len(latents)}, draws of {images}")
-    x_start = latents.float().repeat_interleave(repeats, dim=0)
-    timesteps, noise = draws.timesteps.flatten(), draws.noise.float().flatten(0, 1)
+    computed = slice(0, images * repeats) if pairs is None else slice(pairs.start, pairs.stop)
+    x_start = latents.float().repeat_interleave(repeats, dim=0)[computed]
+    timesteps, noise = draws.timesteps.flatten()[computed], draws.noise.float().flatten(0, 1)[computed]
     prediction = denoiser(schedule.q_sample(x_start, timesteps, noise), timesteps, condition)
-    return epsilon_loss(prediction, noise).view(images, repeats).mean(1)
+    losses = F.pad(epsilon_loss(prediction, noise), (computed.start, images * repeats - computed.stop))
+    return losses.view(images, repeats).mean(1)

@@ -1,14 +1,15 @@
 """The whole model; each rank builds only the parts of its pipeline stage.
 
 Legend: T tokens of the micro-batch, its rows one after the other, N samples in them, D hidden size, I images, J images
-of this tensor-parallel rank's share, K blank samples. Hidden states are [T, 1, D], or this rank's piece of the T tokens
-under sequence parallelism.
+of this tensor-parallel rank's share, K blank samples, L images and blank samples of which it denoises draws. Hidden
+states are [T, 1, D], or this rank's piece of the T tokens under sequence parallelism.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ from ross_mcore.models.projector import VisionProjection
 from ross_mcore.models.vision import VisionModel
 from ross_mcore.parallel import split
 from ross_mcore.parallel.groups import Groups
-from ross_mcore.parallel.layout import Chunk, share_of
+from ross_mcore.parallel.layout import Chunk, PairShare, share_of
 from ross_mcore.parts import PARTS
 
 LATENT_BOUND = 4.0
@@ -62,6 +63,8 @@ class RossModel(MegatronModule):
     that the order in which they are added does not matter; with `output="hidden"`, the hidden states [T, 1, D] after
     the final norm, all of them on every tensor-parallel rank.
     """
+
+    blank_posterior: Tensor | None
 
     def __init__(
         self,
@@ -148,36 +151,41 @@ class RossModel(MegatronModule):
         return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch)], dim=1)
 
     def draws(self, batch: Batch, seed: int | None = None, recorded: Draws | None = None) -> Draws | None:
-        """This rank's share of the draws of a micro-batch, on the CPU: of its images, then of its blank samples.
+        """The draws of the images and blank samples of which this rank denoises some, on the CPU.
 
         They are `keyed_draws` of `seed`, by default the model's, or taken from `recorded` ones of all I images and K
         blank samples. None where nothing is denoised. Reads only fields of the batch that are on the host.
         """
         if not self.post_process or self.model.denoiser is None:
             return None
-        mine, blanks = self._shares(batch)
+        count = self.denoiser.config.draws if recorded is None else recorded.timesteps.shape[1]
+        mine = self._pairs(batch, count).pictures
         if recorded is not None:
-            return recorded[[*mine, *(batch.num_images + place for place in blanks)]]
+            return recorded[slice(mine.start, mine.stop)]
         return diffusion.keyed_draws(
             self.options.seed if seed is None else seed,
-            torch.cat([_part(batch.image_positions, mine), _part(batch.blank_positions, blanks)]),
-            torch.cat([_part(batch.image_ordinals, mine), torch.zeros(len(blanks), dtype=torch.int64)]),
-            self.denoiser.config.draws,
+            _part(torch.cat([batch.image_positions, batch.blank_positions]), mine),
+            _part(torch.cat([batch.image_ordinals, torch.zeros_like(batch.blank_positions)]), mine),
+            count,
             self.model.latent_shape,
             self.denoiser.grid,
         )
 
-    def _shares(self, batch: Batch) -> tuple[range, range]:
-        """This tensor-parallel rank's shares of the I images and of the K blank samples."""
-        rank, size = self.groups.tensor_rank, self.groups.tensor.size()
-        return share_of(batch.num_images, rank, size), share_of(batch.blank_positions.numel(), rank, size)
+    def _share(self, batch: Batch) -> range:
+        """This tensor-parallel rank's share of the I images."""
+        return share_of(batch.num_images, self.groups.tensor_rank, self.groups.tensor.size(), batch.turn)
+
+    def _pairs(self, batch: Batch, draws: int) -> PairShare:
+        """This tensor-parallel rank's share of the draws of the I images and, behind them, the K blank samples."""
+        pictures = batch.num_images + batch.blank_positions.numel()
+        return PairShare.of(pictures, draws, self.groups.tensor_rank, self.groups.tensor.size(), batch.turn)
 
     def _embed(self, batch: Batch) -> Tensor:
         """Token embeddings with image features spliced in: [T, 1, D], or this rank's piece of it."""
         # without images tower and projector run too, so that their gradients are zero and not missing
         projected = self.vision_projection(self._features(batch, self.config.params_dtype))
         embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None)
-        projected = split.gather_shares(projected, batch.num_images, self.groups.tensor)
+        projected = split.gather_shares(projected, batch.num_images, self.groups.tensor, batch.turn)
         embeddings = image_tokens.splice(embeddings, projected, batch.image_starts)
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
@@ -195,23 +203,38 @@ class RossModel(MegatronModule):
             return torch.zeros(0, *self.model.feature_shape, dtype=dtype, device=batch.pixels.device)
         return batch.parts["features"].to(dtype)
 
-    def _latents(self, batch: Batch, blanks: int, noise: Tensor | None) -> Tensor:
-        """Latent tokens of this rank's images, followed by those of `blanks` pictures of the mean colour."""
-        if not self.options.precomputed.latents:
-            pixels = self._pixels(batch)
-            pixels = torch.cat([pixels, pixels.new_zeros(blanks, *pixels.shape[1:])])
-            return self.pixel_decoder.encode(pixels, noise)
-        posteriors = self._posteriors(batch)
-        if blanks:
-            if self.blank_posterior is None:
-                raise ValueError("the posterior of a blank picture is needed and was not given")
-            posteriors = torch.cat([posteriors, self.blank_posterior.float().expand(blanks, -1, -1, -1, -1)])
-        return sample_latents(posteriors, noise, self.autoencoder_config)
-
     def _posteriors(self, batch: Batch) -> Tensor:
-        """Precomputed posteriors [J, 2, C, h, w] float32."""
+        """The VAE's posteriors [J, 2, C, h, w] float32 of this rank's share of the images."""
+        if not self.options.precomputed.latents:
+            return self.pixel_decoder.posteriors(self._pixels(batch))
         empty = torch.zeros(0, 2, *self.model.latent_shape, device=batch.pixels.device)
         return batch.parts.get("latents", empty).float()
+
+    def _latents(self, batch: Batch, places: range, noise: Tensor) -> Tensor:
+        """Latent tokens [L, 4C, g, g] of some of the I images and, behind them, K pictures of the mean colour.
+
+        noise [L, C, h, w]. Each rank encodes its share of the images; where that differs from the images of which it
+        denoises draws, the ranks exchange their shares.
+        """
+        images, blanks = batch.num_images, batch.blank_positions.numel()
+        posteriors = self._posteriors(batch)
+        if images and (blanks or images % self.groups.tensor.size()):
+            gathered = split.gather_shares(posteriors, images, self.groups.tensor, batch.turn)
+            posteriors = gathered[places.start : places.stop]
+        if missing := len(places) - len(posteriors):
+            blank = self._blank_posterior(batch).float()
+            posteriors = torch.cat([posteriors, blank.expand(missing, -1, -1, -1, -1)])
+        return sample_latents(posteriors, noise, self.autoencoder_config)
+
+    def _blank_posterior(self, batch: Batch) -> Tensor:
+        """[2, C, h, w]; computed once, because the VAE is frozen."""
+        if self.blank_posterior is None and not self.options.precomputed.latents:
+            size = self.model.vision.image_size
+            blank = torch.zeros(1, 3, size, size, device=batch.pixels.device)
+            self.blank_posterior = self.pixel_decoder.posteriors(blank)[0]
+        if self.blank_posterior is None:
+            raise ValueError("the posterior of a blank picture is needed and was not given")
+        return self.blank_posterior
 
     def _lm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum of the cross-entropies over the labels of each sample, [N]; logits are computed at labels only."""
@@ -222,22 +245,24 @@ class RossModel(MegatronModule):
     def _vm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum of the reconstruction losses over the images of each sample, [N], equal on all tensor-parallel ranks.
 
-        Each tensor-parallel rank computes its share of the images. A blank sample counts as one picture of the mean
-        colour (zero in normalised space) with condition zero, as in the reference (ross_arch.py:466-512).
+        Each tensor-parallel rank computes its share of the (image, draw) pairs. A blank sample counts as one picture of
+        the mean colour (zero in normalised space) with condition zero, as in the reference (ross_arch.py:466-512).
         """
         if self.model.denoiser is None:
             return hidden.new_zeros(batch.num_samples, dtype=torch.float64)
         if batch.draws is None:
             raise ValueError("the reconstruction loss needs the batch's draws")
-        mine, blanks = self._shares(batch)
-        latents = self._latents(batch, len(blanks), batch.draws.posterior_noise)
+        share = self._pairs(batch, batch.draws.timesteps.shape[1])
+        latents = self._latents(batch, share.pictures, batch.draws.posterior_noise)
         # of the states' gradients, those at images are summed over the ranks, and no others are sent
         condition = image_tokens.gather(hidden, batch.image_starts, self.model.vision.image_tokens)
-        # a rank without images runs the denoiser on an empty batch: its gradients are zero, and no rank waits
-        condition = _part(split.enter_share(condition, self.groups.tensor), mine)
-        condition = torch.cat([condition, condition.new_zeros(len(blanks), *condition.shape[1:])])
-        losses = diffusion.reconstruction_losses(self.denoiser, self.schedule, condition, latents, batch.draws)
-        owners = torch.cat([_part(batch.image_samples, mine), _part(batch.blank_samples, blanks)])
+        # a rank without pairs runs the denoiser on an empty batch: its gradients are zero, and no rank waits
+        condition = _part(split.enter_share(condition, self.groups.tensor), share.pictures)
+        blanks = len(share.pictures) - len(condition)
+        condition = torch.cat([condition, condition.new_zeros(blanks, *condition.shape[1:])])
+        denoise = partial(self.denoiser, draws_of_each=share.draws_of_each)
+        losses = diffusion.reconstruction_losses(denoise, self.schedule, condition, latents, batch.draws, share.pairs)
+        owners = _part(torch.cat([batch.image_samples, batch.blank_samples]), share.pictures)
         return split.sum_shares(_sums_by_sample(losses, owners, batch), self.groups.tensor)
 
     @torch.no_grad()
@@ -250,7 +275,7 @@ class RossModel(MegatronModule):
         The denoiser samples latents in `steps` steps, and the VAE decodes them. The noise of an image depends on (seed,
         position, ordinal) only, so its reconstruction is the same in every layout.
         """
-        mine, _ = self._shares(batch)
+        mine = self._share(batch)
         condition = image_tokens.gather(hidden, _part(batch.image_starts, mine), self.model.vision.image_tokens)
         shape = (self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
         generators = [

@@ -15,16 +15,41 @@ TYPICAL_TEXT_TOKENS = 300
 """Text tokens of a typical instruction sample; stages are balanced for one image and this many."""
 
 
-def share_of(count: int, rank: int, size: int) -> range:
-    """The contiguous share of `count` items that `rank` of `size` ranks holds; the first ranks hold one more.
+def share_of(count: int, rank: int, size: int, turn: int = 0) -> range:
+    """The contiguous share of `count` items that `rank` of `size` ranks holds, in the order of the ranks.
 
-    Raises ValueError unless 0 <= rank < size.
+    Of an uneven division, the ranks from `turn` on (modulo size) hold one more, so that with the number of the
+    micro-batch as turn every rank holds more in turn. Raises ValueError unless 0 <= rank < size.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} of {size} ranks")
     base, extra = divmod(count, size)
-    start = rank * base + min(rank, extra)
-    return range(start, start + base + (rank < extra))
+    holds_more = [(other - turn) % size < extra for other in range(rank + 1)]
+    start = rank * base + sum(holds_more[:rank])
+    return range(start, start + base + holds_more[rank])
+
+
+@dataclass(frozen=True)
+class PairShare:
+    """A rank's contiguous share of the (picture, draw) pairs of a micro-batch, the draws of a picture one by one.
+
+    pictures: those with a pair in the share; draws_of_each: how many draws of each, 0 < n <= draws, as only the first
+    and the last picture can be shared with other ranks; pairs: the pairs among all those of `pictures`.
+    """
+
+    pictures: range
+    draws_of_each: tuple[int, ...]
+    pairs: range
+
+    @classmethod
+    def of(cls, pictures: int, draws: int, rank: int, size: int, turn: int = 0) -> PairShare:
+        share = share_of(pictures * draws, rank, size, turn)
+        if not share:
+            return cls(range(0), (), range(0))
+        held = range(share.start // draws, -(-share.stop // draws))
+        ends = ((max(share.start, p * draws), min(share.stop, (p + 1) * draws)) for p in held)
+        first = held.start * draws
+        return cls(held, tuple(end - start for start, end in ends), range(share.start - first, share.stop - first))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Splits images over a tensor-parallel group: each rank computes its share; results and gradients are combined.
 
 The vision tower, the projector, the VAE and the denoiser are replicated over the tensor-parallel group; each rank
-computes its contiguous share of a micro-batch's images (`layout.share_of`). Parameters of such modules are marked so
+computes its contiguous share of a micro-batch's images (`layout.share_of`), and in the denoiser of its pairs of an
+image and a draw (`layout.PairShare`), so that one image keeps all ranks busy. Parameters of such modules are marked so
 that mcore *averages* their gradients over the group (distributed/finalize_model_grads.py:342), whether or not sequence
 parallelism is on. But their true gradient is the sum over the shares, so gradients are multiplied by the group's size
 before they reach those modules' parameters:
@@ -34,20 +35,20 @@ def average_over_tensor_group(module: nn.Module) -> None:
 
 class _GatherShares(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, count: int, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, local: Tensor, count: int, group: ProcessGroup, turn: int) -> Tensor:
         size, rank = group.size(), group.rank()
-        ctx.share, ctx.size = share_of(count, rank, size), size
-        largest = len(share_of(count, 0, size))
-        padded = local.new_zeros(largest, *local.shape[1:])
-        padded[: local.shape[0]] = local
-        gathered = local.new_empty(size * largest, *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=group)
-        kept = [gathered[r * largest : r * largest + len(share_of(count, r, size))] for r in range(size)]
-        return torch.cat(kept)
+        shares = [share_of(count, other, size, turn) for other in range(size)]
+        ctx.share, ctx.size = shares[rank], size
+        largest = max(map(len, shares))
+        gathered = local.new_empty(size, largest, *local.shape[1:])
+        if largest:
+            missing = local.new_zeros(largest - len(local), *local.shape[1:])
+            dist.all_gather_into_tensor(gathered.flatten(0, 1), torch.cat([local, missing]), group=group)
+        return torch.cat([found[: len(share)] for found, share in zip(gathered, shares, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient[ctx.share.start : ctx.share.stop] * ctx.size, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient[ctx.share.start : ctx.share.stop] * ctx.size, None, None, None
 
 
 class _SumShares(torch.autograd.Function):
@@ -76,16 +77,16 @@ class _EnterShare(torch.autograd.Function):
         return total / ctx.group.size(), None
 
 
-def gather_shares(local: Tensor, count: int, group: ProcessGroup) -> Tensor:
+def gather_shares(local: Tensor, count: int, group: ProcessGroup, turn: int = 0) -> Tensor:
     """[J, ...] of every rank -> [count, ...] on every rank, in order; each rank's J is its `share_of(count)`.
 
     The gradient of the result must be complete and equal on all ranks, as it is before a tensor-parallel layer. Raises
     ValueError when this rank's share has another length.
     """
-    expected = len(share_of(count, group.rank(), group.size()))
+    expected = len(share_of(count, group.rank(), group.size(), turn))
     if local.shape[0] != expected:
         raise ValueError(f"this rank holds {local.shape[0]} of {count} images, its share is {expected}")
-    return local if group.size() == 1 else _GatherShares.apply(local, count, group)
+    return local if group.size() == 1 else _GatherShares.apply(local, count, group, turn)
 
 
 def sum_shares(local: Tensor, group: ProcessGroup) -> Tensor:

@@ -43,7 +43,7 @@ def reconstruction_grid(
     engine.model.eval()
     hidden = engine.hidden(step)
     engine.model.train()
-    originals, pictures = [], []
+    originals, pictures = list[Tensor](), list[Tensor]()
     for number in range(step.size.micro_batches):
         at("reconstructions", is_long=True)
         if any_rank(is_stopping(), engine.device):
@@ -51,10 +51,10 @@ def reconstruction_grid(
         if not engine.groups.stage.is_last or (rows := step.rows_of(number)) is None:
             continue
         image_size = engine.model_config.vision.image_size
-        batch = collate(rows, step.size.seq_length, image_size, step.slots_of(number)).to(engine.device)
+        batch = collate(rows, step.size.seq_length, image_size, step.slots_of(number), turn=number).to(engine.device)
         original, picture = engine.model.last.reconstruct(hidden[number], batch)
-        originals.append(gather_shares(original.contiguous(), batch.num_images, engine.groups.tensor))
-        pictures.append(gather_shares(picture.contiguous(), batch.num_images, engine.groups.tensor))
+        for found, mine in ((originals, original), (pictures, picture)):
+            found.append(gather_shares(mine.contiguous(), batch.num_images, engine.groups.tensor, number))
     if not pictures:
         return None
     shown = engine.config.logging.eval_images

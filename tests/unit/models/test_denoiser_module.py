@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ross_mcore.architecture import DenoiserConfig, ProjectorConfig
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.diffusion import Schedule, keyed_draws, reconstruction_losses
 from ross_mcore.models.projector import VisionProjection
+from ross_mcore.parallel.layout import PairShare
 
 CONFIG = DenoiserConfig(depth=2, width=32, num_heads=4)
 CHANNELS, CONDITION, GRID, DRAWS = 8, 12, 3, 4
@@ -87,6 +91,27 @@ def test_computes_in_float32_for_all_inputs():
     expected = denoiser(x, timesteps, condition)
     actual = denoiser.bfloat16()(x, timesteps, condition)
     assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+
+
+def test_losses_of_disjoint_pairs_add_up():
+    """Three images of four draws, split unevenly over five ranks: losses, and gradients of all that trains."""
+    denoiser, size = build(), 5
+    positions = torch.arange(3)
+    draws = keyed_draws(0, positions, positions, DRAWS, (CHANNELS // 4, 2 * GRID, 2 * GRID), GRID)
+    latents, whole = inputs(3)[0][:3], inputs(3)[2].requires_grad_()
+    expected = reconstruction_losses(denoiser, Schedule.cosine(), whole, latents, draws)
+    trained = [whole, *(parameter for parameter in denoiser.parameters() if parameter.requires_grad)]
+    gradients = torch.autograd.grad(expected.sum(), trained)
+
+    total = torch.zeros(3)
+    for share in (PairShare.of(3, DRAWS, rank, size, turn=3) for rank in range(size)):
+        held = slice(share.pictures.start, share.pictures.stop)
+        denoise = partial(denoiser, draws_of_each=share.draws_of_each)
+        losses = reconstruction_losses(denoise, Schedule.cosine(), whole[held], latents[held], draws[held], share.pairs)
+        total = total + F.pad(losses, (held.start, 3 - held.stop))
+    torch.testing.assert_close(total, expected)
+    for found, gradient in zip(torch.autograd.grad(total.sum(), trained), gradients, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_no_images_give_no_losses_and_zero_gradients():

@@ -70,6 +70,21 @@ def never_compile(jit: Any) -> None:
                 setattr(owner, name, value._torchdynamo_orig_callable)
 
 
+def few_passes_of_swiglu(fusions: Any) -> None:
+    """Replaces SwiGLU's gradient, one pass over memory with the fuser and 11 without, by one of five passes."""
+
+    def swiglu_back(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
+        """grad [T, F], gate_and_up [T, 2F] -> [T, 2F]."""
+        (gate, up), found = gate_and_up.chunk(2, -1), torch.empty_like(gate_and_up)
+        of_gate, of_up = found.chunk(2, -1)
+        torch.mul(grad, up, out=of_gate)
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        torch.mul(grad, torch.nn.functional.silu(gate), out=of_up)
+        return found
+
+    fusions.swiglu_back = swiglu_back
+
+
 def use_the_only_generator(random: Any) -> None:
     """Makes mcore read and set the CPU's generator where it uses CUDA's.
 
@@ -117,6 +132,7 @@ def send_element_types_apart(parallel: Any) -> None:
 
 PATCHES: dict[str, tuple[Patch, ...]] = {
     "megatron.core.jit": (never_compile,),
+    "megatron.core.fusions.fused_bias_swiglu": (few_passes_of_swiglu,),
     "megatron.core.utils": (
         # buffers that sequence parallelism gathers into; the norm of gradients
         OnCpu("GlobalMemoryBuffer.get_tensor", "local_multi_tensor_l2_norm"),

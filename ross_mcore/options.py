@@ -84,11 +84,12 @@ class ParallelOptions:
     """Split norms and residuals along the sequence within a tensor-parallel group."""
     use_distributed_optimizer: bool | None = None
     """Shard optimizer state over data-parallel ranks. Default: on with --bf16, off without."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks during the backward pass."""
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients over data-parallel ranks during the backward pass. Default: on with the distributed optimizer on
+    GPUs."""
+    overlap_param_gather: bool | None = None
     """Gather updated weights over data-parallel ranks during the next forward pass. Needs --use-distributed-optimizer
-    and --overlap-grad-reduce."""
+    and --overlap-grad-reduce. Default: on with both on GPUs."""
     distributed_timeout_minutes: float = 10.0
     """End the run when a collective waits longer than this."""
 
@@ -110,14 +111,15 @@ class ExecutionOptions:
     bf16: bool = False
     """Train in bfloat16: weights in bfloat16 with fp32 master weights; vision tower and language model compute in
     bfloat16, denoiser and VAE in fp32."""
-    transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """local: torch's SDPA attention, runs anywhere. transformer_engine: NVIDIA's fused kernels."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of the language model. local: torch's own operations, run anywhere. transformer_engine: NVIDIA's fused
+    kernels. auto: transformer_engine with --bf16 on a GPU where it is installed, else local; the start says why."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     """Attention kernels of Transformer Engine. flash: flash-attn; fused: cuDNN; unfused: torch, not for packed rows;
     auto: Transformer Engine chooses."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Compute the language model's linear layers in FP8. e4m3: all tensors; hybrid: e5m2 for gradients, e4m3 for the
-    others. Needs --bf16 and --transformer-impl transformer_engine."""
+    others. Needs --bf16 and Transformer Engine."""
     fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
     """How FP8 scales are computed. delayed: from the maxima of previous steps; tensorwise: from the tensor itself;
     mxfp8: from blocks of 32 (Blackwell or newer); blockwise: from blocks of 128 (Hopper or newer). mxfp8 and blockwise
@@ -137,9 +139,10 @@ class ExecutionOptions:
     """With --first-last-layers-bf16: number of first layers in bf16."""
     num_layers_at_end_in_bf16: int = 1
     """With --first-last-layers-bf16: number of last layers in bf16."""
-    gradient_accumulation_fusion: bool = False
-    """Add weight gradients to the gradient buffer inside the matrix product. Needs Apex's extension. Untried on
-    hardware."""
+    gradient_accumulation_fusion: bool | None = None
+    """Add weight gradients to the gradient buffer inside the matrix product: in Transformer Engine's layers, and with
+    Apex's extension in the local ones and the output layer. Default: on where these run on a GPU. Untried on hardware.
+    """
     tp_comm_overlap: bool = False
     """Overlap the communication of --sequence-parallel with matrix products, in Transformer Engine's buffers. Every row
     is then padded to --seq-length. Untried on hardware."""

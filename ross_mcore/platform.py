@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -85,6 +86,22 @@ def fp8_refusal(recipe: str) -> str | None:
     }
     works, reason = asked.get(recipe, FP8GlobalStateManager.is_fp8_available)()
     return None if works else reason.rstrip(".")
+
+
+def flash_attention_refusal() -> str | None:
+    """The reason why Transformer Engine does not use the installed flash-attn; None if it does.
+
+    It takes a range of versions, which it compares when its attention is imported, and otherwise computes without.
+    """
+    from transformer_engine.pytorch.attention.dot_product_attention.backends import fa_utils
+
+    if fa_utils.is_installed or fa_utils.v3_is_installed:
+        return None
+    is_blackwell = has_gpu() and torch.cuda.get_device_capability() >= BLACKWELL
+    lowest = fa_utils.version_required_blackwell if is_blackwell else fa_utils.version_required
+    found = f"{fa_utils.version} is" if importlib.util.find_spec("flash_attn") else "none is"
+    engine = importlib.metadata.version("transformer_engine")
+    return f"Transformer Engine {engine} takes flash-attn {lowest} to {fa_utils.max_version}, and {found} installed"
 
 
 def peak_memory_bytes() -> int:

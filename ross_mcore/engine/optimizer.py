@@ -71,12 +71,12 @@ def build_optimizer(model: ModelChunks, config: Config) -> MegatronOptimizer:
         clip_grad=options.clip_grad,
         bf16=config.execution.bf16,
         use_distributed_optimizer=config.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        overlap_param_gather=bool(config.parallel.overlap_param_gather),
     )
     overrides: dict[Any, Any] = {_no_decay(options.decay_norm_weights): {"wd_mult": 0.0}}
     for part, tag in PART_TAGS.items():
         overrides[ParamKey(name=f"*{part}.*")] = {"lr_mult": tag}
-    optimizer = get_megatron_optimizer(mcore, list(model), config_overrides=overrides)
+    optimizer = get_megatron_optimizer(mcore, list(model), config_overrides=overrides, use_gloo_process_groups=False)
     _initialize_state(optimizer)
     return optimizer
 

@@ -11,6 +11,7 @@ import torch
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig
 from ross_mcore.config import Config
+from ross_mcore.engine.kernels import choose
 from ross_mcore.errors import ConfigError
 from ross_mcore.models.language import Execution, Fp8
 from ross_mcore.options import ExecutionOptions, flag_of
@@ -32,7 +33,8 @@ BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
 def execution_of(config: Config) -> Execution:
-    """Builds the model's Execution from the options."""
+    """Builds the model's Execution from the options; those left open are chosen for this machine."""
+    config = choose(config, platform.libraries()).config
     options = config.execution
     fp8 = None
     if options.fp8_format is not None:
@@ -48,16 +50,32 @@ def execution_of(config: Config) -> Execution:
             else None,
         )
     return Execution(
-        transformer_impl=options.transformer_impl,
+        transformer_impl="transformer_engine" if options.transformer_impl == "transformer_engine" else "local",
         dtype=torch.bfloat16 if options.bf16 else torch.float32,
         sequence_parallel=config.parallel.sequence_parallel,
         attention_backend=options.attention_backend,
         fp8=fp8,
-        gradient_accumulation_fusion=options.gradient_accumulation_fusion,
+        gradient_accumulation_fusion=bool(options.gradient_accumulation_fusion),
         tp_comm_overlap=options.tp_comm_overlap,
         recompute_granularity=options.recompute_granularity,
         overlap_p2p_communication=config.parallel.overlap_p2p_communication,
     )
+
+
+def kernels_in_words(config: Config, libraries: Libraries) -> str:
+    """The layers that compute the language model, why, and with what kind of attention and optimizer."""
+    choice = choose(config, libraries)
+    options, parallel = choice.config.execution, choice.config.parallel
+    line = f"decoder layers: {options.transformer_impl} ({choice.why})"
+    if options.transformer_impl == "transformer_engine" and options.attention_backend == "auto":
+        refusal = platform.flash_attention_refusal()
+        line += f"; attention: {f'without flash-attn, because {refusal}' if refusal else 'flash-attn or cuDNN'}"
+    switches = {
+        "weight gradients are added inside matrix products": options.gradient_accumulation_fusion,
+        "gradients are reduced during the backward pass": parallel.overlap_grad_reduce,
+        "weights are gathered during the forward pass": parallel.overlap_param_gather,
+    }
+    return "; ".join([line, *(name for name, is_on in switches.items() if is_on)])
 
 
 def row_multiple(config: Config) -> int:
@@ -76,6 +94,12 @@ def row_multiple(config: Config) -> int:
 
 def check_execution(config: Config, language: LanguageConfig, libraries: Libraries) -> None:
     """Raises ConfigError, before anything is built, with the reason and the remedy."""
+    given, choice = config.execution.transformer_impl, choose(config, libraries)
+    config = choice.config
+    if config.execution.transformer_impl == "local":
+        for flag in _changed(config.execution, ("fp8_format", "attention_backend", "tp_comm_overlap")):
+            remedy = "; add it" if given == "local" else f", and auto takes local layers here ({choice.why})"
+            raise ConfigError(f"{flag} needs --transformer-impl transformer_engine{remedy}; or remove {flag}")
     for message in (*_engine(config, libraries), *_fp8(config, language), *_overlap(config, libraries)):
         raise ConfigError(message)
     if config.execution.fp8_format is not None:
@@ -97,8 +121,6 @@ def _engine(config: Config, libraries: Libraries) -> Iterator[str]:
     """Checks Transformer Engine and its attention."""
     options, backend = config.execution, config.execution.attention_backend
     if options.transformer_impl != "transformer_engine":
-        for flag in _changed(options, ("fp8_format", "attention_backend", "tp_comm_overlap")):
-            yield f"{flag} needs --transformer-impl transformer_engine; add it, or remove {flag}"
         return
     if not libraries.transformer_engine:
         yield (
@@ -120,7 +142,12 @@ def _engine(config: Config, libraries: Libraries) -> Iterator[str]:
                 "and choose by --attention-backend alone"
             )
     if backend == "flash" and not libraries.flash_attention:
-        yield "--attention-backend flash: flash-attn is not installed; pip install flash-attn, or use auto"
+        yield (
+            "--attention-backend flash: flash-attn is not installed; install it with pip install '.[gpu]' in this "
+            "repository, or use auto"
+        )
+    elif backend == "flash" and libraries.transformer_engine and (refusal := platform.flash_attention_refusal()):
+        yield f"--attention-backend flash: {refusal}; install such a version, or use auto"
 
 
 def _fp8(config: Config, language: LanguageConfig) -> Iterator[str]:
@@ -202,8 +229,10 @@ def _overlap(config: Config, libraries: Libraries) -> Iterator[str]:
             "if kernels start in the order they are issued, which GPUs before Blackwell do with that value; unset it "
             "(the program then sets it to 1), or set it to 1 before the program starts"
         )
-    if options.gradient_accumulation_fusion and not libraries.gradient_fusion:
+    fuses = libraries.gradient_fusion or options.transformer_impl == "transformer_engine"
+    if options.gradient_accumulation_fusion and not fuses:
         yield (
-            "--gradient-accumulation-fusion: Apex's extension fused_weight_gradient_mlp_cuda is not installed; build "
-            "Apex with --cpp_ext and --cuda_ext (docs/gpu.md), or remove it"
+            "--gradient-accumulation-fusion: local layers need Apex's extension fused_weight_gradient_mlp_cuda, which "
+            "is not installed; build Apex with --cpp_ext and --cuda_ext (docs/gpu.md), use --transformer-impl "
+            "transformer_engine, whose layers need none, or remove it"
         )

@@ -26,7 +26,7 @@ class Run:
     claim: the first rank's claim on the folder of --save; start: the checkpoint the run starts from; resume: whether
     that checkpoint's run is resumed; held_out: validation data; rows_per_step: rows of the global batch;
     warnings: about what the run will learn, for its start; is_stopping: whether this rank was asked to stop, so that
-    it must not begin anything long.
+    it must not begin anything long; kernels: which layers compute the language model, and why.
     """
 
     engine: Engine
@@ -40,6 +40,7 @@ class Run:
     rows_per_step: int
     warnings: Sequence[str] = ()
     is_stopping: Callable[[], bool] = lambda: False
+    kernels: str = ""
 
     @property
     def config(self) -> Config:

@@ -8,12 +8,14 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
+from ross_mcore import platform
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.engine import Engine
+from ross_mcore.engine.kernels import choose
 from ross_mcore.engine.optimizer import build_optimizer, set_trainable
 from ross_mcore.engine.precision import execution_of, row_multiple
 from ross_mcore.engine.progress import at
@@ -54,7 +56,11 @@ def build_engine(
     resume: bool = False,
     not_built: NotBuilt | None = None,
 ) -> Engine:
-    """The engine with the weights of `start` and, with `resume`, its moments. Collective; raises CheckpointError."""
+    """The engine with the weights of `start` and, with `resume`, its moments. Collective; raises CheckpointError.
+
+    Kernels and overlap that the options leave open are chosen for this machine.
+    """
+    config = choose(config, platform.libraries()).config
     not_built = not_built or NotBuilt()
     model = _build_model(config, model_config, groups, not_built)
     if not resume:  # before the optimizer is built, which copies its masters from the weights
@@ -94,9 +100,9 @@ def _build_model(config: Config, model_config: ModelConfig, groups: Groups, not_
     data_parallel = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.use_distributed_optimizer,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        align_param_gather=config.parallel.overlap_param_gather and len(groups.stage.chunks) > 1,
+        overlap_grad_reduce=bool(config.parallel.overlap_grad_reduce),
+        overlap_param_gather=bool(config.parallel.overlap_param_gather),
+        align_param_gather=bool(config.parallel.overlap_param_gather) and len(groups.stage.chunks) > 1,
         fp8_param_gather=config.execution.fp8_param_gather,
     )
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
@@ -72,6 +73,8 @@ class Execution:
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     fp8: Fp8 | None = None
     gradient_accumulation_fusion: bool = False
+    """Add weight gradients to the gradient buffer inside the matrix product: in Transformer Engine's layers, and in
+    mcore's own where Apex is installed."""
     tp_comm_overlap: bool = False
     recompute_granularity: Literal["full", "selective"] | None = None
     overlap_p2p_communication: bool = True
@@ -127,19 +130,23 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
         pipeline_model_parallel_layout=layout.megatron_pipeline_layout(),
         overlap_p2p_comm=interleaved and execution.overlap_p2p_communication,
         batch_p2p_comm=not (interleaved and execution.overlap_p2p_communication),
+        # mcore would wait for the device after every exchange, against a race in versions of torch before 2.0
+        batch_p2p_sync=False,
         sequence_parallel=execution.sequence_parallel and layout.tensor_parallel > 1,
         # losses are divided by the step's labels and images: DDP must sum, the schedule must not divide
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not platform.has_gpu(),
         deallocate_pipeline_outputs=True,
-        # fusions of the local layers need Apex's kernels; Transformer Engine's layers have their own
+        # compiled by torch on a GPU, and mcore's plain functions on a CPU
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        # kernels of Transformer Engine
+        apply_rope_fusion=execution.transformer_impl == "transformer_engine",
+        # kernels of Apex
         persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=execution.gradient_accumulation_fusion,
+        gradient_accumulation_fusion=execution.gradient_accumulation_fusion and platform.libraries().gradient_fusion,
         tp_comm_overlap=execution.tp_comm_overlap,
         **(execution.fp8.megatron() if execution.fp8 else {}),
         **recompute,
@@ -202,6 +209,10 @@ class LanguageModel(GPTModel):
             # the input of the output layer is already gathered over the sequence
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = groups.tensor.size() > 1
+        if execution.transformer_impl == "transformer_engine" and execution.gradient_accumulation_fusion:
+            from ross_mcore.models import transformer_engine
+
+            transformer_engine.fuse_gradient_accumulation(self.decoder)
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """Overrides the last stage's hook (gpt_model.py:_postprocess) to return hidden states."""
@@ -223,17 +234,22 @@ class LanguageModel(GPTModel):
             transformer_engine.reset_fp8_weights(self, loaded)
 
     def logits(self, states: Tensor) -> Tensor:
-        """states [N, D], equal on all ranks -> this rank's columns of the logits [N, V/T], fp32, -inf at padding."""
+        """states [N, D], equal on all ranks -> this rank's columns of the logits [N, V/T], -inf at padding."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(states, weight=weight)
-        columns = logits.shape[-1]
-        first = self.tensor_group.rank() * columns
-        logits = logits.float()
-        if first + columns > self.real_vocab_size:
-            padding = torch.arange(first, first + columns, device=logits.device) >= self.real_vocab_size
-            logits = logits.masked_fill(padding, float("-inf"))
+        logits: Tensor = self.output_layer(states, weight=weight)[0]
+        real = self.real_vocab_size - self.tensor_group.rank() * logits.shape[-1]
+        if real < logits.shape[-1]:
+            with torch.no_grad():  # in place, and unknown to autograd: a softmax is 0 there, and so is its gradient
+                logits[:, max(0, real) :] = float("-inf")
         return logits
 
     def token_losses(self, states: Tensor, labels: Tensor) -> Tensor:
-        """states [N, D], labels [N] -> cross-entropies [N] fp32 over the real vocabulary."""
-        return tensor_parallel.vocab_parallel_cross_entropy(self.logits(states), labels)
+        """states [N, D], labels [N] -> cross-entropies [N] fp32 over the real vocabulary.
+
+        Both functions of mcore compute in one fp32 copy of the logits, which becomes their gradient. The fused one
+        rounds the gradient to bf16, as that of bf16 logits is in any case.
+        """
+        logits = self.logits(states)
+        if logits.dtype == torch.bfloat16 and len(labels):  # it cannot split an empty tensor
+            return fused_vocab_parallel_cross_entropy(logits, labels, self.tensor_group)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, labels)

@@ -86,6 +86,16 @@ def fp8_state(decoder: TransformerBlock) -> dict[str, Tensor]:
     return state
 
 
+def fuse_gradient_accumulation(decoder: TransformerBlock) -> None:
+    """Makes the linear layers add the gradients of their weights to `main_grad` inside the matrix product.
+
+    mcore's option for it would also need Apex's extension, for its own output layer (tensor_parallel/layers.py:924).
+    """
+    for module in decoder.modules():
+        if isinstance(module, TE_LINEAR_TYPES):
+            module.fuse_wgrad_accumulation = True
+
+
 def start_overlap(tokens: int, hidden_size: int, groups: Groups, execution: Execution) -> None:
     """Creates the buffers of --tp-comm-overlap for micro-batches of `tokens` tokens. Collective; once per process.
 

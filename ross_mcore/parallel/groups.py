@@ -56,6 +56,7 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,  # second groups, beside NCCL's, for gathers that this program never makes
     )
     tensor_parallel.random.initialize_rng_tracker(force_reset=True)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -42,6 +42,7 @@ class Console(Reporter):
             f"{run.config.training.training_stage}: {where} of {run.start.path}{unread}\n"
             f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
             f"{layout.data_parallel} on {platform.backend()}; stages: {' | '.join(_stages(run))}\n"
+            f"{run.kernels}\n"
             f"data: {len(dataset)} samples, {run.rows_per_step} rows a step, {run.train_iters} iterations\n"
             f"{_templates(run)}\n"
             f"process {os.getpid()} on {socket.gethostname()}: SIGUSR1 saves and continues, SIGTERM saves and ends"

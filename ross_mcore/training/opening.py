@@ -24,6 +24,7 @@ from ross_mcore.data.sources import MixtureDataset
 from ross_mcore.data.workers import largest_batch_bytes, prefetched_bytes, require_shared_memory
 from ross_mcore.engine.engine import Engine
 from ross_mcore.engine.finite import all_finite, diagnose
+from ross_mcore.engine.precision import kernels_in_words
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.setup import NotBuilt, Span, build_engine
@@ -96,8 +97,9 @@ def open_run(
             loader.load_state_dict(state.data)
         except ValueError as error:  # a wrong place in the data; every rank reads it from the same file
             raise CheckpointError(f"{start.path / TRAIN_STATE}: {error}; {REMEDY}") from None
+    kernels = kernels_in_words(config, platform.libraries())
     constants = engine, claim, start, resume, dataset, held_out, precomputed, loader, rows_per_step
-    return Run(*constants, warnings, is_stopping), state
+    return Run(*constants, warnings, is_stopping, kernels), state
 
 
 def open_validation(config: Config, closing: ExitStack) -> tuple[Engine, Checkpoint, MixtureDataset]:

@@ -6,6 +6,7 @@ Every name can be imported, used as a type and read as an enumeration; a name wi
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import types
@@ -16,6 +17,9 @@ import torch
 
 CALLS: Counter = Counter()
 """Calls of each function; for attention also calls for each layout of its tensors (BSHD_BSHD_BSHD, ...)."""
+
+around: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
+"""Entered during every call, with the function's name."""
 
 
 def _enumeration(name, **members):
@@ -89,7 +93,7 @@ def _counted(function):
     @functools.wraps(function)
     def call(*args, **kwargs):
         CALLS[function.__name__] += 1
-        with torch.no_grad():
+        with torch.no_grad(), around(function.__name__):
             return function(*args, **kwargs)
 
     return call

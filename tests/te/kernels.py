@@ -5,6 +5,7 @@ functions:
 
 - fp32, bf16, unfused attention: generic_gemm, rmsnorm_fwd and _bwd, layernorm_fwd and _bwd, get_cudnn_version
 - bf16 and packed attention (attention.py): get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd
+- rotary embeddings: fused_rope_forward, fused_rope_backward
 - FP8 with delayed and with current scaling: quantize, dequantize, bgrad_quantize, fp8_transpose; for weights kept in
   FP8 compute_amax, multi_tensor_compute_scale_and_scale_inv
 - mcore's optimizer: multi_tensor_scale, multi_tensor_l2norm, multi_tensor_adam
@@ -139,6 +140,32 @@ def layernorm_bwd(dz, x, mu, rsigma, gamma, sm_margin, zero_centered_gamma):
 # fp8, per-tensor scaling (Float8Quantizer = delayed, Float8CurrentScalingQuantizer = current) ------
 
 
+def _angles(freqs, format, tokens, cu_seqlens):
+    """The angles of every token, [T, 1, d] for `thd`, where each segment begins at position 0, or [T, 1, 1, d]."""
+    if str(format.name) != "NVTE_THD":
+        return freqs[:tokens]
+    positions = torch.arange(tokens) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    return freqs[positions, 0]
+
+
+def _rotate(t, angles, sign):
+    """In fp32, like the kernel, whose result is rounded once."""
+    rest, turned = t[..., angles.shape[-1] :], t[..., : angles.shape[-1]].float()
+    first, second = turned.chunk(2, -1)
+    turned = turned * angles.cos() + sign * torch.cat((-second, first), -1) * angles.sin()
+    return torch.cat((turned.to(t.dtype), rest), -1)
+
+
+def fused_rope_forward(t, freqs, start_positions, format, interleaved, cu_seqlens, cp_size, cp_rank):
+    if interleaved or start_positions is not None or cp_size > 1 or freqs.dtype != torch.float32:
+        raise NotImplementedError("tests.te.kernels: fused_rope_forward")
+    return _rotate(t, _angles(freqs, format, t.shape[0], cu_seqlens), 1)
+
+
+def fused_rope_backward(grad, freqs, format, interleaved, cu_seqlens, cp_size, cp_rank):
+    return _rotate(grad, _angles(freqs, format, grad.shape[0], cu_seqlens), -1)
+
+
 def _scale_of(amax, top, epsilon, power_of_2):
     """[1] the factor that scales `amax` to the largest number of the format."""
     scale = top / max(amax, epsilon, 1e-38) if amax else 1.0
@@ -245,6 +272,8 @@ FUNCTIONS = (
     layernorm_bwd,
     fused_attn_fwd,
     fused_attn_bwd,
+    fused_rope_forward,
+    fused_rope_backward,
     get_fused_attn_backend,
     get_cudnn_version,
     quantize,

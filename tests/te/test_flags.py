@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ross_mcore.config import Config
-from ross_mcore.engine.precision import ATTENTION_VALUES, ATTENTION_VARIABLES, execution_of
+from ross_mcore.engine.precision import ATTENTION_VALUES, ATTENTION_VARIABLES
 from tests.distributed.cases import GATHERED, layout
 from tests.distributed.harness import run_ranks
 
@@ -31,6 +31,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "attention": "CoreAttention",
             "weights": ["Parameter", "float32"],
             "optimizer": [FUSED_ADAM],
+            "accumulates": [False],
+            "config.apply_rope_fusion": True,
             "config.bf16": False,
         },
     ),
@@ -124,11 +126,11 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gradient accumulation fusion": (
         {**BF16, "gradient_accumulation_fusion": True},
-        {"config.gradient_accumulation_fusion": True},
+        {"accumulates": [True], "config.gradient_accumulation_fusion": False},
     ),
 }
-"""Options and their expected effect. For fused gradients only the configuration: without Apex's extension mcore builds
-no output layer."""
+"""Options and their expected effect. mcore's configuration turns on fused gradients in its own output layer, too, which
+needs Apex's extension."""
 
 OVERLAP = {**FP8, **layout(2, sequence_parallel=True), "tp_comm_overlap": True, "fp8_recipe": "tensorwise"}
 OVERLAP |= {"seq_length": 250, "micro_batch_size": 2, "first_last_layers_bf16": True}
@@ -158,7 +160,6 @@ def _read(config: Config, base: str) -> dict[str, Any]:
 
     from ross_mcore.checkpoint.folder import require_checkpoint
     from ross_mcore.engine.setup import Span, build_engine
-    from ross_mcore.models.language import transformer_config
     from ross_mcore.parallel import groups
     from ross_mcore.parallel.layout import Placement, make_layout
 
@@ -167,10 +168,6 @@ def _read(config: Config, base: str) -> dict[str, Any]:
     tensor = config.parallel.tensor_model_parallel_size
     layout = make_layout(model_config, Placement(tensor_parallel=tensor), world_size=torch.distributed.get_world_size())
     here = groups.initialize(layout, 1, 1)
-    if config.execution.gradient_accumulation_fusion:
-        mcore = transformer_config(model_config.language, here, execution_of(config))
-        return {"config.gradient_accumulation_fusion": mcore.gradient_accumulation_fusion}
-
     buffers: list[dict[str, Any]] = []
     plain = engine.initialize_ub
     engine.initialize_ub = lambda **given: buffers.append(given)  # the extension's own buffers need GPUs
@@ -193,6 +190,7 @@ def _read(config: Config, base: str) -> dict[str, Any]:
         "recipe.fp8_format": recipe and str(recipe.fp8_format),
         "fp8_layers": [n + 1 for n in range(mcore.num_layers) if not is_first_last_bf16_layer(mcore, n)],
         "linears": sorted({type(linear).__name__ for linear in linears}),
+        "accumulates": sorted({getattr(linear, "fuse_wgrad_accumulation", False) for linear in linears}),
         "attention": type(layers[0].self_attention.core_attention).__name__,
         "weights": sorted({type(w).__name__ for w in weights} | {str(w.dtype).removeprefix("torch.") for w in weights}),
         "quantizers": sorted({type(w._quantizer).__name__ for w in weights if hasattr(w, "_quantizer")}),

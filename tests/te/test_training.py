@@ -14,7 +14,11 @@ ENGINE = {"transformer_impl": "transformer_engine"}
 LAYOUTS = [
     Case("tp1", 1, {**ENGINE}),
     Case("tp2+sp", 2, {**layout(2, sequence_parallel=True), **ENGINE}),
-    Case("tp2xpp2+sp", 4, {**layout(2, 2, sequence_parallel=True), **ENGINE}),
+    Case(
+        "tp2xpp2+sp, weight gradients fused",
+        4,
+        {**layout(2, 2, sequence_parallel=True), **ENGINE, "gradient_accumulation_fusion": True},
+    ),
 ]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 
+from ross_mcore import platform
 from ross_mcore.config import Config
-from ross_mcore.engine.precision import check_execution, row_multiple
+from ross_mcore.engine.kernels import choose
+from ross_mcore.engine.precision import check_execution, kernels_in_words, row_multiple
 from ross_mcore.errors import ConfigError
 from ross_mcore.platform import Libraries
 from tests.recorded import recorded_config
@@ -29,8 +32,8 @@ LANGUAGE = recorded_config("qwen2_siglip").language
     ("flags", "says"),
     [
         (ENGINE, "pip install"),
-        ({"attention_backend": "flash"}, "needs --transformer-impl transformer_engine"),
-        ({"fp8_format": "hybrid"}, "needs --transformer-impl transformer_engine"),
+        ({"attention_backend": "flash", "transformer_impl": "local"}, "transformer_engine; add it"),
+        ({"fp8_format": "hybrid"}, r"auto takes local layers here \(this machine has no GPU\); or remove --fp8-format"),
         ({"tp_comm_overlap": True}, "needs --transformer-impl transformer_engine"),
         ({"gradient_accumulation_fusion": True}, "build Apex"),
         ({"overlap_param_gather": True}, "add --use-distributed-optimizer and --overlap-grad-reduce"),
@@ -81,7 +84,34 @@ def test_conflicting_options_are_refused(flags: dict, says: str) -> None:
         check_execution(Config.from_flat(**flags), LANGUAGE, EVERYTHING)
 
 
-def test_each_requirement_of_hardware_and_libraries_is_checked() -> None:
+LOCAL, TE = "local", "transformer_engine"
+KERNELS = ("execution.transformer_impl", "execution.gradient_accumulation_fusion")
+OVERLAPS = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
+
+
+@pytest.mark.parametrize(
+    ("flags", "without", "chosen", "why"),
+    [
+        ({"bf16": True}, {}, (TE, True, True, True), "installed"),
+        ({"bf16": True}, {"gradient_fusion": False}, (TE, True, True, True), "installed"),
+        ({"bf16": True}, {"gpu": False}, (LOCAL, False, False, False), "no GPU"),
+        ({"bf16": True}, {"transformer_engine": False}, (LOCAL, True, True, True), "pip install"),
+        ({"bf16": True, "transformer_impl": LOCAL}, {"gradient_fusion": False}, (LOCAL, False, True, True), "as given"),
+        ({}, {}, (LOCAL, True, False, False), "16 bits"),
+        ({"bf16": True, "overlap_grad_reduce": False}, {}, (TE, True, False, False), "installed"),
+        ({"bf16": True, "overlap_param_gather": False}, {}, (TE, True, True, False), "installed"),
+        ({"bf16": True, "use_distributed_optimizer": False}, {}, (TE, True, False, False), "installed"),
+    ],
+)
+def test_what_is_left_open_is_chosen_by_the_machine(flags: dict, without: dict, chosen: tuple, why: str) -> None:
+    libraries = replace(EVERYTHING, **without)
+    choice = choose(Config.from_flat(**flags), libraries)
+    assert tuple(attrgetter(name)(choice.config) for name in (*KERNELS, *OVERLAPS)) == chosen
+    assert why in choice.why and choose(choice.config, libraries).config == choice.config
+    check_execution(Config.from_flat(**flags), LANGUAGE, libraries)
+
+
+def test_each_requirement_of_hardware_and_libraries_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     overlap = Config.from_flat(**OVERLAP)
     check_execution(overlap, LANGUAGE, EVERYTHING)
     with pytest.raises(ConfigError, match="need CUDA GPUs"):
@@ -92,12 +122,20 @@ def test_each_requirement_of_hardware_and_libraries_is_checked() -> None:
     check_execution(fusion, LANGUAGE, EVERYTHING)
     check_execution(Config.from_flat(), LANGUAGE, replace(EVERYTHING, ordered_kernels=False))
     flash = Config.from_flat(**BF16, attention_backend="flash")
+    monkeypatch.setattr(platform, "flash_attention_refusal", lambda: None)
     check_execution(flash, LANGUAGE, EVERYTHING)
-    with pytest.raises(ConfigError, match="pip install flash-attn"):
+    with pytest.raises(ConfigError, match="flash-attn is not installed"):
         check_execution(flash, LANGUAGE, replace(EVERYTHING, flash_attention=False))
+    monkeypatch.setattr(platform, "flash_attention_refusal", lambda: "versions")
+    with pytest.raises(ConfigError, match="--attention-backend flash: versions; install such a version, or use auto"):
+        check_execution(flash, LANGUAGE, EVERYTHING)
+    assert "attention: without flash-attn, because versions" in kernels_in_words(
+        Config.from_flat(bf16=True), EVERYTHING
+    )
 
 
 def test_attention_is_chosen_by_the_flag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "flash_attention_refusal", lambda: None)
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
     check_execution(Config.from_flat(**BF16, attention_backend="flash"), LANGUAGE, EVERYTHING)
     with pytest.raises(ConfigError, match="NVTE_FUSED_ATTN=0 is set in the environment"):

@@ -37,7 +37,7 @@ from ross_mcore.data.replacement import (
     Replacement,
     substitute,
 )
-from ross_mcore.data.rows import PlannedRow, RowStream, T, micro_batches
+from ross_mcore.data.rows import PlannedRow, RowStream, by_length, micro_batches
 from ross_mcore.data.sample import skipped_sample
 from ross_mcore.data.workers import MEMORY_REMEDY, Interrupted, Stream, shared
 from ross_mcore.errors import ShardReadError, WorkerError
@@ -61,13 +61,15 @@ class PlannedMicroBatch:
 class StepPlan:
     """How the stream of samples becomes steps: rows of a step over all ranks, rows of a micro-batch.
 
-    `packed`: a row holds as many samples as fit in the data set's `seq_length`, otherwise one; `end`: stream positions
-    from here on are empty.
+    `packed`: a row holds as many samples as fit in the data set's `seq_length`, otherwise one; `sorts_rows`: the rows
+    of a step are dealt to micro-batches by length (rows.by_length) and not in their order; `end`: stream positions from
+    here on are empty.
     """
 
     global_batch_size: int
     micro_batch_size: int
     packed: bool = False
+    sorts_rows: bool = False
     end: int | None = None
 
 
@@ -75,11 +77,12 @@ class StepPlan:
 class Step:
     """One training step.
 
-    `rows`: the planned rows of the *global* batch; `slots`: tokens that this rank's rows reserve for their samples,
-    None if a row is one sample of any length; `micro_batches`: this rank's rows, None on a rank that reads no data;
-    `bad`: errors that this rank found in samples, which are to be replaced; `cursor`: of the next step; `failure`: why
-    this rank could not read the step, which is then empty (Interrupted: because it is asked to stop); `quarantined`:
-    replaced samples by position.
+    `rows`: the planned rows of the *global* batch, in the order of the stream; `slots`: tokens that this rank's rows
+    reserve for their samples, None if a row is one sample of any length; `micro_batches`: this rank's rows, None on a
+    rank that reads no data; `bad`: errors that this rank found in samples, which are to be replaced; `cursor`: of the
+    next step; `failure`: why this rank could not read the step, which is then empty (Interrupted: because it is asked
+    to stop); `quarantined`: replaced samples by position; `dealt`: numbers of the rows, in the order in which they are
+    dealt to micro-batches; `count`: micro-batches of a rank.
     """
 
     rows: list[PlannedRow]
@@ -89,6 +92,8 @@ class Step:
     cursor: dict[str, int]
     failure: Exception | None = None
     quarantined: dict[int, Quarantined] = field(default_factory=dict)
+    dealt: list[int] = field(default_factory=list)
+    count: int = 1
 
 
 @dataclass
@@ -235,7 +240,7 @@ class StepLoader:
     """Endless iterator over training steps; `for step in loader` yields a `Step`.
 
     Every rank that reads data has the complete text of its micro-batches; `Sample.pixels` is filled for this
-    tensor-parallel rank's share of each micro-batch's pictures. The stream of rows does not depend on `share`,
+    tensor-parallel rank's share of each micro-batch's pictures. The rows of a step do not depend on `share`,
     micro_batch_size or num_workers. num_workers=0 reads in the calling process. `load_state_dict` and `skip_rows` set
     the start. `is_interrupted` is polled before and while waiting for data. Call `close` (or use it in `with`) when
     done.
@@ -286,7 +291,7 @@ class StepLoader:
             else:
                 self._plan()
         except Exception as error:  # of any type, also for a killed worker: the other ranks must know of it
-            return Step([], None, None, [], self._cursor, error)
+            return Step([], None, None, [], self._cursor, error, count=self.num_microbatches)
         step = self._planned.popleft()
         if self.share.reads:
             step.micro_batches = [micro_batch.unpack() for micro_batch in read]
@@ -318,9 +323,8 @@ class StepLoader:
         step.bad, changed = [], self._replan(step, reasons)
         if step.micro_batches is None:
             return
-        mine = self._mine(range(len(step.rows)))
         try:
-            for number, (places, rows) in enumerate(zip(mine, step.micro_batches, strict=True)):
+            for number, (places, rows) in enumerate(zip(self._mine(step.dealt), step.micro_batches, strict=True)):
                 if changed.intersection(places):
                     planned = PlannedMicroBatch(number, [step.rows[place] for place in places])
                     step.bad += self._source.replace(planned, rows, reasons)
@@ -411,21 +415,20 @@ class StepLoader:
     def _plan(self) -> list[PlannedMicroBatch]:
         """Plans one more step; returns this rank's micro-batches of it."""
         rows = self._rows.take(self.plan.global_batch_size)
-        slots = None
+        dealt = by_length(rows) if self.plan.sorts_rows else list(range(len(rows)))
+        mine, slots = self._mine(dealt), None
         if self.plan.packed:
-            slots = [
-                [self.dataset.row_lengths(row.samples).tolist() for row in planned] for planned in self._mine(rows)
-            ]
-        step = Step(rows, slots, None, [], self._rows.state_dict())
+            slots = [[self.dataset.row_lengths(rows[place].samples).tolist() for place in own] for own in mine]
+        step = Step(rows, slots, None, [], self._rows.state_dict(), dealt=dealt, count=self.num_microbatches)
         if self._skipped.size:
             named = [row.positions[np.isin(row.samples, self._skipped)] for row in rows]
             self._replan(step, dict.fromkeys(np.concatenate(named).tolist(), ASKED_FOR))
         self._planned.append(step)
-        return [PlannedMicroBatch(number, rows) for number, rows in enumerate(self._mine(step.rows))]
+        return [PlannedMicroBatch(number, [step.rows[place] for place in own]) for number, own in enumerate(mine)]
 
-    def _mine(self, rows: Sequence[T]) -> list[list[T]]:
-        """This rank's micro-batches of a step's rows."""
-        return micro_batches(rows, self.plan.micro_batch_size, self.share.dp_rank, self.share.dp_size)
+    def _mine(self, dealt: Sequence[int]) -> list[list[int]]:
+        """Numbers of the rows of this rank's micro-batches."""
+        return micro_batches(dealt, self.plan.micro_batch_size, self.share.dp_rank, self.share.dp_size)
 
     def _micro_batches(self) -> Iterator[PlannedMicroBatch]:
         """This rank's planned micro-batches, endless."""

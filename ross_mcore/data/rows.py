@@ -148,6 +148,15 @@ class RowStream:
         return self._planned[1]
 
 
+def by_length(rows: Sequence[PlannedRow]) -> list[int]:
+    """Numbers of the rows, the longest first; rows of one length in their order.
+
+    Dealt to micro-batches in this order, rows of similar length share one, which is padded to its longest. The longest
+    come first, so that memory is largest at a step's beginning and what is freed fits the others.
+    """
+    return sorted(range(len(rows)), key=lambda number: -rows[number].tokens)
+
+
 def micro_batches(rows: Sequence[T], micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[T]]:
     """A rank's micro-batches of a step's rows, in order. Each row is in one micro-batch of one rank.
 

@@ -44,6 +44,7 @@ from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, set_hype
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.step import AgreedStep, Request, agree_on_step, samples_of
 from ross_mcore.parallel.collectives import gather
+from ross_mcore.parallel.exchange import exchange
 from ross_mcore.parallel.groups import Groups
 
 
@@ -197,7 +198,7 @@ class Engine:
         def prepare(number: int) -> Batch:
             rows = step.rows_of(number)
             assert rows is not None
-            batch = collate(rows, size.seq_length, image_size, step.slots_of(number), with_blanks, number)
+            batch = collate(rows, size.seq_lengths[number], image_size, step.slots_of(number), with_blanks, number)
             if output == "losses":
                 recorded = None if randomness.recorded is None else randomness.recorded[number]
                 batch.draws = self.model.last.draws(batch, randomness.seed, recorded)
@@ -210,22 +211,24 @@ class Engine:
             # chunks run the micro-batches in order, and of a rank's chunks at most one takes the batch
             takes_batch = model.pre_process or model.post_process
             batch = next(batches).to(self.device) if takes_batch else None
-            result = wrapped(batch, segments(step.slots_of(number), size.seq_length), output=output)
+            result = wrapped(batch, segments(step.slots_of(number), size.seq_lengths[number]), output=output)
             if output == "hidden":
                 return result, lambda hidden, non_loss_data=True: hidden
             samples = samples_of([(step.rows_of(number) or []) if takes_batch else []])
             weights = micro_batch_weights(samples, size, objective, count * self.groups.layout.data_parallel)
             return result, partial(weighted_loss, samples=samples, weights=weights, with_blank_samples=with_blanks)
 
+        tokens = [length * size.rows for length in size.seq_lengths]
         with closing(made_ahead(prepare, range(count if reads else 0))) as batches:
             found: list[Any] = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(range(count)) for _ in self.model],
                 model=list(self.model),
                 num_microbatches=count,
-                seq_length=size.seq_length * size.rows,
+                seq_length=max(tokens),
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=output == "hidden",
+                **exchange(self.model.first.config, self.groups, tokens),
             )
         return found

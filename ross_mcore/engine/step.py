@@ -29,15 +29,15 @@ class Request(IntEnum):
 class StepSize:
     """The size of a step, known to all ranks before they compute it.
 
-    seq_length: tokens of every row; label_tokens, images, blank_samples (without a picture): numbers on all ranks, the
-    denominators of the two losses; row_tokens: tokens that are not padding; skipped_samples: those without tokens;
-    ignored_samples: those without a label, which only train on their pictures; micro_batches: of a rank; rows: of a
-    micro-batch; found_bad: faults found in samples still in the step; request: the strongest of all ranks;
-    interrupted: a rank was asked to stop before it read the step, which must then not be computed; peak_memory_bytes:
-    the largest of all ranks, before the step.
+    seq_lengths: tokens of every row, for each micro-batch; label_tokens, images, blank_samples (without a picture):
+    numbers on all ranks, the denominators of the two losses; row_tokens: tokens that are not padding; skipped_samples:
+    those without tokens; ignored_samples: those without a label, which only train on their pictures; found_bad: faults
+    found in samples still in the step; rows: of a micro-batch; slots: tokens of all rows of the step, with padding;
+    request: the strongest of all ranks; interrupted: a rank was asked to stop before it read the step, which must then
+    not be computed; peak_memory_bytes: the largest of all ranks, before the step.
     """
 
-    seq_length: int
+    seq_lengths: tuple[int, ...]
     label_tokens: int
     images: int
     blank_samples: int
@@ -45,11 +45,16 @@ class StepSize:
     skipped_samples: int
     ignored_samples: int
     found_bad: int = 0
-    micro_batches: int = 1
     rows: int = 1
+    slots: int = 0
     request: Request = Request.NOTHING
     interrupted: bool = False
     peak_memory_bytes: int = 0
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a rank."""
+        return len(self.seq_lengths)
 
 
 @dataclass(frozen=True)
@@ -66,31 +71,33 @@ class AgreedStep:
 
     def slots_of(self, number: int) -> list[Slots]:
         """Tokens reserved for the samples of each row of a micro-batch: as planned, or one sample to a row."""
-        return self.loaded.slots[number] if self.loaded.slots is not None else [[self.size.seq_length]] * self.size.rows
+        if self.loaded.slots is not None:
+            return self.loaded.slots[number]
+        return [[self.size.seq_lengths[number]]] * self.size.rows
 
 
 def agree_on_step(
     step: Step, groups: Groups, row_multiple: int, device: torch.device, request: Request = Request.NOTHING
 ) -> StepSize:
-    """One all-gather over all ranks. Rows are padded to the longest of the step, rounded up to `row_multiple`.
+    """One all-gather over all ranks. Rows are padded to the longest of their micro-batch, rounded up to `row_multiple`.
 
-    Every rank reports its longest row, planned or read; numbers that are summed come from one rank of each
+    Micro-batches with the same number have the same length on all data-parallel ranks. Every rank reports its longest
+    row of each, planned or read; numbers that are summed come from one rank of each
     data-parallel replica. When a rank could not read, all ranks raise ShardReadError with its number; a rank whose own
     error is of another kind raises that.
     """
-    planned = [sum(slots) for rows in step.slots or [] for slots in rows]
-    read = [sum(sample.tokens.numel() for sample in row) for rows in step.micro_batches or [] for row in rows]
+    planned = [max(map(sum, rows)) for rows in step.slots or []]
+    read = [max(sum(s.tokens.numel() for s in row) for row in rows) for rows in step.micro_batches or []]
     samples = samples_of(step.micro_batches or [])
     counts = groups.stage.is_last and groups.tensor_rank == 0
     counted = samples if counts else []
     largest = [
-        max(planned or read, default=0),
         int(request),
         int(isinstance(step.failure, Interrupted)),
         int(step.failure is not None and not isinstance(step.failure, Interrupted)),
         platform.peak_memory_bytes(),
-        len(step.micro_batches or []),
         len((step.micro_batches or [[]])[0]),
+        *(planned or read or [0] * step.count),
     ]
     summed = [
         len(step.bad),
@@ -101,14 +108,15 @@ def agree_on_step(
         sum(sample.problem is not None for sample in counted),
         sum(sample.problem is None and not sample.label_tokens for sample in counted),
     ]
-    everyone = gather_integers(largest + summed, device)
+    everyone = gather_integers(largest + summed, device).cpu()
     maxima, totals = everyone[:, : len(largest)].amax(0).tolist(), everyone[:, len(largest) :].sum(0).tolist()
-    longest, strongest, interrupted, failed, peak_memory, micro_batches, rows = maxima
+    strongest, interrupted, failed, peak_memory, rows, *longest = maxima
     if failed:
         _refuse(None if isinstance(step.failure, Interrupted) else step.failure)
     found_bad, labels, images, blanks, row_tokens, skipped, ignored = totals
+    seq_lengths = tuple(max(1, -(-length // row_multiple)) * row_multiple for length in longest)
     return StepSize(
-        seq_length=max(1, -(-longest // row_multiple)) * row_multiple,
+        seq_lengths=seq_lengths,
         label_tokens=labels,
         images=images,
         blank_samples=blanks,
@@ -116,8 +124,8 @@ def agree_on_step(
         skipped_samples=skipped,
         ignored_samples=ignored,
         found_bad=found_bad,
-        micro_batches=micro_batches,
         rows=rows,
+        slots=sum(seq_lengths) * rows * groups.layout.data_parallel,
         request=Request(strongest),
         interrupted=bool(interrupted),
         peak_memory_bytes=peak_memory,

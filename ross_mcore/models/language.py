@@ -132,6 +132,8 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
         batch_p2p_comm=not (interleaved and execution.overlap_p2p_communication),
         # mcore would wait for the device after every exchange, against a race in versions of torch before 2.0
         batch_p2p_sync=False,
+        variable_seq_lengths=layout.pipeline_parallel > 1,  # parallel/exchange.py has them
+        moe_token_dispatcher_type="alltoall",  # without experts unused, but the default refuses variable lengths
         sequence_parallel=execution.sequence_parallel and layout.tensor_parallel > 1,
         # losses are divided by the step's labels and images: DDP must sum, the schedule must not divide
         calculate_per_token_loss=True,

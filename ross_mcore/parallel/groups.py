@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from ross_mcore import platform
@@ -27,6 +28,7 @@ class Groups:
     pipeline_rank: int
     data_rank: int
     tensor: ProcessGroup
+    pipeline: ProcessGroup
     data: ProcessGroup
     embedding: ProcessGroup | None
 
@@ -46,6 +48,11 @@ class Groups:
     def is_logging_rank(self) -> bool:
         """Whether this rank writes the log: it is the first rank that computes the losses."""
         return self.stage.is_last and self.tensor_rank == 0 and self.data_rank == 0
+
+    @staticmethod
+    def megatron() -> ProcessGroupCollection:
+        """The groups that mcore's schedules take together with a communicator; by default they look them up."""
+        return ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"])
 
 
 def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
@@ -67,6 +74,7 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float) -> Groups:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
     )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.run import Run, StepResult
+from ross_mcore.engine.step import StepSize
 from ross_mcore.flops import forward_flops, step_flops
 from ross_mcore.reporting.metrics import StepMetrics
 
@@ -17,7 +18,8 @@ class Averages:
     """Means over the last iterations, up to `iteration`; losses and the norm over applied steps only.
 
     lm_loss: over the steps with labels, vm_loss: over those with images; None without any such step. data_share: share
-    of the time spent waiting for data; remaining_seconds: of the run, at this speed; datasets: see means_by_data_set.
+    of the time spent waiting for data; fill: share of the computed tokens that are not padding; remaining_seconds: of
+    the run, at this speed; datasets: see means_by_data_set.
     """
 
     iteration: int
@@ -32,6 +34,7 @@ class Averages:
     teraflops_per_device: float
     peak_gib: float
     data_share: float
+    fill: float
     remaining_seconds: float
     datasets: dict[str, float]
 
@@ -39,7 +42,7 @@ class Averages:
         """The values by TensorBoard's names, without those that are None."""
         named = {name: getattr(self, name) for name in ("lm_loss", "vm_loss", "loss", "grad_norm", "learning_rate")}
         losses = {name: value for name, value in named.items() if value is not None}
-        speed = ("tokens_per_second", "samples_per_second", "teraflops_per_device", "data_share")
+        speed = ("tokens_per_second", "samples_per_second", "teraflops_per_device", "data_share", "fill")
         throughput = {f"throughput/{name}": getattr(self, name) for name in speed}
         return {**losses, **throughput, "memory/peak_gib": self.peak_gib, **self.datasets}
 
@@ -62,14 +65,14 @@ class Window:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._steps: list[tuple[StepMetrics, int]] = []
+        self._steps: list[tuple[StepMetrics, StepSize]] = []
         self._samples = 0
 
     def add(self, metrics: StepMetrics, result: StepResult) -> Averages | None:
         """Adds a step, unless it was skipped or empty; returns the averages when they are due."""
-        row_tokens = result.read.step.size.row_tokens
-        if result.trained is not None and row_tokens:
-            self._steps.append((metrics, row_tokens))
+        size = result.read.step.size
+        if result.trained is not None and size.row_tokens:
+            self._steps.append((metrics, size))
             self._samples += metrics.consumed_samples - result.read.before.consumed_samples
         is_due = self._run.is_due(metrics.iteration, self._run.config.logging.log_interval)
         if not self._steps or not is_due:
@@ -82,7 +85,7 @@ class Window:
     def _averages(self, last: StepMetrics) -> Averages:
         run, steps = self._run, [metrics for metrics, _ in self._steps]
         applied = [metrics for metrics in steps if metrics.applied]
-        seconds, tokens = sum(m.step_seconds for m in steps), sum(tokens for _, tokens in self._steps)
+        seconds, tokens = sum(m.step_seconds for m in steps), sum(size.row_tokens for _, size in self._steps)
 
         def mean(name: str) -> float | None:
             values = [value for m in applied if (value := getattr(m, name)) is not None]
@@ -109,6 +112,7 @@ class Window:
             teraflops_per_device=flops / seconds / dist.get_world_size() / 1e12,
             peak_gib=last.peak_memory_bytes / 2**30,
             data_share=sum(m.data_seconds for m in steps) / seconds,
+            fill=tokens / sum(size.slots for _, size in self._steps),
             remaining_seconds=(run.train_iters - last.iteration) * seconds / len(steps),
             datasets=means_by_data_set([m.datasets for m in applied]),
         )

@@ -69,8 +69,8 @@ class Console(Reporter):
             f"samples {found.consumed_samples} | "
             f"lm_loss {loss_text(found.lm_loss)} | vm_loss {loss_text(found.vm_loss)} | "
             f"lr {found.learning_rate:.2e} | grad norm {norm} | "
-            f"{found.tokens_per_second:,.0f} tokens/s | {found.samples_per_second:.1f} samples/s | "
-            f"{found.teraflops_per_device:.3f} TFLOP/s/device | "
+            f"{found.tokens_per_second:,.0f} tokens/s | fill {found.fill:.1%} | "
+            f"{found.samples_per_second:.1f} samples/s | {found.teraflops_per_device:.3f} TFLOP/s/device | "
             f"{found.peak_gib:.2f} GiB | ETA {duration(found.remaining_seconds)}"
         )
 

@@ -18,10 +18,10 @@ class StepMetrics:
     --lr in this step; num_tokens: labels; num_images: images; sample_digest: hash of the ids of the trained samples, in
     global order; step_seconds: the whole step; data_seconds: its wait for the loader; bad_samples: replaced ones;
     skipped_samples: empty rows; ignored_samples: rows without any label; peak_memory_bytes: the largest of all ranks up
-    to this step, on the GPU or in RAM; applied: false when the update was skipped, on request or because a number was
-    not finite; datasets: the losses of each data set, absent with a single one. A loss over nothing is null: lm_loss of
-    a step without labels, vm_loss of a step without images or of a model without a denoiser. So are numbers that are
-    not finite, and those of a skipped step.
+    to this step, on the GPU or in RAM; fill: share of the computed tokens that are not padding; applied: false when the
+    update was skipped, on request or because a number was not finite; datasets: the losses of each data set, absent
+    with a single one. A loss over nothing is null: lm_loss of a step without labels, vm_loss of a step without images
+    or of a model without a denoiser. So are numbers that are not finite, and those of a skipped step.
     """
 
     iteration: int
@@ -40,6 +40,7 @@ class StepMetrics:
     skipped_samples: int
     ignored_samples: int
     peak_memory_bytes: int
+    fill: float | None
     applied: bool
     datasets: dict[str, DataSetLosses] = field(default_factory=dict)
 
@@ -66,6 +67,7 @@ class StepMetrics:
             skipped_samples=size.skipped_samples,
             ignored_samples=size.ignored_samples,
             peak_memory_bytes=size.peak_memory_bytes,
+            fill=None if trained is None else size.row_tokens / size.slots,
             applied=result.applied,
             datasets=dict(zip(names, losses.datasets)) if len(names) > 1 else {},
         )

@@ -86,7 +86,9 @@ def open_run(
     if not all_finite(engine.model, engine.device):
         diagnosis = diagnose(engine.model)
         raise CheckpointError(f"{start.path} cannot be trained: its {diagnosis}; give another checkpoint")
-    plan = StepPlan(rows_per_step, config.training.micro_batch_size, config.data.pack)
+    # with --loss-normalization microbatch, as in the reference, it matters which rows share a micro-batch
+    sorts_rows = config.training.loss_normalization == "global"
+    plan = StepPlan(rows_per_step, config.training.micro_batch_size, config.data.pack, sorts_rows)
     replacement = Replacement(config.training.seed, skipped=frozenset(skipped))
     workers = config.data.num_workers
     loader = closing.enter_context(

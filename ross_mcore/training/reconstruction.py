@@ -51,7 +51,8 @@ def reconstruction_grid(
         if not engine.groups.stage.is_last or (rows := step.rows_of(number)) is None:
             continue
         image_size = engine.model_config.vision.image_size
-        batch = collate(rows, step.size.seq_length, image_size, step.slots_of(number), turn=number).to(engine.device)
+        seq_length, slots = step.size.seq_lengths[number], step.slots_of(number)
+        batch = collate(rows, seq_length, image_size, slots, turn=number).to(engine.device)
         original, picture = engine.model.last.reconstruct(hidden[number], batch)
         for found, mine in ((originals, original), (pictures, picture)):
             found.append(gather_shares(mine.contiguous(), batch.num_images, engine.groups.tensor, number))

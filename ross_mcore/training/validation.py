@@ -66,7 +66,7 @@ def _steps(
     with StepLoader(
         dataset,
         SampleOrder(count, seed=0, shuffle=False),
-        StepPlan(micro_batches * rows, config.training.micro_batch_size, config.data.pack, end=count),
+        StepPlan(micro_batches * rows, config.training.micro_batch_size, config.data.pack, True, end=count),
         engine.groups.data_share,
         Replacement(attempts=0),
         config.data.num_workers,

@@ -127,11 +127,11 @@ class MicroBatch:
 def micro_batches(step: AgreedStep) -> list[MicroBatch]:
     """Of a step that this rank has read."""
     found = []
-    for rows in step.loaded.micro_batches or []:
+    for rows, seq_length in zip(step.loaded.micro_batches or [], step.size.seq_lengths):
         samples = [sample for row in rows for sample in row]
         labels = sum(int((sample.labels[1:] != IGNORE_INDEX).sum()) for sample in samples)
         images = sum(len(sample.image_starts) for sample in samples)
-        found.append(MicroBatch(step.size.seq_length * step.size.rows, max(1, labels), images, len(samples)))
+        found.append(MicroBatch(seq_length * step.size.rows, max(1, labels), images, len(samples)))
     return found
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from ross_mcore.engine.losses import (
 from ross_mcore.engine.step import StepSize, agree_on_step
 from ross_mcore.errors import ShardReadError
 from ross_mcore.options import TrainingOptions
+
+ONLY: Any = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0, layout=SimpleNamespace(data_parallel=1))
+"""The groups of a single rank."""
 
 
 def test_each_loss_has_its_own_weight() -> None:
@@ -63,7 +67,7 @@ def rows(*kinds: str) -> list[Sample]:
 )
 def test_the_four_normalizations(normalization: str, vm_rows: str, expected: tuple[float, float]) -> None:
     """A step of 20 labels, 4 images and 3 blank rows, in 8 micro-batches of which this one has `i t s`."""
-    size = StepSize(8, 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0)
+    size = StepSize((8,), 20, images=4, blank_samples=3, row_tokens=9, skipped_samples=1, ignored_samples=0)
     options = Objective.of(TrainingOptions(loss_normalization=normalization, vm_loss_rows=vm_rows))  # type: ignore[arg-type]
     assert micro_batch_weights(rows("i", "t", "s"), size, options, count=8) == pytest.approx(expected)
     without_picture = micro_batch_weights(rows("t", "s"), size, options, count=8)
@@ -101,13 +105,22 @@ def test_losses_are_the_sum_of_the_terms_and_split_by_data_set(with_blank_sample
 
 @pytest.mark.usefixtures("only_rank")
 def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
-    groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
     micro_batches = [[rows("i", "n"), rows("s")], [rows("t", "n", "n")]]
     step = Step([], None, micro_batches, [], {})
-    size = agree_on_step(step, groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+    size = agree_on_step(step, ONLY, 8, torch.device("cpu"))
     assert (size.skipped_samples, size.ignored_samples) == (1, 3)
     assert (size.label_tokens, size.images, size.blank_samples) == (2 + 3, 4, 1)
     assert 0 < size.peak_memory_bytes <= platform.peak_memory_bytes()
+
+
+@pytest.mark.usefixtures("only_rank")
+@pytest.mark.parametrize("slots", [None, [[[9, 4], [5]], [[17], [2]]]])
+def test_a_micro_batch_is_as_long_as_its_longest_row(slots: list[list[list[int]]] | None) -> None:
+    """Rows of 4 + 3 and 5 tokens in the first of two micro-batches, 1 and 2 in the second; or as planned."""
+    row = [[Sample("", 0, tokens := torch.zeros(n), tokens) for n in lengths] for lengths in ([4, 3], [5], [1], [2])]
+    agreed = agree_on_step(Step([], slots, [row[:2], row[2:]], [], {}), ONLY, 4, torch.device("cpu"))
+    assert agreed.seq_lengths == ((8, 4) if slots is None else (16, 20))
+    assert (agreed.row_tokens, agreed.slots) == (15, 2 * sum(agreed.seq_lengths))
 
 
 @pytest.mark.usefixtures("only_rank")
@@ -119,13 +132,12 @@ def test_rows_without_labels_are_counted_beside_skipped_ones() -> None:
     ],
 )
 def test_a_rank_that_cannot_read_is_named(failure: Exception, kind: type[Exception], message: str) -> None:
-    groups = SimpleNamespace(stage=SimpleNamespace(is_last=True), tensor_rank=0)
     with pytest.raises(kind, match=message):
-        agree_on_step(Step([], None, None, [], {}, failure), groups, 8, torch.device("cpu"))  # type: ignore[arg-type]
+        agree_on_step(Step([], None, None, [], {}, failure), ONLY, 8, torch.device("cpu"))
 
 
 def test_a_step_without_any_label_is_zero_and_not_nan() -> None:
-    size = StepSize(8, 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1)
+    size = StepSize((8,), 0, images=1, blank_samples=0, row_tokens=1, skipped_samples=0, ignored_samples=1)
     for normalization in ("global", "microbatch"):
         options = Objective.of(TrainingOptions(loss_normalization=normalization))  # type: ignore[arg-type]
         weights = micro_batch_weights(rows("n"), size, options, count=1)

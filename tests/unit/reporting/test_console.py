@@ -16,14 +16,21 @@ from ross_mcore.reporting.console import Console
 
 def averages(lm_loss: float | None, grad_norm: float | None) -> Averages:
     speed = {"tokens_per_second": 1.0, "samples_per_second": 2.5, "teraflops_per_device": 0.1, "peak_gib": 0.2}
-    rest: dict[str, Any] = {"consumed_samples": 8, "learning_rate": 1e-3, "data_share": 0.0, "remaining_seconds": 1.0}
+    rest: dict[str, Any] = {
+        "consumed_samples": 8,
+        "learning_rate": 1e-3,
+        "data_share": 0.0,
+        "fill": 0.983,
+        "remaining_seconds": 1.0,
+    }
     return Averages(7, vm_loss=0.5, lm_loss=lm_loss, loss=0.5, grad_norm=grad_norm, datasets={}, **speed, **rest)
 
 
 def test_a_loss_over_nothing_is_a_dash_and_no_scalar(capsys: pytest.CaptureFixture[str]) -> None:
     run: Any = SimpleNamespace(train_iters=9, config=Config())
     Console(run, TrainState()).averages(found := averages(None, None))
-    assert "| lm_loss - | vm_loss 0.5000 | lr 1.00e-03 | grad norm - |" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert "| lm_loss - | vm_loss 0.5000 | lr 1.00e-03 | grad norm - |" in line and "| fill 98.3% |" in line
     assert not {"lm_loss", "grad_norm"} & found.scalars().keys() and "vm_loss" in found.scalars()
     assert averages(2.0, 1.0).scalars()["lm_loss"] == 2.0
 

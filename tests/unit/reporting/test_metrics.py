@@ -25,7 +25,7 @@ def opened(kind: type, folder: Path, iteration: int) -> Any:
 
 def entry(iteration: int) -> StepMetrics:
     return StepMetrics(
-        iteration, 8 * iteration, 1.0, 0.5, 1.5, 2.0, 1e-3, 10, 2, "0" * 16, 0.1, 0.0, 0, 0, 0, 2**30, True
+        iteration, 8 * iteration, 1.0, 0.5, 1.5, 2.0, 1e-3, 10, 2, "0" * 16, 0.1, 0.0, 0, 0, 0, 2**30, 0.9, True
     )
 
 
@@ -45,7 +45,7 @@ def test_every_documented_key_is_written(tmp_path: Path) -> None:
     log.step(entry(1))
     keys = """iteration consumed_samples lm_loss vm_loss loss grad_norm learning_rate num_tokens num_images
               sample_digest step_seconds data_seconds bad_samples skipped_samples
-              ignored_samples peak_memory_bytes""".split()
+              ignored_samples peak_memory_bytes fill""".split()
     assert set(keys) <= json.loads((tmp_path / "metrics.jsonl").read_text()).keys()
 
 

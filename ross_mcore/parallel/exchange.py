@@ -27,7 +27,7 @@ def exchange(config: TransformerConfig, groups: Groups, tokens: Sequence[int]) -
     return {"p2p_communicator": PlannedExchange(config, groups, tokens), "pg_collection": groups.megatron()}
 
 
-class PlannedExchange(P2PCommunicator):
+class PlannedExchange(P2PCommunicator):  # type: ignore[misc]  # mcore has no types
     """mcore's communicator for one pass through the schedule, with the shapes of all tensors known before it."""
 
     def __init__(self, config: TransformerConfig, groups: Groups, tokens: Sequence[int]) -> None:

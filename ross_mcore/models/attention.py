@@ -1,13 +1,15 @@
-"""Attention within the segments of a micro-batch, and their description for mcore's layers.
+"""Attention within the segments of a micro-batch: their description for mcore's layers, rotary angles, local attention.
 
-Legend: T tokens of a micro-batch.
+Legend: T tokens of a micro-batch, n segments, D size of a head, h heads and g query groups of this rank.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +20,88 @@ from torch import Tensor, nn
 from ross_mcore import platform
 
 
-def packed_sequence(segments: Sequence[int]) -> PackedSeqParams:
-    """mcore's description of a micro-batch whose tokens attend to each other within segments of these lengths."""
-    ends = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=platform.device())
+@dataclass
+class PackedSequence(PackedSeqParams):
+    """A micro-batch as one sequence, whose tokens attend to each other within segments.
+
+    For mcore it is a sequence of one long sample (`sbhd`), because its `thd` format reads lengths back from the device
+    for the rotary embedding of every layer; only core attention knows of segments. lengths: of the n segments, on the
+    host; positions [T] int64: of each token in its segment; `cu_seqlens_q` [n + 1] int32: where segments begin and end.
+    """
+
+    lengths: tuple[int, ...] = ()
+    positions: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def is_rectangular(self) -> bool:
+        """Whether all segments have one length, as rows of one sample do."""
+        return len(set(self.lengths)) == 1
+
+    def thd(self) -> PackedSeqParams:
+        """The description that Transformer Engine's attention takes."""
+        ends, longest = self.cu_seqlens_q, self.max_seqlen_q
+        return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
+def packed_sequence(segments: Sequence[int]) -> PackedSequence:
+    """The description of a micro-batch with segments of these lengths, its tensors on this process's device."""
+    ends = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in segments])
+    ends, positions = (platform.upload(tensor, platform.device()) for tensor in (ends, positions))
     longest = max(segments)
-    return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return PackedSequence(
+        "sbhd",
+        ends,
+        ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=tuple(segments),
+        positions=positions,
+    )
+
+
+class RotaryAngles(nn.Module):
+    """The rotary angles of all tokens of a micro-batch, computed once and used by all layers.
+
+    Replaces mcore's RotaryEmbedding, which makes a table of the first positions. GPTModel asks it for a length and
+    passes that back to `forward`; here these are positions.
+    """
+
+    def __init__(self, inverse_frequencies: Tensor) -> None:
+        """inverse_frequencies [D / 2] float32."""
+        super().__init__()
+        self.inverse_frequencies = inverse_frequencies
+
+    def get_rotary_seq_len(self, *arguments: Any, **_: Any) -> Tensor:
+        """The positions [T] of the sequence, the last argument."""
+        packed: PackedSequence = arguments[-1]
+        return packed.positions
+
+    def forward(self, positions: Tensor, **_: Any) -> Tensor:
+        """positions [T] -> angles [T, 1, 1, D] float32, those of each half of a head side by side."""
+        angles = torch.outer(positions.float(), self.inverse_frequencies)
+        return torch.cat((angles, angles), dim=-1)[:, None, None]
+
+
+HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+"""Whether torch has attention for segments of any length in one call; it needs a GPU and 16 bits."""
+
+
+def padded_length(length: int) -> int:
+    """The length to which a segment is padded: few lengths, because a GPU's libraries plan a call for each shape.
+
+    At most 6% more than a segment of 512 tokens or more; 72 lengths up to 4,096 tokens.
+    """
+    step = 32 if length <= 512 else 64 if length <= 2048 else 128 * max(1, length // 8192)
+    return -(-length // step) * step
 
 
 class SDPACoreAttention(nn.Module):
-    """Causal core attention within segments, by torch's scaled_dot_product_attention, with grouped queries.
+    """Causal core attention within segments, with grouped queries, by torch.
 
-    Each segment is a separate call, so that nothing is computed between segments; segments of one length (rows of one
-    sample each) are one call.
+    One call in 16 bits on a GPU (`varlen_attn`); otherwise one call of scaled_dot_product_attention for every segment,
+    padded to one of few lengths, and one for all segments if they have one length. Nothing is computed between
+    segments: padding is behind the tokens, which do not attend to what follows them.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -42,22 +114,42 @@ class SDPACoreAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedSequence,
         **_: Any,
     ) -> Tensor:
-        """query [T, heads, head_dim], key and value [T, groups, head_dim] of this rank -> [T, heads * head_dim]."""
+        """query [T, 1, h, D], key and value [T, 1, g, D] of this rank -> [T, 1, h * D]."""
         if attention_mask is not None:
             raise ValueError("the local attention is causal within segments and takes no explicit mask")
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        if len(set(lengths)) == 1:
-            return self._attend(query, key, value, lengths[0])
-        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), lengths)
-        return torch.cat([self._attend(q, k, v, length) for q, k, v, length in parts])
+        query, key, value = (part.squeeze(1) for part in (query, key, value))
+        if HAS_VARLEN and query.device.type != "cpu" and query.element_size() == 2:
+            return self._varlen(query, key, value, packed_seq_params).flatten(1)[:, None]
+        lengths = packed_seq_params.lengths
+        if packed_seq_params.is_rectangular:
+            return self._attend(query, key, value, lengths[0])[:, None]
+        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), lengths, strict=True)
+        return torch.cat([self._attend(*part) for part in parts])[:, None]
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequence) -> Tensor:
+        """[T, h, D] -> [T, h, D]."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        attended = varlen_attn(
+            *(query, key, value, ends, ends, longest, longest),
+            scale=self.scale,
+            window_size=(-1, 0),  # causal
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return cast(Tensor, attended)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
-        """n segments of one length: [n * length, heads, head_dim] -> [n * length, heads * head_dim]."""
-        q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
+        """n segments of one length: [n * length, h, D] -> [n * length, h * D]."""
+        more = padded_length(length) - length
+        q, k, v = (part.unflatten(0, (-1, length)) for part in (query, key, value))
+        if more:
+            q, k, v = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (q, k, v))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+        return out.transpose(1, 2)[:, :length].flatten(0, 1).flatten(1)

@@ -7,7 +7,7 @@ tensor-parallel rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig
-from ross_mcore.models.attention import SDPACoreAttention
+from ross_mcore.models.attention import RotaryAngles, SDPACoreAttention
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk
 
@@ -204,6 +204,7 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=chunk.number if config.virtual_pipeline_model_parallel_size else None,
         )
+        self.rotary_pos_emb = RotaryAngles(cast(Any, self).rotary_pos_emb.inv_freq)
         _mark_sharded_weights(self)
         self.real_vocab_size = language.vocab_size
         self.tensor_group = groups.tensor

@@ -11,13 +11,13 @@ from typing import Any
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.fp8_utils import TE_LINEAR_TYPES, get_fp8_recipe, is_float8tensor
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from ross_mcore import platform
+from ross_mcore.models.attention import PackedSequence
 from ross_mcore.models.language import Execution
 from ross_mcore.parallel.groups import Groups
 
@@ -41,17 +41,18 @@ class CoreAttention(TEDotProductAttention):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequence | None = None,
         **_: Any,
     ) -> Tensor:
-        """query [T, h, head_dim], key and value [T, g, head_dim] -> [T, h * head_dim]."""
+        """query [T, 1, h, head_dim], key and value [T, 1, g, head_dim] -> [T, 1, h * head_dim]."""
         if packed_seq_params is None:
             raise ValueError("the segments of the micro-batch are missing")
-        count, longest = packed_seq_params.cu_seqlens_q.numel() - 1, packed_seq_params.max_seqlen_q
-        if count * longest != len(query):
-            return super().forward(query, key, value, None, attn_mask_type, None, packed_seq_params)
-        rows = (part.unflatten(0, (count, longest)) for part in (query, key, value))
-        return super().forward(*rows, None, attn_mask_type).flatten(0, 1)
+        query, key, value = (part.squeeze(1) for part in (query, key, value))
+        if not packed_seq_params.is_rectangular:
+            attended = super().forward(query, key, value, None, attn_mask_type, None, packed_seq_params.thd())
+            return attended.flatten(1)[:, None]
+        rows = (part.unflatten(0, (-1, packed_seq_params.lengths[0])) for part in (query, key, value))
+        return super().forward(*rows, None, attn_mask_type).flatten(0, 1)[:, None]
 
 
 def layer_spec() -> ModuleSpec:

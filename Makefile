@@ -18,7 +18,7 @@ help:
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
 	@echo "make test-soak    runs killed anywhere and resumed; files damaged in hundreds of ways"
 	@echo "make fp8-convergence  the demo's second stage in fp32, bf16 and FP8 on those stand-ins, drawn into docs/"
-	@echo "make lint         ruff, mypy                  make bench      ratios, each measured in one run"
+	@echo "make lint         ruff, mypy                  make bench      ratios and counts, into benchmarks/RESULTS.md"
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,7 +63,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) $(TE_VENV) runs build *.egg-info

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ross_mcore.checked import shown
+from ross_mcore.costs import LOCAL, TRANSFORMER_ENGINE, Plan, Recompute
 from ross_mcore.errors import ConfigError
 from ross_mcore.options import (
     CheckpointOptions,
@@ -92,8 +93,27 @@ class Config:
             pipeline_parallel=self.parallel.pipeline_model_parallel_size,
             pipeline_layout=self.parallel.pipeline_layout,
             layers_per_virtual_stage=self.parallel.num_layers_per_virtual_pipeline_stage,
+            plan=self.plan,
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """The options that the time and the memory of a step depend on."""
+        parallel, execution = self.parallel, self.execution
+        return Plan(
+            rows=self.training.micro_batch_size,
+            tokens=self.data.seq_length,
+            packed=self.data.pack,
             llm_trains=self.llm_trains,
             vision_trains=self.vision_trains,
+            bf16=execution.bf16,
+            fp8=execution.fp8_format is not None,
+            kernels=LOCAL if execution.transformer_impl == "local" else TRANSFORMER_ENGINE,
+            recompute=Recompute(execution.recompute_granularity),
+            sequence_parallel=parallel.sequence_parallel,
+            distributed_optimizer=self.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
         )
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
+from ross_mcore.architecture import NOTHING_PRECOMPUTED, LanguageConfig, ModelConfig, Precomputed
 
 TRAINED, PASSED_THROUGH, BEFORE_GRADIENT = 3, 2, 1
 """Cost of a part's step in forward passes: one forward, and in backward two if it trains, one if it is frozen and
@@ -39,10 +39,7 @@ def forward_flops(
     The output layer runs at `labelled_tokens` positions only.
     """
     language, vision = model.language, model.vision
-    width, head_width = language.hidden_size, language.head_dim
-    query, key = language.num_attention_heads * head_width, language.num_key_value_heads * head_width
-    layer = 2 * tokens * width * (2 * query + 2 * key + 3 * language.intermediate_size) + 2 * tokens**2 * query
-
+    width = language.hidden_size
     patches, inner = vision.image_tokens, vision.hidden_size
     tower_layer = 2 * patches * inner * (4 * inner + 2 * vision.intermediate_size)
     tower_layer += 4 * patches**2 * inner
@@ -54,11 +51,21 @@ def forward_flops(
     return ForwardFlops(
         vision_model=0.0 if precomputed.features else images * tower,
         vision_projection=images * projector,
-        layer=layer,
+        layer=sum(layer_flops(language, tokens, tokens)),
         output_layer=2 * labelled_tokens * width * language.padded_vocab_size,
         pixel_decoder=images * _encoder_flops(model) if model.pixel_decoder and not precomputed.latents else 0.0,
         denoiser=images * _denoiser_flops(model) if model.denoiser else 0.0,
     )
+
+
+def layer_flops(language: LanguageConfig, tokens: float, attended: float) -> tuple[float, float]:
+    """Operations of the products and of the attention of a decoder layer for `tokens` tokens.
+
+    attended: length of the sample that a token is in, on average over the tokens.
+    """
+    query, key = (heads * language.head_dim for heads in (language.num_attention_heads, language.num_key_value_heads))
+    products = 2 * tokens * language.hidden_size * (2 * query + 2 * key + 3 * language.intermediate_size)
+    return products, 2 * tokens * attended * query
 
 
 def step_flops(parts: ForwardFlops, num_layers: int, llm_trains: bool, vision_trains: bool) -> float:
@@ -85,6 +92,20 @@ def _denoiser_flops(model: ModelConfig) -> float:
     block = 2 * tokens * width * width * 18 + 4 * tokens**2 * width
     ends = 2 * tokens * width * (2 * pixels.token_channels + 2 * width)
     return denoiser.draws * (denoiser.depth * block + ends) + 2 * tokens * model.language.hidden_size * width
+
+
+def encoder_values(model: ModelConfig) -> float:
+    """Values that the pointwise work of the VAE encoder reads and writes for one image.
+
+    A residual block passes over its values fifteen times: twice a norm, an activation and the ends of a convolution,
+    and once a sum.
+    """
+    if model.pixel_decoder is None:
+        return 0.0
+    config, side = model.pixel_decoder.diffusers, float(model.decode_image_size)
+    blocks, channels = int(config.get("layers_per_block", 1)), [int(c) for c in config["block_out_channels"]]
+    values = [width * (side / 2.0**level) ** 2 for level, width in enumerate(channels)]
+    return 15 * (blocks * sum(values) + 2 * values[-1])
 
 
 def _encoder_flops(model: ModelConfig) -> float:

@@ -42,6 +42,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """torch's name of the GPU, or `cpu`."""
+    return torch.cuda.get_device_name() if has_gpu() else "cpu"
+
+
 def backend() -> str:
     """torch's name of the collective library for the device."""
     return "nccl" if has_gpu() else "gloo"

@@ -1,27 +1,31 @@
-"""Prints a run's pipeline stages, their balance, the bubble and the memory of a rank, without starting the run.
+"""Prints a run's pipeline stages, their time and memory, and the time and MFU of a step, without starting the run.
 
   python tools/plan_layout.py --world-size 64 --load base --config recipe.yaml --tensor-model-parallel-size 2
   python tools/plan_layout.py --world-size 8 --language-model Qwen2-7B-Instruct --pixel-decoder FLUX.1-dev/vae \\
       --vision-model siglip-so400m-patch14-384 --config train_ross/finetune_siglip_qwen2
 
 All other options are those of pretrain_ross.py. Weights, gradients and optimizer state are counted. Activations are
-estimated from shapes, load and bubble from operations; measure them in a run. Exit status 2: the layout or the batch
-size is not possible. Options of precision and kernels are checked only when a run starts.
+estimated from shapes; times from operations, bytes and the assumed speed of --gpu (ross_mcore/machines.py): measure
+them in a run. Samples are typical ones (ross_mcore/costs.py). Exit status 2: the layout or the batch size is not
+possible. Options of precision and kernels are checked only when a run starts.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ross_mcore.commands import build_parser, refuse
+from ross_mcore.machines import MACHINES
 
 if TYPE_CHECKING:
     from ross_mcore.architecture import ModelConfig
     from ross_mcore.config import Config
-    from ross_mcore.parallel.layout import Layout
+    from ross_mcore.costs import Data
+    from ross_mcore.parallel.layout import Layout, Placement
 
 SCRIPT = "plan_layout.py"
 
@@ -33,7 +37,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     parser = build_parser(prog, __doc__)
     parser.allow_abbrev = False  # the trainer's options pass through
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="total number of GPUs")
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of the longest row of a step [--seq-length]")
+    parser.add_argument("--gpu", choices=sorted(MACHINES), default="H100", help="GPU to plan for [%(default)s]")
+    parser.add_argument("--tokens", type=int, metavar="N", help="slots of a row [--seq-length]")
     parser.add_argument(
         "--samples-a-row",
         type=float,
@@ -82,64 +87,80 @@ def rows_of_a_step(config: Config, layout: Layout, samples_a_row: float | None) 
     return layout.rows_for(training.global_batch_samples / (samples_a_row or 1), training.micro_batch_size)
 
 
-def print_plan(config: Config, model: ModelConfig, layout: Layout, tokens: int, batch: int) -> None:
+def print_plan(config: Config, model: ModelConfig, layout: Layout, placement: Placement, data: Data) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from ross_mcore.models.inventory import inventory
-    from ross_mcore.parallel.layout import stage_extra_costs
-    from ross_mcore.parallel.memory import Plan, bubble, stage_memory
+    from ross_mcore.parallel.memory import stage_memory
+    from ross_mcore.parallel.timing import step_time
 
-    llm_trains, vision_trains = config.llm_trains, config.vision_trains
-    rows = layout.data_parallel * config.training.micro_batch_size
-    plan = Plan(
-        config.training.micro_batch_size,
-        tokens,
-        batch // rows,
-        llm_trains,
-        vision_trains,
-        config.execution.bf16,
-        config.use_distributed_optimizer,
-        config.parallel.sequence_parallel,
-        config.execution.recompute_granularity,
-    )
-    shapes, last = inventory(model), layout.pipeline_parallel - 1
-    extras = dict.fromkeys((0, last), 0.0)
-    for index, extra in zip((0, last), stage_extra_costs(model, llm_trains, vision_trains, tokens)):
-        extras[index] += extra
-    loads = [len(layout.stage(index).layers) + extras.get(index, 0.0) for index in range(layout.pipeline_parallel)]
-    table = Table("stage", "layers", "load", "weights", "gradients", "optimizer", "activations", "GB a rank", box=None)
-    for index, load in enumerate(loads):
-        memory = stage_memory(model, shapes, layout, layout.stage(index), plan)
-        parts = memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total
-        count = len(layout.stage(index).layers)
-        table.add_row(str(index), str(count), f"{load / max(loads):.2f}", *(f"{part / GB:.1f}" for part in parts))
+    plan, machine = placement.plan, placement.machine
+    rows, shapes = rows_of_step(config, layout, placement, data), inventory(model)
+    micro_batches = rows // (layout.data_parallel * plan.rows)
+    stages = [layout.stage(index) for index in range(layout.pipeline_parallel)]
+    memory = [stage_memory(model, shapes, layout, stage, plan, data, micro_batches) for stage in stages]
+    trained = [each.gradients / 4 for each in memory]
+    time = step_time(model, layout, plan, data, machine, micro_batches=micro_batches, trained=trained)
+
+    table = Table("stage", "layers", "ms", "weights", "gradients", "optimizer", "activations", "GB a rank", box=None)
+    for stage, seconds, own in zip(stages, time.stages, memory):
+        parts = own.weights, own.gradients, own.optimizer, own.activations, own.total
+        table.add_row(
+            str(stage.index),
+            str(len(stage.layers)),
+            f"{1000 * seconds:.0f}",
+            *(f"{part / GB:.1f}" for part in parts),
+        )
     console = Console(width=120)
-    console.print(
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(
         f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
-        f"{layout.virtual_stages} chunks a stage; {batch} rows a step in {plan.micro_batches} micro-batches of "
-        f"{plan.rows} a rank, rows of {tokens} tokens",
-        highlight=False,
+        f"{layout.virtual_stages} chunks a stage; {rows} rows a step in {micro_batches} micro-batches of "
+        f"{plan.rows} a rank, rows of {plan.tokens} tokens"
     )
     console.print(table, highlight=False)
-    idle = 1 - sum(loads) / len(loads) / max(loads)
-    console.print(f"waiting: {bubble(layout, plan.micro_batches):.1%} bubble, {idle:.1%} imbalance", highlight=False)
+    useful, done = time.utilization(machine, plan.bf16)
+    samples = micro_batches * layout.data_parallel * plan.samples(data)
+    say(
+        f"step: {time.seconds:.2f} s for {samples:.0f} samples: passes {time.passes:.2f} s ({time.idle:.1%} bubble and "
+        f"imbalance), {time.communication:.2f} s of communication, {time.between:.2f} s between steps"
+    )
+    say(f"MFU: {useful:.1%} useful, {done:.1%} of the hardware ({done - useful:.1%} padding and recomputation)")
+    say(
+        f"assumed: {machine.name}, ms of a micro-batch; samples of {data.tokens:.0f} tokens, {data.images:.2f} images "
+        f"and {data.labels:.0f} labels"
+    )
+
+
+def rows_of_step(config: Config, layout: Layout, placement: Placement, data: Data) -> int:
+    """Rows of a step, of --global-batch-samples from the mean sample."""
+    plan, training = placement.plan, config.training
+    if training.global_batch_samples is None:
+        return training.global_batch_size or layout.data_parallel * plan.rows
+    return layout.rows_for(training.global_batch_samples * plan.rows / plan.samples(data), plan.rows)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options, rest = parse_arguments(arguments, prog)
     from ross_mcore import flags
     from ross_mcore.config import check
+    from ross_mcore.costs import typical_data
     from ross_mcore.errors import UserError
     from ross_mcore.parallel.layout import make_layout
 
     config = flags.parse(rest, complete=False, prog=prog)
     try:
         model = read_model(options, config.checkpoint.load)
-        layout = make_layout(model, config.placement, world_size=options.world_size)
+        data = typical_data(model, config.llm_trains)
+        placement = replace(config.placement, data=data, machine=MACHINES[options.gpu])
+        layout = make_layout(model, placement, world_size=options.world_size)
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
-        batch = rows_of_a_step(config, layout, options.samples_a_row)
     except UserError as error:
         return refuse(prog, f"{error}; see --help")
-    print_plan(config, model, layout, options.tokens or config.data.seq_length, batch)
+    plan = replace(placement.plan, tokens=options.tokens or config.data.seq_length)
+    print_plan(config, model, layout, replace(placement, plan=plan), data)
     return 0

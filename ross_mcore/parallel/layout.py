@@ -5,14 +5,12 @@ Pure functions without process groups: a layout is data, computed once and valid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, LanguageConfig, ModelConfig, Precomputed
+from ross_mcore.costs import Data, Plan, first_seconds, last_seconds, layer_seconds, typical_data
 from ross_mcore.errors import LayoutError
-from ross_mcore.flops import forward_flops, stage_flops
-
-TYPICAL_TEXT_TOKENS = 300
-"""Text tokens of a typical instruction sample; stages are balanced for one image and this many."""
+from ross_mcore.machines import H100, Machine
 
 
 def share_of(count: int, rank: int, size: int, turn: int = 0) -> range:
@@ -183,21 +181,33 @@ class Placement:
     """`auto`, `even`, or decoder layers per chunk such as `8,8,8,4`."""
     layers_per_virtual_stage: int | None = None
     """Decoder layers per chunk under the interleaved schedule; None: one chunk per rank."""
-    llm_trains: bool = True
-    vision_trains: bool = False
+    plan: Plan = field(default_factory=Plan)
+    """The options that the time of a stage depends on."""
+    data: Data | None = None
+    """What the samples hold on average; None: typical_data."""
+    machine: Machine = H100
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the time of the stages decides their layers."""
+        return self.pipeline_parallel > 1 and self.pipeline_layout == "auto"
 
 
-def stage_extra_costs(
-    model: ModelConfig,
-    llm_trains: bool,
-    vision_trains: bool,
-    tokens: int,
-    precomputed: Precomputed = NOTHING_PRECOMPUTED,
-) -> tuple[float, float]:
-    """Cost of the first and the last stage without their decoder layers, in units of one decoder layer's step."""
-    parts = forward_flops(model, tokens, labelled_tokens=tokens / 4, precomputed=precomputed)
-    first, layer, last = stage_flops(parts, llm_trains, vision_trains)
-    return first / layer, last / layer
+def stage_extra_costs(model: ModelConfig, placement: Placement) -> tuple[float, float]:
+    """Time of a micro-batch on the first and the last stage without their decoder layers, in units of a layer's time.
+
+    Rows that are not packed are taken to be as long as the mean sample. Layers that `--recompute-method block`
+    recomputes are left out: every stage has as many.
+    """
+    plan, tensor = placement.plan, placement.tensor_parallel
+    data = placement.data or typical_data(model, plan.llm_trains)
+    if not plan.packed:
+        plan = replace(plan, tokens=max(1, round(min(plan.tokens, data.tokens))))
+    parts = layer_seconds, first_seconds, last_seconds
+    layer, first, last = (seconds(model, plan, data, placement.machine, tensor) for seconds in parts)
+    again = 0 if plan.recompute.method == "block" and plan.recompute.granularity == "full" else layer.again
+    unit = layer.forward + layer.backward + again
+    return (first.forward + first.backward) / unit, (last.forward + last.backward + last.again) / unit
 
 
 def balance(
@@ -278,8 +288,8 @@ def make_layout(
             )
         virtual_stages = _virtual_stages(layers, stages, placement.layers_per_virtual_stage)
     if chosen == "auto":
-        tokens = model.vision.image_tokens + TYPICAL_TEXT_TOKENS
-        extras = stage_extra_costs(model, placement.llm_trains, placement.vision_trains, tokens, precomputed)
+        placement = replace(placement, plan=replace(placement.plan, precomputed=precomputed))
+        extras = stage_extra_costs(model, placement)
         counts = balance(layers, stages, *extras, virtual_stages)
     elif chosen == "even":
         counts = balance(layers, stages, 0.0, 0.0, virtual_stages)

@@ -11,32 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.parallel.layout import Layout, Stage, share_of
+from ross_mcore.costs import Data, Plan
+from ross_mcore.flops import encoder_values
+from ross_mcore.parallel.layout import Layout, Stage
 from ross_mcore.parts import is_sharded, part_of, place_of, trains
 
-LABELLED = 4
-"""One token in this many has a label, as stage balance assumes."""
-DENOISER_VALUES = 20
+DENOISER_VALUES = 31
 """Vectors of the denoiser's width that a block's backward reads per token: norms, qkv, attention, MLP, modulation."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The options that memory depends on.
-
-    rows: per micro-batch; tokens: per row; micro_batches: per step and rank; recompute: "full", or anything else to
-    keep activations.
-    """
-
-    rows: int
-    tokens: int
-    micro_batches: int
-    llm_trains: bool
-    vision_trains: bool
-    bf16: bool
-    distributed_optimizer: bool
-    sequence_parallel: bool
-    recompute: str | None
+LOGIT_BYTES = 14
+"""Of a logit: in bf16, in fp32, its exponential and its gradient."""
+MLP_TENSORS = {True: 3, False: 5}
+"""Tensors of the MLP's width that backward reads, with a fused activation and without: gate and up, their product; and
+the copy of the gate's half and its activation."""
+ENCODER_SHARE = 4 / 15
+"""Of the values that the VAE encoder passes over at its first level, those that exist at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +42,29 @@ class Memory:
 
 
 def stage_memory(
-    model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], layout: Layout, stage: Stage, plan: Plan
+    model: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Layout,
+    stage: Stage,
+    plan: Plan,
+    data: Data,
+    micro_batches: int,
 ) -> Memory:
-    """Memory of a rank of `stage`; `shapes` has the tensors of the whole model.
+    """Memory of a rank of `stage`; `shapes` has the tensors of the whole model; micro_batches: of a step and rank.
 
     Gradients are fp32. The optimizer keeps two fp32 moments of each trained parameter, and with bf16 an fp32 master;
     with the distributed optimizer each data-parallel rank holds its share of them.
     """
-    size, weights, trained = (2 if plan.bf16 else 4), 0.0, 0.0
+    weights = trained = 0.0
     for name, shape in shapes.items():
         if not hosted(name, stage, model.language.tie_word_embeddings):
             continue
         count = math.prod(shape) / (layout.tensor_parallel if is_sharded(name) else 1)
-        weights += count * (4 if part_of(name).runs_in_float32 else size)
+        weights += count * (4 if part_of(name).runs_in_float32 else plan.value_bytes)
         trained += count * trains(name, plan.llm_trains, plan.vision_trains)
     share = layout.data_parallel if plan.distributed_optimizer else 1
-    return Memory(
-        weights, 4 * trained, (12 if plan.bf16 else 8) * trained / share, _activations(model, layout, stage, plan)
-    )
+    activations = _activations(model, layout, stage, plan, data, micro_batches)
+    return Memory(weights, 4 * trained, (12 if plan.bf16 else 8) * trained / share, activations)
 
 
 def hosted(name: str, stage: Stage, tied: bool) -> bool:
@@ -98,32 +91,59 @@ def micro_batches_in_flight(layout: Layout, stage: Stage, micro_batches: int) ->
     return min(chunks, micro_batches * layout.virtual_stages) / layout.virtual_stages
 
 
-def bubble(layout: Layout, micro_batches: int) -> float:
-    """The share of a step in which a rank of an evenly loaded pipeline waits (Narayanan et al. 2021, section 2.2)."""
-    fill = layout.pipeline_parallel - 1
-    return fill / (fill + micro_batches * layout.virtual_stages)
+def layer_activations(model: ModelConfig, plan: Plan, tensor: int) -> tuple[float, float]:
+    """Bytes of a micro-batch that a decoder layer's backward reads: its input alone, and everything.
+
+    tests/distributed/test_saved_activations.py counts them.
+    """
+    language, size = model.language, plan.value_bytes
+    query, key = (heads * language.head_dim for heads in (language.num_attention_heads, language.num_key_value_heads))
+    entry = plan.slots * language.hidden_size * size / (tensor if plan.sequence_parallel else 1)
+    # inputs and outputs of two norms; queries, keys and values before the rotation, the two after it, the output
+    selected = plan.recompute.modules if plan.recompute.granularity == "selective" else ()
+    norms = 2 * entry if "layernorm" in selected else 4 * entry
+    inner = 0 if "mlp" in selected else MLP_TENSORS[plan.kernels.fused_mlp] * language.intermediate_size
+    return entry, norms + plan.slots * size * (3 * query + 3 * key + inner) / tensor
 
 
-def _activations(model: ModelConfig, layout: Layout, stage: Stage, plan: Plan) -> float:
+def _activations(model: ModelConfig, layout: Layout, stage: Stage, plan: Plan, data: Data, micro_batches: int) -> float:
     """Tensors that backward reads: of the decoder layers, and on the last stage of logits and denoiser.
 
-    With full recomputation the inputs of all decoder layers, and everything of one.
+    Recomputation keeps the inputs of its layers, and everything of those that backward is at.
     """
-    language, tensor = model.language, layout.tensor_parallel
-    size, tokens = (2 if plan.bf16 else 4), plan.rows * plan.tokens
-    split = tensor if plan.sequence_parallel else 1
-    query, key = (heads * language.head_dim for heads in (language.num_attention_heads, language.num_key_value_heads))
-    entry = tokens * language.hidden_size * size / split
-    # inputs and outputs of two norms; queries, keys, values and output of the attention; gate, up and their product
-    inside = 4 * entry + tokens * size * (2 * query + 2 * key + 3 * language.intermediate_size) / tensor
-    layers, flight = len(stage.layers), micro_batches_in_flight(layout, stage, plan.micro_batches)
-    kept = layers * flight * entry + inside if plan.recompute == "full" else layers * flight * inside
+    tensor, again = layout.tensor_parallel, plan.recompute
+    entry, inside = layer_activations(model, plan, tensor)
+    kept = 0.0
+    for chunk in stage.chunks:
+        recomputed = again.layers(len(chunk.layers))
+        at_once = again.num_layers if again.method == "uniform" else 1
+        kept += recomputed / at_once * entry + (len(chunk.layers) - recomputed) * inside
+    kept *= micro_batches_in_flight(layout, stage, micro_batches)
+    if again.granularity == "full":
+        kept += (again.num_layers if again.method == "uniform" else 1) * inside
     if not stage.is_last:
         return kept
-    # logits, the same in fp32, and their gradient
-    kept += tokens / LABELLED * language.padded_vocab_size / tensor * (size + 4 + 4)
-    if (denoiser := model.denoiser) is not None:
-        pictures = len(share_of(plan.rows, 0, tensor)) * denoiser.draws
-        values = pictures * model.vision.image_tokens * denoiser.width * DENOISER_VALUES
-        kept += 4 * denoiser.depth * values
-    return kept
+    logits = plan.slots * data.labels / data.tokens * model.language.padded_vocab_size / tensor * LOGIT_BYTES
+    return kept + logits + max(_denoising(model, plan, data, tensor), _encoding(model, plan, data, tensor))
+
+
+def _images(plan: Plan, data: Data) -> float:
+    """The images of a micro-batch, rounded up."""
+    return math.ceil(plan.samples(data) * data.images)
+
+
+def _denoising(model: ModelConfig, plan: Plan, data: Data, tensor: int) -> float:
+    denoiser = model.denoiser
+    if denoiser is None:
+        return 0.0
+    pairs = math.ceil(_images(plan, data) * denoiser.draws / tensor)
+    block = DENOISER_VALUES * pairs * model.vision.image_tokens * denoiser.width * (2 if plan.denoiser == "bf16" else 4)
+    return block + (denoiser.depth - 1) * block * (2 / DENOISER_VALUES if plan.recompute.denoiser else 1)
+
+
+def _encoding(model: ModelConfig, plan: Plan, data: Data, tensor: int) -> float:
+    """The VAE encoder's values that exist at a time; without gradients, so only those of the current block."""
+    if plan.precomputed.latents:
+        return 0.0
+    images = math.ceil(_images(plan, data) / tensor)
+    return images * encoder_values(model) / 4 * ENCODER_SHARE * (2 if plan.vae == "bf16" else 4)

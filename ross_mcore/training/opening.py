@@ -40,6 +40,8 @@ from ross_mcore.training.learning import about_held_out, check_data, check_sched
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model, rows_kept, started_from
 from ross_mcore.training.start import (
+    about_balance,
+    mean_sample,
     open_dataset,
     place,
     plan_steps,
@@ -63,9 +65,9 @@ def open_run(
     valid_data_path = config.data.valid_data_path
     held_out = None if valid_data_path is None else _open_data(config, model_config, start, valid_data_path)
     datasets = [dataset] if held_out is None else [dataset, held_out]
-    precomputed, groups = _place(config, model_config, start, datasets)
+    precomputed, groups, remarks = _place(config, model_config, start, datasets)
     at("looking at the data", is_long=True)
-    warnings = from_first_rank(lambda: check_data(config, model_config, dataset))
+    warnings = [*remarks, *from_first_rank(lambda: check_data(config, model_config, dataset))]
     if held_out is not None:
         warnings += from_first_rank(lambda: about_held_out(model_config, held_out))
     kept = all_or_none(lambda: rows_kept(start, config, groups.layout)) if resume else None
@@ -113,7 +115,7 @@ def open_validation(config: Config, closing: ExitStack) -> tuple[Engine, Checkpo
     start, _ = _starting_point(config)
     model_config = all_or_none(lambda: architecture_of(start, inventory))
     held_out = _open_data(config, model_config, start, config.data.valid_data_path)
-    precomputed, groups = _place(config, model_config, start, [held_out])
+    precomputed, groups, _ = _place(config, model_config, start, [held_out])
     not_built = _not_built(config, start, precomputed, groups, [held_out])
     return build_engine(config, model_config, groups, start, Span(0), not_built=not_built), start, held_out
 
@@ -146,15 +148,19 @@ def _open_data(config: Config, model_config: ModelConfig, start: Checkpoint, pat
 
 def _place(
     config: Config, model_config: ModelConfig, start: Checkpoint, datasets: list[MixtureDataset]
-) -> tuple[Precomputed, Groups]:
-    """Which parts of pictures are read, and this rank's place; the data sets then read what its stage needs."""
+) -> tuple[Precomputed, Groups, list[str]]:
+    """Which parts of pictures are read, this rank's place, and remarks on it.
+
+    The data sets then read what its stage needs.
+    """
     parts = _parts(datasets)
     precomputed = choose_precomputed(config, model_config, start, parts)
-    layout = all_or_none(lambda: place(config, model_config, precomputed))
+    data, device_name = from_first_rank(lambda: (mean_sample(datasets[0]), platform.device_name()))
+    layout = all_or_none(lambda: place(config, model_config, precomputed, data, device_name))
     groups = process_groups.initialize(layout, config.training.seed, config.parallel.distributed_timeout_minutes)
     all_or_none(lambda: read_pictures_as(parts, precomputed, groups.stage, model_config))
     _require_shared_memory(config, datasets, groups)
-    return precomputed, groups
+    return precomputed, groups, about_balance(config, data, device_name)
 
 
 def _not_built(

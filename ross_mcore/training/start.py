@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ross_mcore import checked, platform
@@ -18,6 +19,7 @@ from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precompute
 from ross_mcore.checkpoint.folder import Checkpoint, nothing_at
 from ross_mcore.checkpoint.verification import find_intact
 from ross_mcore.config import Config
+from ross_mcore.costs import Data
 from ross_mcore.data.mixture import MixtureOrder
 from ross_mcore.data.order import BlockOrder, ModalityLengthOrder, Order, keys
 from ross_mcore.data.rows import RowStream
@@ -29,6 +31,7 @@ from ross_mcore.data.templates import TRAINING_TEMPLATES, default_template, with
 from ross_mcore.data.tokenizer import load_tokenizer, require_vocabulary
 from ross_mcore.engine.precision import check_execution
 from ross_mcore.errors import ConfigError
+from ross_mcore.machines import H100, machine_of
 from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.parallel.layout import Layout, make_layout
 
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 
 ROWS_COUNTED_IN = 1_000_000
 """Maximum number of samples whose rows are planned at start, for rows a step and steps an epoch: about two seconds."""
+
+SAMPLES_AVERAGED = 100_000
+"""Samples of each index whose mean balances the pipeline stages."""
 
 _logger = logging.getLogger(__name__)
 
@@ -71,10 +77,45 @@ def starting_point(config: Config) -> tuple[Checkpoint, bool]:
     return found, same_stage and not checkpoint.finetune
 
 
-def place(config: Config, model_config: ModelConfig, precomputed: Precomputed = NOTHING_PRECOMPUTED) -> Layout:
-    """The layout of this run, after all checks that do not need the model. Raises ConfigError, LayoutError."""
+def mean_sample(dataset: MixtureDataset) -> Data | None:
+    """The mean sample of an epoch, from the first SAMPLES_AVERAGED of each index; None if an index has no lengths."""
+    sums = np.zeros(4)
+    for part, count in zip(dataset.parts, dataset.counts):
+        rows = part.reader.samples[:SAMPLES_AVERAGED]
+        if not len(rows) or (rows["text_tokens"] < 0).any():
+            return None
+        tokens = np.minimum(part.row_lengths(np.arange(len(rows))), dataset.seq_length).astype(np.float64)
+        facts = tokens, tokens**2, rows["image_spans"], np.maximum(rows["label_tokens"], 0)
+        sums += count / len(rows) * np.array([fact.sum(dtype=np.float64) for fact in facts])
+    tokens, squares, images, labels = (sums / sum(dataset.counts)).tolist()
+    return Data(tokens, squares / tokens, images, labels) if tokens else None
+
+
+def about_balance(config: Config, data: Data | None, device_name: str) -> list[str]:
+    """What --pipeline-layout auto assumed, if it chose the layers of the stages."""
+    if not config.placement.is_balanced:
+        return []
+    machine = machine_of(device_name)
+    gpu = f"{H100.name}, because the speed of {device_name} is not known" if machine is None else machine.name
+    samples = "typical samples" if data is None else f"samples of {data.tokens:.0f} tokens and {data.images:.2f} images"
+    return [f"--pipeline-layout auto: layers are placed by their estimated time on {gpu}, for {samples}"]
+
+
+def place(
+    config: Config,
+    model_config: ModelConfig,
+    precomputed: Precomputed = NOTHING_PRECOMPUTED,
+    data: Data | None = None,
+    device_name: str = "",
+) -> Layout:
+    """The layout of this run, after all checks that do not need the model. Raises ConfigError, LayoutError.
+
+    data: the mean sample, of all ranks; device_name: torch's name of the GPU to balance stages for. Every rank must get
+    the same, because the layout follows from them.
+    """
     world_size = torch.distributed.get_world_size()
-    layout = make_layout(model_config, config.placement, world_size=world_size, precomputed=precomputed)
+    placement = replace(config.placement, data=data, machine=machine_of(device_name) or H100)
+    layout = make_layout(model_config, placement, world_size=world_size, precomputed=precomputed)
     options.check(
         config,
         data_parallel_size=layout.data_parallel,

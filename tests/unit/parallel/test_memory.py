@@ -6,27 +6,21 @@ from dataclasses import replace
 
 import pytest
 
+from ross_mcore.costs import LOCAL, Plan, Recompute, typical_data
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel.layout import Layout
-from ross_mcore.parallel.memory import Memory, Plan, bubble, micro_batches_in_flight, stage_memory
+from ross_mcore.parallel.memory import Memory, layer_activations, micro_batches_in_flight, stage_memory
 from tests.unit.parallel.test_layout import ROSS_7B
 
-PLAN = Plan(
-    rows=2,
-    tokens=2048,
-    micro_batches=32,
-    llm_trains=True,
-    vision_trains=False,
-    bf16=True,
-    distributed_optimizer=True,
-    sequence_parallel=True,
-    recompute="full",
-)
+PLAN = Plan(rows=2, tokens=2048, packed=False, recompute=Recompute("full"))
+MICRO_BATCHES = 32
 ONE, SPLIT = Layout(1, 1, 1, (28,)), Layout(2, 2, 2, (15, 13))
 
 
 def memory_of(layout: Layout, stage: int, **changes: object) -> Memory:
-    return stage_memory(ROSS_7B, inventory(ROSS_7B), layout, layout.stage(stage), replace(PLAN, **changes))
+    plan = replace(PLAN, **changes)  # type: ignore[arg-type]  # its own fields
+    data = typical_data(ROSS_7B, plan.llm_trains)
+    return stage_memory(ROSS_7B, inventory(ROSS_7B), layout, layout.stage(stage), plan, data, MICRO_BATCHES)
 
 
 def test_one_rank_holds_the_whole_model() -> None:
@@ -61,28 +55,50 @@ def test_the_stages_together_hold_the_model() -> None:
 
 
 def test_recomputation_and_sequence_parallelism_save_activations() -> None:
-    kept = memory_of(SPLIT, 0, recompute=None).activations
-    # a layer's input at 2 x 2,048 tokens in bf16 and half of it: 15 layers of two micro-batches, and one layer's inside
     entry = 2 * 2048 * 3584 * 2 / 2
-    inside = 4 * entry + 2 * 2048 * 2 * (2 * 3584 + 2 * 512 + 3 * 18944) / 2
-    assert memory_of(SPLIT, 0).activations == 15 * 2 * entry + inside
-    assert kept == 15 * 2 * inside
-    assert memory_of(SPLIT, 0, sequence_parallel=False).activations > memory_of(SPLIT, 0).activations
+    inside = 4 * entry + 2 * 2048 * 2 * (3 * 3584 + 3 * 512 + 3 * 18944) / 2
+    assert layer_activations(ROSS_7B, PLAN, tensor=2) == (entry, inside)
+
+    def kept(*recompute: object, **changes: object) -> float:
+        return memory_of(SPLIT, 0, recompute=Recompute(*recompute), **changes).activations  # type: ignore[arg-type]
+
+    # 15 layers of two micro-batches
+    assert kept() == kept("selective") == 15 * 2 * inside
+    assert kept("full") == 15 * 2 * entry + inside
+    assert kept("full", "uniform", 5) == 3 * 2 * entry + 5 * inside
+    assert kept("full", "block", 4) == 2 * (4 * entry + 11 * inside) + inside
+    assert kept("selective", "uniform", 1, ("mlp",)) == 15 * 2 * (inside - 2 * 2048 * 2 * 3 * 18944 / 2)
+    assert kept("selective", "uniform", 1, ("layernorm",)) == 15 * 2 * (inside - 2 * entry)
+    assert kept("full", sequence_parallel=False) > kept("full")
+
+
+def test_local_layers_keep_two_tensors_more_of_the_mlp() -> None:
+    (_, fused), (_, separate) = (
+        layer_activations(ROSS_7B, Plan(kernels=replace(LOCAL, fused_mlp=is_fused)), 1) for is_fused in (True, False)
+    )
+    assert separate - fused == 4096 * 2 * 2 * 18944
+    assert separate == 4096 * 242_688  # 243,832 were counted, with norms' deviations and rotary tables
+
+
+def test_recomputing_the_denoiser_saves_most_of_its_activations() -> None:
+    kept, again = (
+        memory_of(SPLIT, 1, recompute=Recompute(denoiser=denoiser)).activations for denoiser in (False, True)
+    )
+    assert kept - again == pytest.approx(2 * (31 - 2) * 4 * 729 * 1024 * 4)
 
 
 @pytest.mark.parametrize(
-    ("layers", "stages", "micro_batches", "in_flight", "waiting"),
+    ("layers", "stages", "micro_batches", "in_flight"),
     [
-        ((28,), 1, 8, [1], 0),
-        ((7, 7, 7, 7), 4, 8, [4, 3, 2, 1], 3 / 11),
-        ((7, 7, 7, 7), 4, 2, [2, 2, 2, 1], 3 / 5),
+        ((28,), 1, 8, [1]),
+        ((7, 7, 7, 7), 4, 8, [4, 3, 2, 1]),
+        ((7, 7, 7, 7), 4, 2, [2, 2, 2, 1]),
         # chunks of 7 layers, two a rank: the first rank warms up 2 x 1 + 2 of them and computes one more
-        ((7, 7, 7, 7), 2, 8, [5 / 2, 3 / 2], 1 / 17),
+        ((7, 7, 7, 7), 2, 8, [5 / 2, 3 / 2]),
     ],
 )
-def test_micro_batches_in_flight_and_the_bubble(
-    layers: tuple[int, ...], stages: int, micro_batches: int, in_flight: list[float], waiting: float
+def test_micro_batches_in_flight(
+    layers: tuple[int, ...], stages: int, micro_batches: int, in_flight: list[float]
 ) -> None:
     layout = Layout(1, stages, 1, layers)
     assert [micro_batches_in_flight(layout, layout.stage(index), micro_batches) for index in range(stages)] == in_flight
-    assert bubble(layout, micro_batches) == pytest.approx(waiting)

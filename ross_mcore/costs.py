@@ -20,7 +20,7 @@ CAPTION_TOKENS = 14
 """Text tokens of a caption of LAION, CC and SBU by BLIP (benchmarks/packing.py)."""
 TEXT_TOKENS, TEXT_ONLY_TOKENS, TEXT_ONLY = 255, 1100, 0.06
 """Text tokens of an instruction beside a picture and without one, and the share without (benchmarks/packing.py)."""
-PACKED_FILL = 0.98
+PACKED_FILL = 0.97
 """Real tokens of the slots of packed rows (benchmarks/packing.py)."""
 OVERLAPPED = 0.7
 """Share of the communication that is hidden where a product of the same layer runs beside it."""

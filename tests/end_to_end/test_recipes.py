@@ -23,6 +23,7 @@ from ross_mcore import flags
 from ross_mcore.architecture import DenoiserConfig, ModelConfig, ProjectorConfig
 from ross_mcore.commands import convert, make_shards
 from ross_mcore.config import Config
+from ross_mcore.costs import typical_data
 from ross_mcore.parallel.layout import Layout, make_layout
 
 ROOT = Path(__file__).parents[2]
@@ -49,12 +50,12 @@ DENOISER_PARAMETERS = {
 """The reference's denoiser: 64.63M with SigLIP and Qwen2, 66.05M with CLIP and Vicuna."""
 
 ALIKE = {
-    "pack": False,
-    "sequence_parallel": True,
+    "pack": True,
+    "micro_batch_size": 1,
     "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
     "bf16": True,
-    "recompute_granularity": "full",
     "num_workers": 4,
     "train_epochs": 1.0,
     "seed": 42,
@@ -69,8 +70,8 @@ ALIKE = {
     "log_interval": 1,
 }
 STAGES: dict[str, dict[str, Any]] = {
-    "pretrain": {"image_aspect_ratio": "square", "global_batch_size": 256, "lr": 1e-3},
-    "finetune": {"image_aspect_ratio": "pad", "global_batch_size": 128, "lr": 2e-5},
+    "pretrain": {"image_aspect_ratio": "square", "global_batch_samples": 256, "lr": 1e-3},
+    "finetune": {"image_aspect_ratio": "pad", "global_batch_samples": 128, "lr": 2e-5},
 }
 
 
@@ -85,7 +86,6 @@ class Recipe:
     save_interval: int
     tensor: int
     pipeline: int
-    micro_batch_size: int
     denoiser_lr: float | None = None
 
     def __str__(self) -> str:
@@ -106,28 +106,28 @@ class Recipe:
             "training_stage": self.parts[0],
             "tensor_model_parallel_size": self.tensor,
             "pipeline_model_parallel_size": self.pipeline,
-            "micro_batch_size": self.micro_batch_size,
             "seq_length": self.seq_length,
             "template": self.template,
             "save_interval": self.save_interval,
         }
         rate = {} if self.denoiser_lr is None else {"denoiser_lr": self.denoiser_lr}
-        return {**ALIKE, **STAGES[self.parts[0]], **own, **rate}
+        split = {"sequence_parallel": True} if self.tensor > 1 else {}
+        return {**ALIKE, **STAGES[self.parts[0]], **own, **rate, **split}
 
 
 TABLE = (
-    Recipe("train_ross", "pretrain_clip_qwen2", 8192, "plain", 24000, 2, 1, 16),
-    Recipe("train_ross", "pretrain_clip_vicuna", 8192, "plain", 24000, 2, 1, 16),
-    Recipe("train_ross", "pretrain_siglip_qwen2", 8192, "plain", 24000, 2, 1, 8, denoiser_lr=1e-4),
-    Recipe("train_ross", "pretrain_siglip_vicuna", 8192, "plain", 24000, 2, 1, 8, denoiser_lr=1e-4),
-    Recipe("train_ross", "finetune_clip_qwen2", 32768, "qwen_2", 24000, 2, 2, 2),
-    Recipe("train_ross", "finetune_clip_vicuna", 32768, "v1", 24000, 4, 2, 4),
-    Recipe("train_ross", "finetune_siglip_qwen2", 32768, "qwen_2", 100, 2, 2, 2),
-    Recipe("train_ross", "finetune_siglip_vicuna", 4096, "v1", 100, 4, 2, 4),
-    Recipe("train_llava", "pretrain_clip_qwen2", 8192, "plain", 24000, 2, 1, 16),
-    Recipe("train_llava", "pretrain_siglip_qwen2", 8192, "plain", 24000, 2, 1, 16),
-    Recipe("train_llava", "finetune_clip_qwen2", 32768, "qwen_2", 24000, 2, 2, 2),
-    Recipe("train_llava", "finetune_siglip_qwen2", 32768, "qwen_2", 24000, 2, 2, 2),
+    Recipe("train_ross", "pretrain_clip_qwen2", 8192, "plain", 24000, 2, 1),
+    Recipe("train_ross", "pretrain_clip_vicuna", 8192, "plain", 24000, 2, 1),
+    Recipe("train_ross", "pretrain_siglip_qwen2", 8192, "plain", 24000, 1, 1, denoiser_lr=1e-4),
+    Recipe("train_ross", "pretrain_siglip_vicuna", 8192, "plain", 24000, 2, 1, denoiser_lr=1e-4),
+    Recipe("train_ross", "finetune_clip_qwen2", 4096, "qwen_2", 24000, 2, 1),
+    Recipe("train_ross", "finetune_clip_vicuna", 4096, "v1", 24000, 2, 2),
+    Recipe("train_ross", "finetune_siglip_qwen2", 4096, "qwen_2", 100, 2, 1),
+    Recipe("train_ross", "finetune_siglip_vicuna", 4096, "v1", 100, 2, 2),
+    Recipe("train_llava", "pretrain_clip_qwen2", 8192, "plain", 24000, 2, 1),
+    Recipe("train_llava", "pretrain_siglip_qwen2", 8192, "plain", 24000, 1, 1),
+    Recipe("train_llava", "finetune_clip_qwen2", 4096, "qwen_2", 24000, 2, 1),
+    Recipe("train_llava", "finetune_siglip_qwen2", 4096, "qwen_2", 24000, 2, 1),
 )
 
 every_recipe = pytest.mark.parametrize("recipe", TABLE, ids=str)
@@ -266,8 +266,7 @@ def build_worlds(recipes: tuple[Recipe, ...]) -> dict[str, list[Rank]]:
             here = groups.initialize(place(recipe, config, model), seed=0, timeout_minutes=1)
             if here.data_rank > 0:
                 return None
-            recompute = config.execution.recompute_granularity
-            execution = Execution(dtype=torch.bfloat16, sequence_parallel=True, recompute_granularity=recompute)
+            execution = Execution(dtype=torch.bfloat16, sequence_parallel=recipe.tensor > 1)
             with torch.device("meta"):
                 ross = RossModel(model, here, execution, here.stage.chunks[0])
                 set_trainable(ross, config.training.training_stage, train_vision=False)
@@ -365,12 +364,14 @@ def test_memory_in_the_header(recipe: Recipe, worlds: dict[str, list[Rank]]) -> 
 def test_planned_memory_equals_the_built_model(recipe: Recipe, worlds: dict[str, list[Rank]]) -> None:
     """For each stage: the weights' bytes, and the parameters that train."""
     from ross_mcore.models.inventory import inventory
-    from ross_mcore.parallel.memory import Plan, stage_memory
+    from ross_mcore.parallel.memory import stage_memory
 
     config, model = read_config(recipe), read_model(recipe)
     layout = place(recipe, config, model)
-    plan = Plan(recipe.micro_batch_size, 2048, 1, recipe.parts[0] == "finetune", False, True, True, True, "full")
+    data = typical_data(model, config.llm_trains)
     for rank in worlds[str(recipe)]:
-        memory = stage_memory(model, inventory(model), layout, layout.stage(rank.pipeline_rank), plan)
+        memory = stage_memory(
+            model, inventory(model), layout, layout.stage(rank.pipeline_rank), config.plan, data, micro_batches=4
+        )
         assert (memory.weights, memory.gradients) == (rank.weight_bytes, 4 * rank.trained)
         assert memory.optimizer == 12 * rank.trained / layout.data_parallel

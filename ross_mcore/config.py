@@ -98,7 +98,7 @@ class Config:
 
     @property
     def plan(self) -> Plan:
-        """The options that the time and the memory of a step depend on."""
+        """The options that the time and the memory of a step depend on; those left open are as on a GPU."""
         parallel, execution = self.parallel, self.execution
         return Plan(
             rows=self.training.micro_batch_size,
@@ -110,12 +110,12 @@ class Config:
             fp8=execution.fp8_format is not None,
             denoiser="tf32",
             vae="tf32",
-            kernels=TRANSFORMER_ENGINE if execution.transformer_impl == "transformer_engine" else LOCAL,
+            kernels=LOCAL if execution.transformer_impl == "local" or not execution.bf16 else TRANSFORMER_ENGINE,
             recompute=Recompute(execution.recompute_granularity),
             sequence_parallel=parallel.sequence_parallel,
             distributed_optimizer=self.use_distributed_optimizer,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
+            overlap_grad_reduce=parallel.overlap_grad_reduce is not False,
+            overlap_param_gather=parallel.overlap_param_gather is not False,
         )
 
     @property

@@ -59,8 +59,7 @@ class Kernels:
     """Pointwise work of a decoder layer: reads and writes of a whole tensor, forward and backward.
 
     mlp: of [T, F/t] around the activation; rotary: of queries and keys; norms: of [T, H], norms and residual sums;
-    rotary_launches: kernels, forward and backward. fused_attention: flash-attn or cuDNN; fused_mlp: gate and product in
-    one kernel; accumulates: whether the
+    rotary_launches: kernels, forward and backward. fused_attention: flash-attn or cuDNN; accumulates: whether the
     products of weight gradients add to the buffer themselves; wait_seconds: the device's idle time in a layer's forward
     while the host reads; step_seconds: the device's idle time between two steps.
     """
@@ -70,7 +69,6 @@ class Kernels:
     norms: tuple[float, float] = (10, 16)
     rotary_launches: tuple[float, float] = (0, 0)
     fused_attention: bool = True
-    fused_mlp: bool = True
     accumulates: bool = True
     wait_seconds: float = 0.0
     step_seconds: float = 0.02

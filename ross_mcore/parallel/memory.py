@@ -18,11 +18,10 @@ from ross_mcore.parts import is_sharded, part_of, place_of, trains
 
 DENOISER_VALUES = 31
 """Vectors of the denoiser's width that a block's backward reads per token: norms, qkv, attention, MLP, modulation."""
-LOGIT_BYTES = 14
-"""Of a logit: in bf16, in fp32, its exponential and its gradient."""
-MLP_TENSORS = {True: 3, False: 5}
-"""Tensors of the MLP's width that backward reads, with a fused activation and without: gate and up, their product; and
-the copy of the gate's half and its activation."""
+LOGIT_BYTES = 8
+"""The most of a logit at a time: in bf16, its exponential in fp32, and its gradient in bf16."""
+MLP_TENSORS = 3
+"""Tensors of the MLP's width that backward reads: gate and up, which the fused activation keeps, and their product."""
 ENCODER_SHARE = 4 / 15
 """Of the values that the VAE encoder passes over at its first level, those that exist at a time."""
 
@@ -101,7 +100,7 @@ def layer_activations(model: ModelConfig, plan: Plan, tensor: int) -> tuple[floa
     entry = plan.slots * language.hidden_size * size / (tensor if plan.sequence_parallel else 1)
     # inputs and outputs of two norms; queries, keys and values before the rotation, the two after it, the output
     selected = plan.recompute.modules if plan.recompute.granularity == "selective" else ()
-    inner = 0 if "mlp" in selected else MLP_TENSORS[plan.kernels.fused_mlp]
+    inner = 0 if "mlp" in selected else MLP_TENSORS
     norms = 2 if "layernorm" in selected else 4
     if not plan.llm_trains:  # a frozen product does not keep its input
         norms, inner = 2, max(0, inner - 1)

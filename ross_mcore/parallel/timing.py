@@ -50,7 +50,7 @@ class StepTime:
     @property
     def idle(self) -> float:
         """The share of the passes that the average rank waits: bubble, imbalance and transfers."""
-        return 1 - self.busy / self.passes
+        return max(0.0, 1 - self.busy / self.passes)
 
 
 def step_time(

@@ -29,6 +29,7 @@ from ross_mcore.data.sources import MixtureDataset, Source
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TRAINING_TEMPLATES, default_template, with_template
 from ross_mcore.data.tokenizer import load_tokenizer, require_vocabulary
+from ross_mcore.engine.kernels import choose
 from ross_mcore.engine.precision import check_execution
 from ross_mcore.errors import ConfigError
 from ross_mcore.machines import H100, machine_of
@@ -114,7 +115,8 @@ def place(
     the same, because the layout follows from them.
     """
     world_size = torch.distributed.get_world_size()
-    placement = replace(config.placement, data=data, machine=machine_of(device_name) or H100)
+    chosen = choose(config, platform.libraries()).config
+    placement = replace(chosen.placement, data=data, machine=machine_of(device_name) or H100)
     layout = make_layout(model_config, placement, world_size=world_size, precomputed=precomputed)
     options.check(
         config,

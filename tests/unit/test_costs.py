@@ -32,7 +32,6 @@ UNFUSED = Kernels(
     *((7, 11), (14, 12)),
     rotary_launches=(20, 16),
     fused_attention=False,
-    fused_mlp=False,
     accumulates=False,
     wait_seconds=0.3e-3,
     step_seconds=0.22,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.config import Config
+from ross_mcore.costs import Data
 from ross_mcore.errors import ConfigError
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.training import start
-from ross_mcore.training.start import plan_steps, skipped_samples, starting_point
+from ross_mcore.training.start import about_balance, mean_sample, plan_steps, skipped_samples, starting_point
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -104,3 +106,30 @@ def test_a_resumed_run_keeps_its_rows_and_a_given_batch_size_is_said_nothing_of(
     assert plan_steps(config, dataset, Layout(1, 1, 4, (1,)), kept_rows=36).iterations == 7  # 250 rows in steps of 36
     given = plan_steps(Config.from_flat(global_batch_size=8, train_iters=5), dataset, Layout(1, 1, 4, (1,)))
     assert (given.rows, given.iterations, given.remarks) == (8, 5, [])
+
+
+def test_the_mean_sample_of_a_mixture() -> None:
+    def part(lengths: list[int], images: int, labels: int) -> Any:
+        fields = [("text_tokens", "<i4"), ("label_tokens", "<i4"), ("image_spans", "<u2")]
+        samples = np.array([(length, labels, images) for length in lengths], fields)
+        return SimpleNamespace(reader=SimpleNamespace(samples=samples), row_lengths=np.array(lengths).__getitem__)
+
+    # an epoch has the first data set twice
+    parts, counts = [part([100, 300], 1, 10), part([400, 5000], 0, 100)], [4, 2]
+    dataset: Any = SimpleNamespace(parts=parts, counts=counts, seq_length=600)
+    found = mean_sample(dataset)
+    tokens = (2 * 400 + 400 + 600) / 6
+    squares = (2 * (100**2 + 300**2) + 400**2 + 600**2) / 6
+    assert found == Data(tokens, squares / tokens, images=4 / 6, labels=(4 * 10 + 2 * 100) / 6)
+    parts[1].reader.samples["text_tokens"][0] = -1
+    assert mean_sample(dataset) is None, "an index without lengths"
+
+
+def test_what_balances_the_stages_is_said() -> None:
+    piped = Config.from_flat(pipeline_model_parallel_size=2)
+    assert about_balance(piped, None, "NVIDIA H200") == [
+        "--pipeline-layout auto: layers are placed by their estimated time on H200, for typical samples"
+    ]
+    (line,) = about_balance(piped, Data(990.6, 1060, 0.94, 255), "Some GPU")
+    assert "on H100, because the speed of Some GPU is not known, for samples of 991 tokens and 0.94 images" in line
+    assert about_balance(Config.from_flat(), None, "cpu") == []

@@ -134,8 +134,8 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
     "megatron.core.jit": (never_compile,),
     "megatron.core.fusions.fused_bias_swiglu": (few_passes_of_swiglu,),
     "megatron.core.utils": (
-        # buffers that sequence parallelism gathers into; the norm of gradients
-        OnCpu("GlobalMemoryBuffer.get_tensor", "local_multi_tensor_l2_norm"),
+        # buffers that sequence parallelism gathers into
+        OnCpu("GlobalMemoryBuffer.get_tensor"),
     ),
     "megatron.core.tensor_parallel.random": (
         use_the_only_generator,

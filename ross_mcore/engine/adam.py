@@ -1,16 +1,18 @@
-"""Adam for mcore: FusedAdam of Transformer Engine or Apex, or PlainAdam on machines that have neither.
+"""Adam for mcore, and norms: of Transformer Engine or Apex, or our own on machines that have neither.
 
 mcore's distributed optimizer can reload its checkpoints only if the optimizer is like FusedAdam: `step` is in the
 parameter groups, empty groups included, and the state of a parameter is exp_avg and exp_avg_sq only
-(optimizer/distrib_optimizer.py:641 and :940). PlainAdam computes with torch's functional Adam.
+(optimizer/distrib_optimizer.py:641 and :940). PlainAdam computes with torch's fused Adam, which passes over all weights
+once: in a few kernels on a GPU, and vectorised on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adam import adam
 
 
@@ -39,11 +41,6 @@ class PlainAdam(torch.optim.Optimizer):
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
                 continue
-            decay = group["weight_decay"]
-            if self.adam_w_mode and decay:
-                for parameter in params:
-                    parameter.mul_(1 - group["lr"] * decay)
-                decay = 0.0
             for parameter in params:
                 if not self.state[parameter]:
                     moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -54,13 +51,15 @@ class PlainAdam(torch.optim.Optimizer):
                 [self.state[parameter]["exp_avg"] for parameter in params],
                 [self.state[parameter]["exp_avg_sq"] for parameter in params],
                 [],
-                [torch.tensor(float(step)) for _ in params],
+                list(torch.full((len(params),), float(step), device=params[0].device)),
+                fused=True,
+                decoupled_weight_decay=self.adam_w_mode,
                 amsgrad=False,
                 maximize=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 lr=group["lr"],
-                weight_decay=decay,
+                weight_decay=group["weight_decay"],
                 eps=group["eps"],
             )
 
@@ -82,12 +81,27 @@ def counting_empty_groups(fused: type[torch.optim.Optimizer]) -> type[torch.opti
     return type(fused.__name__, (fused,), {"step": step, "__module__": fused.__module__})
 
 
+def norm(_: int, __: Tensor, tensors: Sequence[Sequence[Tensor]], ___: bool) -> tuple[Tensor, None]:
+    """The L2 norm [1] of tensors of one type, like multi_tensor_l2norm. mcore's own copies every norm to the host."""
+    return torch.stack(torch._foreach_norm(list(tensors[0]))).norm().view(1), None
+
+
+def scale(_: int, __: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:
+    """Scales tensors in place, like multi_tensor_scale with sources that are its results."""
+    if tensors[0]:
+        torch._foreach_mul_(list(tensors[0]), factor)
+
+
 def install() -> None:
-    """Makes mcore use its code for FusedAdam, with PlainAdam when neither Transformer Engine nor Apex is installed."""
+    """Makes mcore use its code for FusedAdam, with PlainAdam when neither Transformer Engine nor Apex is installed.
+
+    Then the norm and the clipping of gradients are a few kernels, too, where mcore's fallbacks are several a weight.
+    """
     import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     if optimizers.USING_PYTORCH_OPTIMIZER:
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
         optimizers.Adam = distrib_optimizer.Adam = PlainAdam
         optimizers.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ross_mcore.engine.chunks import ModelChunks
@@ -34,13 +36,24 @@ class Diagnosis:
 def all_finite(model: ModelChunks, device: torch.device, figures: Iterable[float] = ()) -> bool:
     """Whether all weights on all ranks are finite, and each rank's own `figures`. Collective, the same on every rank.
 
-    Reads every weight once. FP8 has no infinity, so of a weight in FP8 it reads this rank's part of the master.
+    Reads every weight once. FP8 has no infinity, so of a weight in FP8 it reads this rank's part of the master. The
+    number of kernels does not depend on the number of weights, and the host reads one value, of all ranks.
     """
-    found = (weight if _is_plain(weight) else getattr(weight, "main_param", None) for weight in model.parameters())
-    weights = [weight.detach() for weight in found if weight is not None and weight.numel()]
-    largest = torch._foreach_norm(weights, math.inf) if weights else []
-    bad = bool(largest) and not torch.stack([norm.float() for norm in largest]).isfinite().all()
-    return sum_over_ranks([float(bad or not all(map(math.isfinite, figures)))], device) == [0.0]
+    by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for weight in model.parameters():
+        found = weight if _is_plain(weight) else getattr(weight, "main_param", None)
+        if found is not None and found.numel():
+            by_type[found.dtype].append(found.detach())
+    are_finite = all(map(math.isfinite, figures))
+    unknown = torch.full((), float(not are_finite), dtype=torch.float64, device=device)
+    for weights in by_type.values():  # of one type at a time, which torch computes together
+        unknown += torch.stack(torch._foreach_norm(weights)).isfinite().logical_not().any()
+    dist.all_reduce(unknown)
+    if unknown.item() == 0:
+        return True
+    # the squares in a norm may overflow where all weights are finite
+    are_finite &= all(bool(weight.isfinite().all()) for weights in by_type.values() for weight in weights)
+    return sum_over_ranks([float(not are_finite)], device) == [0.0]
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -233,6 +233,11 @@ def gather_the_optimizer() -> None:
     one.get_parameter_state_dp_zero(use_gloo_comm=False)
 
 
+def norm_of_gradients() -> None:
+    optimizer()
+    core("optimizer.clip_grads").get_grad_norm_fp32([torch.ones(2)], 2, torch.distributed.group.WORLD)
+
+
 def clip() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
@@ -252,9 +257,6 @@ USES: dict[str, Callable[[], object]] = {
     "distributed.distributed_data_parallel:partition_buckets": group_buckets,
     "utils:GlobalMemoryBuffer.get_tensor": lambda: (
         core("utils").GlobalMemoryBuffer().get_tensor((2,), torch.float32, "any")
-    ),
-    "utils:local_multi_tensor_l2_norm": lambda: core("utils").local_multi_tensor_l2_norm(
-        2048, None, [[torch.ones(2)]], False
     ),
     "tensor_parallel.random:CudaRNGStatesTracker.add": lambda: (
         core("tensor_parallel.random").CudaRNGStatesTracker().add("any", 1)
@@ -286,9 +288,7 @@ USES: dict[str, Callable[[], object]] = {
     f"{DISTRIBUTED_OPTIMIZER}_build_model_and_main_param_groups": optimizer,
     f"{DISTRIBUTED_OPTIMIZER}load_state_dict": load_the_optimizer,
     f"{DISTRIBUTED_OPTIMIZER}get_parameter_state_dp_zero": gather_the_optimizer,
-    "optimizer.clip_grads:get_grad_norm_fp32": lambda: core("optimizer.clip_grads").get_grad_norm_fp32(
-        [torch.ones(2)], grad_stats_parallel_group=torch.distributed.group.WORLD
-    ),
+    "optimizer.clip_grads:get_grad_norm_fp32": norm_of_gradients,
     "optimizer.clip_grads:clip_grad_by_total_norm_fp32": clip,
 }
 """Module of mcore and the patched name -> a use of it."""

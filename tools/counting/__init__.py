@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import ross_mcore  # noqa: F401  adapts megatron-core to this machine before a module of this package imports it
+
 
 class Row(NamedTuple):
     """A line of the table.

@@ -11,7 +11,16 @@ from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NOT_KERNELS = ("empty", "new_empty", "_unsafe_view", "detach", "lift_fresh", "alias", "_local_scalar_dense")
+NOT_KERNELS = (
+    "empty",
+    "new_empty",
+    "_unsafe_view",
+    "detach",
+    "lift_fresh",
+    "alias",
+    "_local_scalar_dense",
+    "_record_function",
+)
 """Beginnings of the names of operations that allocate, or look at a tensor differently, beside views."""
 COMPILED = (
     ("megatron.core.fusions.fused_bias_swiglu", "swiglu"),
@@ -22,14 +31,16 @@ COMPILED = (
 
 
 class Operations(TorchDispatchMode):
-    """Counts kernels by name while it is active."""
+    """Counts kernels by name, and values that the host reads, while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.reads = 0
         self.inside = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += function.overloadpacket.__name__ == "_local_scalar_dense"
         if not self.inside and _is_kernel(function):
             self.found[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))

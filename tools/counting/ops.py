@@ -14,9 +14,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
+from counting import Row
 from counting.dispatch import Operations
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig
+from ross_mcore.config import Config
+from ross_mcore.engine.chunks import ModelChunks
+from ross_mcore.engine.finite import all_finite
+from ross_mcore.engine.optimizer import apply_gradients, build_optimizer, gradient_norm
 from ross_mcore.models.attention import packed_sequence
 from ross_mcore.models.language import Execution, LanguageModel, transformer_config
 from ross_mcore.parallel import groups
@@ -55,7 +60,21 @@ class Kernels:
         return f"{self.forward.total()} + {self.backward.total()}"
 
 
-def language_model(layers: int, execution: Execution) -> DistributedDataParallel:
+class _Whole(torch.nn.Module):
+    """A model whose weights have the names of a RossModel's."""
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, hidden: Tensor, segments: Sequence[int]) -> Tensor:
+        states: Tensor = self.language_model(
+            None, None, None, decoder_input=hidden, packed_seq_params=packed_sequence(segments)
+        )
+        return states
+
+
+def decoder(layers: int, execution: Execution, sharded: bool = False) -> DistributedDataParallel:
     """A small decoder of `layers` layers on this process alone, with weights that are not zero."""
     platform.initialize_process_group(1)
     here = groups.initialize(Layout(1, 1, 1, (layers,)), 1, 1)
@@ -66,18 +85,19 @@ def language_model(layers: int, execution: Execution) -> DistributedDataParallel
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + name.endswith("norm.weight"))
-    return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
+    return DistributedDataParallel(config, parallel, _Whole(model))
 
 
 def of_model(
     layers: int, execution: Execution, segments: Sequence[int] = SEGMENTS, within: Within = Operations.compiled
 ) -> Kernels:
     """The kernels of a decoder of `layers` layers for one micro-batch. within: what counts as one kernel."""
-    model = language_model(layers, execution)
+    model = decoder(layers, execution)
     hidden = torch.randn(sum(segments), 1, LANGUAGE.hidden_size, dtype=execution.dtype, requires_grad=True)
 
     def forward() -> Tensor:
-        states: Tensor = model(None, None, None, decoder_input=hidden, packed_seq_params=packed_sequence(segments))
+        states: Tensor = model(hidden, segments)
         return states.sum()
 
     forward().backward()  # once before, because some modules prepare themselves in their first pass
@@ -92,3 +112,33 @@ def of_layer(execution: Execution, segments: Sequence[int] = SEGMENTS, within: W
     """The kernels of one decoder layer: those that a third layer adds to two."""
     two, three = (of_model(layers, execution, segments, within) for layers in (2, 3))
     return Kernels(three.forward - two.forward, three.backward - two.backward)
+
+
+def of_optimizer(layers: int, bf16: bool) -> Operations:
+    """The kernels and reads of a step after the backward pass: norm, check of all weights, clipping, and update."""
+    execution = Execution(dtype=torch.bfloat16 if bf16 else torch.float32)
+    model = ModelChunks([decoder(layers, execution, sharded=bf16)])
+    optimizer = build_optimizer(model, Config.from_flat(bf16=bf16, training_stage="finetune"))
+    for weight in model.parameters():
+        weight.main_grad.fill_(1.0)
+    with Operations() as operations:
+        grad_norm = gradient_norm(optimizer)
+        assert all_finite(model, platform.device(), [grad_norm])
+        apply_gradients(optimizer, grad_norm, clip_grad=1.0)
+    return operations
+
+
+def rows() -> list[Row]:
+    """For benchmarks/counts.py."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        kernels = of_layer(Execution(dtype=dtype))
+        name = f"local decoder layer, {str(dtype).removeprefix('torch.')}, packed"
+        found.append(Row(name, str(kernels), "", "kernels of the forward + backward pass"))
+    for bf16 in (False, True):
+        two, three = (of_optimizer(layers, bf16) for layers in (2, 3))
+        name = f"optimizer's step, {'bf16' if bf16 else 'fp32'}, a layer more"
+        aim = "7" if bf16 else "0"
+        found.append(Row(name, str(three.found.total() - two.found.total()), aim, "kernels; in bf16 copies of masters"))
+        found.append(Row(f"{name}, reads", str(three.reads - two.reads), "0", "values that the host reads"))
+    return found

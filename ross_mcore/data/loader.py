@@ -39,7 +39,7 @@ from ross_mcore.data.replacement import (
 )
 from ross_mcore.data.rows import PlannedRow, RowStream, by_length, micro_batches
 from ross_mcore.data.sample import skipped_sample
-from ross_mcore.data.workers import MEMORY_REMEDY, Interrupted, Stream, shared
+from ross_mcore.data.workers import LEAST_AHEAD, MEMORY_REMEDY, Interrupted, Stream, shared
 from ross_mcore.errors import ShardReadError, WorkerError
 from ross_mcore.parallel.layout import EVERYTHING, DataShare, share_of
 
@@ -242,8 +242,9 @@ class StepLoader:
     Every rank that reads data has the complete text of its micro-batches; `Sample.pixels` is filled for this
     tensor-parallel rank's share of each micro-batch's pictures. The rows of a step do not depend on `share`,
     micro_batch_size or num_workers. num_workers=0 reads in the calling process. `load_state_dict` and `skip_rows` set
-    the start. `is_interrupted` is polled before and while waiting for data. Call `close` (or use it in `with`) when
-    done.
+    the start. `is_interrupted` is polled before and while waiting for data. `ahead` is the number of micro-batches that
+    every worker reads ahead; set it before the first step (workers.ahead_of_a_step). Call `close` (or use it in `with`)
+    when done.
     Raises ValueError when global_batch_size is not a multiple of micro_batch_size * dp_size, or the order is not over
     the data set's samples, or the first `plan.end` of them.
     """
@@ -267,6 +268,7 @@ class StepLoader:
             raise ValueError(f"the order is over {order.dataset_samples} samples, the data set has {len(dataset)}")
         self.dataset, self.plan, self.share = dataset, plan, share
         self.replacement, self.num_workers, self._is_interrupted = replacement, num_workers, is_interrupted
+        self.ahead = LEAST_AHEAD
         self._rows = RowStream(order, dataset.row_lengths, dataset.seq_length, plan.packed, order.window_samples)
         self._skipped = np.array(sorted(replacement.skipped), np.int64)
         self._planned: deque[Step] = deque()
@@ -440,4 +442,4 @@ class StepLoader:
             return (self._source[planned] for planned in self._micro_batches())
         # Workers ignore SIGTERM, with which Python would end them at exit, so close() ends them before.
         atexit.register(self.close)
-        return Stream(self._source, self._micro_batches(), self.num_workers, self._is_interrupted)
+        return Stream(self._source, self._micro_batches(), self.num_workers, self._is_interrupted, self.ahead)

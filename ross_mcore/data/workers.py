@@ -25,8 +25,8 @@ from ross_mcore.errors import WorkerError
 
 T = TypeVar("T")
 
-PREFETCHED_MICRO_BATCHES = 2
-"""Number of micro-batches that every worker reads ahead."""
+LEAST_AHEAD = 2
+"""Micro-batches that every worker reads ahead at least."""
 SHARED_MEMORY = "/dev/shm"
 POLL_SECONDS = 1.0
 """How often a process that waits for its workers looks whether one died, or whether it is asked to stop."""
@@ -34,10 +34,11 @@ END_SECONDS = 5.0
 _TIMED_OUT = "DataLoader timed out"
 _PR_SET_PDEATHSIG = 1
 
-REMEDY = (
+MORE_SHARED_MEMORY = (
     "give the container or machine more shared memory (docker run --shm-size=8g, or --ipc=host; Kubernetes: an "
-    "emptyDir with medium: Memory at /dev/shm), or read without worker processes: --num-workers 0"
+    "emptyDir with medium: Memory at /dev/shm)"
 )
+REMEDY = f"{MORE_SHARED_MEMORY}, or read without worker processes: --num-workers 0"
 MEMORY_REMEDY = "use fewer --num-workers, or give the job more memory"
 CAUSES = {
     signal.SIGBUS: f"usually {SHARED_MEMORY} is full: {REMEDY}",
@@ -66,8 +67,26 @@ def _largest_batch_bytes(part: ShardDataset, rows: int, packed: bool, tensor_par
 
 
 def prefetched_bytes(batch_bytes: int, num_workers: int) -> int:
-    """Shared memory that a loader's workers hold at most: what they read ahead, and the micro-batch being copied."""
-    return (num_workers * PREFETCHED_MICRO_BATCHES + 1) * batch_bytes if num_workers else 0
+    """Shared memory that a loader's workers need: for what they read ahead at least, and the one being copied."""
+    return (num_workers * LEAST_AHEAD + 1) * batch_bytes if num_workers else 0
+
+
+def ahead_of_a_step(micro_batches: int, num_workers: int, batch_bytes: int) -> int:
+    """Micro-batches that every worker reads ahead so that a whole step is read while the one before it is computed.
+
+    Fewer where they would fill more than half of the free shared memory. batch_bytes: largest micro-batches of all
+    ranks of this machine together.
+    """
+    wanted = max(LEAST_AHEAD, math.ceil(micro_batches / num_workers)) if num_workers else LEAST_AHEAD
+    if wanted == LEAST_AHEAD or not batch_bytes:
+        return wanted
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return LEAST_AHEAD
+    free_bytes = found.f_bavail * found.f_frsize
+    fitting = free_bytes // 2 // (num_workers * batch_bytes) if found.f_blocks else wanted
+    return max(LEAST_AHEAD, min(wanted, fitting))
 
 
 def require_shared_memory(needed_bytes: int, ranks: int) -> None:
@@ -115,16 +134,21 @@ class Stream(Iterator[T]):
     """
 
     def __init__(
-        self, source: Dataset[T], requests: Iterable[Any], num_workers: int, is_interrupted: Callable[[], bool]
+        self,
+        source: Dataset[T],
+        requests: Iterable[Any],
+        num_workers: int,
+        is_interrupted: Callable[[], bool],
+        ahead: int = LEAST_AHEAD,
     ) -> None:
-        """Raises WorkerError when the processes cannot be started."""
+        """`ahead`: requests that every worker is given in advance. Raises WorkerError when none can be started."""
         self._is_interrupted = is_interrupted
         loader = DataLoader(
             source,
             batch_size=None,
             sampler=requests,
             num_workers=num_workers,
-            prefetch_factor=PREFETCHED_MICRO_BATCHES,
+            prefetch_factor=ahead,
             timeout=POLL_SECONDS,
             worker_init_fn=_begin_worker,
             multiprocessing_context="fork",  # a spawned worker would import torch and the tokenizer again
@@ -158,6 +182,10 @@ class Stream(Iterator[T]):
                 self._ignore_deaths()
             if self._is_interrupted():
                 raise Interrupted
+
+    def ready(self) -> int:
+        """Results that wait to be taken."""
+        return self._stream._worker_result_queue.qsize()
 
     def _ignore_deaths(self) -> None:
         """Until the next wait: torch's handler of SIGCHLD raises wherever the program is, also in a training step.

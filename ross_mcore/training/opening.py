@@ -21,7 +21,14 @@ from ross_mcore.data.loader import StepLoader, StepPlan
 from ross_mcore.data.replacement import Replacement
 from ross_mcore.data.sample import ShardDataset
 from ross_mcore.data.sources import MixtureDataset
-from ross_mcore.data.workers import largest_batch_bytes, prefetched_bytes, require_shared_memory
+from ross_mcore.data.workers import (
+    MORE_SHARED_MEMORY,
+    SHARED_MEMORY,
+    ahead_of_a_step,
+    largest_batch_bytes,
+    prefetched_bytes,
+    require_shared_memory,
+)
 from ross_mcore.engine.engine import Engine
 from ross_mcore.engine.finite import all_finite, diagnose
 from ross_mcore.engine.precision import kernels_in_words
@@ -96,6 +103,13 @@ def open_run(
     loader = closing.enter_context(
         StepLoader(dataset, order, plan, groups.data_share, replacement, workers, is_stopping)
     )
+    loader.ahead = _reading_ahead(config, dataset, groups, loader.num_microbatches)
+    if 0 < workers * loader.ahead < loader.num_microbatches:
+        warnings.append(
+            f"warning: the data workers of a rank read {workers * loader.ahead} of the {loader.num_microbatches} "
+            f"micro-batches of a step ahead, as more would fill over half of the free {SHARED_MEMORY}: "
+            f"{MORE_SHARED_MEMORY}"
+        )
     if state.iteration or state.data:
         try:
             loader.load_state_dict(state.data)
@@ -184,10 +198,21 @@ def _require_shared_memory(config: Config, datasets: list[MixtureDataset], group
         largest = largest_batch_bytes(parts, rows, config.data.pack, share.tp_size)
         return prefetched_bytes(largest, config.data.num_workers)
 
-    own = sum(needed(dataset.parts) for dataset in datasets) if share.reads else 0
-    host = socket.gethostname()
-    here = [count for name, count in gather((host, own)) if name == host and count]
+    here = _on_this_machine(sum(needed(dataset.parts) for dataset in datasets) if share.reads else 0)
     all_or_none(lambda: require_shared_memory(sum(here), len(here)))
+
+
+def _reading_ahead(config: Config, dataset: MixtureDataset, groups: Groups, micro_batches: int) -> int:
+    """Micro-batches that every worker of this rank reads ahead. Collective."""
+    share, rows = groups.data_share, config.training.micro_batch_size
+    largest = largest_batch_bytes(dataset.parts, rows, config.data.pack, share.tp_size) if share.reads else 0
+    return ahead_of_a_step(micro_batches, config.data.num_workers, sum(_on_this_machine(largest)))
+
+
+def _on_this_machine(count: int) -> list[int]:
+    """The counts of the ranks of this machine that are not zero. Collective."""
+    host = socket.gethostname()
+    return [other for name, other in gather((host, count)) if name == host and other]
 
 
 def _first_state(config: Config, dataset: MixtureDataset, rows_per_step: int, train_iters: int) -> TrainState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from ross_mcore.data.order import SampleOrder
 from ross_mcore.data.sample import skipped_sample
 from ross_mcore.data.workers import (
     Interrupted,
+    Stream,
+    ahead_of_a_step,
     cause_of_death,
     largest_batch_bytes,
     prefetched_bytes,
@@ -47,6 +50,39 @@ class Samples:
         return skipped_sample("key", position, "nothing here")
 
 
+def test_a_step_is_read_while_the_one_before_it_is_computed() -> None:
+    """Of a slow data set: every micro-batch of the next step waits in the queue before it is asked for."""
+    samples = Samples(lambda: time.sleep(0.05))
+    with StepLoader(samples, SampleOrder(8, 0), StepPlan(12, 1), num_workers=2) as loader:  # type: ignore[arg-type]
+        loader.ahead = ahead_of_a_step(loader.num_microbatches, 2, batch_bytes=1)
+        for _ in range(2):
+            next(loader)
+            assert isinstance(loader._stream, Stream)
+            deadline = time.monotonic() + 20  # only a failure takes that long
+            while loader._stream.ready() < 12 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert loader._stream.ready() == 12
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "num_workers", "batch_bytes", "ahead"),
+    [
+        (32, 4, 1 << 10, 8),
+        (33, 4, 1 << 10, 9),
+        (4, 4, 1 << 10, 2),
+        (32, 0, 1 << 10, 2),
+        (32, 4, 1 << 15, 4),  # 16 of 32 KiB are half of 1 MiB
+        (32, 4, 1 << 20, 2),
+    ],
+)
+def test_workers_read_a_step_ahead_where_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, micro_batches: int, num_workers: int, batch_bytes: int, ahead: int
+) -> None:
+    found = SimpleNamespace(f_blocks=256, f_bavail=256, f_frsize=4096)
+    monkeypatch.setattr(workers.os, "statvfs", lambda _: found)
+    assert ahead_of_a_step(micro_batches, num_workers, batch_bytes) == ahead
+
+
 def until_failure(fault: Callable[[], object], interrupted: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     order = SampleOrder(8, 0, shuffle=False)
     with StepLoader(Samples(fault), order, StepPlan(2, 1), num_workers=2, is_interrupted=interrupted) as loader:
@@ -71,7 +107,7 @@ def run_out_of_memory() -> None:
         (die(signal.SIGBUS), r"killed by SIGBUS: usually /dev/shm is full: .*--shm-size.*--num-workers 0"),
         (run_out_of_memory, r"no memory was left while reading \(process \d+\): use fewer --num-workers"),
         (lambda: os._exit(3), "ended with exit status 3: a library in it ended the process"),
-        (lambda: os._exit(0), "ended with exit status 0"),
+        pytest.param(lambda: os._exit(0), "ended with exit status 0", marks=pytest.mark.slow),
     ],
 )
 def test_a_worker_that_dies_is_an_error_with_its_cause(fault: Callable[[], object], message: str) -> None:

@@ -183,10 +183,6 @@ class Stream(Iterator[T]):
             if self._is_interrupted():
                 raise Interrupted
 
-    def ready(self) -> int:
-        """Results that wait to be taken."""
-        return self._stream._worker_result_queue.qsize()
-
     def _ignore_deaths(self) -> None:
         """Until the next wait: torch's handler of SIGCHLD raises wherever the program is, also in a training step.
 

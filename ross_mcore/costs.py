@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precomputed
-from ross_mcore.flops import encoder_values, forward_flops, layer_flops
+from ross_mcore.flops import PASSED_THROUGH, TRAINED, encoder_values, forward_flops, layer_flops, step_flops
 from ross_mcore.machines import Machine, Precision
 
 CAPTION_TOKENS = 14
@@ -219,6 +219,22 @@ def last_seconds(model: ModelConfig, plan: Plan, data: Data, machine: Machine, t
     return Seconds(
         forward + denoiser + convolved + read, backward + 2 * denoiser, denoiser if plan.recompute.denoiser else 0.0
     )
+
+
+def operations(
+    model: ModelConfig, plan: Plan, data: Data, samples: float, slots: float, attended: float, recomputed: int
+) -> tuple[float, float]:
+    """Useful operations of some samples' training, and those that are done: with padding and recomputation.
+
+    slots: of all their rows; attended: tokens that a slot attends to, twice; recomputed: decoder layers that backward
+    computes again whole.
+    """
+    layers, again = model.language.num_hidden_layers, recomputed * sum(layer_flops(model.language, slots, attended))
+    parts = forward_flops(model, 0, samples * data.labels, samples * data.images, plan.precomputed)
+    ends = step_flops(parts, layers, plan.llm_trains, plan.vision_trains)
+    passes = layers * (TRAINED if plan.llm_trains else PASSED_THROUGH)
+    useful = sum(layer_flops(model.language, samples * data.tokens, data.attended))
+    return ends + passes * useful, ends + passes * sum(layer_flops(model.language, slots, attended)) + again
 
 
 def _own(plan: Plan) -> Precision:

@@ -72,8 +72,8 @@ class ParallelOptions:
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages (P). The vision tower is on the first, denoiser and VAE are on the last."""
     pipeline_layout: str = "auto"
-    """Decoder layers per stage. auto: balance layers against vision tower, VAE and denoiser; even: ignore those three;
-    or a list such as 8,8,8,4."""
+    """Decoder layers per stage. auto: balance layers against vision tower, VAE and denoiser, by their estimated time on
+    the GPU for the mean sample of the index; even: ignore those three; or a list such as 8,8,8,4."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Use the interleaved schedule (virtual pipeline): every rank holds several chunks of about this many layers, and
     the pipeline bubble is divided by their number. Alternative: list a multiple of P chunks, in the order of the model,

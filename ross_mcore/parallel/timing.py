@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ross_mcore.architecture import ModelConfig
-from ross_mcore.costs import Data, Plan, first_seconds, last_seconds, layer_seconds
-from ross_mcore.flops import forward_flops, layer_flops, step_flops
+from ross_mcore.costs import Data, Plan, first_seconds, last_seconds, layer_seconds, operations
 from ross_mcore.machines import GPUS_PER_NODE, Machine
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.parallel.schedule import makespan
@@ -67,10 +66,9 @@ def step_time(
     tensor, stages = layout.tensor_parallel, layout.pipeline_parallel
     layer = layer_seconds(model, plan, data, machine, tensor)
     ends = first_seconds(model, plan, data, machine, tensor), last_seconds(model, plan, data, machine, tensor)
-    forward, backward, recomputed = [], [], 0
+    forward, backward = [], []
     for position, layers in enumerate(layout.layers_per_chunk):
         again = plan.recompute.layers(layers) if plan.recompute.granularity == "full" else layers
-        recomputed += again
         forward.append(layers * layer.forward)
         backward.append(layers * layer.backward + again * layer.again)
         for end, at in zip(ends, (0, len(layout.layers_per_chunk) - 1)):
@@ -97,7 +95,9 @@ def step_time(
     share = layout.data_parallel if plan.distributed_optimizer else 1
     moved = (OPTIMIZER_BYTES / share + GRADIENT_BYTES) * count
     between = moved / (machine.memory_bytes_per_second * machine.shares.memory) + plan.kernels.step_seconds
-    useful, done = _operations(model, plan, data, micro_batches, recomputed)
+    samples, slots = micro_batches * plan.samples(data), micro_batches * plan.slots
+    attended = data.attended if plan.packed else plan.tokens
+    useful, done = operations(model, plan, data, samples, slots, attended, recomputed_layers(layout, plan))
     ranks = tensor * stages
     return StepTime(
         per_rank,
@@ -108,6 +108,11 @@ def step_time(
         useful / ranks,
         done / ranks,
     )
+
+
+def recomputed_layers(layout: Layout, plan: Plan) -> int:
+    """Decoder layers, of all stages, that backward computes again whole."""
+    return sum(map(plan.recompute.layers, layout.layers_per_chunk))
 
 
 def _network(machine: Machine) -> float:
@@ -130,22 +135,3 @@ def _data_parallel(layout: Layout, plan: Plan, machine: Machine, trained: float)
     if not plan.distributed_optimizer:
         return 2 * 4 * moved, 0.0
     return 4 * moved, plan.value_bytes * moved
-
-
-def _operations(model: ModelConfig, plan: Plan, data: Data, micro_batches: int, recomputed: int) -> tuple[float, float]:
-    """Operations of the micro-batches of one model: useful ones, and those that are done."""
-    samples = micro_batches * plan.samples(data)
-    layers = model.language.num_hidden_layers
-
-    def of(tokens: float, attended: float) -> float:
-        parts = forward_flops(model, 0, samples * data.labels, samples * data.images, plan.precomputed)
-        trained = 3 if plan.llm_trains else 2
-        layer = sum(layer_flops(model.language, tokens, attended))
-        return step_flops(parts, layers, plan.llm_trains, plan.vision_trains) + layers * trained * layer
-
-    slots = micro_batches * plan.slots
-    attended = data.attended if plan.packed else plan.tokens
-    useful, done = of(samples * data.tokens, data.attended), of(slots, attended)
-    if plan.recompute.granularity == "full":
-        done += recomputed * sum(layer_flops(model.language, slots, attended))
-    return useful, done

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
+from ross_mcore import platform
+from ross_mcore.costs import Data, Plan, operations
 from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.run import Run, StepResult
 from ross_mcore.engine.step import StepSize
-from ross_mcore.flops import forward_flops, step_flops
+from ross_mcore.machines import CPU, machine_of
+from ross_mcore.parallel.timing import recomputed_layers
 from ross_mcore.reporting.metrics import StepMetrics
 
 
@@ -19,7 +22,9 @@ class Averages:
 
     lm_loss: over the steps with labels, vm_loss: over those with images; None without any such step. data_share: share
     of the time spent waiting for data; fill: share of the computed tokens that are not padding; remaining_seconds: of
-    the run, at this speed; datasets: see means_by_data_set.
+    the run, at this speed; datasets: see means_by_data_set. teraflops_per_device and mfu, a share of the GPU's peak,
+    count the useful operations, hardware_mfu those of padding and recomputation too; None on a device whose peak is not
+    known.
     """
 
     iteration: int
@@ -32,6 +37,8 @@ class Averages:
     tokens_per_second: float
     samples_per_second: float
     teraflops_per_device: float
+    mfu: float | None
+    hardware_mfu: float | None
     peak_gib: float
     data_share: float
     fill: float
@@ -43,7 +50,8 @@ class Averages:
         named = {name: getattr(self, name) for name in ("lm_loss", "vm_loss", "loss", "grad_norm", "learning_rate")}
         losses = {name: value for name, value in named.items() if value is not None}
         speed = ("tokens_per_second", "samples_per_second", "teraflops_per_device", "data_share", "fill")
-        throughput = {f"throughput/{name}": getattr(self, name) for name in speed}
+        known = [name for name in ("mfu", "hardware_mfu") if getattr(self, name) is not None]
+        throughput = {f"throughput/{name}": getattr(self, name) for name in (*speed, *known)}
         return {**losses, **throughput, "memory/peak_gib": self.peak_gib, **self.datasets}
 
 
@@ -58,6 +66,12 @@ def means_by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]
             if total := sum(count for _, count in terms):
                 scalars[f"{loss}/{name}"] = sum(value * count for value, count in terms) / total
     return scalars
+
+
+def peak_operations(plan: Plan, device_name: str) -> float:
+    """Operations a second of a GPU's matrix products in the run's precision, by its data sheet; 0 if not known."""
+    machine = machine_of(device_name)
+    return 0.0 if machine in (None, CPU) else machine.peak("bf16" if plan.bf16 else "fp32")
 
 
 class Window:
@@ -91,14 +105,15 @@ class Window:
             values = [value for m in applied if (value := getattr(m, name)) is not None]
             return sum(values) / len(values) if values else None
 
-        rows = len(steps) * run.rows_per_step
         labels, images = sum(m.num_tokens for m in steps), sum(m.num_images for m in steps)
-        flops = rows * step_flops(
-            forward_flops(run.model_config, tokens / rows, labels / rows, images / rows, run.precomputed),
-            run.model_config.language.num_hidden_layers,
-            llm_trains=run.config.llm_trains,
-            vision_trains=run.config.vision_trains,
-        )
+        slots, layout = sum(size.slots for _, size in self._steps), run.groups.layout
+        plan = replace(run.config.plan, precomputed=run.precomputed)
+        each = tokens / self._samples
+        data = Data(each, each, images / self._samples, labels / self._samples)
+        attended = each if plan.packed else slots / len(steps) / run.rows_per_step
+        recomputed = recomputed_layers(layout, plan)
+        useful, done = operations(run.model_config, plan, data, self._samples, slots, attended, recomputed)
+        peak = seconds * dist.get_world_size() * peak_operations(plan, platform.device_name())
         return Averages(
             iteration=last.iteration,
             consumed_samples=last.consumed_samples,
@@ -109,10 +124,12 @@ class Window:
             learning_rate=last.learning_rate,
             tokens_per_second=tokens / seconds,
             samples_per_second=self._samples / seconds,
-            teraflops_per_device=flops / seconds / dist.get_world_size() / 1e12,
+            teraflops_per_device=useful / seconds / dist.get_world_size() / 1e12,
+            mfu=useful / peak if peak else None,
+            hardware_mfu=done / peak if peak else None,
             peak_gib=last.peak_memory_bytes / 2**30,
             data_share=sum(m.data_seconds for m in steps) / seconds,
-            fill=tokens / sum(size.slots for _, size in self._steps),
+            fill=tokens / slots,
             remaining_seconds=(run.train_iters - last.iteration) * seconds / len(steps),
             datasets=means_by_data_set([m.datasets for m in applied]),
         )

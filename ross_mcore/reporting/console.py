@@ -64,6 +64,8 @@ class Console(Reporter):
 
     def averages(self, found: Averages) -> None:
         norm = "-" if found.grad_norm is None else f"{found.grad_norm:.3f}"
+        known = found.mfu is not None and found.hardware_mfu is not None
+        mfu = f"MFU {found.mfu:.1%} useful, {found.hardware_mfu:.1%} hardware | " if known else ""
         say(
             f"iteration {found.iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
             f"samples {found.consumed_samples} | "
@@ -71,7 +73,7 @@ class Console(Reporter):
             f"lr {found.learning_rate:.2e} | grad norm {norm} | "
             f"{found.tokens_per_second:,.0f} tokens/s | fill {found.fill:.1%} | "
             f"{found.samples_per_second:.1f} samples/s | {found.teraflops_per_device:.3f} TFLOP/s/device | "
-            f"{found.peak_gib:.2f} GiB | ETA {duration(found.remaining_seconds)}"
+            f"{found.peak_gib:.2f} GiB | {mfu}ETA {duration(found.remaining_seconds)}"
         )
 
     def incidents(self, found: Sequence[Incident]) -> None:

@@ -32,6 +32,33 @@ def test_plans_equal_the_output_of_the_tool(
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == printed.splitlines()
 
 
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "performance.md").read_text().splitlines()
+    if line.startswith(("| qwen2 |", "| vicuna |"))
+]
+
+
+def test_the_table_of_layouts_equals_the_output_of_the_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    language = {"qwen2": "qwen2-7b-instruct", "vicuna": "vicuna-13b-v1.5"}
+    assert [row[1] for row in ROWS if row[0] == "qwen2" and not row[2]] == ["8", "16", "32", "64"]
+    for model, gpus, more, layout, samples, seconds, useful, hardware, memory in ROWS:
+        parts = ["--language-model", f"tests/published/{language[model]}", "--pixel-decoder"]
+        parts += ["tests/published/flux.1-dev-vae", "--vision-model", "tests/published/siglip-so400m-patch14-384"]
+        recipe = ["--config", f"train_ross/finetune_siglip_{model}"]
+        assert plan.main(["--world-size", gpus, *parts, *recipe, *words(more.strip("`"))]) == 0
+        printed = capsys.readouterr().out
+        assert f"tensor {layout[0]} x pipeline {layout[4]} x data {layout[8:].partition(',')[0]}," in printed
+        assert f"step: {seconds} s for {samples} samples:" in printed
+        assert f"MFU: {useful} useful, {hardware} of the hardware" in printed
+        stages = re.findall(r"^ *\d+ +(\d+) +\d+ .* ([\d.]+) *$", printed, re.MULTILINE)
+        assert max(float(total) for _, total in stages) == float(memory)
+        assert len(stages) == 1 or f"{' + '.join(layers for layers, _ in stages)} layers" in layout
+
+
 def test_there_are_plans_for_both_sizes() -> None:
     sizes = [words(command)[words(command).index("--world-size") + 1] for command, _, _ in PLANS]
     assert sizes == ["8", "64", "64", "64"]

@@ -61,7 +61,7 @@ ALLOWED = {
         *("parallel", "data", "checkpoint", "engine", "guards"),
     },
     "reporting": {
-        *("checked", "config", "flops", "logs", "machines", "options", "parts", "platform"),
+        *("checked", "config", "costs", "logs", "machines", "options", "parts", "platform"),
         *("parallel", "data", "checkpoint", "engine", "guards", "reporting"),
     },
     "training": {

@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 
 from ross_mcore.config import Config
+from ross_mcore.costs import Plan
 from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.state import TrainState
-from ross_mcore.reporting.averages import Averages, means_by_data_set
+from ross_mcore.reporting.averages import Averages, means_by_data_set, peak_operations
 from ross_mcore.reporting.console import Console
 
 
-def averages(lm_loss: float | None, grad_norm: float | None) -> Averages:
+def averages(lm_loss: float | None, grad_norm: float | None, mfu: float | None = None) -> Averages:
     speed = {"tokens_per_second": 1.0, "samples_per_second": 2.5, "teraflops_per_device": 0.1, "peak_gib": 0.2}
     rest: dict[str, Any] = {
         "consumed_samples": 8,
         "learning_rate": 1e-3,
         "data_share": 0.0,
         "fill": 0.983,
+        "mfu": mfu,
+        "hardware_mfu": mfu,
         "remaining_seconds": 1.0,
     }
     return Averages(7, vm_loss=0.5, lm_loss=lm_loss, loss=0.5, grad_norm=grad_norm, datasets={}, **speed, **rest)
@@ -33,6 +36,17 @@ def test_a_loss_over_nothing_is_a_dash_and_no_scalar(capsys: pytest.CaptureFixtu
     assert "| lm_loss - | vm_loss 0.5000 | lr 1.00e-03 | grad norm - |" in line and "| fill 98.3% |" in line
     assert not {"lm_loss", "grad_norm"} & found.scalars().keys() and "vm_loss" in found.scalars()
     assert averages(2.0, 1.0).scalars()["lm_loss"] == 2.0
+
+
+def test_mfu_is_said_where_the_peak_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    run: Any = SimpleNamespace(train_iters=9, config=Config())
+    for mfu in (None, 0.412):
+        Console(run, TrainState()).averages(found := averages(1.0, 1.0, mfu))
+        assert ("throughput/mfu" in found.scalars()) == (mfu is not None)
+    unknown, known = capsys.readouterr().out.splitlines()
+    assert "MFU" not in unknown and "| 0.20 GiB | MFU 41.2% useful, 41.2% hardware | ETA" in known
+    assert peak_operations(Plan(), "NVIDIA H100 80GB HBM3") == 989.4e12
+    assert peak_operations(Plan(), "cpu") == peak_operations(Plan(), "Some GPU") == 0
 
 
 def test_losses_of_a_data_set_are_weighted_by_labels_and_images() -> None:

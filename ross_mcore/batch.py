@@ -120,6 +120,12 @@ class Batch:
     def num_samples(self) -> int:
         return int(self.sample_starts.numel())
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors, those of parts and draws too."""
+        draws = [] if self.draws is None else vars(self.draws).values()
+        return [value for value in (*vars(self).values(), *self.parts.values(), *draws) if isinstance(value, Tensor)]
+
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, but for the fields that only the host reads; copies overlap with computation."""
         return self._each(partial(platform.upload, device=device))

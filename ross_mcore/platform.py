@@ -11,14 +11,17 @@ import os
 import resource
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from ross_mcore.errors import PlatformError
 from ross_mcore.launcher import RENDEZVOUS
+
+T = TypeVar("T")
 
 RECORDED_COLLECTIVES = 64
 """Length of torch's flight recorder, of which the last entry is read; with its default length reading is slow."""
@@ -144,6 +147,49 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on `device`. The host does not wait: the copy is from pinned memory, in stream order."""
     return tensor if device.type == "cpu" else pinned(tensor).to(device, non_blocking=True)
+
+
+class SideStream:
+    """A second queue of kernels of the GPU, for work that does not depend on the first one's; on a CPU, there is none.
+
+    There is one such queue a process: torch keeps the memory that was freed in a queue for that queue.
+    """
+
+    def __init__(self) -> None:
+        """Its work begins after that which the main queue has been given so far."""
+        self._stream = _side_stream() if has_gpu() else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def start(self, work: Callable[[], T]) -> Started[T]:
+        """Runs `work` with its kernels in the second queue; its inputs are on the host, or older than this object."""
+        if self._stream is None:
+            return Started(work(), None)
+        with torch.cuda.stream(self._stream):
+            return Started(work(), self._stream.record_event())
+
+
+@dataclass(frozen=True)
+class Started(Generic[T]):
+    """The value of work in a side stream, which may not be computed yet."""
+
+    value: T
+    _end: torch.cuda.Event | None
+
+    def finish(self, tensors: Iterable[torch.Tensor]) -> T:
+        """The value for use in the main queue, which waits for it; `tensors`: all those in it."""
+        if self._end is not None:
+            main = torch.cuda.current_stream()
+            main.wait_event(self._end)
+            for tensor in tensors:
+                if tensor.is_cuda:
+                    tensor.record_stream(main)  # so that the side stream does not use its memory again too early
+        return self.value
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def synchronize() -> None:

@@ -31,6 +31,7 @@ from ross_mcore.data.loader import Step, StepLoader
 from ross_mcore.engine.ahead import made_ahead
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.finite import all_finite
+from ross_mcore.engine.frozen import with_frozen_parts
 from ross_mcore.engine.losses import (
     DataSetLosses,
     Losses,
@@ -210,7 +211,7 @@ class Engine:
             model = wrapped.module
             # chunks run the micro-batches in order, and of a rank's chunks at most one takes the batch
             takes_batch = model.pre_process or model.post_process
-            batch = next(batches).to(self.device) if takes_batch else None
+            batch = next(batches) if takes_batch else None
             result = wrapped(batch, segments(step.slots_of(number), size.seq_lengths[number]), output=output)
             if output == "hidden":
                 return result, lambda hidden, non_loss_data=True: hidden
@@ -219,7 +220,9 @@ class Engine:
             return result, partial(weighted_loss, samples=samples, weights=weights, with_blank_samples=with_blanks)
 
         tokens = [length * size.rows for length in size.seq_lengths]
-        with closing(made_ahead(prepare, range(count if reads else 0))) as batches:
+        reader = self.model.first if self.groups.stage.is_first else self.model.last
+        with closing(made_ahead(prepare, range(count if reads else 0))) as collated:
+            batches = with_frozen_parts(collated, reader, self.device, output)
             found: list[Any] = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(range(count)) for _ in self.model],

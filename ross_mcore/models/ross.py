@@ -7,7 +7,7 @@ states are [T, 1, D], or this rank's piece of the T tokens under sequence parall
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -134,6 +134,8 @@ class RossModel(MegatronModule):
         """
         if (self.pre_process or self.post_process) and batch is None:
             raise ValueError("the first and the last pipeline stage need the batch")
+        if batch is not None:
+            self.add_parts([batch], output)
         hidden = self.language_model(
             input_ids=None,
             position_ids=None,
@@ -149,6 +151,27 @@ class RossModel(MegatronModule):
         if output == "hidden":
             return hidden
         return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch)], dim=1)
+
+    @torch.no_grad()
+    def add_parts(self, batches: Sequence[Batch], output: Literal["losses", "hidden"] = "losses") -> None:
+        """Adds the outputs of the frozen tower and of the VAE to `Batch.parts`, as if they were precomputed.
+
+        Each runs once for the pictures of all batches, which are on the device. Batches that have the parts stay as
+        they are; so do all where the tower trains, and for the VAE where `output` does not need it.
+        """
+        frozen: dict[str, Callable[[Tensor], Tensor]] = {}
+        if self.pre_process and not self.options.precomputed.features and not self.options.train_vision:
+            frozen["features"] = lambda pixels: self.vision_model(pixels.to(self.config.params_dtype))
+        if self.post_process and self.model.denoiser and not self.options.precomputed.latents and output == "losses":
+            frozen["latents"] = self.pixel_decoder.posteriors
+        lacking = [batch for batch in batches if len(batch.pixels) and not frozen.keys() <= batch.parts.keys()]
+        if not lacking:
+            return
+        pixels = normalised_pixels(torch.cat([batch.pixels for batch in lacking]), self.pixel_table)
+        for kind, run in frozen.items():
+            found = run(pixels).split([len(batch.pixels) for batch in lacking])
+            for batch, part in zip(lacking, found, strict=True):
+                batch.parts[kind] = part
 
     def draws(self, batch: Batch, seed: int | None = None, recorded: Draws | None = None) -> Draws | None:
         """The draws of the images and blank samples of which this rank denoises some, on the CPU.
@@ -197,16 +220,13 @@ class RossModel(MegatronModule):
 
     def _features(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """The tower's features [J, N, Dv] of this rank's share of the images."""
-        if not self.options.precomputed.features:
+        if self.options.train_vision and not self.options.precomputed.features:
             return self.vision_model(self._pixels(batch).to(dtype))
-        if "features" not in batch.parts:
-            return torch.zeros(0, *self.model.feature_shape, dtype=dtype, device=batch.pixels.device)
-        return batch.parts["features"].to(dtype)
+        empty = torch.zeros(0, *self.model.feature_shape, device=batch.pixels.device)
+        return batch.parts.get("features", empty).to(dtype)
 
     def _posteriors(self, batch: Batch) -> Tensor:
         """The VAE's posteriors [J, 2, C, h, w] float32 of this rank's share of the images."""
-        if not self.options.precomputed.latents:
-            return self.pixel_decoder.posteriors(self._pixels(batch))
         empty = torch.zeros(0, 2, *self.model.latent_shape, device=batch.pixels.device)
         return batch.parts.get("latents", empty).float()
 

@@ -1,7 +1,9 @@
-"""The losses of a sample do not depend on the other samples of its row and micro-batch."""
+"""The losses of a sample do not depend on the other samples of its row and micro-batch; the frozen parts run for the
+pictures of several micro-batches."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,18 +44,28 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
         problem = None if length else "nothing in it"
         samples.append(Sample(str(number), 10 + number, tokens, labels, starts, pixels, problem=problem))
 
-    def sums(rows: list[Row]) -> Tensor:
-        counts = [len(row) for row in rows]
-        shares = iter(share_of_pixels([sample for row in rows for sample in row], trial.groups))
-        mine = [[next(shares) for _ in range(count)] for count in counts]
-        slots = [[sample.tokens.numel() for sample in row] for row in rows]
-        step = Step([], [slots], [mine], [], {})
-        (found,) = trial.engine.losses(trial.engine.agree(step)).kept
-        return found.sums
+    def sums(*micro_batches: list[Row]) -> Tensor:
+        mine: list[list[Row]] = []
+        for number, rows in enumerate(micro_batches):
+            shares = iter(share_of_pixels([sample for row in rows for sample in row], trial.groups, number))
+            mine.append([[next(shares) for _ in row] for row in rows])
+        slots = [[[sample.tokens.numel() for sample in row] for row in rows] for rows in micro_batches]
+        step = Step([], slots, mine, [], {})
+        return torch.cat([found.sums for found in trial.engine.losses(trial.engine.agree(step)).kept])
 
     together = sums([samples[:3], samples[3:]])
-    alone = torch.cat([sums([[sample]]) for sample in samples])
+    alone = sums(*([[sample]] for sample in samples))
+
+    calls: Counter[str] = Counter()
+    model = trial.model.first
+    model.vision_model.register_forward_hook(lambda *_: calls.update(["tower"]))
+    model.pixel_decoder.autoencoder.encoder.register_forward_hook(lambda *_: calls.update(["VAE"]))
+    repeated = sums(*([[samples[3]]] for _ in range(32)))
     groups.destroy()
+    # groups of 1, 16 and 15 micro-batches with a picture, which is in turn on either of two ranks; 8 a call of the VAE
+    expected = {(1, 0): (3, 5), (2, 0): (3, 3), (2, 1): (2, 2)}[tensor_parallel, trial.groups.tensor_rank]
+    assert (calls["tower"], calls["VAE"]) == expected
+    torch.testing.assert_close(repeated, repeated[:1].expand(32, 2), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert (alone[[0, 1, 3, 4, 5]] > 0).all() and (alone[2] == 0).all()
     assert len(set(alone.flatten().tolist())) == 11

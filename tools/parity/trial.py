@@ -153,10 +153,11 @@ class shared_folder:
             shutil.rmtree(self._path, ignore_errors=True)
 
 
-def share_of_pixels(rows: list[Sample], groups: Groups) -> list[Sample]:
+def share_of_pixels(rows: list[Sample], groups: Groups, turn: int = 0) -> list[Sample]:
     """The rows with only this tensor-parallel rank's share of the pictures' pixels, as the loader gives them."""
     pictures = [(row, place) for row, sample in enumerate(rows) for place in range(len(sample.pixels))]
-    mine = {pictures[index] for index in share_of(len(pictures), groups.tensor_rank, groups.tensor.size())}
+    share = share_of(len(pictures), groups.tensor_rank, groups.tensor.size(), turn)
+    mine = {pictures[index] for index in share}
     return [
         replace(sample, pixels=[p if (row, place) in mine else None for place, p in enumerate(sample.pixels)])
         for row, sample in enumerate(rows)

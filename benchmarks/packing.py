@@ -3,10 +3,10 @@
     python benchmarks/packing.py
 
 Packed: windows of 16,384 samples through ross_mcore.data.packing, by each of its two rules and by both as used. Padded:
-the same samples in random order, one per row, each row as long as the longest of its micro-batch; first in
-micro-batches of 8 and 32 rows, then with as many rows as fit the slots of 8 packed rows, which no trainer with a fixed
-micro-batch size does. `padding` is the share of computed slots without a token, `ahead` the ratio of samples that
-packed rows process in the same number of slots: the speed-up if time is proportional to slots.
+the same samples in random order, one per row, in steps of 128; each row as long as the longest of its step, then of its
+micro-batch of 4 rows (over all data-parallel ranks), then the same with the rows of the step dealt by length, as
+--no-pack does. `padding` is the share of computed slots without a token, `ahead` the ratio of samples that packed rows
+process in the same number of slots: the speed-up if time is proportional to slots.
 
 Lengths are drawn, because the data sets are not available here. Published facts about them:
 - captions: 558,128 of LAION, CC and SBU by BLIP in 181 MB of JSON (LLaVA, docs/Data.md), 324 bytes a record, of which
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from ross_mcore.data.packing import even_shares, longest_first, pack
 
 WINDOW_SAMPLES = 16384
+STEP, MICRO_BATCH = 128, 4
 INSTRUCTION_TEXT_TOKENS = 255.0
 
 
@@ -61,19 +62,11 @@ MIXES: dict[str, Callable[[np.random.Generator, int, int], NDArray[np.int64]]] =
 }
 
 
-def padded(lengths: NDArray[np.int64], rows: int) -> int:
-    """Slots of micro-batches of `rows` samples each, as long as the longest of them."""
-    return rows * int(lengths[: lengths.size // rows * rows].reshape(-1, rows).max(1).sum())
-
-
-def padded_to_budget(lengths: NDArray[np.int64], budget: int) -> int:
-    """Slots of micro-batches of as many samples as, padded, fit `budget` slots."""
-    slots = count = longest = 0
-    for length in lengths.tolist():
-        if max(longest, length) * (count + 1) > budget:
-            slots, count, longest = slots + count * longest, 0, 0
-        count, longest = count + 1, max(longest, length)
-    return slots + count * longest
+def padded(lengths: NDArray[np.int64], rows: int, by_length: bool = False) -> int:
+    """Slots of micro-batches of `rows` samples each, as long as the longest of them; by_length: of steps sorted by it."""
+    steps = lengths[: lengths.size // STEP * STEP].reshape(-1, STEP)
+    dealt = np.sort(steps, axis=1) if by_length else steps
+    return rows * int(dealt.reshape(-1, rows).max(1).sum())
 
 
 def main() -> None:
@@ -83,8 +76,8 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{'tokens':>23s} {'filled':>22s} {'rows planned':>21s}   padding / samples ahead of rows padded to")
     print(
-        f"mix          image  mean    row longest first  even  taken  a second   {'longest of 8':>14s}"
-        f" {'longest of 32':>14s} {'fit in 8 rows':>14s}"
+        f"mix          image  mean    row longest first  even  taken  a second   {'the step':>14s}"
+        f" {'micro-batch':>14s} {'by length':>14s}"
     )
     for mix, lengths_of in MIXES.items():
         for image_tokens in (576, 729):
@@ -109,7 +102,7 @@ def line(mix: str, image_tokens: int, row_tokens: int, lengths: NDArray[np.int64
     began = time.perf_counter()
     rows = sum(len(pack(window, row_tokens, number)) for number, window in enumerate(windows))
     seconds = time.perf_counter() - began
-    slots = [padded(lengths, 8), padded(lengths, 32), padded_to_budget(lengths, 8 * row_tokens)]
+    slots = [padded(lengths, STEP), padded(lengths, MICRO_BATCH), padded(lengths, MICRO_BATCH, by_length=True)]
     return (
         f"{mix:12s} {image_tokens:5d} {lengths.mean():5.0f} {row_tokens:6d} {filled[0]:13.1%} {filled[1]:5.1%} "
         f"{total / row_tokens / rows:6.1%} {rows / seconds:9,.0f}   "

@@ -70,8 +70,8 @@ class Console(Reporter):
             f"iteration {found.iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
             f"samples {found.consumed_samples} | "
             f"lm_loss {loss_text(found.lm_loss)} | vm_loss {loss_text(found.vm_loss)} | "
-            f"lr {found.learning_rate:.2e} | grad norm {norm} | "
-            f"{found.tokens_per_second:,.0f} tokens/s | fill {found.fill:.1%} | "
+            f"lr {found.learning_rate:.2e} | grad norm {norm} | fill {found.fill:.1%} | "
+            f"{found.tokens_per_second:,.0f} tokens/s | "
             f"{found.samples_per_second:.1f} samples/s | {found.teraflops_per_device:.3f} TFLOP/s/device | "
             f"{found.peak_gib:.2f} GiB | {mfu}ETA {duration(found.remaining_seconds)}"
         )

@@ -63,7 +63,7 @@ MIXES: dict[str, Callable[[np.random.Generator, int, int], NDArray[np.int64]]] =
 
 
 def padded(lengths: NDArray[np.int64], rows: int, by_length: bool = False) -> int:
-    """Slots of micro-batches of `rows` samples each, as long as the longest of them; by_length: of steps sorted by it."""
+    """Slots of micro-batches of `rows` samples each, as long as their longest; by_length: steps are sorted before."""
     steps = lengths[: lengths.size // STEP * STEP].reshape(-1, STEP)
     dealt = np.sort(steps, axis=1) if by_length else steps
     return rows * int(dealt.reshape(-1, rows).max(1).sum())

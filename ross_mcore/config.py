@@ -108,14 +108,26 @@ class Config:
             vision_trains=self.vision_trains,
             bf16=execution.bf16,
             fp8=execution.fp8_format is not None,
-            denoiser="tf32",
-            vae="tf32",
+            denoiser=execution.denoiser_precision or "tf32",
+            vae=execution.vae_precision or "tf32",
             kernels=LOCAL if execution.transformer_impl == "local" or not execution.bf16 else TRANSFORMER_ENGINE,
-            recompute=Recompute(execution.recompute_granularity),
+            recompute=self.recompute,
             sequence_parallel=parallel.sequence_parallel,
             distributed_optimizer=self.use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce is not False,
             overlap_param_gather=parallel.overlap_param_gather is not False,
+        )
+
+    @property
+    def recompute(self) -> Recompute:
+        """What the backward pass computes again."""
+        execution = self.execution
+        return Recompute(
+            execution.recompute_granularity,
+            execution.recompute_method or "uniform",
+            execution.recompute_num_layers or 1,
+            tuple((execution.recompute_modules or "core_attn").split(",")),
+            execution.recompute_denoiser,
         )
 
     @property

@@ -110,7 +110,14 @@ class ExecutionOptions:
 
     bf16: bool = False
     """Train in bfloat16: weights in bfloat16 with fp32 master weights; vision tower and language model compute in
-    bfloat16, denoiser and VAE in fp32."""
+    bfloat16, denoiser and VAE as --denoiser-precision and --vae-precision say."""
+    denoiser_precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Precision of the denoiser's matrix products; its norms, softmax, modulation and loss are in fp32. tf32: GPUs
+    round the factors to 11 significant bits, as in the reference's training. bf16: to 8. Default: tf32 on GPUs that
+    have it, fp32 elsewhere and where NVIDIA_TF32_OVERRIDE=0 is set."""
+    vae_precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Precision of the VAE's convolutions and matrix products, with the same values and default. `ross precompute`
+    computes in fp32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of the language model. local: torch's own operations, run anywhere. transformer_engine: NVIDIA's fused
     kernels. auto: transformer_engine with --bf16 on a GPU where it is installed, else local; the start says why."""
@@ -147,10 +154,22 @@ class ExecutionOptions:
     """Overlap the communication of --sequence-parallel with matrix products, in Transformer Engine's buffers. Every row
     is then padded to --seq-length. Untried on hardware."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in the backward pass. full: whole layers; selective: core attention only."""
+    """Recompute activations of the decoder layers in the backward pass. full: of whole layers; selective: of
+    --recompute-modules. Default: none, all are kept."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full: uniform divides all layers of a stage into groups of --recompute-num-layers, of which the first input
+    is kept; block recomputes the first --recompute-num-layers layers of a stage, each from its input, and keeps the
+    activations of the others. Default: uniform."""
+    recompute_num_layers: int | None = None
+    """See --recompute-method; with several chunks a stage, layers of a chunk. Default: 1 with uniform."""
+    recompute_modules: str | None = None
+    """With selective: what is recomputed, core_attn (attention between queries, keys and values), mlp, or both:
+    core_attn,mlp. Flash attention keeps as little without core_attn. Default: core_attn."""
+    recompute_denoiser: bool = False
+    """Recompute the blocks of the denoiser in the backward pass."""
 
     def __post_init__(self) -> None:
-        _positive(self, "fp8_amax_history_len")
+        _positive(self, "fp8_amax_history_len", "recompute_num_layers")
         _not_negative(self, "fp8_margin", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 

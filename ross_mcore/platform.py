@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -11,7 +12,7 @@ import os
 import resource
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,8 +29,11 @@ RECORDED_COLLECTIVES = 64
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
-BLACKWELL = (10, 0)
-"""Compute capability."""
+AMPERE, BLACKWELL = (8, 0), (10, 0)
+"""Compute capabilities."""
+
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+"""0 turns TF32 off inside NVIDIA's libraries, whatever a program sets."""
 
 
 @functools.cache
@@ -67,6 +71,8 @@ class Libraries:
     ordered_kernels: bool
     """Whether kernels start in the order of their launch, which overlap of tensor-parallel communication needs (mcore's
     tensor_parallel/layers.py:526); before Blackwell only with CUDA_DEVICE_MAX_CONNECTIONS=1."""
+    tf32: bool = False
+    """Whether fp32 products can be computed in TF32: on GPUs from Ampere, unless NVIDIA_TF32_OVERRIDE is 0."""
 
 
 def libraries() -> Libraries:
@@ -81,6 +87,7 @@ def libraries() -> Libraries:
         ordered_kernels=not has_gpu()
         or os.environ.get(CONNECTIONS) == "1"
         or torch.cuda.get_device_capability() >= BLACKWELL,
+        tf32=has_gpu() and torch.cuda.get_device_capability() >= AMPERE and os.environ.get(TF32_OVERRIDE) != "0",
     )
 
 
@@ -123,14 +130,32 @@ def peak_memory_bytes() -> int:
 
 
 def compute_fp32_exactly() -> None:
-    """Turns off TensorFloat-32, in which GPUs round the factors of fp32 products to 10 bits.
+    """Turns off TF32 in this process, in every part of the model. For comparisons with values computed in fp32.
 
-    For comparisons with values computed in fp32. torch uses TF32 for convolutions, and for matrix products when
-    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1, which only NVIDIA_TF32_OVERRIDE can undo. Call before the first computation.
+    Also in Transformer Engine, whose fp32 products are TF32 otherwise. Call before the first computation.
     """
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    os.environ[TF32_OVERRIDE] = "0"
+    set_tf32(False)
+
+
+def set_tf32(on: bool) -> None:
+    """Sets whether GPUs round the factors of fp32 products and convolutions to TF32, which has 10 bits of mantissa.
+
+    torch's defaults are TF32 for convolutions, and for matrix products where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1. Its
+    older names are set, because these set the newer ones (`fp32_precision`) too, and torch raises where the two differ.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
+
+
+@contextlib.contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """`set_tf32` inside the block, fp32 behind it. For the launch of kernels: a backward pass is outside the block."""
+    set_tf32(on)
+    try:
+        yield
+    finally:
+        set_tf32(False)
 
 
 def use_device() -> None:
@@ -211,6 +236,7 @@ def initialize_process_group(timeout_minutes: float) -> None:
     """
     if torch.distributed.is_initialized():
         return
+    set_tf32(False)  # fp32 is fp32, but where a part of the model asks for TF32
     if has_gpu():
         local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= count:

@@ -1,8 +1,9 @@
-"""Chooses kernels and overlap where the options leave them open, by what is installed on this machine."""
+"""Chooses kernels, precision and overlap where the options leave them open, by what is installed on this machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ross_mcore.config import Config
 from ross_mcore.platform import Libraries
@@ -10,7 +11,7 @@ from ross_mcore.platform import Libraries
 
 @dataclass(frozen=True)
 class Choice:
-    """config: the options with no kernel or overlap left open; why: the reason for its --transformer-impl."""
+    """config: the options with no kernel, precision or overlap left open; why: of its --transformer-impl."""
 
     config: Config
     why: str
@@ -24,6 +25,7 @@ def choose(config: Config, libraries: Libraries) -> Choice:
         obstacle = _obstacle(config, libraries)
         impl = "local" if obstacle else "transformer_engine"
         why = obstacle or "installed, and the device is a GPU"
+    precision: Literal["fp32", "tf32"] = "tf32" if libraries.tf32 else "fp32"
     fuses = libraries.gpu and (impl == "transformer_engine" or libraries.gradient_fusion)
     reduces = libraries.gpu and config.use_distributed_optimizer
     overlap_grad_reduce = _or(parallel.overlap_grad_reduce, reduces)
@@ -33,6 +35,8 @@ def choose(config: Config, libraries: Libraries) -> Choice:
             execution=replace(
                 execution,
                 transformer_impl=impl,
+                denoiser_precision=execution.denoiser_precision or precision,
+                vae_precision=execution.vae_precision or precision,
                 gradient_accumulation_fusion=_or(execution.gradient_accumulation_fusion, fuses),
             ),
             parallel=replace(

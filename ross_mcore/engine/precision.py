@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig
+from ross_mcore.checked import shown
 from ross_mcore.config import Config
 from ross_mcore.engine.kernels import choose
 from ross_mcore.errors import ConfigError
@@ -57,7 +58,9 @@ def execution_of(config: Config) -> Execution:
         fp8=fp8,
         gradient_accumulation_fusion=bool(options.gradient_accumulation_fusion),
         tp_comm_overlap=options.tp_comm_overlap,
-        recompute_granularity=options.recompute_granularity,
+        recompute=config.recompute,
+        denoiser_precision=options.denoiser_precision or "fp32",
+        vae_precision=options.vae_precision or "fp32",
         overlap_p2p_communication=config.parallel.overlap_p2p_communication,
     )
 
@@ -92,15 +95,26 @@ def row_multiple(config: Config) -> int:
     return multiple
 
 
-def check_execution(config: Config, language: LanguageConfig, libraries: Libraries) -> None:
-    """Raises ConfigError, before anything is built, with the reason and the remedy."""
+def check_execution(
+    config: Config, language: LanguageConfig, libraries: Libraries, layers_per_chunk: Sequence[int] = ()
+) -> None:
+    """Raises ConfigError, before anything is built, with the reason and the remedy.
+
+    layers_per_chunk: decoder layers of each pipeline stage, or of each of its chunks.
+    """
     given, choice = config.execution.transformer_impl, choose(config, libraries)
     config = choice.config
     if config.execution.transformer_impl == "local":
         for flag in _changed(config.execution, ("fp8_format", "attention_backend", "tp_comm_overlap")):
             remedy = "; add it" if given == "local" else f", and auto takes local layers here ({choice.why})"
             raise ConfigError(f"{flag} needs --transformer-impl transformer_engine{remedy}; or remove {flag}")
-    for message in (*_engine(config, libraries), *_fp8(config, language), *_overlap(config, libraries)):
+    for message in (
+        *_engine(config, libraries),
+        *_parts(config.execution, libraries),
+        *_fp8(config, language),
+        *_recompute(config.execution, layers_per_chunk),
+        *_overlap(config, libraries),
+    ):
         raise ConfigError(message)
     if config.execution.fp8_format is not None:
         reason = platform.fp8_refusal(config.execution.fp8_recipe)
@@ -172,6 +186,51 @@ def _fp8(config: Config, language: LanguageConfig) -> Iterator[str]:
         elif options.first_last_layers_bf16 and getattr(options, name) > stage_layers:
             yield f"{flag} {getattr(options, name)} is more than the {stage_layers} layers of a stage; lower it"
     yield from _matrices(config, language)
+
+
+def _parts(options: ExecutionOptions, libraries: Libraries) -> Iterator[str]:
+    """Checks the precision of denoiser and VAE."""
+    for name in ("denoiser_precision", "vae_precision"):
+        if getattr(options, name) == "tf32" and not libraries.tf32:
+            why, remedy = f"{platform.TF32_OVERRIDE}=0 in the environment turns it off", "unset it, or use"
+            if os.environ.get(platform.TF32_OVERRIDE) != "0":
+                why, remedy = "TF32 needs a GPU, Ampere or newer, and this process has none", "use"
+            yield f"{flag_of(name)} tf32: {why}; {remedy} {flag_of(name)} fp32, or leave the choice to the program"
+
+
+RECOMPUTED = ("core_attn", "mlp")
+"""mcore's names for what can be recomputed of a layer of this model. Its others are of experts and latent attention,
+and layernorm: Transformer Engine's norms are inside its linear layers, and for others mcore 0.16.1 calls it too."""
+
+
+def _recompute(options: ExecutionOptions, layers_per_chunk: Sequence[int]) -> Iterator[str]:
+    """mcore's requirements (transformer_config.py, "activation recomputation"; transformer_block.py), and its silence.
+
+    It takes flags that have no effect, and fails in the first step where groups do not divide the layers.
+    """
+    full = ("recompute_method", "recompute_num_layers")
+    granularity = options.recompute_granularity
+    for kind, names in (("full", full), ("selective", ("recompute_modules",))):
+        for flag in _changed(options, names) if granularity != kind else ():
+            yield f"{flag} has no effect without --recompute-granularity {kind}; add it, or remove {flag}"
+    number = options.recompute_num_layers
+    if options.recompute_method == "block" and number is None:
+        yield "--recompute-method block needs --recompute-num-layers, the number of layers of a stage to recompute"
+    if granularity == "full" and options.recompute_method != "block" and number is not None:
+        for layers in layers_per_chunk:
+            if layers % number:
+                yield (
+                    f"--recompute-num-layers {number} does not divide the {layers} layers of a pipeline stage, which "
+                    "--recompute-method uniform needs; use a divisor of each stage's layers "
+                    f"({', '.join(map(str, layers_per_chunk))}), or --recompute-method block"
+                )
+    if options.recompute_modules is not None:
+        named = options.recompute_modules.split(",")
+        if wrong := [name for name in named if name not in RECOMPUTED]:
+            yield (
+                f"--recompute-modules {shown(options.recompute_modules)}: {shown(wrong[0])} is nothing that a layer of "
+                f"this model recomputes; give one or several of {', '.join(RECOMPUTED)}, separated by commas"
+            )
 
 
 def _matrices(config: Config, language: LanguageConfig) -> Iterator[str]:

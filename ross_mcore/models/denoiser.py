@@ -3,6 +3,9 @@
 Legend: I images, k draws of an image, M = I * k noisy latents, C latent channels, g side of the latent grid,
 N = g * g tokens, W width of the transformer, Dc width of the condition. Source: reference denoiser_dit.py:101-268
 (architecture after DiT, Peebles and Xie 2023, with the condition added per token instead of per image).
+
+Precision: matrix products are computed in the denoiser's `precision` (models/products.py), forward and backward. Norms,
+softmax, activations, modulation, residuals and the embedding of timesteps are fp32 in all of them.
 """
 
 from __future__ import annotations
@@ -13,21 +16,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ross_mcore.architecture import DenoiserConfig
+from ross_mcore.models.products import PointConvolution, PreciseLinear, Precision
 from ross_mcore.shapes import Shapes, conv, linear, within
 
 CONDITION_NORM_EPSILON = 1e-5
 BLOCK_NORM_EPSILON = 1e-6
 FREQUENCY_CHANNELS = 256
 MAX_PERIOD = 10000.0
-
-
-class Float32Linear(nn.Linear):
-    """A Linear that computes in float32 for weights of any dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.float(), self.bias.float())
 
 
 def grid_position_embedding(width: int, grid: int) -> Tensor:
@@ -61,15 +59,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return layer_norm(x, BLOCK_NORM_EPSILON) * (1 + scale) + shift
 
 
-class PointConvolution(nn.Conv2d):
-    """A 1x1 convolution as a matrix product, because cuDNN uses TF32: [M, C, g, g] -> [M, N, W] float32."""
-
-    bias: nn.Parameter
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.flatten(2).transpose(1, 2), self.weight.flatten(1).float(), self.bias.float())
-
-
 class PatchEmbedding(nn.Module):
     """One token per latent pixel: x [M, C, g, g] -> [M, N, W], tokens in row-major order."""
 
@@ -82,24 +71,27 @@ class PatchEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """timesteps [M] -> [M, W]."""
+    """timesteps [M] -> [M, W], fp32 in every precision: M rows are little work, and cosines need more than 8 bits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(Float32Linear(FREQUENCY_CHANNELS, width), nn.SiLU(), Float32Linear(width, width))
+        self.mlp = nn.Sequential(PreciseLinear(FREQUENCY_CHANNELS, width), nn.SiLU(), PreciseLinear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
         return self.mlp(timestep_frequencies(timesteps))
 
 
 class SelfAttention(nn.Module):
-    """Full (not causal) multi-head attention: x [M, N, W] -> [M, N, W]."""
+    """Full (not causal) multi-head attention: x [M, N, W] -> [M, N, W].
+
+    Between the two linear layers it is torch's attention in the dtype of the factors: bf16, or fp32 also for tf32.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Float32Linear(width, 3 * width)
-        self.proj = Float32Linear(width, width)
+        self.qkv = PreciseLinear(width, 3 * width)
+        self.proj = PreciseLinear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -113,8 +105,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = Float32Linear(width, 4 * width)
-        self.fc2 = Float32Linear(4 * width, width)
+        self.fc1 = PreciseLinear(width, 4 * width)
+        self.fc2 = PreciseLinear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -127,11 +119,12 @@ class DenoiserBlock(nn.Module):
         super().__init__()
         self.attn = SelfAttention(config.width, config.num_heads)
         self.mlp = FeedForward(config.width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Float32Linear(config.width, 6 * config.width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), PreciseLinear(config.width, 6 * config.width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [M, N, W], condition [M, N, W] -> [M, N, W]."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(condition).chunk(6, 2)
+        modulation = self.adaLN_modulation(condition).float()
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 2)
         x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn))
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
@@ -141,23 +134,33 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.linear = Float32Linear(width, channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Float32Linear(width, 2 * width))
+        self.linear = PreciseLinear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), PreciseLinear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, 2)
-        return self.linear(modulate(x, shift, scale))
+        shift, scale = self.adaLN_modulation(condition).float().chunk(2, 2)
+        return self.linear(modulate(x, shift, scale)).float()
 
 
 class Denoiser(nn.Module):
     """Predicts the noise in latents; state-dict names are those inside the reference's `mm_inv_projector.net.`.
 
-    Computes in float32 for inputs and weights of any dtype, also under autocast. `pos_embed` is a fixed table by
+    Computes in `precision` for inputs and weights of any dtype, also under autocast. `pos_embed` is a fixed table by
     default; the reference trains it in stage 1 (`pos_embed.requires_grad_(True)` does the same).
     """
 
-    def __init__(self, config: DenoiserConfig, in_channels: int, condition_size: int, grid: int) -> None:
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        in_channels: int,
+        condition_size: int,
+        grid: int,
+        precision: Precision = "fp32",
+        recompute: bool = False,
+    ) -> None:
+        """recompute: whether backward computes the blocks again instead of keeping what it reads of them."""
         super().__init__()
+        self.recompute = recompute
         self.config = config
         self.in_channels = in_channels
         self.condition_size = condition_size
@@ -166,9 +169,13 @@ class Denoiser(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width), requires_grad=False)
         self.x_embedder = PatchEmbedding(in_channels, width)
         self.t_embedder = TimestepEmbedding(width)
-        self.z_embedder = nn.Sequential(nn.SiLU(), Float32Linear(condition_size, width))
+        self.z_embedder = nn.Sequential(nn.SiLU(), PreciseLinear(condition_size, width))
         self.blocks = nn.ModuleList([DenoiserBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(width, in_channels)
+        for module in (self.x_embedder, self.z_embedder, self.blocks, self.final_layer):
+            for part in module.modules():
+                if isinstance(part, (PreciseLinear, PointConvolution)):
+                    part.precision = precision
         self.reset_parameters()
 
     @torch.no_grad()
@@ -224,7 +231,10 @@ class Denoiser(nn.Module):
                 modulation = (embedded[:, None] + by_image).flatten(0, 1)
             hidden = self.x_embedder(x.float()) + self.pos_embed.float()
             for block in self.blocks:
-                hidden = block(hidden, modulation)
+                if self.recompute and torch.is_grad_enabled():  # a block draws no random numbers
+                    hidden = checkpoint(block, hidden, modulation, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    hidden = block(hidden, modulation)
             prediction = self.final_layer(hidden, modulation)
             return prediction.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 

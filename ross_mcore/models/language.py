@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig
+from ross_mcore.costs import Recompute
 from ross_mcore.models.attention import RotaryAngles, SDPACoreAttention
+from ross_mcore.models.products import Precision
 from ross_mcore.parallel.groups import Groups
 from ross_mcore.parallel.layout import Chunk
 
@@ -76,7 +78,9 @@ class Execution:
     """Add weight gradients to the gradient buffer inside the matrix product: in Transformer Engine's layers, and in
     mcore's own where Apex is installed."""
     tp_comm_overlap: bool = False
-    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute: Recompute = Recompute()  # noqa: RUF009  frozen
+    denoiser_precision: Precision = "fp32"
+    vae_precision: Precision = "fp32"
     overlap_p2p_communication: bool = True
 
 
@@ -101,11 +105,6 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
     """mcore's configuration of this language model in this layout."""
     layout = groups.layout
     interleaved = layout.virtual_stages > 1
-    recompute: dict[str, Any] = {}
-    if execution.recompute_granularity == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif execution.recompute_granularity == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
         num_layers=language.num_hidden_layers,
         hidden_size=language.hidden_size,
@@ -151,8 +150,21 @@ def transformer_config(language: LanguageConfig, groups: Groups, execution: Exec
         gradient_accumulation_fusion=execution.gradient_accumulation_fusion and platform.libraries().gradient_fusion,
         tp_comm_overlap=execution.tp_comm_overlap,
         **(execution.fp8.megatron() if execution.fp8 else {}),
-        **recompute,
+        **_recompute(execution.recompute),
     )
+
+
+def _recompute(chosen: Recompute) -> dict[str, Any]:
+    """The fields of a TransformerConfig.
+
+    mcore takes `uniform` groups that divide the layers of a chunk, and any `block`: a chunk with fewer recomputes all.
+    """
+    if chosen.granularity is None:
+        return {}
+    how: dict[str, Any] = {"recompute_method": chosen.method, "recompute_num_layers": chosen.num_layers}
+    if chosen.granularity == "selective":
+        how = {"recompute_modules": list(chosen.modules)}
+    return {"recompute_granularity": chosen.granularity, **how}
 
 
 def layer_spec(execution: Execution, num_layers: int) -> TransformerBlockSubmodules | ModuleSpec:

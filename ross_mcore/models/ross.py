@@ -91,14 +91,20 @@ class RossModel(MegatronModule):
             )
         self.language_model = LanguageModel(model.language, self.config, groups, execution, chunk)
         if chunk.is_last and model.denoiser and model.pixel_decoder:
-            # stored like the other parts, but computed in fp32 (reference ross_arch.py:466-512)
-            self.denoiser = Denoiser(model.denoiser, model.pixel_decoder.token_channels, width, model.vision.grid)
+            # stored like the other parts, but computed in a precision of its own (reference ross_arch.py:466-512)
+            channels, grid = model.pixel_decoder.token_channels, model.vision.grid
+            how = execution.denoiser_precision, execution.recompute.denoiser
+            self.denoiser = Denoiser(model.denoiser, channels, width, grid, *how)
             self.denoiser.to(execution.dtype)
             self.schedule = diffusion.Schedule.cosine(platform.device())
             self.autoencoder_config = model.pixel_decoder
             if options.decodes or not precomputed.latents:
                 self.pixel_decoder = PixelDecoder(
-                    model.pixel_decoder, model.vision.image_mean, model.vision.image_std, model.decode_image_size
+                    model.pixel_decoder,
+                    model.vision.image_mean,
+                    model.vision.image_std,
+                    model.decode_image_size,
+                    precision=execution.vae_precision,
                 )
             self.register_buffer("blank_posterior", options.blank_posterior, persistent=False)
         table = pixel_table(model.vision.image_mean, model.vision.image_std)

@@ -11,6 +11,7 @@ from ross_mcore import platform
 from ross_mcore.checked import real_path
 from ross_mcore.data.replacement import BadSample
 from ross_mcore.data.templates import DEFAULT_OF, default_template, end_of_answer
+from ross_mcore.engine.precision import execution_of
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, changed_options
 from ross_mcore.guards.incidents import Incident
@@ -45,6 +46,7 @@ class Console(Reporter):
             f"{run.kernels}\n"
             f"data: {len(dataset)} samples, {run.rows_per_step} rows a step, {run.train_iters} iterations\n"
             f"{_templates(run)}\n"
+            f"precision: {_precision(run)}\n"
             f"process {os.getpid()} on {socket.gethostname()}: SIGUSR1 saves and continues, SIGTERM saves and ends"
         )
         changed = changed_options(run.start.train_state(), state) if run.resume else []
@@ -99,6 +101,17 @@ class Console(Reporter):
         skipped = f"; {self._skipped} samples were skipped" if self._skipped else ""
         ignored = f"; {self._ignored} samples had no label" if self._ignored else ""
         say(f"finished {state.iteration} iterations, {state.consumed_samples} samples{skipped}{ignored}")
+
+
+def _precision(run: Run) -> str:
+    """The line that says in which precision each part computes."""
+    execution = execution_of(run.config)
+    main = "bf16" if run.config.execution.bf16 else "fp32"
+    main += f", linear layers of the decoder {execution.fp8.recipe} FP8" if execution.fp8 else ""
+    if run.model_config.denoiser is None:
+        return main
+    vae = "" if run.precomputed.latents else f", {VAE.label} {execution.vae_precision}"
+    return f"{main}; {DENOISER.label} {execution.denoiser_precision}{vae}"
 
 
 def _templates(run: Run) -> str:

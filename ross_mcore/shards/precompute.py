@@ -79,8 +79,10 @@ class PictureParts:
 def load_picture_parts(run: Path, kinds: Sequence[str], aspect_ratio: ImageAspectRatio, dtype: str) -> PictureParts:
     """VAE (for "latents") and tower (for "features") of a checkpoint, in float32 on this process's device.
 
-    Raises CheckpointError and ArchitectureError naming the file.
+    In float32 on a GPU too, without TF32: once for all runs. Raises CheckpointError and ArchitectureError naming the
+    file.
     """
+    platform.set_tf32(False)
     checkpoint = require_checkpoint(run)
     model = architecture_of(checkpoint, inventory)
     preprocessing = ImagePreprocessing.for_tower(model.vision, aspect_ratio, checkpoint.image_processor())

@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ross_mcore import checked
+from ross_mcore import checked, platform
 from ross_mcore.checked import shown
 from ross_mcore.checkpoint.folder import TOKENIZER, Checkpoint, checkpoints
 from ross_mcore.checkpoint.manifest import damages
 from ross_mcore.config import Config
+from ross_mcore.engine.kernels import choose
 from ross_mcore.engine.state import TrainState, read_state
 from ross_mcore.errors import ArchitectureError, CheckpointError, ConfigError
 from ross_mcore.options import flag_of
@@ -33,10 +34,12 @@ weights have moments. `TrainState.samples`, how samples are read, must not chang
 
 def changeable_options(config: Config, train_iters: int) -> dict[str, Any]:
     """Options that may change when a run is resumed; the changes are logged."""
-    training = config.training
+    training, execution = config.training, choose(config, platform.libraries()).config.execution
     return {
         **asdict(config.optimizer),
-        "bf16": config.execution.bf16,
+        "bf16": execution.bf16,
+        "denoiser_precision": execution.denoiser_precision,
+        "vae_precision": execution.vae_precision,
         "train_iters": train_iters,
         "loss_normalization": training.loss_normalization,
         "vm_loss_rows": training.vm_loss_rows,

@@ -123,7 +123,7 @@ def place(
         data_parallel_size=layout.data_parallel,
         virtual_stages=layout.virtual_stages,
     )
-    check_execution(config, model_config.language, platform.libraries())
+    check_execution(config, model_config.language, platform.libraries(), layout.layers_per_chunk)
     return layout
 
 

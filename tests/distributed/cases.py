@@ -49,12 +49,20 @@ INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1
 
 GATHERED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+SELECTED = {"recompute_granularity": "selective", "recompute_modules": "core_attn,mlp"}
+AGAIN = {"recompute_denoiser": True}
+
 CASES = [
     Case("tp2", 2, layout(2)),
     Case("tp2+sp", 2, layout(2, sequence_parallel=True)),
     Case("pp2", 2, layout(1, 2)),
     Case("pp3", 3, layout(1, 3)),
-    Case("pp2 uneven", 2, layout(1, 2, pipeline_layout="3,1")),
+    Case(
+        "pp2 uneven, more layers recomputed than one stage has",
+        2,
+        layout(1, 2, pipeline_layout="3,1", **BLOCK, **AGAIN),
+    ),
     Case("tp2xpp2", 4, layout(2, 2)),
     Case("tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True)),
     Case("tp2xpp2 overlap", 4, layout(2, 2, overlap_grad_reduce=True)),
@@ -63,7 +71,7 @@ CASES = [
     Case("dp2 distributed optimizer", 2, layout(use_distributed_optimizer=True)),
     Case("tp2xdp2 distributed optimizer", 4, layout(2, use_distributed_optimizer=True, overlap_grad_reduce=True)),
     Case("tp2xdp2 parameter gather overlaps", 4, layout(2, **GATHERED)),
-    Case("tp2 recompute", 2, layout(2, recompute_granularity="full")),
+    Case("tp2+sp recomputes attention and MLP", 2, layout(2, sequence_parallel=True, **SELECTED, **AGAIN)),
     Case("pp2 frozen LLM", 2, layout(1, 2), stage="pretrain"),
     Case("pp3 frozen LLM, middle stage trains nothing", 3, layout(1, 3), stage="pretrain"),
     Case("tp2xpp2 frozen LLM", 4, layout(2, 2, sequence_parallel=True), stage="pretrain"),

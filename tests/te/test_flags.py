@@ -120,9 +120,13 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "config.recompute_num_layers": 1,
         },
     ),
+    "recompute blocks": (
+        {**BF16, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+        {"config.recompute_method": "block", "config.recompute_num_layers": 3},
+    ),
     "recompute selective": (
-        {**BF16, "recompute_granularity": "selective"},
-        {"config.recompute_granularity": "selective", "config.recompute_modules": ["core_attn"]},
+        {**BF16, "recompute_granularity": "selective", "recompute_modules": "mlp"},
+        {"config.recompute_granularity": "selective", "config.recompute_modules": ["mlp"]},
     ),
     "gradient accumulation fusion": (
         {**BF16, "gradient_accumulation_fusion": True},

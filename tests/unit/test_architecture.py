@@ -36,7 +36,7 @@ ALLOWED = {
     "parallel": {"parts", "architecture", "costs", "flops", "machines", "platform", "parallel"},
     "models": {
         *("parts", "shapes", "checked", "library_configs", "architecture"),
-        *("batch", "platform", "parallel", "models"),
+        *("batch", "costs", "platform", "parallel", "models"),
     },
     "data": {"checked", "library_configs", "architecture", "batch", "parallel", "data"},
     "shards": {

@@ -17,7 +17,9 @@ FLAGS = """
 --overlap-p2p-communication
 --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 --distributed-timeout-minutes
---bf16 --transformer-impl --attention-backend --recompute-granularity --gradient-accumulation-fusion --tp-comm-overlap
+--bf16 --denoiser-precision --vae-precision
+--transformer-impl --attention-backend --gradient-accumulation-fusion --tp-comm-overlap
+--recompute-granularity --recompute-method --recompute-num-layers --recompute-modules --recompute-denoiser
 --fp8-format --fp8-recipe --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --fp8-param-gather
 --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16
 --data-path --valid-data-path --seq-length --pack --template --mm-use-im-start-end --image-aspect-ratio --sampler

@@ -76,11 +76,13 @@ class _Whole(torch.nn.Module):
         return states
 
 
-def decoder(layers: int, execution: Execution, sharded: bool = False) -> DistributedDataParallel:
-    """A small decoder of `layers` layers on this process alone, with weights that are not zero."""
+def decoder(
+    layers: int, execution: Execution, sharded: bool = False, language: LanguageConfig = LANGUAGE
+) -> DistributedDataParallel:
+    """A decoder of `layers` layers of these sizes on this process alone, with weights that are not zero."""
     platform.initialize_process_group(1)
     here = groups.initialize(Layout(1, 1, 1, (layers,)), 1, 1)
-    language = replace(LANGUAGE, num_hidden_layers=layers)
+    language = replace(language, num_hidden_layers=layers)
     config = transformer_config(language, here, execution)
     model = LanguageModel(language, config, here, execution, here.stage.chunks[0])
     generator = torch.Generator().manual_seed(0)

@@ -47,6 +47,8 @@ REFERENCE = {
     "lr_warmup_iters": 0,
     "clip_grad": 0.0,
     "weight_decay": 0.0,
+    "denoiser_precision": "fp32",
+    "vae_precision": "fp32",
 }
 """Options of this trainer that give the reference's arithmetic."""
 STAGES = {1: "pretrain", 2: "finetune"}

@@ -25,6 +25,7 @@ ENGINE = {"transformer_impl": "transformer_engine"}
 BF16 = {**ENGINE, "bf16": True, "pack": False}
 FP8 = {**BF16, "fp8_format": "hybrid"}
 OVERLAP = {**BF16, "tp_comm_overlap": True, "sequence_parallel": True, "tensor_model_parallel_size": 2}
+FULL, SELECTED = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
 LANGUAGE = recorded_config("qwen2_siglip").language
 
 
@@ -37,11 +38,18 @@ LANGUAGE = recorded_config("qwen2_siglip").language
         ({"tp_comm_overlap": True}, "needs --transformer-impl transformer_engine"),
         ({"gradient_accumulation_fusion": True}, "build Apex"),
         ({"overlap_param_gather": True}, "add --use-distributed-optimizer and --overlap-grad-reduce"),
+        ({"denoiser_precision": "tf32"}, "TF32 needs a GPU, Ampere or newer, .* use --denoiser-precision fp32"),
+        ({"recompute_granularity": "full", "recompute_modules": "mlp"}, "--recompute-granularity selective; add it"),
+        ({"recompute_num_layers": 2}, "--recompute-num-layers has no effect without --recompute-granularity full"),
+        ({**SELECTED, "recompute_method": "block"}, "--recompute-method has no effect"),
+        ({**SELECTED, "recompute_modules": "mlp,layernorm"}, ".layernorm. is nothing that a layer of this model"),
+        ({**FULL, "recompute_method": "block"}, "--recompute-method block needs --recompute-num-layers"),
+        ({**FULL, "recompute_num_layers": 3}, r"3 does not divide the 2 layers .* \(6, 2\), or .* block"),
     ],
 )
-def test_missing_libraries_are_refused(flags: dict, says: str) -> None:
+def test_what_cannot_work_here_is_refused(flags: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        check_execution(Config.from_flat(**flags), LANGUAGE, NOTHING)
+        check_execution(Config.from_flat(**flags), LANGUAGE, NOTHING, (6, 2))
 
 
 @pytest.mark.parametrize(
@@ -165,3 +173,23 @@ def test_attention_is_chosen_by_the_flag_alone(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_rows_are_padded_for_their_matrix_products(flags: dict, multiple: int) -> None:
     assert row_multiple(Config.from_flat(**flags)) == multiple
+
+
+def test_precision_of_denoiser_and_vae_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    tf32 = replace(EVERYTHING, tf32=True)
+
+    def chosen(libraries: Libraries, **flags: str) -> tuple[str | None, str | None]:
+        execution = choose(Config.from_flat(**flags), libraries).config.execution
+        return execution.denoiser_precision, execution.vae_precision
+
+    assert chosen(NOTHING) == ("fp32", "fp32") and chosen(tf32) == ("tf32", "tf32")
+    assert chosen(tf32, denoiser_precision="fp32", vae_precision="bf16") == ("fp32", "bf16")
+    check_execution(Config.from_flat(vae_precision="tf32"), LANGUAGE, tf32)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with pytest.raises(ConfigError, match="NVIDIA_TF32_OVERRIDE=0 in the environment turns it off; unset it, or use"):
+        check_execution(Config.from_flat(vae_precision="tf32"), LANGUAGE, EVERYTHING)
+
+
+def test_blocks_may_be_longer_than_a_stage() -> None:
+    config = Config.from_flat(**FULL, recompute_method="block", recompute_num_layers=4)
+    check_execution(config, LANGUAGE, NOTHING, (6, 2))

@@ -19,7 +19,7 @@ ross_mcore.errors. Importing ross_mcore loads neither torch nor numpy; a name lo
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ross_mcore import megatron_hook
+from ross_mcore import environment, megatron_hook
 
 if TYPE_CHECKING:
     from ross_mcore.api import read_recipe, train
@@ -67,6 +67,7 @@ _MODULES = {
 }
 """Module -> the public names that it defines."""
 
+environment.prepare()
 megatron_hook.install()
 
 

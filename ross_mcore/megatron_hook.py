@@ -63,7 +63,6 @@ def prepared() -> Mapping[str, Sequence[Callable[[Any], None]]]:
 
     hide_warnings()
     if platform.has_gpu():
-        platform.order_kernels()
         return {}
     from ross_mcore import cpu_megatron
 

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ross_mcore.environment import CONNECTIONS
 from ross_mcore.errors import PlatformError
 from ross_mcore.launcher import RENDEZVOUS
 
@@ -26,8 +27,6 @@ T = TypeVar("T")
 
 RECORDED_COLLECTIVES = 64
 """Length of torch's flight recorder, of which the last entry is read; with its default length reading is slow."""
-
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 AMPERE, BLACKWELL = (8, 0), (10, 0)
 """Compute capabilities."""
@@ -223,10 +222,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def order_kernels() -> None:
-    """Makes CUDA use one queue of kernels (Libraries.ordered_kernels); no effect once the GPU is in use."""
-    if not torch.cuda.is_initialized():
-        os.environ.setdefault(CONNECTIONS, "1")
+def gpu_is_in_use() -> bool:
+    """Whether this process has made a GPU call that fixed its environment."""
+    return bool(torch.cuda.is_initialized())
 
 
 def initialize_process_group(timeout_minutes: float) -> None:
@@ -237,6 +235,7 @@ def initialize_process_group(timeout_minutes: float) -> None:
     if torch.distributed.is_initialized():
         return
     set_tf32(False)  # fp32 is fp32, but where a part of the model asks for TF32
+    gpu = None
     if has_gpu():
         local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= count:
@@ -245,6 +244,7 @@ def initialize_process_group(timeout_minutes: float) -> None:
                 'a machine, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to run on the CPU'
             )
         use_device()
+        gpu = torch.device("cuda", local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store, rank, world_size = torch.distributed.HashStore(), 0, 1
@@ -252,7 +252,10 @@ def initialize_process_group(timeout_minutes: float) -> None:
         if "RANK" in os.environ:
             shared, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
             store = _store_of_this_start(shared, rank, world_size, timeout)
-        torch.distributed.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+        # with a device NCCL connects here, and not in the first collective, and groups are made from this one's links
+        torch.distributed.init_process_group(
+            backend(), store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
+        )
     except (torch.distributed.DistError, TimeoutError, ValueError) as error:
         given = ", ".join(f"{name}={os.environ.get(name)}" for name in RENDEZVOUS)
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "launcher": set(),
+    "environment": {"platform"},
     "arguments": {"launcher"},
     "architecture": {"checked", "library_configs"},
     "library_configs": {"checked"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "costs": {"architecture", "flops", "machines"},
     "parts": {"architecture"},
     "shapes": set(),
-    "platform": {"launcher"},
+    "platform": {"environment", "launcher"},
     "cpu_megatron": set(),
     "megatron_hook": {"platform", "cpu_megatron"},
     "parallel": {"parts", "architecture", "costs", "flops", "machines", "platform", "parallel"},
@@ -83,6 +84,7 @@ ALLOWED = {
 PURE = {
     "errors.py": set(),
     "launcher.py": set(),
+    "environment.py": set(),
     "arguments.py": set(),
     "architecture.py": set(),
     "library_configs.py": set(),

@@ -37,7 +37,9 @@ setup(
     extras_require={
         # Apex is not on PyPI: build it from its repository with --cpp_ext and --cuda_ext. It is optional; it brings
         # fused gradient accumulation. Transformer Engine and flash-attn compile against the installed torch and CUDA.
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
+        # Transformer Engine takes flash-attn up to 2.8.1 (2.9) or 2.8.3 (2.10, 2.11), on Blackwell from 2.7.3, and does
+        # without any other.
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7.3,<=2.8.1"],
         # Shards behind URLs (s3://, gs://, https://); fsspec itself comes with torch.
         "remote": ["fsspec[http,s3,gs]"],
         # Pictures in HEIC, as phones save them.

@@ -17,8 +17,11 @@ from pathlib import Path
 HELD = ("torch", "torchvision", "triton", "pytorch-triton", "numpy")
 """Compiled packages, and the packages they were built against. Nothing that pip installs needs Transformer Engine,
 flash-attn or Apex, so pip does not replace them."""
-RANGES = {"torch": ">=2.7", "transformer-engine": ">=2.9.0a0,<2.12.0", "flash-attn": ">=2.1.1"}
-"""From setup.py, from megatron-core 0.16.1's extra `dev`, and from Transformer Engine 2.9.0."""
+RANGES = {"torch": ">=2.7", "transformer-engine": ">=2.9.0a0,<2.12.0"}
+"""From setup.py and from megatron-core 0.16.1's extra `dev`."""
+FLASH_ATTENTION = {"2.9": ">=2.7.3,<=2.8.1", "2.10": ">=2.7.3,<=2.8.3", "2.11": ">=2.7.3,<=2.8.3"}
+"""Versions of flash-attn that a version of Transformer Engine takes on every GPU. It computes without any other. From
+its pytorch/attention/dot_product_attention/utils.py: `max_version`, `version_required_blackwell`."""
 APEX = "fused_weight_gradient_mlp_cuda"
 
 
@@ -35,17 +38,24 @@ def pins() -> list[str]:
     return [f"{package}=={installed}" for package, installed in found.items() if installed]
 
 
+def ranges() -> dict[str, str]:
+    """Package -> the versions that fit, of flash-attn those that fit the installed Transformer Engine."""
+    engine = ".".join((version("transformer-engine") or "").split(".")[:2])
+    return {**RANGES, "flash-attn": FLASH_ATTENTION.get(engine, FLASH_ATTENTION["2.9"])}
+
+
 def problems(base: list[str]) -> list[str]:
     """Packages that are missing, do not fit, or differ from `base`."""
     from packaging.specifiers import SpecifierSet
 
     found = [f"{pin} was replaced by {version(pin.split('==')[0])}" for pin in base if pin not in pins()]
-    for package, allowed in RANGES.items():
+    for package, allowed in ranges().items():
         installed = version(package)
         if installed is None:
             found.append(f"{package} is not installed ({allowed})")
         elif not SpecifierSet(allowed).contains(installed.split("+")[0], prereleases=True):
-            found.append(f"{package} {installed} is not {allowed}")
+            why = f", which Transformer Engine {version('transformer-engine')} takes" if package == "flash-attn" else ""
+            found.append(f"{package} {installed} is not {allowed}{why}")
     return found
 
 
@@ -57,7 +67,7 @@ def main() -> int:
     if options.pins:
         print("\n".join(pins()))
         return 0
-    for package in dict.fromkeys((*HELD, *RANGES, "apex", "megatron-core", "transformers", "diffusers")):
+    for package in dict.fromkeys((*HELD, *ranges(), "apex", "megatron-core", "transformers", "diffusers")):
         print(f"{package}: {version(package) or 'not installed'}")
     has_fusion = importlib.util.find_spec(APEX) is not None
     print(f"{APEX}, for --gradient-accumulation-fusion: {'installed' if has_fusion else 'not installed; optional'}")

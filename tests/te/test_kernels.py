@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import re
 from typing import TYPE_CHECKING
 
 import pytest
+
+from ross_mcore import platform
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -61,3 +66,20 @@ def test_all_three_products_are_of_fp8_numbers(recipe: str) -> None:
         largest = expected.abs().max()
         assert (ours - expected).abs().max() <= 4e-3 * largest, name  # bf16 results keep 8 bits
         assert (plain[name] - expected).abs().max() > 1.5e-2 * largest, name  # and casts leave 4 or 3 of 8
+
+
+def test_transformer_engine_says_which_flash_attn_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own range of versions, as setup.py and docker/check_image.py have it."""
+    import check_image
+    from transformer_engine.pytorch.attention.dot_product_attention.backends import fa_utils
+
+    engine = importlib.metadata.version("transformer_engine")
+    lowest, highest = re.findall(r"[\d.]+", check_image.FLASH_ATTENTION[".".join(engine.split(".")[:2])])
+    assert (str(fa_utils.version_required_blackwell), str(fa_utils.max_version)) == (lowest, highest)
+    refusal = f"Transformer Engine {engine} takes flash-attn {fa_utils.version_required} to {highest}, and "
+    assert platform.flash_attention_refusal() == refusal + "none is installed"
+    monkeypatch.setattr(fa_utils, "version", "2.8.3")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert platform.flash_attention_refusal() == refusal + "2.8.3 is installed"
+    monkeypatch.setattr(fa_utils, "is_installed", True)
+    assert platform.flash_attention_refusal() is None

@@ -22,9 +22,15 @@ def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_image, "version", installed.get)
     base = ["torch==2.10.0a0+b4e4ee81d3", "numpy==1.26.4"]
     assert check_image.pins() == base
-    assert check_image.problems(base) == ["flash-attn is not installed (>=2.1.1)"]
+    assert check_image.problems(base) == ["flash-attn is not installed (>=2.7.3,<=2.8.3)"]
+    installed |= {"flash-attn": "2.8.3"}
+    assert check_image.problems(base) == []
     installed |= {"torch": "2.13.0", "transformer-engine": "2.12.0", "flash-attn": "2.7.4.post1"}
     assert check_image.problems(base) == [
         "torch==2.10.0a0+b4e4ee81d3 was replaced by 2.13.0",
         "transformer-engine 2.12.0 is not >=2.9.0a0,<2.12.0",
+    ]
+    installed |= {"torch": "2.10.0a0+b4e4ee81d3", "transformer-engine": "2.9.0", "flash-attn": "2.8.3"}
+    assert check_image.problems(base) == [
+        "flash-attn 2.8.3 is not >=2.7.3,<=2.8.1, which Transformer Engine 2.9.0 takes"
     ]

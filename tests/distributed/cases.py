@@ -73,7 +73,7 @@ CASES = [
     Case("tp2xdp2 parameter gather overlaps", 4, layout(2, **GATHERED)),
     Case("tp2+sp recomputes attention and MLP", 2, layout(2, sequence_parallel=True, **SELECTED, **AGAIN)),
     Case("pp2 frozen LLM", 2, layout(1, 2), stage="pretrain"),
-    Case("pp3 frozen LLM, middle stage trains nothing", 3, layout(1, 3), stage="pretrain"),
+    Case("pp3 frozen LLM, middle stage trains nothing, overlap", 3, layout(1, 3, **GATHERED), stage="pretrain"),
     Case("tp2xpp2 frozen LLM", 4, layout(2, 2, sequence_parallel=True), stage="pretrain"),
     Case("pp2 text only", 2, layout(1, 2), data="text_only"),
     Case("tp2 text only", 2, layout(2), data="text_only"),

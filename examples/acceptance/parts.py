@@ -92,11 +92,11 @@ COMMON = {
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
 PIPELINE = "--pipeline-model-parallel-size 2"
 INTERLEAVED = f"{PIPELINE} --num-layers-per-virtual-pipeline-stage"
-TE = "--transformer-impl transformer_engine"
+LOCAL, TE = "--transformer-impl local", "--transformer-impl transformer_engine"
 FP8 = f"--bf16 {TE} --fp8-format hybrid"
 
 ONE = Training("one process", (Life(1),))
-BF16 = Training("bf16", (Life(1),), "--bf16")
+BF16 = Training("bf16", (Life(1),), f"--bf16 {LOCAL}")
 BF16_TE = Training("bf16, Transformer Engine", (Life(1),), f"--bf16 {TE}", ("transformer_engine",))
 REFERENCES = (ONE, BF16, BF16_TE)
 """Trainings that others are compared with; a part that needs one runs it unless another part has run it."""
@@ -206,7 +206,7 @@ PARTS = (
     Part(
         "bf16",
         "bf16 trains like fp32, up to its rounding",
-        trainings=(BF16, Training("bf16, tensor 2", (Life(2, TENSOR),), "--bf16"), BF16_TE),
+        trainings=(BF16, Training("bf16, tensor 2", (Life(2, TENSOR),), f"--bf16 {LOCAL}"), BF16_TE),
         against="one process",
         tolerance=Tolerance(
             2e-2, 2e-2, "a bf16 number has 8 bits (5e-3 on a CPU), and kernels round elsewhere on a GPU"
@@ -229,7 +229,7 @@ PARTS = (
         "0.7 billion parameters, SigLIP-SO400M's and the FLUX VAE's shapes, bf16, rows of 2,048 tokens",
         MEDIUM,
         trainings=(
-            measured("0.7B, local", 1, ""),
+            measured("0.7B, local", 1, LOCAL),
             measured("0.7B, Transformer Engine", 1, TE, "transformer_engine"),
             measured("0.7B, FP8", 1, f"{TE} --fp8-format hybrid", "transformer_engine", "fp8"),
             measured("0.7B, data 2", 2, "--overlap-grad-reduce"),

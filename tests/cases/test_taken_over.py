@@ -235,7 +235,12 @@ def test_load_is_never_ignored_in_silence(place: Place) -> None:
     longer = [2 if part == 1 else part for part in first]
     run = place.folder / "run"
     for name, arguments, status, says in (
-        ("first try", first, 0, [f"finetune: starts from the weights of {place.base}"]),
+        (
+            "first try",
+            first,
+            0,
+            [f"starts from the weights of {place.base}", "layers: local (this machine has no GPU)"],
+        ),
         ("the same again", longer, 0, ["continues from iteration 1", f"--load {place.base} is not read"]),
         ("another model", right, 2, [f"started from {place.base}, and --load {other}", "another --save"]),
         ("a base as --save", [*first, "--save", other], 2, ["holds a converted model, not a run"]),

@@ -93,18 +93,20 @@ def micro_batches_in_flight(layout: Layout, stage: Stage, micro_batches: int) ->
 def layer_activations(model: ModelConfig, plan: Plan, tensor: int) -> tuple[float, float]:
     """Bytes of a micro-batch that a decoder layer's backward reads: its input alone, and everything.
 
-    tests/unit/models/test_saved_activations.py counts them.
+    tests/unit/models/test_saved_activations.py counts them, and tests/te those of Transformer Engine's layers.
     """
     language, size = model.language, plan.value_bytes
     query, key = (heads * language.head_dim for heads in (language.num_attention_heads, language.num_key_value_heads))
     entry = plan.slots * language.hidden_size * size / (tensor if plan.sequence_parallel else 1)
-    # inputs and outputs of two norms; queries, keys and values before the rotation, the two after it, the output
+    # inputs and outputs of two norms; rotated queries and keys, values, and the output; the local layers' values are a
+    # view of all three before the rotation
+    copies = 2 if plan.kernels.fused_attention else 3
     selected = plan.recompute.modules if plan.recompute.granularity == "selective" else ()
     inner = 0 if "mlp" in selected else MLP_TENSORS
     norms = 2 if "layernorm" in selected else 4
     if not plan.llm_trains:  # a frozen product does not keep its input
         norms, inner = 2, max(0, inner - 1)
-    inside = plan.slots * size * (3 * query + 3 * key + inner * language.intermediate_size) / tensor
+    inside = plan.slots * size * (copies * (query + key) + inner * language.intermediate_size) / tensor
     return entry, norms * entry + inside
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ross_mcore.architecture import DenoiserConfig, LanguageConfig
-from ross_mcore.costs import Plan
+from ross_mcore.costs import LOCAL, Plan
 from ross_mcore.models import language
 from ross_mcore.models.attention import packed_sequence
 from ross_mcore.models.denoiser import Denoiser
@@ -100,7 +100,7 @@ def test_a_decoder_layer_keeps_what_the_plan_counts(trains: bool, monkeypatch: p
         lambda: block(hidden, None, rotary_pos_emb=rotary, packed_seq_params=packed_sequence([128, 128])),
         block.parameters(),
     )
-    model, plan = replace(ROSS_7B, language=SMALL), Plan(tokens=tokens, llm_trains=trains)
+    model, plan = replace(ROSS_7B, language=SMALL), Plan(tokens=tokens, llm_trains=trains, kernels=LOCAL)
     _, planned = layer_activations(model, plan, tensor=1)
     small = tokens * (8 * 32 + 8 * 4 + 4 * 2)  # rotary tables, sums of the softmax, means and deviations of the norms
     assert planned <= found <= planned + small

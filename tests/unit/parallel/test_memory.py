@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ross_mcore.costs import Plan, Recompute, typical_data
+from ross_mcore.costs import LOCAL, Plan, Recompute, typical_data
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel.layout import Layout
 from ross_mcore.parallel.memory import Memory, layer_activations, micro_batches_in_flight, stage_memory
@@ -56,8 +56,10 @@ def test_the_stages_together_hold_the_model() -> None:
 
 def test_recomputation_and_sequence_parallelism_save_activations() -> None:
     entry = 2 * 2048 * 3584 * 2 / 2
-    inside = 4 * entry + 2 * 2048 * 2 * (3 * 3584 + 3 * 512 + 3 * 18944) / 2
+    inside = 4 * entry + 2 * 2048 * 2 * (2 * 3584 + 2 * 512 + 3 * 18944) / 2
     assert layer_activations(ROSS_7B, PLAN, tensor=2) == (entry, inside)
+    local = replace(PLAN, kernels=LOCAL)
+    assert layer_activations(ROSS_7B, local, tensor=2) == (entry, inside + 2 * 2048 * 2 * (3584 + 512) / 2)
 
     def kept(*recompute: object, **changes: object) -> float:
         return memory_of(SPLIT, 0, recompute=Recompute(*recompute), **changes).activations  # type: ignore[arg-type]

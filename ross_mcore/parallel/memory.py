@@ -99,15 +99,15 @@ def layer_activations(model: ModelConfig, plan: Plan, tensor: int) -> tuple[floa
     query, key = (heads * language.head_dim for heads in (language.num_attention_heads, language.num_key_value_heads))
     entry = plan.slots * language.hidden_size * size / (tensor if plan.sequence_parallel else 1)
     # inputs and outputs of two norms; rotated queries and keys, values, and the output; the local layers' values are a
-    # view of all three before the rotation
-    copies = 2 if plan.kernels.fused_attention else 3
+    # view of all three before the rotation, and their rotations keep cosines and sines
+    copies, angles = (2, 0) if plan.kernels.fused_attention else (3, 4 * language.head_dim)
     selected = plan.recompute.modules if plan.recompute.granularity == "selective" else ()
     inner = 0 if "mlp" in selected else MLP_TENSORS
     norms = 2 if "layernorm" in selected else 4
     if not plan.llm_trains:  # a frozen product does not keep its input
         norms, inner = 2, max(0, inner - 1)
     inside = plan.slots * size * (copies * (query + key) + inner * language.intermediate_size) / tensor
-    return entry, norms * entry + inside
+    return entry, norms * entry + inside + plan.slots * size * angles
 
 
 def _activations(model: ModelConfig, layout: Layout, stage: Stage, plan: Plan, data: Data, micro_batches: int) -> float:

@@ -59,7 +59,7 @@ def test_recomputation_and_sequence_parallelism_save_activations() -> None:
     inside = 4 * entry + 2 * 2048 * 2 * (2 * 3584 + 2 * 512 + 3 * 18944) / 2
     assert layer_activations(ROSS_7B, PLAN, tensor=2) == (entry, inside)
     local = replace(PLAN, kernels=LOCAL)
-    assert layer_activations(ROSS_7B, local, tensor=2) == (entry, inside + 2 * 2048 * 2 * (3584 + 512) / 2)
+    assert layer_activations(ROSS_7B, local, tensor=2) == (entry, inside + 2 * 2048 * 2 * ((3584 + 512) / 2 + 4 * 128))
 
     def kept(*recompute: object, **changes: object) -> float:
         return memory_of(SPLIT, 0, recompute=Recompute(*recompute), **changes).activations  # type: ignore[arg-type]

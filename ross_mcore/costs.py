@@ -103,8 +103,8 @@ class Recompute:
 class Plan:
     """The options of a run that the time and the memory of its steps depend on.
 
-    rows: of a micro-batch; tokens: slots of a row; packed: whether a row holds several samples; frozen_ahead: whether
-    tower and VAE run for several micro-batches at once, so that launches do not limit them.
+    rows: of a micro-batch; tokens: slots of a row; packed: whether a row holds several samples; frozen_ahead: whether a
+    frozen tower runs for several micro-batches at once, so that launches do not limit it.
     """
 
     rows: int = 1
@@ -122,7 +122,7 @@ class Plan:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
-    frozen_ahead: bool = False
+    frozen_ahead: bool = True
     precomputed: Precomputed = NOTHING_PRECOMPUTED
 
     @property
@@ -191,7 +191,7 @@ def first_seconds(model: ModelConfig, plan: Plan, data: Data, machine: Machine, 
     parts = forward_flops(model, 0, 0, plan.samples(data) * data.images / tensor, plan.precomputed)
     peak, shares = machine.peak(_own(plan)), machine.shares
     tower = parts.vision_model / (peak * shares.small_products)
-    if parts.vision_model and not plan.frozen_ahead:
+    if parts.vision_model and (plan.vision_trains or not plan.frozen_ahead):
         tower = max(tower, model.vision.num_layers * TOWER_KERNELS * machine.launch_seconds)
     projector = parts.vision_projection / (peak * shares.products[_own(plan)])
     embedding = _table_seconds(model, plan, machine, tensor) if plan.llm_trains else 0.0

@@ -16,14 +16,17 @@ from ross_mcore.flops import encoder_values
 from ross_mcore.parallel.layout import Layout, Stage
 from ross_mcore.parts import is_sharded, part_of, place_of, trains
 
-DENOISER_VALUES = 31
-"""Vectors of the denoiser's width that a block's backward reads per token: norms, qkv, attention, MLP, modulation."""
+DENOISER_VALUES = (12, 17)
+"""Vectors of the denoiser's width that a block's backward reads per token: in fp32 (norms, modulation, residuals), and
+factors and results of products in their precision. tests/unit/models/test_recompute.py counts them."""
+VAE_PICTURES = 8
+"""Pictures that the VAE encodes at a time (PixelDecoder.encode_batch_size)."""
 LOGIT_BYTES = 8
 """The most of a logit at a time: in bf16, its exponential in fp32, and its gradient in bf16."""
 MLP_TENSORS = 3
 """Tensors of the MLP's width that backward reads: gate and up, which the fused activation keeps, and their product."""
-ENCODER_SHARE = 4 / 15
-"""Of the values that the VAE encoder passes over at its first level, those that exist at a time."""
+ENCODER_SHARE = 1 / 15
+"""Of the values that the VAE encoder passes over, those that exist at a time: about four tensors of its first level."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def layer_activations(model: ModelConfig, plan: Plan, tensor: int) -> tuple[floa
     copies, angles = (2, 0) if plan.kernels.fused_attention else (3, 4 * language.head_dim)
     selected = plan.recompute.modules if plan.recompute.granularity == "selective" else ()
     inner = 0 if "mlp" in selected else MLP_TENSORS
-    norms = 2 if "layernorm" in selected else 4
+    norms = 4
     if not plan.llm_trains:  # a frozen product does not keep its input
         norms, inner = 2, max(0, inner - 1)
     inside = plan.slots * size * (copies * (query + key) + inner * language.intermediate_size) / tensor
@@ -128,7 +131,7 @@ def _activations(model: ModelConfig, layout: Layout, stage: Stage, plan: Plan, d
     if not stage.is_last:
         return kept
     logits = plan.slots * data.labels / data.tokens * model.language.padded_vocab_size / tensor * LOGIT_BYTES
-    return kept + logits + max(_denoising(model, plan, data, tensor), _encoding(model, plan, data, tensor))
+    return kept + logits + _denoising(model, plan, data, tensor) + _encoding(model, plan)
 
 
 def _images(plan: Plan, data: Data) -> float:
@@ -141,13 +144,19 @@ def _denoising(model: ModelConfig, plan: Plan, data: Data, tensor: int) -> float
     if denoiser is None:
         return 0.0
     pairs = math.ceil(_images(plan, data) * denoiser.draws / tensor)
-    block = DENOISER_VALUES * pairs * model.vision.image_tokens * denoiser.width * (2 if plan.denoiser == "bf16" else 4)
-    return block + (denoiser.depth - 1) * block * (2 / DENOISER_VALUES if plan.recompute.denoiser else 1)
+    vectors = pairs * model.vision.image_tokens * denoiser.width
+    wide, narrow = DENOISER_VALUES
+    block = vectors * (4 * wide + (2 if plan.denoiser == "bf16" else 4) * narrow)
+    # recomputed blocks keep their inputs, and everything of the one that backward is at
+    again = 4 * vectors if plan.recompute.denoiser else block
+    return block + (denoiser.depth - 1) * again
 
 
-def _encoding(model: ModelConfig, plan: Plan, data: Data, tensor: int) -> float:
-    """The VAE encoder's values that exist at a time; without gradients, so only those of the current block."""
+def _encoding(model: ModelConfig, plan: Plan) -> float:
+    """The VAE encoder's values that exist at a time; without gradients, so only those of the current block.
+
+    It runs beside the denoiser, several micro-batches ahead, so its pictures at a time are as many as it takes.
+    """
     if plan.precomputed.latents:
         return 0.0
-    images = math.ceil(_images(plan, data) / tensor)
-    return images * encoder_values(model) / 4 * ENCODER_SHARE * (2 if plan.vae == "bf16" else 4)
+    return VAE_PICTURES * encoder_values(model) * ENCODER_SHARE * (2 if plan.vae == "bf16" else 4)

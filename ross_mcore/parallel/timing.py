@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ross_mcore.architecture import ModelConfig
 from ross_mcore.costs import Data, Plan, first_seconds, last_seconds, layer_seconds, operations
@@ -64,6 +64,7 @@ def step_time(
 ) -> StepTime:
     """micro_batches: of a step and rank; trained: parameters that train on a rank of each stage."""
     tensor, stages = layout.tensor_parallel, layout.pipeline_parallel
+    plan = replace(plan, frozen_ahead=plan.frozen_ahead and micro_batches > 1)
     layer = layer_seconds(model, plan, data, machine, tensor)
     ends = first_seconds(model, plan, data, machine, tensor), last_seconds(model, plan, data, machine, tensor)
     forward, backward = [], []

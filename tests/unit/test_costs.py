@@ -37,7 +37,7 @@ UNFUSED = Kernels(
     step_seconds=0.22,
 )
 """A layer of separate kernels, whose lengths the host reads from the device."""
-PACKED = Plan(vae="tf32", denoiser="tf32", overlap_param_gather=False)
+PACKED = Plan(vae="tf32", denoiser="tf32", overlap_param_gather=False, frozen_ahead=False)
 FETCHED = replace(PACKED, kernels=replace(TRANSFORMER_ENGINE, step_seconds=0.07))
 
 

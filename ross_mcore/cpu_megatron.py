@@ -185,13 +185,8 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
     "megatron.core.optimizer.distrib_optimizer": (
-        # element types; buffers for the states that are loaded or gathered
-        OnCpu(
-            "DistributedOptimizer.__init__",
-            "DistributedOptimizer._build_model_and_main_param_groups",
-            "DistributedOptimizer.load_state_dict",
-            "DistributedOptimizer.get_parameter_state_dp_zero",
-        ),
+        # element types
+        OnCpu("DistributedOptimizer.__init__", "DistributedOptimizer._build_model_and_main_param_groups"),
     ),
     "megatron.core.optimizer.clip_grads": (
         # flags of overflow, norms, an element type

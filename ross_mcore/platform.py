@@ -12,12 +12,14 @@ import os
 import resource
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from ross_mcore.environment import CONNECTIONS
 from ross_mcore.errors import PlatformError
@@ -225,6 +227,24 @@ def synchronize() -> None:
 def gpu_is_in_use() -> bool:
     """Whether this process has made a GPU call that fixed its environment."""
     return bool(torch.cuda.is_initialized())
+
+
+def pin(memory: Tensor) -> str | None:
+    """Locks the pages of host memory while `memory` lives, so that a GPU copies to it at the full speed of the bus.
+
+    Returns the reason if the driver refuses. torch's own pinned memory is rounded up to a power of two. No effect
+    without a GPU.
+    """
+    if not has_gpu() or not memory.nbytes:
+        return None
+    driver, portable = torch.cuda.cudart(), 1
+    failed = int(driver.cudaHostRegister(memory.data_ptr(), memory.nbytes, portable))
+    if failed:
+        with contextlib.suppress(RuntimeError):  # CUDA would report this error again, at the next kernel
+            torch.zeros(1, device=device())
+        return f"CUDA error {failed}; see the limit of locked memory, ulimit -l"
+    weakref.finalize(memory, driver.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return None
 
 
 def initialize_process_group(timeout_minutes: float) -> None:

@@ -71,6 +71,8 @@ from ross_mcore.parallel.collectives import all_or_none, gather, gather_on_first
 
 POLL_SECONDS = 0.5
 """How often ranks that wait for a save poll it; far below any timeout of a collective call."""
+ALIGNMENT = 64
+"""Bytes; copies of tensors begin at multiples of it."""
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
@@ -108,34 +110,51 @@ class Destination:
 
 
 class HostCopies:
-    """Host memory for the tensors that one rank writes, reused from save to save and never larger than one share."""
+    """Host memory for the tensors that one rank writes: one block of their size, reused by later saves, pinned on GPUs.
+
+    Where it cannot be pinned, a warning says so and copies take longer.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[MetadataIndex, Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._held.values())
+        return self._memory.nbytes
 
-    def have_room_for(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> bool:
+    def have_room_for(self, pieces: Mapping[MetadataIndex, Tensor | io.BytesIO]) -> bool:
         """Whether host memory is large enough for copies, when each rank of this machine needs as much."""
-        needed = sum(piece.nbytes for piece in pieces.values() if isinstance(piece, Tensor)) - self.bytes
+        needed = _places(pieces)[1] - self.bytes
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         available: int = psutil.virtual_memory().available
         return needed * ranks < available
 
-    def of(self, pieces: dict[MetadataIndex, Tensor | io.BytesIO]) -> dict[MetadataIndex, Tensor | io.BytesIO]:
-        """Copies of `pieces`, which training no longer changes."""
-        former, self._held = self._held, {}
-        copies: dict[MetadataIndex, Tensor | io.BytesIO] = {}
-        for index, piece in pieces.items():
-            if isinstance(piece, Tensor):
-                held = former.pop(index, None)
-                if held is None or held.shape != piece.shape or held.dtype != piece.dtype:
-                    held = torch.empty(piece.shape, dtype=piece.dtype, device="cpu")
-                piece = self._held[index] = held.copy_(piece.detach())
-            copies[index] = piece
+    def of(self, pieces: Mapping[MetadataIndex, Tensor | io.BytesIO]) -> dict[MetadataIndex, Tensor | io.BytesIO]:
+        """Copies of `pieces`, which training no longer changes. Waits for the device once, at the end."""
+        places, size = _places(pieces)
+        if size != self.bytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # before there are two
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+            if problem := platform.pin(self._memory):
+                _logger.warning("host memory for saves cannot be pinned (%s): training waits longer for each", problem)
+        copies = dict(pieces)
+        for index, begin in places.items():
+            piece = pieces[index]
+            assert isinstance(piece, Tensor)
+            copy = self._memory[begin : begin + piece.nbytes].view(piece.dtype).view(piece.shape)
+            copies[index] = copy.copy_(piece.detach(), non_blocking=True)
+        platform.synchronize()
         return copies
+
+
+def _places(pieces: Mapping[MetadataIndex, Tensor | io.BytesIO]) -> tuple[dict[MetadataIndex, int], int]:
+    """Where each tensor begins in one block of memory, and the block's size in bytes."""
+    places, end = {}, 0
+    for index, piece in pieces.items():
+        if isinstance(piece, Tensor):
+            places[index] = end
+            end += -(-piece.nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
 
 
 @dataclass(frozen=True)

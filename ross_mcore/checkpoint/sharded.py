@@ -65,6 +65,7 @@ from ross_mcore.checkpoint.torch_dist import (
     MASTER_PREFIX,
     OPTIMIZER_PREFIX,
     PLAIN_MASTERS,
+    SHARDED_STATE,
     SHARDING,
 )
 from ross_mcore.errors import CheckpointError
@@ -186,8 +187,8 @@ def _groups_as_wanted(stored: Any, wanted: dict[str, Any]) -> Any:
     if not isinstance(stored, dict):
         return stored
     groups = stored.get("optimizer", stored)
-    if "param_state" in wanted:
-        return {"optimizer": groups, "param_state_sharding_type": wanted["param_state_sharding_type"]}
+    if SHARDED_STATE in wanted:
+        return {"optimizer": groups}
     groups = {"state": {}, **groups}  # mcore merges nothing into it on a rank that trains nothing
     return {"optimizer": groups} if PLAIN_MASTERS in wanted else groups
 

@@ -126,8 +126,15 @@ class TensorFile:
 
 
 def in_own_storage(tensor: Tensor) -> Tensor:
-    """`tensor`, or its clone when it is a view: torch.save writes the whole storage behind a view."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+    """A tensor of the CPU as one whose storage has its size, because torch.save writes the whole storage behind a view.
+
+    In the same memory if `tensor` is contiguous.
+    """
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    if not tensor.numel():
+        return tensor.clone()
+    return torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
 def write_index(folder: Path, metadata: Metadata) -> None:

@@ -26,10 +26,12 @@ PLAIN_MASTER_PREFIX = OPTIMIZER_PREFIX + "state.fp32_param."
 """The same prefix in mcore's other mixed-precision optimizer; no checkpoint has it."""
 PLAIN_MASTERS = "fp32_from_fp16_params"
 """Key of the masters in the state of that optimizer."""
+SHARDED_STATE = "param_state"
+"""Key of the masters and moments in the state of the distributed optimizer."""
 FP8_PREFIX = OPTIMIZER_PREFIX + "fp8."
 """Prefix of the names of FP8 scales and histories, which a checkpoint may have or lack."""
 SHARDING = {
-    # the only distributed-optimizer format of 0.16.1 that every other layout can read
+    # masters and moments have the names and shapes of their weights, so every layout can read them
     "distrib_optim_sharding_type": "fully_reshardable",
     # each layer is stored under its own name: layers may train or not, and stages may differ in their number of layers
     "non_homogeneous_layers": True,

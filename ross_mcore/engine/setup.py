@@ -111,9 +111,7 @@ def _build_model(config: Config, model_config: ModelConfig, groups: Groups, not_
         set_trainable(ross, config.training.training_stage, train_vision)
         return DistributedDataParallel(config=ross.config, ddp_config=data_parallel, module=ross)
 
-    model = ModelChunks(build_chunk(chunk) for chunk in groups.stage.chunks)
-    _count_padding(model)
-    return model
+    return ModelChunks(build_chunk(chunk) for chunk in groups.stage.chunks)
 
 
 def _connect_schedule(model: ModelChunks, config: Config) -> None:
@@ -131,16 +129,3 @@ def _finalize_gradients(model: list[DistributedDataParallel], _: Tensor | None =
     """mcore's finalize without its division by the number of tokens, because the loss is already normalized."""
     at("gradient reduction")
     finalize_model_grads(model, None, **options)
-
-
-def _count_padding(model: ModelChunks) -> None:
-    """Makes mcore count the padding at the end of each bucket when it lists the optimizer's state for a checkpoint.
-
-    mcore computes the offsets of buckets without padding (distrib_optimizer.py:1051) and those of parameters with it
-    (:1487), so all parameters after the first padded bucket would be saved under wrong names.
-    """
-    for chunk in model:
-        for buffer in chunk.buffers:
-            buffer.numel_unpadded = buffer.numel
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()

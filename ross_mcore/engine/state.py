@@ -8,21 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from ross_mcore import checked
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint
+from ross_mcore.checkpoint.ranges import sharded_range
 from ross_mcore.checkpoint.sharded import load_model_weights, load_training_state
 from ross_mcore.checkpoint.torch_dist import (
     FP8_PREFIX,
     MASTER_PREFIX,
+    OPTIMIZER_PREFIX,
     PLAIN_MASTER_PREFIX,
     PLAIN_MASTERS,
+    SHARDED_STATE,
     sharding_metadata,
 )
 from ross_mcore.data.spec import SampleSpec
@@ -125,7 +131,7 @@ def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
     """Model, optimizer and FP8 scales in the form of a checkpoint. Collective."""
     model, groups = engine.model, engine.groups
     weights = model.sharded_weights()
-    moments = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding_metadata())
+    moments = _sharded_moments(engine.optimizer, weights, is_loading)
     if PLAIN_MASTERS in moments:
         moments[PLAIN_MASTERS] = _numbered_masters(moments[PLAIN_MASTERS])
     force_all_tensors_to_non_fp8(weights)  # the FP8 weights of --fp8-param-gather are saved in bf16
@@ -137,6 +143,29 @@ def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
         for name, tensor in model.fp8_state().items()
     }
     return {**state, "fp8": scales} if scales else state
+
+
+def _sharded_moments(optimizer: MegatronOptimizer, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """Masters, moments and parameter groups, under mcore's names.
+
+    Of the distributed optimizer, each rank gives views of its own share. mcore would gather all shares on every
+    data-parallel rank, and read all of them there. fp32 weights are their own masters, so they are not saved twice.
+    """
+    part = optimizer.chained_optimizers[0] if optimizer.chained_optimizers else None
+    if not isinstance(part, DistributedOptimizer) or part.is_stub_optimizer:
+        state: dict[str, Any] = optimizer.sharded_state_dict(weights, is_loading, metadata=sharding_metadata())
+        return state
+    sharded = {id(value.data): value for value in nested_values(weights)}
+    pieces: list[ShardedTensor] = []
+    for weight in part.model_param_gbuf_map:
+        begin = part._get_model_param_range_map(weight)["param"].start
+        for kind, own in part._get_main_param_and_optimizer_states(weight).items():
+            if kind != "step" and (kind != "param" or weight.dtype != torch.float32):
+                whole = sharded[id(weight)]
+                pieces += sharded_range(whole, f"{OPTIMIZER_PREFIX}state.{kind}.{whole.key}", own.detach(), begin)
+    if not is_loading:  # the last stage's copy of a tied embedding, of which other ranges may be on a rank
+        pieces = [piece for piece in pieces if piece.replica_id[0] == 0]
+    return {**part.state_dict(), SHARDED_STATE: dict(enumerate(pieces))}
 
 
 def _numbered_masters(groups: list[list[Any]]) -> dict[int, Any]:
@@ -152,6 +181,7 @@ def _numbered_masters(groups: list[list[Any]]) -> dict[int, Any]:
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    state.pop(SHARDED_STATE, None)  # read into place
     for part in optimizer.chained_optimizers:
         if isinstance(part, Float16OptimizerWithFloat16Params):
             masters = iter(master for _, master in sorted(state.get(PLAIN_MASTERS, {}).items()))

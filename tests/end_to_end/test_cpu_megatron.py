@@ -219,20 +219,6 @@ def shard_the_optimizer() -> None:
     assert all(weight.main_param_sharded for chunk in optimizer().model_chunks for weight in chunk.parameters())
 
 
-def load_the_optimizer() -> None:
-    one = optimizer()
-    state = one.state_dict()
-    for group in state["optimizer"]["param_groups"]:
-        group["step"] = 1
-    one.load_state_dict(state)
-
-
-def gather_the_optimizer() -> None:
-    one = optimizer()
-    one.init_state_fn(one.optimizer, one.config)
-    one.get_parameter_state_dp_zero(use_gloo_comm=False)
-
-
 def norm_of_gradients() -> None:
     optimizer()
     core("optimizer.clip_grads").get_grad_norm_fp32([torch.ones(2)], 2, torch.distributed.group.WORLD)
@@ -286,8 +272,6 @@ USES: dict[str, Callable[[], object]] = {
     "optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__": lambda: optimizer(sharded=False),
     f"{DISTRIBUTED_OPTIMIZER}__init__": shard_the_optimizer,
     f"{DISTRIBUTED_OPTIMIZER}_build_model_and_main_param_groups": optimizer,
-    f"{DISTRIBUTED_OPTIMIZER}load_state_dict": load_the_optimizer,
-    f"{DISTRIBUTED_OPTIMIZER}get_parameter_state_dp_zero": gather_the_optimizer,
     "optimizer.clip_grads:get_grad_norm_fp32": norm_of_gradients,
     "optimizer.clip_grads:clip_grad_by_total_norm_fp32": clip,
 }

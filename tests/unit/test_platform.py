@@ -1,4 +1,4 @@
-"""The peak memory of this process, its environment, and its process groups."""
+"""The peak memory of this process, its environment, its process groups, and its pinned memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,3 +83,23 @@ def test_every_group_uses_the_library_of_the_device(process_group: None, monkeyp
     )
     groups.initialize(Layout(1, 1, 1, (1,)), 1, 1)
     assert len(backends) > 5 and set(backends) == {None}
+
+
+@pytest.mark.parametrize("status", [0, 304])
+def test_memory_is_pinned_while_it_lives_or_the_reason_is_given(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def register(place: int, size: int, flags: int) -> int:
+        calls.append(("pin", size))
+        return status
+
+    driver = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda place: calls.append(("unpin", 0)))
+    memory = torch.empty(100, dtype=torch.uint8)
+    assert platform.pin(memory) is None  # no effect without a GPU
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    problem = platform.pin(memory)
+    assert (problem is None) == (status == 0) and calls == [("pin", 100)]
+    del memory
+    assert calls[1:] == ([] if status else [("unpin", 0)])

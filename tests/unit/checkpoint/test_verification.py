@@ -217,7 +217,7 @@ def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, model
         changing = state(float(iteration), elements=1_000_000)
         running = saving.begin_save(saving.Destination(tmp_path, iteration, model_config), changing, copies)
         assert running.is_copied
-        places |= {tensor.data_ptr() for tensor in copies._held.values()}
+        places.add(copies._memory.data_ptr())
         changing["model"]["weight"].data.fill_(-1.0)
         saved = running.finish()
         assert saved.copy_bytes == copies.bytes == 4_000_000 and saved.bytes > 4_000_000

@@ -1,0 +1,42 @@
+"""A save copies each byte once, from the rank that has it to the memory of the rank that writes it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from counting.saves import Counts
+
+from tests.distributed.cases import Case, layout
+from tests.distributed.conftest import run_options
+from tests.distributed.harness import run_ranks
+
+BF16, FP32 = (("bf16", True),), (("use_distributed_optimizer", True),)
+CASES = [
+    Case("dp4 bf16", 4, layout(micro_batch_size=1), common=BF16),
+    Case("dp4 fp32", 4, layout(micro_batch_size=1), common=FP32),
+    Case("tp2xpp2xdp2 bf16", 8, layout(2, 2), common=BF16),
+]
+
+
+def count_on_one_rank(flags: dict[str, Any], root: str) -> None:
+    from counting.saves import counted
+
+    (Path(root) / f"{os.environ['RANK']}.counts").write_bytes(pickle.dumps(counted(flags, root)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_save_copies_each_byte_once(
+    case: Case, base: Callable[[str], Path], shards: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run_ranks(count_on_one_rank, case.world, run_options(case, tmp_path / "run", base, shards), str(tmp_path))
+    for rank in range(case.world):
+        counts: Counts = pickle.loads((tmp_path / f"{rank}.counts").read_bytes())
+        assert counts.copied == counts.written and counts.gathered == 0
+        assert counts.written <= counts.held <= 1.01 * counts.written
+        assert counts.peak <= counts.held + 2**14  # no other memory
+        assert counts.read <= 1.3 * counts.needed  # parts of small pieces are not read alone

@@ -64,6 +64,7 @@ from ross_mcore.checkpoint.claim import Claim
 from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.manifest import FileRecord, checksum
 from ross_mcore.checkpoint.safe_load import read_common
+from ross_mcore.checkpoint.stand_ins import StandIns
 from ross_mcore.checkpoint.tensor_file import TensorFile, write_index
 from ross_mcore.checkpoint.torch_dist import COMMON_FILE, sharding_metadata
 from ross_mcore.errors import CheckpointError
@@ -71,6 +72,8 @@ from ross_mcore.parallel.collectives import all_or_none, gather, gather_on_first
 
 POLL_SECONDS = 0.5
 """How often ranks that wait for a save poll it; far below any timeout of a collective call."""
+STAND_INS = "stand_ins"
+"""Key of the StandIns in a state."""
 ALIGNMENT = 64
 """Bytes; copies of tensors begin at multiples of it."""
 T = TypeVar("T")
@@ -129,8 +132,10 @@ class HostCopies:
         available: int = psutil.virtual_memory().available
         return needed * ranks < available
 
-    def of(self, pieces: Mapping[MetadataIndex, Tensor | io.BytesIO]) -> dict[MetadataIndex, Tensor | io.BytesIO]:
-        """Copies of `pieces`, which training no longer changes. Waits for the device once, at the end."""
+    def of(
+        self, pieces: Mapping[MetadataIndex, Tensor | io.BytesIO], values: Callable[[Tensor], Tensor]
+    ) -> dict[MetadataIndex, Tensor | io.BytesIO]:
+        """Copies of the pieces' `values`, which training no longer changes. Waits for the device once, at the end."""
         places, size = _places(pieces)
         if size != self.bytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # before there are two
@@ -142,7 +147,7 @@ class HostCopies:
             piece = pieces[index]
             assert isinstance(piece, Tensor)
             copy = self._memory[begin : begin + piece.nbytes].view(piece.dtype).view(piece.shape)
-            copies[index] = copy.copy_(piece.detach(), non_blocking=True)
+            copies[index] = copy.copy_(values(piece), non_blocking=True)
         platform.synchronize()
         return copies
 
@@ -178,25 +183,26 @@ class Saved:
 def begin_save(destination: Destination, state: dict[str, Any], copies: HostCopies | None = None) -> RunningSave:
     """Starts to save. Collective. Training may change the state afterwards if it was copied (`RunningSave.is_copied`).
 
-    state: sharded state dicts ("model", "optimizer"), other entries that are the same on all ranks, and "train_state",
-    a JSON-able dict. It is not changed. copies: None, or too little host memory, means that the state's own memory is
-    read until the save is finished.
+    state: sharded state dicts ("model", "optimizer"), other entries that are the same on all ranks, "train_state", a
+    JSON-able dict, and STAND_INS, if the model's has any. It is not changed. copies: None, or too little host memory,
+    means that the state's own memory is read until the save is finished.
     Raises CheckpointError on every rank when any rank fails; complete checkpoints stay complete.
     """
-    first = dist.get_rank() == 0
+    first, values = dist.get_rank() == 0, state.get(STAND_INS, StandIns()).values
     all_or_none(lambda: destination.begin() if first else None, CheckpointError)
     try:
         tensors, common = all_or_none(lambda: split_state(state), CheckpointError)
         pieces, metadata = _plan(tensors)
         common_file = all_or_none(lambda: _pickled(common, destination.partial), CheckpointError)
         if copies is not None and all(gather(copies.have_room_for(pieces))):
-            pieces = all_or_none(partial(copies.of, pieces), CheckpointError)
+            pieces = all_or_none(partial(copies.of, pieces, values), CheckpointError)
         else:
             copies = None
     except BaseException:
         _discard(destination)
         raise
-    return RunningSave(destination, pieces, metadata, common_file, state.get("train_state"), copies)
+    write = partial(_write, destination.partial, pieces, values)
+    return RunningSave(destination, write, metadata, common_file, state.get("train_state"), copies)
 
 
 class RunningSave:
@@ -205,7 +211,7 @@ class RunningSave:
     def __init__(
         self,
         destination: Destination,
-        pieces: dict[MetadataIndex, Tensor | io.BytesIO],
+        write: Callable[[Callable[[int], None]], _Written],
         metadata: Metadata | None,
         common_file: bytes,
         train_state: dict[str, Any] | None,
@@ -218,7 +224,7 @@ class RunningSave:
         self._began = time.monotonic()
         self._moved = 0
         self._heard = 0.0
-        self._written = _in_thread(lambda: _write(destination.partial, pieces, self._advance))
+        self._written = _in_thread(lambda: write(self._advance))
         self._published: concurrent.futures.Future[Saved | None] | None = None
 
     def poll(self) -> Saved | None:
@@ -280,7 +286,7 @@ class RunningSave:
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits a state into this rank's sharded tensors and the plain entries that are the same on every rank."""
-    plain = {key: value for key, value in state.items() if key != "train_state"}
+    plain = {key: value for key, value in state.items() if key not in ("train_state", STAND_INS)}
     # copies the nested dicts, because mcore applies its factories in place
     nested, _ = extract_matching_values(plain, lambda value: not is_extra_state(value))
     pieces, common = save_preprocess(nested, validate_access_integrity=False)
@@ -333,7 +339,12 @@ def _pickled(common: dict[str, Any], partial: Path) -> bytes:
     return stream.getvalue()
 
 
-def _write(partial: Path, pieces: dict[MetadataIndex, Tensor | io.BytesIO], advance: Callable[[int], None]) -> _Written:
+def _write(
+    partial: Path,
+    pieces: dict[MetadataIndex, Tensor | io.BytesIO],
+    values: Callable[[Tensor], Tensor],
+    advance: Callable[[int], None],
+) -> _Written:
     """Writes this rank's file, syncs it and reads it back. Raises CheckpointError naming it.
 
     advance: called with the number of bytes just written or read.
@@ -344,7 +355,7 @@ def _write(partial: Path, pieces: dict[MetadataIndex, Tensor | io.BytesIO], adva
     with TensorFile(path) as file:
         places = {}
         for index, piece in pieces.items():
-            places[index] = file.append(piece)
+            places[index] = file.append(values(piece) if isinstance(piece, Tensor) else piece)
             advance(places[index].length)
     try:
         found = checksum(path, advance, from_disk=True)

@@ -21,7 +21,9 @@ from ross_mcore import checked
 from ross_mcore.checkpoint.carried import CarriedWeights
 from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint
 from ross_mcore.checkpoint.ranges import sharded_range
+from ross_mcore.checkpoint.saving import STAND_INS
 from ross_mcore.checkpoint.sharded import load_model_weights, load_training_state
+from ross_mcore.checkpoint.stand_ins import StandIns
 from ross_mcore.checkpoint.torch_dist import (
     FP8_PREFIX,
     MASTER_PREFIX,
@@ -134,8 +136,12 @@ def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
     moments = _sharded_moments(engine.optimizer, weights, is_loading)
     if PLAIN_MASTERS in moments:
         moments[PLAIN_MASTERS] = _numbered_masters(moments[PLAIN_MASTERS])
-    force_all_tensors_to_non_fp8(weights)  # the FP8 weights of --fp8-param-gather are saved in bf16
-    state = {"model": {**weights, CARRIED: engine.carried.pieces()}, "optimizer": moments}
+    state: dict[str, Any] = {"optimizer": moments}
+    if is_loading:
+        force_all_tensors_to_non_fp8(weights)  # the FP8 weights of --fp8-param-gather are read in bf16
+    else:
+        state[STAND_INS] = StandIns(weights)  # and saved so
+    state["model"] = {**weights, CARRIED: engine.carried.pieces()}
     scales = {
         name: ShardedTensor.from_rank_offsets(
             FP8_PREFIX + name, tensor, replica_id=(0, groups.tensor_rank, groups.data_rank)

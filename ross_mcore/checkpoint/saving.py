@@ -7,7 +7,9 @@
 4. When that is done, `poll` returns the checkpoint.
 
 Threads never communicate; ranks do in `begin_save` and `poll`, which are collective. A replicated tensor is written
-once, by the rank with the fewest bytes to write (mcore's fully parallel save).
+once, by the rank with the fewest bytes to write (mcore's fully parallel save). Masters and moments of the distributed
+optimizer are on one rank each, which writes them (ranges.py). So a save copies each byte once, to the pinned host
+memory of the rank that writes it, gathers nothing, and holds what it writes (tests/distributed/test_saves.py).
 
 mcore's asynchronous save does the same in forked processes. Forking a process with threads, as a process group has, may
 deadlock; its shared queue needs a server process and seconds to start; and threads are no slower, because writing and

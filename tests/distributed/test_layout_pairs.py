@@ -63,6 +63,7 @@ WORK = {
     "two data sets, packed": Case("", 1, data="mixture", common=PACKED),
     # bf16 has 8 bits (4e-3), so sums in another order round differently
     "bf16": Case("", 1, common=(("bf16", True),), relative=3e-2),
+    "bf16 tied": Case("", 1, family="tied", common=(("bf16", True),), relative=3e-2),
     "bf16 plain": Case("", 1, common=(("bf16", True), ("use_distributed_optimizer", False)), relative=3e-2),
 }
 """The training work, as the one-process run that all layouts are compared with."""
@@ -108,6 +109,7 @@ PAIRS = [
     Pair("tp2xpp2", "pp2xdp2", "packed"),
     Pair("tp2xpp2", "pp2", "two data sets, packed"),
     Pair("tp2xpp2", "dp2", "bf16"),
+    Pair("pp2xdp2 distributed", "dp2", "bf16 tied"),
     Pair("tp2xpp2", "dp2", "bf16 plain"),
     Pair("tp2xpp2", "pp2", "bf16", "bf16 plain"),
     Pair("pp2", "tp2xdp2", "bf16 plain", "bf16"),

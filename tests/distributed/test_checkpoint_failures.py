@@ -17,6 +17,7 @@ import pytest
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from ross_mcore.checkpoint import folder
+from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.errors import CheckpointError
 from tests.distributed.cases import Case
 from tests.distributed.conftest import run_options
@@ -32,8 +33,18 @@ def model_config() -> ModelConfig:
     return ModelConfig(language, VisionConfig(CLIP, (0, 0, 0), (1, 1, 1)), ProjectorConfig(), None, None)
 
 
-def fail_on_rank_one(root: str, where: str, message: str) -> None:
-    """On both ranks: a good save, then one that fails on rank 1, then the good one is loaded."""
+FAILURES = {
+    "prepare": "ZeroDivisionError: division by zero (rank 1)",
+    "write": "__1_0.distcp cannot be written: File too large (rank 1)",
+    "write a copy": "__1_0.distcp cannot be written: File too large (rank 1)",
+    "load": "it lacks other",
+    "damaged": "__1_0.distcp is damaged: its content has crc32",
+}
+"""What fails on rank 1 -> the message on both ranks."""
+
+
+def fail_on_rank_one(root: str) -> None:
+    """On both ranks, for each of FAILURES: a good save, then one that fails on rank 1, then the good one is loaded."""
     platform.initialize_process_group(1)
     import torch
     import torch.distributed as dist
@@ -42,18 +53,13 @@ def fail_on_rank_one(root: str, where: str, message: str) -> None:
     from ross_mcore.checkpoint import saving, sharded
     from ross_mcore.checkpoint.verification import find_intact
 
-    rank = dist.get_rank()
+    rank, split_state = dist.get_rank(), saving.split_state
 
     def state(columns: int = 30_000) -> dict[str, Any]:
         mine = torch.full((2, columns), float(rank))
         return {"model": {"w": ShardedTensor.from_rank_offsets("w", mine, (0, rank, 2))}, "train_state": {}}
 
-    def save(iteration: int, copies: saving.HostCopies | None = None) -> folder.Checkpoint:
-        destination = saving.Destination(Path(root), iteration, model_config())
-        return saving.begin_save(destination, state(), copies).finish().checkpoint
-
-    good = save(1)
-    try:
+    def fail(where: str, place: Path, good: Checkpoint, save: Callable[..., Checkpoint]) -> None:
         if where == "load":
             other = "other" if rank else "w"
             wanted = {other: ShardedTensor.from_rank_offsets(other, torch.zeros(2, 3), (0, rank, 2))}
@@ -69,34 +75,40 @@ def fail_on_rank_one(root: str, where: str, message: str) -> None:
                 content[5000] ^= 1
                 (damaged.path / "__1_0.distcp").write_bytes(content)
             dist.barrier()
-            assert find_intact(Path(root)) == good  # all ranks agree, although only one read the file
+            assert find_intact(place) == good  # all ranks agree, although only one read the file
             find_intact(damaged.path)
         else:  # on rank 1, files may not grow beyond 64 KiB
             if rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
             save(2, saving.HostCopies() if where == "write a copy" else None)
-    except CheckpointError as error:
-        assert message in str(error), str(error)
-    else:
-        raise AssertionError("nothing was refused")
-    assert find_intact(Path(root)) == good
-    loaded = sharded.load_model_weights(good, state()["model"])
-    assert torch.equal(loaded["w"], torch.full((2, 30_000), float(rank)))
+
+    for where, message in FAILURES.items():
+        place = Path(root) / where
+
+        def save(iteration: int, copies: saving.HostCopies | None = None, to: Path = place) -> Checkpoint:
+            return (
+                saving.begin_save(saving.Destination(to, iteration, model_config()), state(), copies)
+                .finish()
+                .checkpoint
+            )
+
+        good = save(1)
+        try:
+            fail(where, place, good, save)
+        except CheckpointError as error:
+            assert message in str(error), str(error)
+        else:
+            raise AssertionError(f"{where}: nothing was refused")
+        saving.split_state = split_state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert find_intact(place) == good
+        loaded = sharded.load_model_weights(good, state()["model"])
+        assert torch.equal(loaded["w"], torch.full((2, 30_000), float(rank)))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ("prepare", "ZeroDivisionError: division by zero (rank 1)"),
-        ("write", "__1_0.distcp cannot be written: File too large (rank 1)"),
-        ("write a copy", "__1_0.distcp cannot be written: File too large (rank 1)"),
-        ("load", "it lacks other"),
-        ("damaged", "__1_0.distcp is damaged: its content has crc32"),
-    ],
-)
-def test_failure_on_one_rank_ends_all(tmp_path: Path, where: str, message: str) -> None:
-    run_ranks(fail_on_rank_one, 2, str(tmp_path), where, message)
+def test_failure_on_one_rank_ends_all(tmp_path: Path) -> None:
+    run_ranks(fail_on_rank_one, 2, str(tmp_path))
 
 
 def train_with_a_full_disk(flags: dict[str, Any]) -> None:

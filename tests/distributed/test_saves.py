@@ -15,11 +15,10 @@ from tests.distributed.cases import Case, layout
 from tests.distributed.conftest import run_options
 from tests.distributed.harness import run_ranks
 
-BF16, FP32 = (("bf16", True),), (("use_distributed_optimizer", True),)
+BF16 = (("bf16", True),)  # with the distributed optimizer
 CASES = [
-    Case("dp4 bf16", 4, layout(micro_batch_size=1), common=BF16),
-    Case("dp4 fp32", 4, layout(micro_batch_size=1), common=FP32),
-    Case("tp2xpp2xdp2 bf16", 8, layout(2, 2), common=BF16),
+    Case("dp4", 4, layout(micro_batch_size=1), common=BF16),
+    pytest.param(Case("tp2xpp2xdp2", 8, layout(2, 2), common=BF16), marks=pytest.mark.slow),
 ]
 
 
@@ -39,4 +38,4 @@ def test_a_save_copies_each_byte_once(
         assert counts.copied == counts.written and counts.gathered == 0
         assert counts.written <= counts.held <= 1.01 * counts.written
         assert counts.peak <= counts.held + 2**14  # no other memory
-        assert counts.read <= 1.3 * counts.needed  # parts of small pieces are not read alone
+        assert counts.read <= 1.1 * counts.needed  # rows are read whole

@@ -125,17 +125,16 @@ def _files() -> Iterator[_Files]:
         return written
 
     def read_counted(view: Slice, shape: Any, starts: Any, target: Tensor, room: Room) -> None:
-        largest = 0  # the others are of the archive's directory
+        last = 0  # earlier ones are of the archive's directory
 
         def readinto_counted(self: Slice, buffer: Any) -> int:
-            nonlocal largest
-            count = readinto(self, buffer)
-            largest = max(largest, count)
-            return count
+            nonlocal last
+            last = readinto(self, buffer)
+            return last
 
         Slice.readinto = readinto_counted  # type: ignore[method-assign]  # for this block
         read_block(view, shape, starts, target, room)
-        found.needed, found.read = found.needed + target.nbytes, found.read + largest
+        found.needed, found.read = found.needed + target.nbytes, found.read + last
 
     saving._write, safe_load.read_block = write_counted, read_counted  # type: ignore[assignment]  # as wide
     try:

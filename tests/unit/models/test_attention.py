@@ -71,20 +71,18 @@ def test_a_hundred_steps_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
     token = torch.zeros(4096, 1, 1, 1)
-    for _ in range(100 * 4):
+    for _ in range(100 * 2):
         row: list[int] = []
         while sum(row) < 4096:
             text = min(2000, int(numbers.lognormvariate(5.2, 0.8)) + 20)
             row.append(min(4096 - sum(row), text + 729 * (numbers.random() < 0.85)))
         lengths.update(row)
         attention()(token, token, token, None, packed_sequence(row))
-    assert len(lengths) > 800 and len(shapes) <= 60
+    assert len(lengths) > 500 and len(shapes) <= 60
 
 
 def test_padding_is_small() -> None:
-    assert all(
-        length <= padded_length(length) <= max(32 * -(-length // 32), 1.13 * length) for length in range(1, 40_000)
-    )
+    assert all(0 <= padded_length(length) - length < max(32, length / 8) for length in range(1, 40_000, 7))
     assert len({padded_length(length) for length in range(1, 4097)}) == 56
 
 

@@ -139,9 +139,9 @@ def combine_losses(
     """
     step, datasets = torch.zeros(2, dtype=torch.float64), torch.zeros(num_datasets, 6, dtype=torch.float64)
     if kept and groups.tensor_rank == 0:
-        step = torch.stack([losses.terms for losses in kept]).double().sum(0).cpu()
-        counts, sums = torch.cat([losses.counts for losses in kept]), torch.cat([losses.sums for losses in kept])
-        columns = torch.cat([counts, sums.double().cpu()], dim=1)
+        terms = torch.stack([losses.terms for losses in kept]).double().sum(0, keepdim=True)
+        found = torch.cat([terms, *(losses.sums.double() for losses in kept)]).cpu()  # one read of the device
+        step, columns = found[0], torch.cat([torch.cat([losses.counts for losses in kept]), found[1:]], dim=1)
         datasets.index_add_(0, torch.cat([losses.sources for losses in kept]), columns)
     lm_loss, vm_loss, *own = sum_over_ranks([*step.tolist(), *datasets.flatten().tolist()], device)
     rows = [own[start : start + 6] for start in range(0, len(own), 6)]

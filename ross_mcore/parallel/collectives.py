@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ross_mcore import platform
 from ross_mcore.errors import RankError, UserError
 
 E = TypeVar("E", bound=Exception)
@@ -37,13 +38,13 @@ def gather_on_first_rank(value: T) -> list[T]:
 def gather_integers(values: list[int], device: torch.device) -> Tensor:
     """N integers of every rank -> int64 [ranks, N]. One collective without pickling, fast enough for every step."""
     found = torch.empty(dist.get_world_size(), len(values), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(found, torch.tensor([values], dtype=torch.int64, device=device))
+    dist.all_gather_into_tensor(found, platform.upload(torch.tensor([values], dtype=torch.int64), device))
     return found
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Sum of each value over all ranks, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = platform.upload(torch.tensor(values, dtype=torch.float64), device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 

@@ -45,6 +45,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
         metavar="X",
         help="with --global-batch-samples: as tools/inspect_shards.py prints",
     )
+    parser.add_argument(
+        "--parts-read", nargs="+", default=[], choices=["features", "latents"], help="precomputed parts of the shards"
+    )
     parser.add_argument("--language-model", type=Path, metavar="DIR", help="instead of --load: its config.json is read")
     parser.add_argument("--vision-model", type=Path, metavar="DIR", help="tower for --language-model")
     parser.add_argument("--pixel-decoder", type=Path, metavar="DIR", help="VAE; without it, a plain LLaVA model")
@@ -147,6 +150,7 @@ def rows_of_step(config: Config, layout: Layout, placement: Placement, data: Dat
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options, rest = parse_arguments(arguments, prog)
     from ross_mcore import flags
+    from ross_mcore.architecture import Precomputed
     from ross_mcore.config import check
     from ross_mcore.costs import typical_data
     from ross_mcore.errors import UserError
@@ -156,11 +160,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     try:
         model = read_model(options, config.checkpoint.load)
         data = typical_data(model, config.llm_trains)
-        placement = replace(config.placement, data=data, machine=MACHINES[options.gpu])
-        layout = make_layout(model, placement, world_size=options.world_size)
+        read = Precomputed(features="features" in options.parts_read, latents="latents" in options.parts_read)
+        plan = replace(config.plan, precomputed=read)
+        placement = replace(config.placement, plan=plan, data=data, machine=MACHINES[options.gpu])
+        layout = make_layout(model, placement, world_size=options.world_size, precomputed=read)
         check(config, data_parallel_size=layout.data_parallel, virtual_stages=layout.virtual_stages)
     except UserError as error:
         return refuse(prog, f"{error}; see --help")
-    plan = replace(placement.plan, tokens=options.tokens or config.data.seq_length)
+    plan = replace(plan, tokens=options.tokens or config.data.seq_length)
     print_plan(config, model, layout, replace(placement, plan=plan), data)
     return 0

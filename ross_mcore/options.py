@@ -148,8 +148,8 @@ class ExecutionOptions:
     """With --first-last-layers-bf16: number of last layers in bf16."""
     gradient_accumulation_fusion: bool | None = None
     """Add weight gradients to the gradient buffer inside the matrix product: in Transformer Engine's layers, and with
-    Apex's extension in the local ones and the output layer. Default: on where these run on a GPU. Untried on hardware.
-    """
+    Apex's extension in the local ones and the output layer; a CPU needs neither. Default: on where these run. Untried
+    on hardware."""
     tp_comm_overlap: bool = False
     """Overlap the communication of --sequence-parallel with matrix products, in Transformer Engine's buffers. Every row
     is then padded to --seq-length. Untried on hardware."""

@@ -68,7 +68,7 @@ class Libraries:
     transformer_engine: bool
     flash_attention: bool
     gradient_fusion: bool
-    """Apex's fused_weight_gradient_mlp_cuda."""
+    """Apex's fused_weight_gradient_mlp_cuda, or its replacement on a CPU."""
     ordered_kernels: bool
     """Whether kernels start in the order of their launch, which overlap of tensor-parallel communication needs (mcore's
     tensor_parallel/layers.py:526); before Blackwell only with CUDA_DEVICE_MAX_CONNECTIONS=1."""
@@ -84,7 +84,7 @@ def libraries() -> Libraries:
         gpu=has_gpu(),
         transformer_engine=installed("transformer_engine"),
         flash_attention=installed("flash_attn"),
-        gradient_fusion=installed("fused_weight_gradient_mlp_cuda"),
+        gradient_fusion=not has_gpu() or installed("fused_weight_gradient_mlp_cuda"),
         ordered_kernels=not has_gpu()
         or os.environ.get(CONNECTIONS) == "1"
         or torch.cuda.get_device_capability() >= BLACKWELL,

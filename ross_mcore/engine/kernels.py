@@ -26,7 +26,7 @@ def choose(config: Config, libraries: Libraries) -> Choice:
         impl = "local" if obstacle else "transformer_engine"
         why = obstacle or "installed, and the device is a GPU"
     precision: Literal["fp32", "tf32"] = "tf32" if libraries.tf32 else "fp32"
-    fuses = libraries.gpu and (impl == "transformer_engine" or libraries.gradient_fusion)
+    fuses = libraries.gpu if impl == "transformer_engine" else libraries.gradient_fusion
     reduces = libraries.gpu and config.use_distributed_optimizer
     overlap_grad_reduce = _or(parallel.overlap_grad_reduce, reduces)
     return Choice(

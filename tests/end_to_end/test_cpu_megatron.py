@@ -51,6 +51,14 @@ def differentiate_swiglu() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def add_a_gradient() -> None:
+    """To what is there, in fp32 and from 16 bits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, gradients, found = torch.ones(2, 4, dtype=dtype), torch.ones(2, 3, dtype=dtype), torch.ones(3, 4)
+        core("tensor_parallel.layers").fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, gradients, found)
+        assert torch.equal(found, torch.full((3, 4), 3.0))
+
+
 def read_the_generator() -> None:
     core("tensor_parallel.random")._get_cuda_rng_state()
 
@@ -236,6 +244,7 @@ DISTRIBUTED_OPTIMIZER = "optimizer.distrib_optimizer:DistributedOptimizer."
 USES: dict[str, Callable[[], object]] = {
     "jit:never_compile": compile_nothing,
     "fusions.fused_bias_swiglu:swiglu_back": differentiate_swiglu,
+    "tensor_parallel.layers:fused_weight_gradient_mlp_cuda": add_a_gradient,
     "tensor_parallel.random:_get_cuda_rng_state": read_the_generator,
     "tensor_parallel.random:_set_cuda_rng_state": set_the_generator,
     "tensor_parallel.random:its logger": draw_within_a_region,
@@ -312,7 +321,7 @@ def try_all() -> dict[str, tuple[str | None, str | None]]:
     for module in PATCHES:
         importlib.import_module(module)
     places = {row: place_of(row) for row in USES if row != COMPILED}
-    plain = {row: copy.copy(getattr(*place)) for row, place in places.items()}
+    plain = {row: copy.copy(getattr(*place, None)) for row, place in places.items()}
     compiled = failure_of(USES[COMPILED])
     install()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)

@@ -130,7 +130,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gradient accumulation fusion": (
         {**BF16, "gradient_accumulation_fusion": True},
-        {"accumulates": [True], "config.gradient_accumulation_fusion": False},
+        {"accumulates": [True], "config.gradient_accumulation_fusion": True},
     ),
 }
 """Options and their expected effect. mcore's configuration turns on fused gradients in its own output layer, too, which

@@ -102,7 +102,7 @@ OVERLAPS = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
     [
         ({"bf16": True}, {}, (TE, True, True, True), "installed"),
         ({"bf16": True}, {"gradient_fusion": False}, (TE, True, True, True), "installed"),
-        ({"bf16": True}, {"gpu": False}, (LOCAL, False, False, False), "no GPU"),
+        ({"bf16": True}, {"gpu": False}, (LOCAL, True, False, False), "no GPU"),
         ({"bf16": True}, {"transformer_engine": False}, (LOCAL, True, True, True), "pip install"),
         ({"bf16": True, "transformer_impl": LOCAL}, {"gradient_fusion": False}, (LOCAL, False, True, True), "as given"),
         ({}, {}, (LOCAL, True, False, False), "16 bits"),

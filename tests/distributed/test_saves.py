@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ CASES = [
 def count_on_one_rank(flags: dict[str, Any], root: str) -> None:
     from counting.saves import counted
 
-    (Path(root) / f"{os.environ['RANK']}.counts").write_bytes(pickle.dumps(counted(flags, root)))
+    from ross_mcore.config import Config
+    from ross_mcore.training.opening import open_run
+
+    with ExitStack() as closing:
+        counts = counted(open_run(Config.from_flat(**flags), closing)[0], Path(root))
+    (Path(root) / f"{os.environ['RANK']}.counts").write_bytes(pickle.dumps(counts))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

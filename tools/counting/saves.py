@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from counting import Row
+from counting.ranks import on_ranks
 from ross_mcore.checkpoint import safe_load, saving
 from ross_mcore.checkpoint.pieces import Room, Slice
 from ross_mcore.checkpoint.saving import Destination, HostCopies, begin_save
-from ross_mcore.config import Config
+from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import restore, sharded_state
-from ross_mcore.training.opening import open_run
 
 
 class Watch(TorchDispatchMode):
@@ -77,30 +79,64 @@ class Counts:
     read_peak: int
 
 
-def counted(flags: dict[str, Any], root: str) -> Counts:
-    """On every rank of a run with `flags`: saves its state in the background and loads it again. Collective."""
-    with ExitStack() as closing:
-        run = open_run(Config.from_flat(**flags), closing)[0]
-        copies, destination = HostCopies(), Destination(Path(root), 1, run.model_config)
-        with _files() as files:
-            with Watch() as save:
-                state = sharded_state(run.engine, is_loading=False)
-                running = begin_save(destination, {**state, "train_state": {"iteration": 1}}, copies)
-                del state
-            saved = running.finish()
-            with Watch() as load:
-                restore(saved.checkpoint, run.engine)
-        return Counts(
-            files.written,
-            copies.bytes,
-            save.copied + files.copied,
-            save.gathered,
-            save.peak + files.peak,
-            files.needed,
-            files.read,
-            load.copied,
-            load.peak,
-        )
+def counted(run: Run, root: Path) -> Counts:
+    """Saves the state of `run` under `root` in the background, then loads it. Collective."""
+    copies, destination = HostCopies(), Destination(root, 1, run.model_config)
+    with _files() as files:
+        with Watch() as save:
+            state = sharded_state(run.engine, is_loading=False)
+            running = begin_save(destination, {**state, "train_state": {"iteration": 1}}, copies)
+            del state
+        saved = running.finish()
+        with Watch() as load:
+            restore(saved.checkpoint, run.engine)
+    return Counts(
+        files.written,
+        copies.bytes,
+        save.copied + files.copied,
+        save.gathered,
+        save.peak + files.peak,
+        files.needed,
+        files.read,
+        load.copied,
+        load.peak,
+    )
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp4": (4, {"micro_batch_size": 1}),
+    "tp2xpp2xdp2": (8, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "micro_batch_size": 1}),
+}
+"""Name -> processes and flags; bf16, with the distributed optimizer."""
+
+
+def count_layout(base: Path, shards: Path, folder: Path, name: str) -> Counts:
+    """On every rank of a layout."""
+    from counting.model import opened
+
+    with opened(base, shards, folder / "run", bf16=True, **LAYOUTS[name][1]) as run:
+        return counted(run, folder)
+
+
+def rows() -> list[Row]:
+    from counting.model import SMALL, Wanted, write_checkpoint, write_shards
+
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base = write_checkpoint(folder, SMALL)
+        shards = write_shards(folder, SMALL, [Wanted(64, 20) for _ in range(24)])
+        for name, (world, _) in LAYOUTS.items():
+            ranks = on_ranks(count_layout, world, base, shards, folder / name, name)
+            figures = [
+                ("copied", max(r.copied / r.written for r in ranks), "<= 1.1", "a byte written; the worst rank"),
+                ("gathered", max(r.gathered / r.written for r in ranks), "0", "a byte written"),
+                ("held in host memory", max(r.held / r.written for r in ranks), "<= 1.1", "a byte written"),
+                ("peak of new memory", max(r.peak / r.written for r in ranks), "<= 1.1", "a byte written"),
+                ("read to resume", max(r.read / r.needed for r in ranks), "<= 1.1", "a byte of this rank's state"),
+            ]
+            found += [Row(f"bytes {what}, {name}", f"{value:.3f}", aim, of) for what, value, aim, of in figures]
+    return found
 
 
 @dataclass

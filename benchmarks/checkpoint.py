@@ -19,6 +19,10 @@ checksum, is compared with loading into the tensors of a model (a run with --no-
 verifying every file's checksum (a run's default), which then reads from the cache. torch.distributed.checkpoint loads
 into the same tensors.
 
+Blocked: time that training waits for an asynchronous save of a model of 40 million parameters in bf16 with the
+distributed optimizer, sharded over all ranks: each rank copies its own share, compared with gathering all shares on
+every rank first, as mcore's format for all layouts does.
+
 Index: time to read the index of INDEX_TENSORS tensors through the allow-list, compared with pickle.load.
 """
 
@@ -29,6 +33,7 @@ import os
 import pickle
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,6 +46,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as processes
 from isal.isal_zlib import crc32
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import distrib_optimizer
 
 from ross_mcore import platform
 from ross_mcore.architecture import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -49,9 +55,13 @@ from ross_mcore.checkpoint.manifest import checksum
 from ross_mcore.checkpoint.safe_load import read_metadata
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, begin_save
 from ross_mcore.checkpoint.sharded import load_model_weights
-from ross_mcore.checkpoint.torch_dist import INDEX_FILE
+from ross_mcore.checkpoint.torch_dist import INDEX_FILE, sharding_metadata
 from ross_mcore.checkpoint.verification import shared_damage
 from ross_mcore.conversion.stream import TensorWriter
+from ross_mcore.cpu_megatron import OnCpu
+from ross_mcore.engine.state import sharded_state
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 WIDTH = 1024
 TOKENS = 48
@@ -204,6 +214,41 @@ def measure_stall(training: Training, root: Path, turns: int, say: Callable[[str
     say(f"  the same with slower steps      {beside / sync:8.1%}   (the writer takes its share of the processors)")
 
 
+def measure_blocked(base: Path, shards: Path, root: Path, turns: int, say: Callable[[str], None]) -> None:
+    from counting.model import opened
+
+    with opened(base, shards, root / "run", bf16=True, micro_batch_size=1) as run:
+        engine, copies = run.engine, {"own": HostCopies(), "gathered": HostCopies()}
+        OnCpu("DistributedOptimizer.get_parameter_state_dp_zero")(distrib_optimizer)
+        for buffer in (buffer for chunk in engine.model for buffer in chunk.buffers):
+            buffer.numel_unpadded = buffer.numel  # mcore counts the padding in offsets of parameters, not of buckets
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+
+        def gathered() -> dict[str, Any]:
+            weights = engine.model.sharded_weights()
+            moments = engine.optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
+            return {"model": weights, "optimizer": moments}
+
+        ways = {"own": lambda: sharded_state(engine, is_loading=False), "gathered": gathered}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(turns + 1):
+            for way, state in ways.items():
+                running: list[RunningSave] = []
+
+                def begin(way: str = way, state: Any = state, running: list[RunningSave] = running) -> None:
+                    destination = Destination(root / way, 1, run.model_config)
+                    running.append(begin_save(destination, {**state(), "train_state": {}}, copies[way]))
+
+                took = timed(begin)
+                running[0].finish()
+                if turn:  # the first one allocates the memory of the copies
+                    seconds[way].append(took)
+        own, others = (statistics.median(seconds[way]) for way in ways)
+        say(f"training is blocked for {own:.3f} s where a rank copies its own {copies['own'].bytes >> 20} MiB,")
+        say(f"  {others:.3f} s where all gather first; own / gathered {own / others:8.1%}")
+
+
 def measure_throughput(training: Training, root: Path, turns: int, say: Callable[[str], None]) -> None:
     rank, model, tensors = dist.get_rank(), any_model(), training.tensors()
     plain, beside = root / f"plain_{rank}.pt", root / f"beside_{rank}.pt"
@@ -289,10 +334,14 @@ def run(rank: int, world: int, port: int, options: argparse.Namespace, root: Pat
         measure_index(root, say)
     measure_throughput(training, root, options.turns, say)
     measure_stall(training, root, options.turns, say)
+    del training
+    measure_blocked(root / "model" / "base", root / "model" / "shards", root, options.turns, say)
     dist.destroy_process_group()
 
 
 def main() -> None:
+    from counting.model import STEP, Wanted, write_checkpoint, write_shards
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=384, help="size of the state over all ranks [%(default)s]")
     parser.add_argument("--ranks", type=int, default=1, help="processes [%(default)s]")
@@ -302,6 +351,8 @@ def main() -> None:
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=options.folder))
     try:
+        write_checkpoint(root / "model", STEP)
+        write_shards(root / "model", STEP, [Wanted(64, 20)] * 16)
         processes.spawn(run, (options.ranks, options.port, options, root), nprocs=options.ranks)
     finally:
         shutil.rmtree(root)

@@ -3,9 +3,10 @@
     python benchmarks/packed_training.py
 
 The demo's model trains on drawn conversations whose lengths are those of benchmarks/packing.py ("instructions", an
-eighth of their tokens, for rows of 512), with the same number of rows per micro-batch. Packed, a row is full of
-samples; padded, it has one, and all rows are as long as the step's longest. One process, one thread; the two run in
-turn. Compared are samples per second over all steps except the first.
+eighth of their tokens, for rows of 512), with the same number of rows per micro-batch and four micro-batches a step.
+Packed, a row is full of samples; apart (--no-pack), it has one, rows of similar length share a micro-batch and are as
+long as its longest. One process, one thread; the two run in turn. Compared are samples per second over all steps except
+the first; fill is the share of the computed tokens that are not padding.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ross_mcore.shards.writer import ShardWriter
 
 SCALE = 8
 ROW_TOKENS = 4096 // SCALE
+MICRO_BATCHES = 4
 
 
 def make_shards(folder: Path, count: int) -> Path:
@@ -56,15 +58,16 @@ def make_shards(folder: Path, count: int) -> Path:
     return folder / "shards"
 
 
-def samples_a_second(
+def trained(
     folder: Path, shards: Path, rows: int, pack: bool, iterations: int, turn: int
-) -> tuple[float, float]:
-    """(samples a second, samples a step)."""
+) -> tuple[float, float, float]:
+    """(samples a second, samples a row, fill)."""
     run = folder / f"run_{rows}_{pack}_{turn}"
     words = ["--config", str(DEMO / "finetune.yaml"), "--load", str(folder / "base"), "--data-path", str(shards)]
     words += ["--save", str(run), "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
     words += ["--seq-length", str(ROW_TOKENS), "--train-iters", str(iterations), "--num-workers", "1"]
-    words += ["--micro-batch-size", str(rows), "--global-batch-size", str(rows), "--pack" if pack else "--no-pack"]
+    words += ["--micro-batch-size", str(rows), "--global-batch-size", str(MICRO_BATCHES * rows)]
+    words += ["--pack" if pack else "--no-pack"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "pretrain_ross.py", *words], cwd=ROOT, capture_output=True, text=True, env=environment
@@ -73,13 +76,14 @@ def samples_a_second(
         raise SystemExit(f"pretrain_ross.py: {done.stderr.strip() or done.stdout.strip()}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     samples = lines[-1]["consumed_samples"] - lines[0]["consumed_samples"]
-    return samples / sum(line["step_seconds"] for line in lines[1:]), samples / (len(lines) - 1)
+    seconds, steps = sum(line["step_seconds"] for line in lines[1:]), len(lines) - 1
+    return samples / seconds, samples / steps / MICRO_BATCHES / rows, sum(line["fill"] for line in lines[1:]) / steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32], help="of a micro-batch [8 32]")
-    parser.add_argument("--iterations", type=int, default=8, help="steps of every run [%(default)s]")
+    parser.add_argument("--iterations", type=int, default=4, help="steps of every run [%(default)s]")
     parser.add_argument("--repeats", type=int, default=2, help="[%(default)s]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -87,15 +91,16 @@ def main() -> None:
         convert_demo(folder / "base")
         shards = make_shards(folder, 4000)
         for rows in options.rows:
-            rates: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+            rates: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
             for turn in range(options.repeats):
                 for pack, found in rates.items():
-                    found.append(samples_a_second(folder, shards, rows, pack, options.iterations, turn))
-            packed, padded = (max(rate for rate, _ in rates[pack]) for pack in (True, False))
-            held = rates[True][0][1] / rows
+                    found.append(trained(folder, shards, rows, pack, options.iterations, turn))
+            packed, apart = (max(rate for rate, *_ in rates[pack]) for pack in (True, False))
+            (_, held, fill), (_, _, fill_apart) = rates[True][0], rates[False][0]
             print(
-                f"micro-batches of {rows} rows of {ROW_TOKENS} tokens: packed {packed:.1f}, padded {padded:.1f} "
-                f"samples a second: {packed / padded:.2f}x; a packed row holds {held:.1f} samples"
+                f"micro-batches of {rows} rows of {ROW_TOKENS} tokens: packed {packed:.1f}, apart {apart:.1f} "
+                f"samples a second: {packed / apart:.2f}x; fill {fill:.1%} and {fill_apart:.1%}; a packed row holds "
+                f"{held:.1f} samples"
             )
 
 

@@ -99,6 +99,26 @@ def test_recomputation_costs_a_forward_pass() -> None:
     assert 0 < attention.again < 0.1 * full.again
 
 
+def test_communication_over_data_parallel_ranks() -> None:
+    """Gradients in fp32 and weights in bf16, over NVLink, or over four adapters of a node; overlapped, a quarter of it,
+    and what lasts longer than the backward pass of a micro-batch."""
+    trained, link = 1e9, 450e9 * 0.622
+
+    def seconds(ranks: int, **options: object) -> float:
+        plan = replace(PACKED, **{"overlap_grad_reduce": False, **options})  # type: ignore[arg-type]  # its own fields
+        layout = Layout(2, 1, ranks, (28,))
+        return step_time(ROSS_7B, layout, plan, DATA, H100, micro_batches=1, trained=[trained]).communication
+
+    assert seconds(4) == pytest.approx(trained * 0.75 * (4 + 2) / link)
+    assert seconds(32) == pytest.approx(trained * 31 / 32 * (4 + 2) / (4 * 50e9 * 0.8))
+    assert seconds(4, distributed_optimizer=False) == pytest.approx(trained * 0.75 * 2 * 4 / link)
+    assert seconds(4, overlap_grad_reduce=True) == pytest.approx(trained * 0.75 * (4 / 4 + 2) / link)
+    assert seconds(4, overlap_grad_reduce=True, overlap_param_gather=True) == pytest.approx(trained * 0.75 * 1.5 / link)
+    trained = 1e11
+    slow = seconds(4, overlap_grad_reduce=True)
+    assert trained * 0.75 * (4 / 4 + 2) / link < slow < trained * 0.75 * (4 + 2) / link
+
+
 def test_what_costs_nothing() -> None:
     none = replace(PACKED, precomputed=Precomputed(features=True, latents=True))
     first, last = (seconds(ROSS_7B, none, DATA, H100, 1) for seconds in (first_seconds, last_seconds))

@@ -107,7 +107,7 @@ def test_the_busiest_rank_does_little_more_than_the_mean(
     assert split.max(1).sum() == approx(pairs)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 5), st.integers(0, 5), st.floats(0, 4), st.floats(0, 4))
 def test_balance_is_optimal(stages: int, more: int, first: float, last: float) -> None:
     """Compared with all possible placements."""
@@ -183,7 +183,9 @@ def test_balance_by_milliseconds() -> None:
         plan = replace(Plan(denoiser="tf32", vae="bf16"), **options)  # type: ignore[arg-type]  # its own fields
         return make_layout(ROSS_7B, Placement(2, 2, plan=plan), world_size=4).layers_per_chunk
 
-    assert layers(denoiser="fp32")[1] < layers()[1] < layers(denoiser="bf16", recompute=FULL)[1]
+    assert layers(denoiser="fp32")[1] < layers()[1] <= layers(denoiser="bf16")[1]
+    kept, again = (stage_extra_costs(ROSS_7B, Placement(2, 2, plan=Plan(recompute=r))) for r in (Recompute(), FULL))
+    assert again[0] < 0.8 * kept[0] and again[1] < 0.8 * kept[1]
     by_operations = make_layout(ROSS_7B, Placement(2, 2, machine=CPU), world_size=4).layers_per_chunk
     assert layers(denoiser="fp32", vae="fp32")[1] < by_operations[1]
 

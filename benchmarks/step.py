@@ -163,7 +163,7 @@ def parts_of_ours(run: Run) -> list[tuple[Any, str, str]]:
         (engine_module, "all_finite", "norm and checks"),
     ]
     found += [(model.vision_model, "forward", "tower")] if hasattr(model, "vision_model") else []
-    return found + ([(model.pixel_decoder.autoencoder, "encode", "VAE")] if hasattr(model, "pixel_decoder") else [])
+    return found + ([(model.pixel_decoder, "posteriors", "VAE")] if hasattr(model, "pixel_decoder") else [])
 
 
 def shares(work: Callable[[], None], places: Sequence[tuple[Any, str, str]]) -> dict[str, float]:

@@ -13,16 +13,19 @@ from typing import Literal
 
 import torch
 
+from ross_mcore import platform
 from ross_mcore.batch import Batch
 from ross_mcore.models.ross import RossModel
 from ross_mcore.platform import SideStream
 
-PICTURES = 16
-"""Pictures of a group. The tower fills a GPU with them (11,664 tokens of SigLIP-384), and its working memory stays at
-about 0.2 GB; the VAE divides them further (PixelDecoder.encode_batch_size)."""
+PICTURES = 8
+"""Pictures of a group on a GPU, as many as the VAE takes at a time: 5,832 tokens of SigLIP-384 fill the GPU, and in a
+pipeline the other stages wait for a group at most as long as for a tenth of a micro-batch."""
+PICTURES_ON_CPU = 1
+"""A CPU gains nothing from more, and other stages of its pipeline would wait."""
 
 
-def groups(batches: Iterable[Batch], pictures: int = PICTURES) -> Generator[list[Batch]]:
+def groups(batches: Iterable[Batch], pictures: int) -> Generator[list[Batch]]:
     """Consecutive micro-batches of a step with at most so many pictures on this rank; without pictures, as if with one.
 
     The first micro-batch is a group of its own, so that the pipeline begins early. Groups depend on the step alone, so
@@ -54,7 +57,7 @@ def with_frozen_parts(
         return moved
 
     side, rest = SideStream(), list[Batch]()
-    for group in groups(batches):
+    for group in groups(batches, PICTURES if platform.has_gpu() else PICTURES_ON_CPU):
         started = side.start(partial(prepare, group))
         yield from rest
         first, *rest = started.finish(tensor for batch in started.value for tensor in batch.tensors)

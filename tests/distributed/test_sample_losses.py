@@ -25,6 +25,7 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
     from ross_mcore.batch import Row, Sample
     from ross_mcore.checkpoint.folder import Checkpoint
     from ross_mcore.data.loader import Step
+    from ross_mcore.engine import frozen
     from ross_mcore.parallel import groups
 
     platform.initialize_process_group(timeout_minutes=1)
@@ -57,14 +58,14 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
     alone = sums(*([[sample]] for sample in samples))
 
     calls: Counter[str] = Counter()
-    model = trial.model.first
-    model.vision_model.register_forward_hook(lambda *_: calls.update(["tower"]))
-    model.pixel_decoder.autoencoder.encoder.register_forward_hook(lambda *_: calls.update(["VAE"]))
+    model, frozen.PICTURES_ON_CPU = trial.model.first, frozen.PICTURES
+    for part in (model.vision_model, model.pixel_decoder.autoencoder.encoder):
+        part.register_forward_hook(lambda part, *_: calls.update([type(part).__name__]))
     repeated = sums(*([[samples[3]]] for _ in range(32)))
     groups.destroy()
-    # groups of 1, 16 and 15 micro-batches with a picture, which is in turn on either of two ranks; 8 a call of the VAE
-    expected = {(1, 0): (3, 5), (2, 0): (3, 3), (2, 1): (2, 2)}[tensor_parallel, trial.groups.tensor_rank]
-    assert (calls["tower"], calls["VAE"]) == expected
+    # groups of 1, 8, 8, 8 and 7 micro-batches; of two ranks each has every other picture, the second not the first one
+    expected = {(1, 0): 5, (2, 0): 5, (2, 1): 4}[tensor_parallel, trial.groups.tensor_rank]
+    assert calls == {"VisionModel": expected, "Encoder": expected}
     torch.testing.assert_close(repeated, repeated[:1].expand(32, 2), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert (alone[[0, 1, 3, 4, 5]] > 0).all() and (alone[2] == 0).all()

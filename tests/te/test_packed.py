@@ -16,9 +16,10 @@ from tests.te.test_fp8 import FP8
 
 BF16: dict[str, Any] = {"transformer_impl": "transformer_engine", "bf16": True}
 
-LOSSES, GRADIENTS = 3e-4, 2e-2
-"""bf16 has 8 bits (4e-3). The same sums, split and rounded differently: measured up to 7e-5 on losses and norm and 6e-3
-of a family's largest gradient. Attention across the samples of a row: 1e-3 on lm_loss, 7e-2 on the norm, 8e-2
+LOSSES, NORM, GRADIENTS = 3e-4, 5e-3, 2e-2
+"""bf16 has 8 bits (4e-3). The same sums, split and rounded differently: measured up to 7e-5 on losses, 2e-3 on the norm
+(one process has the norm of tensor 2 when it rounds the two halves of every sum over a split dimension) and 6e-3 of a
+family's largest gradient. Attention across the samples of a row: 1e-3 on lm_loss, 7e-2 on the norm, 8e-2
 (denoiser) to 2e-1 (projector) on gradients."""
 
 
@@ -64,7 +65,7 @@ def test_packed_and_separate_samples_train_alike(
     flags = packed_flags(workplace / "shards_mixed")
     packed = start(case, f"engine_packed_{case.name}", rank=train_and_look, **flags)
     assert "THD_THD_THD" in attention_layouts(packed)  # in addition to rows of one sample
-    assert_same_step(packed, separate, LOSSES)
+    assert_same_step(packed, separate, LOSSES, NORM)
     largest, difference = compared_gradients(packed, separate)
     for family in largest:
         assert largest[family] > 0
@@ -78,8 +79,8 @@ def test_attention_across_samples_is_detected(
     flags = packed_flags(workplace / "shards_mixed")
     blurred = start(Case("", 1, BF16), "engine_blurred", rank=train_across_samples, **flags)
     (ours,), (theirs,) = blurred.metrics, separate.metrics
-    for name in ("lm_loss", "grad_norm"):
-        assert abs(ours[name] / theirs[name] - 1) > LOSSES, name
+    for name, allowed in (("lm_loss", LOSSES), ("grad_norm", NORM)):
+        assert abs(ours[name] / theirs[name] - 1) > allowed, name
     largest, difference = compared_gradients(blurred, separate)
     for family in largest:
         assert difference[family] > GRADIENTS * largest[family], (family, difference, largest)

@@ -113,9 +113,9 @@ def of_model(
 
 
 def of_layer(execution: Execution, segments: Sequence[int] = SEGMENTS, within: Within = Operations.compiled) -> Kernels:
-    """The kernels of one decoder layer: those that a third layer adds to two."""
-    two, three = (of_model(layers, execution, segments, within) for layers in (2, 3))
-    return Kernels(three.forward - two.forward, three.backward - two.backward)
+    """The kernels of one decoder layer: those that a second layer adds to one."""
+    one, two = (of_model(layers, execution, segments, within) for layers in (1, 2))
+    return Kernels(two.forward - one.forward, two.backward - one.backward)
 
 
 def of_optimizer(layers: int, bf16: bool) -> Operations:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import counting.plans
 import pytest
 
 from ross_mcore import flags
@@ -57,6 +58,12 @@ def test_the_table_of_layouts_equals_the_output_of_the_tool(
         stages = re.findall(r"^ *\d+ +(\d+) +\d+ .* ([\d.]+) *$", printed, re.MULTILINE)
         assert max(float(total) for _, total in stages) == float(memory)
         assert len(stages) == 1 or f"{' + '.join(layers for layers, _ in stages)} layers" in layout
+
+
+def test_stages_wait_less_than_half_a_layer() -> None:
+    """A layer is 7% of a stage. Balanced by operations they would wait 19%, 8% and 5%."""
+    waits = [row for row in counting.plans.rows() if row.name.startswith("waiting")]
+    assert len(waits) == 3 and all(float(row.count.rstrip("%")) <= 3.5 for row in waits)
 
 
 def test_there_are_plans_for_both_sizes() -> None:

@@ -10,9 +10,9 @@ same weights, samples and random draws: before anything is timed their losses ag
 
 The model is Qwen2 512 x 8 layers, SigLIP 256 x 6 with 256 tokens a picture, a denoiser of width 256, in fp32, stage 2.
 A step has four samples of a picture and 128 to 180 text tokens, of which about 75 are labels; ours has them in one row.
-`mix` is 16 samples with the lengths of instruction data (benchmarks/packing.py), plain in one batch, as LLaVA's script has
-16 on a GPU. Ways run in turn; the least of their times counts: the processor's with one thread, the clock's with more. Parts are of a profile of
-one more step.
+`mix` is 16 samples with the lengths of instruction data (benchmarks/packing.py), plain in one batch, as LLaVA's script
+has 16 on a GPU. Ways run in turn; the least of their times counts: the processor's with one thread, the clock's with
+more. Parts are of a profile of one more step.
 """
 
 from __future__ import annotations

@@ -39,10 +39,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="maximum number of processes [the GPUs, 4 in the CPU form]"
     )
-    parser.add_argument("--parts", metavar="A,B", help="only these, and environment and prepare [all]")
+    parser.add_argument("--parts", metavar="A,B", help="only these, and environment and prepare [those with a share]")
     options = parser.parse_args(arguments)
     names = [part.name for part in PARTS]
-    chosen = options.parts.split(",") if options.parts else names
+    options.named = options.parts.split(",") if options.parts else []
+    chosen = options.named or names
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--parts {','.join(unknown)}: the parts are {', '.join(names)}")
     if options.ranks is not None and options.ranks < 1:
@@ -99,7 +100,7 @@ def _runner_for_machine(report: Report, options: argparse.Namespace) -> Runner:
     ranks = min(options.ranks or MOST_RANKS, gpus) if gpus else options.ranks or RANKS_ON_CPU
     report.environment = found["rows"]
     report.form = f"on {gpus} GPUs, {ranks} ranks at most" if gpus else f"the CPU form, {ranks} ranks at most"
-    return Runner(options.out, Machine(bool(gpus), ranks, found["lacks"]), {} if gpus else CPU)
+    return Runner(options.out, Machine(bool(gpus), ranks, found["lacks"]), {} if gpus else CPU, options.named)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,22 @@ def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]])
     return max((abs(a - b) / abs(b) for a, b in pairs), default=math.inf)
 
 
+def stall(log: str) -> float | None:
+    """The longest time in seconds for which a save blocked training; None without a save."""
+    return max((float(found) for found in re.findall(r"training blocked for ([\d.]+) s", log)), default=None)
+
+
+def planned(output: str) -> float | None:
+    """GiB of the fullest rank in the table of tools/plan_layout.py; None if there is none."""
+    found = re.findall(r"^ *\d+ +\d+ .* ([\d.]+) *$", output, re.MULTILINE)
+    return max((float(gigabytes) * 1e9 / 2**30 for gigabytes in found), default=None)
+
+
+def notes(log: str) -> list[str]:
+    """What a program wants in the report."""
+    return re.findall(r"^note: (.+)$", log, re.MULTILINE)
+
+
 def speed(log: str) -> Speed | None:
     """The median over the console's lines after the first steps; None if there are too few."""
     found = [

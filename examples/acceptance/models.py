@@ -3,6 +3,7 @@
 small: four layers, with sizes that two ranks divide and FP8 accepts; tower and VAE are the demo's.
 medium: 0.7 billion parameters in the language model, with tower and VAE in the shapes of SigLIP-SO400M and the FLUX
 VAE.
+full: the shapes of Qwen2-7B with its vocabulary, 15 GB, and the same tower and VAE.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ LANGUAGE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
     },
+    "full": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rope_theta": 1e6,
+    },
 }
 
 
@@ -40,9 +50,12 @@ def write_language_model(size: str, folder: Path) -> None:
     from transformers import Qwen2ForCausalLM
     from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
-    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 4096, "tie_word_embeddings": False}
-    model = Qwen2ForCausalLM(Qwen2Config(**common, **LANGUAGE[size]))
-    model.to(torch.float32 if size == "small" else torch.bfloat16).save_pretrained(folder)
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 32768, "tie_word_embeddings": False}
+    torch.set_default_dtype(torch.float32 if size == "small" else torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() and size != "small" else "cpu"):  # draws 7 billion numbers
+        model = Qwen2ForCausalLM(Qwen2Config(**common | LANGUAGE[size]))
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
 
 
 def write_frozen_parts(folder: Path) -> None:
@@ -70,7 +83,7 @@ def main() -> None:
 
     torch.manual_seed(1)
     write_language_model(options.size, options.out / "language_model")
-    if options.size == "medium":
+    if options.size != "small":
         write_frozen_parts(options.out)
 
 

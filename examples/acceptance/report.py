@@ -17,7 +17,11 @@ TAIL = 20
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a training. steps: its metrics.jsonl; difference: from the training that it is compared with."""
+    """The outcome of a training.
+
+    steps: its metrics.jsonl; difference: from the training that it is compared with; planned: memory in GiB that
+    tools/plan_layout.py expects of the fullest rank; stall: seconds for which a save blocked it.
+    """
 
     name: str
     status: str
@@ -25,12 +29,17 @@ class Result:
     steps: Sequence[dict[str, Any]] = ()
     difference: float | None = None
     speed: Speed | None = None
+    planned: float | None = None
+    stall: float | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a part. why: the missing need, or the failure; last_lines: the end of a failed command's
-    output."""
+    """The outcome of a part.
+
+    why: the missing need, or the failure; last_lines: the end of a failed command's output; notes: findings of its
+    commands.
+    """
 
     part: Part
     status: str
@@ -38,6 +47,7 @@ class Outcome:
     results: Sequence[Result] = ()
     last_lines: str = ""
     seconds: float = 0.0
+    notes: Sequence[str] = ()
 
 
 @dataclass
@@ -87,6 +97,8 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
     lines += ["## Environment", "", *table(("", ""), report.environment.items())]
     for outcome in report.outcomes:
         lines += _comparison(outcome)
+        if outcome.notes:
+            lines += [f"## Found by {outcome.part.name}", "", *(f"- {text}" for text in outcome.notes), ""]
     lines += _curves(report, pictures)
     lines += _speeds(report)
     for outcome in report.outcomes:
@@ -131,10 +143,14 @@ def _speeds(report: Report) -> list[str]:
     for result in (result for outcome in report.outcomes for result in outcome.results):
         if result.speed is not None:
             s = result.speed
-            figures = f"{s.tokens:,.0f}", f"{s.samples:.1f}", f"{s.teraflops:.3f}", f"{s.memory:.2f}"
+            beside = ("-" if value is None else f"{value:.1f}" for value in (result.planned, result.stall))
+            figures = f"{s.tokens:,.0f}", f"{s.samples:.1f}", f"{s.teraflops:.3f}", f"{s.memory:.2f}", *beside
             rows[result.name] = result.name, *figures
     if not rows:
         return []
-    header = ("training", "tokens/s", "rows/s", "TFLOP/s/device", "peak memory of a rank, GiB")
-    note = "Medians after the first steps. Trainings without a size are of a tiny model: their speed means nothing."
+    header = ("training", "tokens/s", "rows/s", "TFLOP/s/device", "peak GiB of a rank", "planned GiB", "save, s")
+    note = (
+        "Medians after the first steps; of a save, how long training stood still. Trainings without a size are of a "
+        "tiny model: their speed means nothing."
+    )
     return ["## Speed and memory", "", note, "", *table(header, rows.values())]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from examples.acceptance.judge import Speed, difference, problem, speed
+from examples.acceptance.judge import Speed, difference, notes, planned, problem, speed, stall
 
 
 def steps(*losses: float, **changes: Any) -> list[dict[str, Any]]:
@@ -43,3 +43,14 @@ def test_speed_is_the_median_of_the_lines_after_the_first_ones() -> None:
     log = "\n".join(line.format(n, count, count / 100, n / 10) for n, count in enumerate(tokens, start=1))
     assert speed(log) == Speed(3000, 30, 0.5, 0.7)
     assert speed("nothing") is None
+
+
+def test_figures_beside_the_speed() -> None:
+    """In the words of tools/plan_layout.py and of the checkpointer."""
+    table = (
+        " stage  layers  ms   weights  GB a rank\n 0      16      105  4.9      37.6\n 1      12      101  4.0  30.1"
+    )
+    assert planned(f"{table}\nstep: 1.83 s") == pytest.approx(37.6e9 / 2**30) and planned("none") is None
+    saved = "saved iteration 20: 12 MiB in 3.0 s, training blocked for {} s"
+    assert stall("\n".join(saved.format(seconds) for seconds in (0.5, 2.5))) == 2.5 and stall("") is None
+    assert notes("note: one\n[rank0]: note: no\nnote: two\n") == ["one", "two"]

@@ -19,14 +19,14 @@ COMPARED = Part("layouts", "all alike", against="one", tolerance=Tolerance(1e-5,
 
 def test_the_page_says_what_passed_what_failed_and_why() -> None:
     results = [
-        Result("one", "PASS", "", STEPS, speed=Speed(1234.0, 5.0, 0.25, 1.5)),
+        Result("one", "PASS", "", STEPS, speed=Speed(1234.0, 5.0, 0.25, 1.5), planned=1.25),
         Result("two", "FAIL", "tolerance 1e-05: too far", STEPS, 0.125),
         Result("three", "SKIP", "needs 8 GPUs, there are 4"),
     ]
     report = Report("gpu_acceptance.sh", "on 4 GPUs", {"torch": "2.13.0"})
     report.outcomes = [
         Outcome(COMPARED, "FAIL", "two", results, "Traceback", 12.3),
-        Outcome(Part("fp8", "FP8"), "SKIP", "needs Hopper"),
+        Outcome(Part("fp8", "FP8"), "SKIP", "needs Hopper", notes=["attention by flash"]),
     ]
     page = markdown(report, ["lm_loss.svg"])
     assert report.failed
@@ -41,7 +41,8 @@ def test_the_page_says_what_passed_what_failed_and_why() -> None:
         "| three | **SKIP** | - | - | - | needs 8 GPUs, there are 4 |",
         "![lm_loss.svg](lm_loss.svg)",
         "| one | █▁ | 2.0000 1.0000 |",
-        "| one | 1,234 | 5.0 | 0.250 | 1.50 |",
+        "| one | 1,234 | 5.0 | 0.250 | 1.50 | 1.2 | - |",
+        "- attention by flash",
         "## Last lines of layouts",
     ):
         assert line in page.splitlines(), line
@@ -110,3 +111,17 @@ def test_a_training_is_made_once_and_judged_beside_its_reference(
     assert made == ["one process", "near", "far", "broken"]
     assert (near.status, far.status, far.why) == ("PASS", "FAIL", "far")
     assert far.results[-1].why == "tolerance 1e-05: too far"
+
+
+def test_what_has_no_time_is_cut_and_named(tmp_path: Path) -> None:
+    """On GPUs. A part without a share runs where --parts names it, and then without an end."""
+    runner = Runner(tmp_path, Machine(True, 1), {}, named=("extra",))
+    runner.clear()
+    quick, endless = ("python -c 'print(\"note: seen\")'",), ("python -c 'import time; time.sleep(60)'",)
+    short = runner.run(Part("short", "", endless, minutes=(0.01, 9)))
+    assert (short.status, short.why) == ("SKIP", "cut after 1 s, the rest of the part's share of the time")
+    over = runner.run(Part("over", "", quick, minutes=(1e-9, 9)))
+    assert over.why == "cut: the part's 1e-09 minutes were over before it"
+    assert "no share of the 10 minutes; --parts none" in runner.run(Part("none", "", quick, minutes=(0, 9))).why
+    extra = runner.run(Part("extra", "", quick, minutes=(0, 9)))
+    assert (extra.status, extra.notes) == ("PASS", ["seen"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 import pytest
 
 from examples.acceptance.models import LANGUAGE, VOCABULARY
-from examples.acceptance.parts import COMMON, NEEDS, PARTS, REFERENCES, Machine, Training, with_references
+from examples.acceptance.parts import COMMON, MINUTES, NEEDS, PARTS, REFERENCES, Machine, Training, with_references
 from ross_mcore import config as options
 from ross_mcore import flags, platform
 from ross_mcore.architecture import LanguageConfig
@@ -29,11 +30,25 @@ def test_names_are_unique_and_references_exist() -> None:
         assert all(set(reference.needs) <= set(part.needs) for part in PARTS if part.against == reference.name)
 
 
+def test_shares_of_the_time_are_the_whole() -> None:
+    """And the parts that others need come first."""
+    for column, whole in enumerate(MINUTES):
+        assert 0.9 * whole <= sum(part.minutes[column] for part in PARTS) <= whole
+    names = [part.name for part in PARTS]
+    assert names[:2] == ["environment", "prepare"] and names.index("profile") < names.index("long_row")
+    assert names.index("packed") < names.index("packed_gradients")
+
+
 def language_of(size: str) -> LanguageConfig:
     shape = {name: value for name, value in LANGUAGE[size].items() if name != "initializer_range"}
     head_dim = shape["hidden_size"] // shape["num_attention_heads"]
-    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
-    return LanguageConfig("qwen2", head_dim=head_dim, tie_word_embeddings=False, qkv_bias=True, **common, **shape)
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    }
+    return LanguageConfig("qwen2", head_dim=head_dim, tie_word_embeddings=False, qkv_bias=True, **common | shape)
 
 
 @pytest.fixture(scope="module")

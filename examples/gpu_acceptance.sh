@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks on a machine with 1, 2, 4 or 8 GPUs that everything works, and measures its speed.
+# Checks on a machine with 1, 2, 4 or 8 GPUs that everything works, and measures its speed: in at most an hour on 8, in
+# ten minutes on one.
 #
 #   examples/gpu_acceptance.sh                  on all GPUs; without GPUs, the CPU form
 #   examples/gpu_acceptance.sh --cpu            the CPU form: gloo, up to 4 ranks, six CPU minutes

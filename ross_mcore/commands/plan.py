@@ -13,6 +13,7 @@ possible. Options of precision and kernels are checked only when a run starts.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
         "--samples-a-row",
         type=float,
         metavar="X",
-        help="with --global-batch-samples: as tools/inspect_shards.py prints",
+        help="samples of a packed row, as tools/inspect_shards.py prints; default: of typical samples",
     )
     parser.add_argument(
         "--parts-read", nargs="+", default=[], choices=["features", "latents"], help="precomputed parts of the shards"
@@ -55,6 +56,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     options, rest = parser.parse_known_args(arguments)
     if (options.language_model is None) != (options.vision_model is None):
         parser.error("--language-model and --vision-model need each other")
+    if options.samples_a_row is not None and not 0 < options.samples_a_row < math.inf:
+        parser.error(f"--samples-a-row must be a positive number, got {options.samples_a_row}")
     return options, rest
 
 
@@ -73,21 +76,6 @@ def read_model(options: argparse.Namespace, load: str | None) -> ModelConfig:
         denoiser=DenoiserConfig.from_type(options.denoiser_type) if decoder else None,
         pixel_decoder=huggingface.read_pixel_decoder_config(decoder) if decoder else None,
     )
-
-
-def rows_of_a_step(config: Config, layout: Layout, samples_a_row: float | None) -> int:
-    """Rows of a step over all ranks. Raises ConfigError where they follow from data and are not given."""
-    from ross_mcore.errors import ConfigError
-
-    training = config.training
-    if training.global_batch_samples is None:
-        return training.global_batch_size or layout.data_parallel * training.micro_batch_size
-    if config.data.pack and not samples_a_row:
-        raise ConfigError(
-            f"with --global-batch-samples {training.global_batch_samples} the rows of a step follow from the data: "
-            "give the samples of a packed row with --samples-a-row (tools/inspect_shards.py --seq-length prints them)"
-        )
-    return layout.rows_for(training.global_batch_samples / (samples_a_row or 1), training.micro_batch_size)
 
 
 def print_plan(config: Config, model: ModelConfig, layout: Layout, placement: Placement, data: Data) -> None:
@@ -152,7 +140,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     from ross_mcore import flags
     from ross_mcore.architecture import Precomputed
     from ross_mcore.config import check
-    from ross_mcore.costs import typical_data
+    from ross_mcore.costs import PACKED_FILL, typical_data
     from ross_mcore.errors import UserError
     from ross_mcore.parallel.layout import make_layout
 
@@ -160,6 +148,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     try:
         model = read_model(options, config.checkpoint.load)
         data = typical_data(model, config.llm_trains)
+        if options.samples_a_row is not None:
+            tokens = PACKED_FILL * config.data.seq_length / options.samples_a_row
+            data = replace(data, tokens=tokens, attended=tokens)
         read = Precomputed(features="features" in options.parts_read, latents="latents" in options.parts_read)
         plan = replace(config.plan, precomputed=read)
         placement = replace(config.placement, plan=plan, data=data, machine=MACHINES[options.gpu])

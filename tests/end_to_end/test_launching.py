@@ -60,6 +60,13 @@ def test_the_table_of_layouts_equals_the_output_of_the_tool(
         assert len(stages) == 1 or f"{' + '.join(layers for layers, _ in stages)} layers" in layout
 
 
+def test_samples_of_a_row_may_be_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    assert plan.main([*words(PLANS[0][0])[2:], "--samples-a-row", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "16 rows a step" in printed and f"samples of {0.97 * 4096 / 8:.0f} tokens" in printed
+
+
 def test_stages_wait_less_than_half_a_layer() -> None:
     """A layer is 7% of a stage. Balanced by operations they would wait 19%, 8% and 5%."""
     waits = [row for row in counting.plans.rows() if row.name.startswith("waiting")]
@@ -84,6 +91,7 @@ def test_jobs_have_flags_of_the_trainer(command: str, monkeypatch: pytest.Monkey
     ("arguments", "says"),
     [
         (["--load", "nowhere"], "nowhere"),
+        (["--load", "x", "--samples-a-row", "0"], "must be a positive number, got 0.0"),
         (["--language-model", str(ROOT / "tests/published/qwen2-7b-instruct")], "need each other"),
         (["--load", "x", "--micro-batch", "1"], "unrecognized argument --micro-batch"),
     ],

@@ -70,11 +70,12 @@ class PixelDecoder(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         decode_image_size: int,
-        encode_batch_size: int = 8,
+        encode_batch_size: int | None = None,
         precision: Precision = "fp32",
     ) -> None:
         """image_mean and image_std are the tower's; the VAE runs `encode_batch_size` images at a time.
 
+        By default that is 8 on a GPU, and 1 on a CPU, whose cache does not hold the activations of more.
         Raises ValueError when `decode_image_size` is not a whole number of latent tokens, ArchitectureError when
         diffusers refuses the configuration.
         """
@@ -86,7 +87,7 @@ class PixelDecoder(nn.Module):
             raise ValueError(f"decode_image_size={decode_image_size} is not a multiple of {pixels_per_token} pixels")
         self.config = config
         self.decode_image_size = decode_image_size
-        self.encode_batch_size = encode_batch_size
+        self.encode_batch_size = encode_batch_size or (8 if platform.has_gpu() else 1)
         self.precision = precision
         fields = {name: value for name, value in config.diffusers.items() if name in VAE_KEYS}
         try:

@@ -59,6 +59,7 @@ def compare_with_each_alone(folder: str, tensor_parallel: int) -> None:
 
     calls: Counter[str] = Counter()
     model, frozen.PICTURES_ON_CPU = trial.model.first, frozen.PICTURES
+    model.pixel_decoder.encode_batch_size = 8  # as on a GPU
     for part in (model.vision_model, model.pixel_decoder.autoencoder.encoder):
         part.register_forward_hook(lambda part, *_: calls.update([type(part).__name__]))
     repeated = sums(*([[samples[3]]] for _ in range(32)))

@@ -30,7 +30,11 @@ CASES = [
         (),
     ),
     (
-        Case("tensorwise, bf16 at both ends, pp2", 2, {**TENSORWISE, **layout(1, 2), "first_last_layers_bf16": True}),
+        Case(
+            "tensorwise, bf16 at both ends, pp2",
+            2,
+            {**TENSORWISE, **layout(1, 2, pipeline_layout="2,2"), "first_last_layers_bf16": True},
+        ),
         "Float8CurrentScaling/HYBRID",
         (1, 4),
     ),

@@ -304,5 +304,5 @@ def rows() -> list[Row]:
         counts = [rank[case] for rank in ranks if case in rank]
         schedule, step = (max(getattr(c, kind).total() for c in counts) for kind in ("schedule", "step"))
         found.append(Row(f"waits in forward and backward, {case}", str(schedule), "0", "of the rank with most"))
-        found.append(Row(f"waits in the whole step, {case}", str(step), "<= 10", "losses, norm, finite, agreement"))
+        found.append(Row(f"waits in the whole step, {case}", str(step), "<= 6", "losses, norm, finite, agreement"))
     return found

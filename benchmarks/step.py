@@ -1,6 +1,6 @@
 """Speed of one training step, beside the same model written plainly, and where the time of both goes.
 
-    python benchmarks/step.py            # one and two threads, about eight minutes
+    python benchmarks/step.py            # one and two threads (the mix: one), about six minutes
     python benchmarks/step.py --quick    # one thread, one turn
 
 Plain is examples/ross_in_one_file.py: Qwen2 and SigLIP of Hugging Face, diffusers' VAE, rows padded to the longest of
@@ -311,7 +311,7 @@ def main() -> None:
             slots = sum(batch[0].numel() for batch in given)
             print(f"mix: {tokens.sum()} tokens in {rows} rows of at most {PACKED_TOKENS}; padded {slots} slots")
             ways = {"plain": lambda: plain.step(given), "packed": online.step, "packed, precomputed": stored.step}
-            compare(f"mix of {options.mix}", ways, max(1, options.turns - 2), options.threads)
+            compare(f"mix of {options.mix}", ways, max(1, options.turns - 2), options.threads[:1])
 
 
 def require_equal(plain: tuple[float, float], *ours: tuple[float, float]) -> None:

@@ -65,7 +65,6 @@ CASES = [
     ),
     Case("tp2xpp2", 4, layout(2, 2)),
     Case("tp2xpp2+sp", 4, layout(2, 2, sequence_parallel=True)),
-    Case("tp2xpp2 overlap", 4, layout(2, 2, overlap_grad_reduce=True)),
     Case("dp2", 2),
     Case("dp2 overlap", 2, layout(overlap_grad_reduce=True)),
     Case("dp2 distributed optimizer", 2, layout(use_distributed_optimizer=True)),

@@ -50,6 +50,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+@functools.cache
+def is_ampere() -> bool:
+    """Whether this process computes on a GPU of Ampere or newer, which has TF32, and which flash attention needs."""
+    return has_gpu() and torch.cuda.get_device_capability() >= AMPERE
+
+
 def device_name() -> str:
     """torch's name of the GPU, or `cpu`."""
     return torch.cuda.get_device_name() if has_gpu() else "cpu"
@@ -88,7 +94,7 @@ def libraries() -> Libraries:
         ordered_kernels=not has_gpu()
         or os.environ.get(CONNECTIONS) == "1"
         or torch.cuda.get_device_capability() >= BLACKWELL,
-        tf32=has_gpu() and torch.cuda.get_device_capability() >= AMPERE and os.environ.get(TF32_OVERRIDE) != "0",
+        tf32=is_ampere() and os.environ.get(TF32_OVERRIDE) != "0",
     )
 
 

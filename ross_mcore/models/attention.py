@@ -5,8 +5,10 @@ Legend: T tokens of a micro-batch, n segments, D size of a head, h heads and g q
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, cast
@@ -83,8 +85,18 @@ class RotaryAngles(nn.Module):
         return torch.cat((angles, angles), dim=-1)[:, None, None]
 
 
-HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-"""Whether torch has attention for segments of any length in one call; it needs a GPU and 16 bits."""
+@functools.cache
+def varlen_attention() -> Callable[..., Tensor] | None:
+    """torch's attention for segments of any length in one call, in 16 bits on a GPU from Ampere; None without it.
+
+    That of torch 2.10 takes no scale; the first that is documented with grouped queries too is of 2.12.
+    """
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention import varlen
+
+    attend = cast(Callable[..., Tensor], varlen.varlen_attn)  # a pair only with return_aux
+    return attend if {"scale", "window_size", "enable_gqa"} <= inspect.signature(attend).parameters.keys() else None
 
 
 def padded_length(length: int) -> int:
@@ -121,26 +133,25 @@ class SDPACoreAttention(nn.Module):
         if attention_mask is not None:
             raise ValueError("the local attention is causal within segments and takes no explicit mask")
         query, key, value = (part.squeeze(1) for part in (query, key, value))
-        if HAS_VARLEN and query.device.type != "cpu" and query.element_size() == 2:
-            return self._varlen(query, key, value, packed_seq_params).flatten(1)[:, None]
+        if query.element_size() == 2 and platform.is_ampere() and (attend := varlen_attention()):
+            return self._varlen(attend, query, key, value, packed_seq_params).flatten(1)[:, None]
         lengths = packed_seq_params.lengths
         if packed_seq_params.is_rectangular:
             return self._attend(query, key, value, lengths[0])[:, None]
         parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), lengths, strict=True)
         return torch.cat([self._attend(*part) for part in parts])[:, None]
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequence) -> Tensor:
+    def _varlen(
+        self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, packed: PackedSequence
+    ) -> Tensor:
         """[T, h, D] -> [T, h, D]."""
-        from torch.nn.attention.varlen import varlen_attn
-
         ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        attended = varlen_attn(
+        return attend(
             *(query, key, value, ends, ends, longest, longest),
             scale=self.scale,
             window_size=(-1, 0),  # causal
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return cast(Tensor, attended)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
         """n segments of one length: [n * length, h, D] -> [n * length, h * D]."""

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ross_mcore.models.attention import RotaryAngles, SDPACoreAttention, packed_sequence, padded_length
+from ross_mcore import platform
+from ross_mcore.models.attention import (
+    RotaryAngles,
+    SDPACoreAttention,
+    packed_sequence,
+    padded_length,
+    varlen_attention,
+)
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 
@@ -79,6 +86,28 @@ def test_a_hundred_steps_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
         lengths.update(row)
         attention()(token, token, token, None, packed_sequence(row))
     assert len(lengths) > 500 and len(shapes) <= 60
+
+
+def test_one_call_in_16_bits_on_a_gpu_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first version had neither a scale nor grouped queries; then every segment is a call."""
+    calls = []
+
+    def newest(q: Tensor, k: Tensor, v: Tensor, *ends: Any, scale: Any, window_size: Any, enable_gqa: bool) -> Tensor:
+        calls.append((*(end if isinstance(end, int) else end.tolist() for end in ends), window_size, enable_gqa))
+        return q
+
+    def first(q: Tensor, k: Tensor, v: Tensor, *ends: Any, is_causal: bool = False) -> Tensor:
+        raise AssertionError("takes no scale")
+
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(platform, "is_ampere", lambda: True)
+    lengths, parts = [5, 1, 9], [part.bfloat16() for part in inputs(15)]
+    for attend in (newest, first):
+        monkeypatch.setattr(varlen, "varlen_attn", attend)
+        varlen_attention.cache_clear()
+        assert attention()(*parts, None, packed_sequence(lengths)).shape == (15, 1, HEADS * SIZE)
+    varlen_attention.cache_clear()
+    assert calls == [([0, 5, 6, 15], [0, 5, 6, 15], 9, 9, (-1, 0), True)]
 
 
 def test_padding_is_small() -> None:

@@ -1,6 +1,6 @@
 """Speed of one training step, beside the same model written plainly, and where the time of both goes.
 
-    python benchmarks/step.py            # one and two threads (the mix: one), about six minutes
+    python benchmarks/step.py            # one and two threads (the mix: one), about ten minutes
     python benchmarks/step.py --quick    # one thread, one turn
 
 Plain is examples/ross_in_one_file.py: Qwen2 and SigLIP of Hugging Face, diffusers' VAE, rows padded to the longest of
@@ -10,9 +10,9 @@ same weights, samples and random draws: before anything is timed their losses ag
 
 The model is Qwen2 512 x 8 layers, SigLIP 256 x 6 with 256 tokens a picture, a denoiser of width 256, in fp32, stage 2.
 A step has four samples of a picture and 128 to 180 text tokens, of which about 75 are labels; ours has them in one row.
-`mix` is 16 samples with the lengths of instruction data (benchmarks/packing.py), plain in one batch, as LLaVA's script
-has 16 on a GPU. Ways run in turn; the least of their times counts: the processor's with one thread, the clock's with
-more. Parts are of a profile of one more step.
+`mix` is 16 samples with the lengths of instruction data (benchmarks/packing.py), plain in batches of 4 and of all 16:
+the larger a batch, the more of it is padding. Ways run in turn; the least of their times counts: the processor's with
+one thread, the clock's with more. Parts are of a profile of one more step.
 """
 
 from __future__ import annotations
@@ -260,8 +260,10 @@ def mix(sizes: Sizes, count: int) -> list[Wanted]:
 def compare(title: str, ways: dict[str, Callable[[], None]], turns: int, threads: Sequence[int]) -> None:
     for number in threads:
         times = seconds(ways, turns, number)
+        plain = [taken for name, taken in times.items() if name.startswith("plain")]
         for name, taken in times.items():
-            print(f"{title}, {number} thread(s), {name:<24} {taken:6.2f} s   {times['plain'] / taken:.2f}x", flush=True)
+            ratios = " ".join(f"{base / taken:5.2f}x" for base in plain)
+            print(f"{title}, {number} thread(s), {name:<24} {taken:6.2f} s  {ratios}", flush=True)
 
 
 def main() -> None:
@@ -306,11 +308,17 @@ def main() -> None:
             online = Ours(closing, base, shards, folder / "run_mix", **packed)
             stored = Ours(closing, base, precomputed(base, shards), folder / "run_mix_stored", **packed)
             plain = Plain(folder / "parts", online.run)
-            given = plain_batches(online.run, online.agreed, options.mix)
-            require_equal(plain.losses(given, train=False), online.losses(), stored.losses())
-            slots = sum(batch[0].numel() for batch in given)
-            print(f"mix: {tokens.sum()} tokens in {rows} rows of at most {PACKED_TOKENS}; padded {slots} slots")
-            ways = {"plain": lambda: plain.step(given), "packed": online.step, "packed, precomputed": stored.step}
+            fours, whole = (plain_batches(online.run, online.agreed, size) for size in (4, options.mix))
+            require_equal(plain.losses(fours, train=False), online.losses(), stored.losses())
+            slots = [sum(batch[0].numel() for batch in given) for given in (fours, whole)]
+            print(f"mix: {tokens.sum()} tokens in {rows} rows of at most {PACKED_TOKENS}; padded {slots[0]} slots in")
+            print(f"batches of 4, {slots[1]} in one; ratios are to plain in batches of 4 and in one")
+            ways = {
+                "plain, batches of 4": lambda: plain.step(fours),
+                "plain, one batch": lambda: plain.step(whole),
+                "packed": online.step,
+                "packed, precomputed": stored.step,
+            }
             compare(f"mix of {options.mix}", ways, max(1, options.turns - 2), options.threads[:1])
 
 

@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
         "--samples-a-row",
         type=float,
         metavar="X",
-        help="samples of a packed row, as tools/inspect_shards.py prints; default: of typical samples",
+        help="samples of a packed row of this data; default: of typical samples",
     )
     parser.add_argument(
         "--parts-read", nargs="+", default=[], choices=["features", "latents"], help="precomputed parts of the shards"

@@ -10,6 +10,8 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
+import sysconfig
 import time
 import uuid
 import weakref
@@ -32,6 +34,9 @@ RECORDED_COLLECTIVES = 64
 
 AMPERE, BLACKWELL = (8, 0), (10, 0)
 """Compute capabilities."""
+
+COMPILE_DISABLE = "TORCH_COMPILE_DISABLE"
+"""1 turns torch.compile off: functions compute as they are written."""
 
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """0 turns TF32 off inside NVIDIA's libraries, whatever a program sets."""
@@ -80,6 +85,8 @@ class Libraries:
     tensor_parallel/layers.py:526); before Blackwell only with CUDA_DEVICE_MAX_CONNECTIONS=1."""
     tf32: bool = False
     """Whether fp32 products can be computed in TF32: on GPUs from Ampere, unless NVIDIA_TF32_OVERRIDE is 0."""
+    compiler: bool = True
+    """Whether torch.compile, which fuses mcore's functions on a GPU, finds what it needs, or is turned off."""
 
 
 def libraries() -> Libraries:
@@ -95,7 +102,14 @@ def libraries() -> Libraries:
         or os.environ.get(CONNECTIONS) == "1"
         or torch.cuda.get_device_capability() >= BLACKWELL,
         tf32=is_ampere() and os.environ.get(TF32_OVERRIDE) != "0",
+        compiler=not has_gpu() or os.environ.get(COMPILE_DISABLE) == "1" or has_compiler(),
     )
+
+
+def has_compiler() -> bool:
+    """Whether triton can build its module in C, as its runtime/build.py looks for a compiler and Python.h."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and Path(sysconfig.get_paths("posix_prefix")["include"], "Python.h").exists()
 
 
 def fp8_refusal(recipe: str) -> str | None:

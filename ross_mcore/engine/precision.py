@@ -288,6 +288,12 @@ def _overlap(config: Config, libraries: Libraries) -> Iterator[str]:
             "if kernels start in the order they are issued, which GPUs before Blackwell do with that value; unset it "
             "(the program then sets it to 1), or set it to 1 before the program starts"
         )
+    if not libraries.compiler:
+        yield (
+            "torch.compile, which fuses functions of the decoder on a GPU, needs a C compiler and the headers of this "
+            "Python, and finds no compiler or no Python.h; install gcc and python3-dev, or set "
+            f"{platform.COMPILE_DISABLE}=1 to compute these functions unfused"
+        )
     fuses = libraries.gradient_fusion or options.transformer_impl == "transformer_engine"
     if options.gradient_accumulation_fusion and not fuses:
         yield (

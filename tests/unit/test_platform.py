@@ -103,3 +103,10 @@ def test_memory_is_pinned_while_it_lives_or_the_reason_is_given(status: int, mon
     assert (problem is None) == (status == 0) and calls == [("pin", 100)]
     del memory
     assert calls[1:] == ([] if status else [("unpin", 0)])
+
+
+def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert not platform.has_compiler()
+    assert platform.libraries().compiler  # a CPU needs none

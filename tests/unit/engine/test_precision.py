@@ -126,6 +126,8 @@ def test_each_requirement_of_hardware_and_libraries_is_checked(monkeypatch: pyte
         check_execution(overlap, LANGUAGE, replace(EVERYTHING, gpu=False))
     with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is not 1"):
         check_execution(overlap, LANGUAGE, replace(EVERYTHING, ordered_kernels=False))
+    with pytest.raises(ConfigError, match="install gcc and python3-dev, or set TORCH_COMPILE_DISABLE=1"):
+        check_execution(Config.from_flat(), LANGUAGE, replace(EVERYTHING, compiler=False))
     fusion = Config.from_flat(gradient_accumulation_fusion=True)
     check_execution(fusion, LANGUAGE, EVERYTHING)
     check_execution(Config.from_flat(), LANGUAGE, replace(EVERYTHING, ordered_kernels=False))

@@ -179,10 +179,10 @@ def tf32(on: bool) -> Iterator[None]:
         set_tf32(False)
 
 
-def use_device() -> None:
-    """Makes this thread use the GPU of this process: torch has a current device for each thread, at first GPU 0."""
-    if has_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+def use_device(device: torch.device) -> None:
+    """Makes this thread use a GPU: torch has a current device for each thread, at first GPU 0. No effect on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -272,9 +272,9 @@ def initialize_process_group(timeout_minutes: float) -> None:
 
     Raises PlatformError when a machine has more processes than GPUs, or when processes do not find each other in time.
     """
+    set_tf32(False)  # fp32 is fp32, but where a part of the model asks for TF32
     if torch.distributed.is_initialized():
         return
-    set_tf32(False)  # fp32 is fp32, but where a part of the model asks for TF32
     gpu = None
     if has_gpu():
         local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -283,8 +283,8 @@ def initialize_process_group(timeout_minutes: float) -> None:
                 f"process {local_rank} of this machine has no GPU: there are {count}. Start at most {count} processes "
                 'a machine, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to run on the CPU'
             )
-        use_device()
         gpu = torch.device("cuda", local_rank)
+        use_device(gpu)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store, rank, world_size = torch.distributed.HashStore(), 0, 1

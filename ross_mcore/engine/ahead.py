@@ -24,7 +24,7 @@ def made_ahead(make: Callable[[A], T], arguments: Iterable[A]) -> Generator[T]:
     so that processes can be forked.
     """
     waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(1, "ahead", platform.use_device) as thread:
+    with ThreadPoolExecutor(1, "ahead", platform.use_device, (platform.device(),)) as thread:
         for argument in arguments:
             waiting.append(thread.submit(make, argument))
             if len(waiting) > AHEAD:

@@ -67,7 +67,7 @@ def test_nccl_connects_to_the_gpu_of_the_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: called.update(current=index))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: called.update(current=gpu.index))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: called.update(more, b=backend))
     platform.initialize_process_group(1)

@@ -6,7 +6,9 @@ import threading
 from contextlib import closing
 
 import pytest
+import torch
 
+from ross_mcore import platform
 from ross_mcore.engine.ahead import made_ahead
 
 
@@ -34,3 +36,12 @@ def test_an_error_is_raised_in_its_turn_and_no_thread_is_left() -> None:
     with closing(made_ahead(make, [2, 1, 1])) as values:
         next(values)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_the_thread_uses_the_callers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a script has chosen it, without torchrun's LOCAL_RANK."""
+    used = []
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: used.append((gpu.index, threading.current_thread().name)))
+    assert list(made_ahead(str, [1])) == ["1"]
+    assert used == [(3, "ahead_0")]

@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str] | None]] = {
     "counts": ([], ["wire"]),
     "step": ([], ["--quick"]),
     "parallel": ([], None),
+    "attention": ([], []),
     "labelled_logits": ([], []),
     "order": ([], []),
     "packing": ([], []),

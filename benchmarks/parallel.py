@@ -1,6 +1,6 @@
 """Speed of two ranks of one thread beside one, on the same global batch of 16 samples.
 
-    python benchmarks/parallel.py           # about six minutes
+    python benchmarks/parallel.py           # about four minutes
     python benchmarks/parallel.py --turns 1 # a first look
 
 The model and the samples of benchmarks/step.py, one sample a micro-batch, in fp32, stage 2: TP2, PP2 (16 micro-batches,

@@ -1,7 +1,7 @@
 """Runs benchmarks and writes what they print into benchmarks/RESULTS.md, with the machine and the versions.
 
-    python benchmarks/run.py             # all: `make bench`, about twenty minutes
-    python benchmarks/run.py --quick     # the fast ones, shorter: three minutes
+    python benchmarks/run.py             # all: `make bench`
+    python benchmarks/run.py --quick     # the fast ones, shorter
     python benchmarks/run.py step order  # some
 
 RESULTS.md keeps the latest lines of each benchmark, so that one can be run again alone. Times need an idle machine;

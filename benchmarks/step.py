@@ -1,6 +1,6 @@
 """Speed of one training step, beside the same model written plainly, and where the time of both goes.
 
-    python benchmarks/step.py            # one and two threads (the mix: one), about ten minutes
+    python benchmarks/step.py            # one and two threads (the mix: one), about seven minutes
     python benchmarks/step.py --quick    # one thread, one turn
 
 Plain is examples/ross_in_one_file.py: Qwen2 and SigLIP of Hugging Face, diffusers' VAE, rows padded to the longest of

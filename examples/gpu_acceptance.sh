@@ -3,7 +3,7 @@
 # ten minutes on one.
 #
 #   examples/gpu_acceptance.sh                  on all GPUs; without GPUs, the CPU form
-#   examples/gpu_acceptance.sh --cpu            the CPU form: gloo, up to 4 ranks, six CPU minutes
+#   examples/gpu_acceptance.sh --cpu            the CPU form: gloo, up to 4 ranks
 #   examples/gpu_acceptance.sh --parts layouts,resume --out runs/acceptance
 #   examples/gpu_acceptance.sh --help
 #

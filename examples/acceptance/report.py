@@ -150,7 +150,7 @@ def _speeds(report: Report) -> list[str]:
         return []
     header = ("training", "tokens/s", "rows/s", "TFLOP/s/device", "peak GiB of a rank", "planned GiB", "save, s")
     note = (
-        "Medians after the first steps; of a save, how long training stood still. Trainings without a size are of a "
+        "Medians after the first steps; of a save, how long training was blocked. Trainings without a size are of a "
         "tiny model: their speed means nothing."
     )
     return ["## Speed and memory", "", note, "", *table(header, rows.values())]

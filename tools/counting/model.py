@@ -177,6 +177,12 @@ def write_shards(folder: Path, sizes: Sizes, samples: Sequence[Wanted]) -> Path:
     return folder / "shards"
 
 
+def write_small(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint of the SMALL model and 24 samples of several lengths."""
+    samples = [Wanted(64 + 7 * number % 40, 20) for number in range(24)]
+    return write_checkpoint(folder, SMALL), write_shards(folder, SMALL, samples)
+
+
 @contextmanager
 def opened(base: Path, shards: Path, save: Path, **flags: Any) -> Iterator[Run]:
     """A run of `base` on `shards`, on this rank (environment: torchrun's, or none for one process). Collective."""

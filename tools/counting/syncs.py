@@ -292,12 +292,11 @@ def count_cases(base: Path, shards: Path, save: Path, names: Iterable[str], **fl
 
 
 def rows() -> list[Row]:
-    from counting.model import SMALL, Wanted, write_checkpoint, write_shards
+    from counting.model import write_small
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = write_checkpoint(folder, SMALL)
-        shards = write_shards(folder, SMALL, [Wanted(64 + 7 * n % 40, 20) for n in range(24)])
+        base, shards = write_small(folder)
         ranks = on_ranks(count_cases, 4, base, shards, folder / "runs", list(CASES))
     found = []
     for case in CASES:

@@ -230,12 +230,11 @@ def totals(wires: Iterable[Wire]) -> tuple[float, float]:
 
 
 def rows() -> list[Row]:
-    from counting.model import SMALL, Wanted, write_checkpoint, write_shards
+    from counting.model import write_small
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = write_checkpoint(folder, SMALL)
-        shards = write_shards(folder, SMALL, [Wanted(64 + 7 * n % 40, 20) for n in range(24)])
+        base, shards = write_small(folder)
         ranks = on_ranks(count_layouts, 4, base, shards, folder / "runs", list(LAYOUTS))
     found = []
     for name in LAYOUTS:

@@ -103,6 +103,10 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, receiver: Connectio
     """Whether the kill happened; returns when all ranks have ended. Raises TimeoutError."""
     began = time.monotonic()
     limit, killed = began + LIMIT_SECONDS, False
+
+    def died() -> bool:
+        return kill is not None and ranks[kill.rank].exitcode == -signal.SIGKILL
+
     due = began + kill.after if kill is not None and kill.errand is None else None
     last = limit  # when the surviving ranks are killed too
     while alive := [process for process in ranks if process.is_alive()]:
@@ -121,12 +125,12 @@ def _watch_over(ranks: list[BaseProcess], kill: Kill | None, receiver: Connectio
         ready = wait(waited_for, max(0.0, min(due or limit, last) - time.monotonic()))
         if receiver in ready:
             due = _time_of_death(receiver, kill)
-        if kill is not None and not killed and ranks[kill.rank].exitcode == -signal.SIGKILL:
+        if kill is not None and not killed and died():
             killed = True
             for process in ranks:
                 process.kill() if kill.everyone else process.terminate()
             last = time.monotonic() + GRACE_SECONDS
-    return killed
+    return killed or died()  # a death that the loop's head saw first
 
 
 def _time_of_death(receiver: Connection, kill: Kill | None) -> float:

@@ -36,7 +36,7 @@ from ross_mcore.data.tokenizer import load_tokenizer, require_ids, require_vocab
 from ross_mcore.errors import CheckpointError, ConfigError, ConversationError, ImageError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.models.language import Execution
-from ross_mcore.models.ross import RossModel, RossOptions
+from ross_mcore.models.ross import OnStep, RossModel, RossOptions
 from ross_mcore.parallel import groups
 from ross_mcore.parallel.layout import Placement, make_layout
 
@@ -185,12 +185,19 @@ def reconstruct(
     steps: int = 50,
     temperature: float = 1.0,
     batch_size: int = 8,
+    seed: int | None = None,
+    start_timestep: int | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """K pictures -> (originals, reconstructions), both [K, 3, Hd, Hd] in [0, 1].
 
     Each picture is the prompt of a conversation in `trained.template`, as in training; attention is causal, so later
-    tokens do not matter. Raises ArchitectureError for a model without a denoiser, ImageError for an unusable picture,
-    OSError for an unreadable file.
+    tokens do not matter. `seed` of the noise, by default that of load_model. Sampling starts at pure noise, or with
+    `start_timestep` t at the picture's own latents noised to t of 999. `on_step(timestep, estimate)` is called in every
+    step of every `batch_size` pictures; `estimate()` decodes what the step takes the pictures to be, [k, 3, Hd, Hd].
+
+    Raises ArchitectureError for a model without a denoiser, ImageError for an unusable picture, OSError for an
+    unreadable file, ValueError for a number of steps or a timestep out of range.
     """
     _require_model(trained)
     _ = trained.config.decode_image_size
@@ -205,7 +212,15 @@ def reconstruct(
             for place, pixels in enumerate(some, start)
         ]
         batch, hidden = _run(trained, rows)
-        original, reconstruction = trained.model.reconstruct(hidden, batch, steps=steps, temperature=temperature)
+        original, reconstruction = trained.model.reconstruct(
+            hidden,
+            batch,
+            steps=steps,
+            temperature=temperature,
+            seed=seed,
+            start_timestep=start_timestep,
+            on_step=on_step,
+        )
         originals.append(original.cpu())
         reconstructions.append(reconstruction.cpu())
     return torch.cat(originals), torch.cat(reconstructions)

@@ -25,10 +25,18 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="scale of the noise of each step [%(default)s]"
     )
+    parser.add_argument(
+        "--start-timestep",
+        type=int,
+        metavar="T",
+        help="noise each picture to timestep T of 999 and denoise it from there [from pure noise]",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [%(default)s]")
     options = parser.parse_args(arguments)
     if not 1 <= options.steps <= 1000:
         parser.error("--steps must be between 1 and 1000")
+    if options.start_timestep is not None and not 0 <= options.start_timestep <= 999:
+        parser.error("--start-timestep must be between 0 and 999")
     missing = [str(path) for path in options.image if not path.is_file()]
     if missing:
         parser.error(f"--image: no such file: {', '.join(missing)}; give files of pictures")
@@ -46,7 +54,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         preprocessing = trained.preprocessing(options.image_aspect_ratio)
         truncated = options.truncated_images or trained.spec.truncated_images
         pictures = [read_picture(path, preprocessing, truncated) for path in options.image]
-        grid = picture_grid(list(reconstruct(trained, pictures, steps=options.steps, temperature=options.temperature)))
+        sampling = {
+            "steps": options.steps,
+            "temperature": options.temperature,
+            "start_timestep": options.start_timestep,
+        }
+        grid = picture_grid(list(reconstruct(trained, pictures, **sampling)))
         partial = options.output.with_name(options.output.name + ".partial")
         partial.unlink(missing_ok=True)  # it may be a link
         as_picture(grid).save(partial, format="PNG")

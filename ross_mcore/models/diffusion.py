@@ -97,9 +97,19 @@ class Schedule:
     def num_timesteps(self) -> int:
         return len(self.betas)
 
-    def respace(self, steps: int) -> Schedule:
-        """A process of `steps` timesteps, for faster sampling; the marginals at the timesteps it keeps are the same."""
-        return Schedule(self.full_betas, spaced_timesteps(len(self.full_betas), steps), self.device)
+    def respace(self, steps: int, last: int | None = None) -> Schedule:
+        """A process of `steps` timesteps, for faster sampling; the marginals at the timesteps it keeps are the same.
+
+        It ends at timestep `last`, by default at that of pure noise; of 0 to `last` there are last + 1, and it has at
+        most so many. Raises ValueError for numbers out of range.
+        """
+        every = len(self.full_betas)
+        if last is None:
+            return Schedule(self.full_betas, spaced_timesteps(every, steps), self.device)
+        if not 0 <= last < every:
+            raise ValueError(f"a sampling that starts at timestep {last} of {every}; expected 0 to {every - 1}")
+        kept = [last] if steps == 1 else spaced_timesteps(last + 1, min(steps, last + 1))
+        return Schedule(self.full_betas, kept, self.device)
 
     def _at(self, table: str, timesteps: Tensor, like: Tensor) -> Tensor:
         """The name of a table, timesteps [M] -> its values, float32, shaped to broadcast against `like`."""
@@ -138,15 +148,17 @@ def sample(
     *,
     temperature: float = 1.0,
     clip: float | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Ancestral sampling (DDPM algorithm 2): start [M, C, g, g] -> latents [M, C, g, g] float32 on its device.
 
     denoise(x [M, C, g, g], timesteps [M]) returns the predicted noise; its timesteps are those of the full process.
-    `start` is Gaussian noise. `noises` has one more [M, C, g, g] on any device for each timestep, in the order used;
-    the last is not used. `temperature` scales them; `clip` bounds the estimate of x_0 to [-clip, clip]. The reference
-    does not bound it; but the cosine schedule ends at a signal of 5e-5, where an error of 0.1 in the predicted noise
-    is an error of 2,000 in x_0 and spoils the sample. Raises ValueError when the number of noises or their shape is
-    wrong. Source: reference gaussian_diffusion.py (p_sample_loop) and denoiser_dit.py:250-268.
+    `start` is Gaussian noise, or latents at the schedule's last timestep. `noises` has one more [M, C, g, g] on any
+    device for each timestep, in the order used; the last is not used. `temperature` scales them; `clip` bounds the
+    estimate of x_0 to [-clip, clip]. The reference does not bound it; but the cosine schedule ends at a signal of 5e-5,
+    where an error of 0.1 in the predicted noise is an error of 2,000 in x_0 and spoils the sample. `on_step` gets each
+    step's timestep of the full process and estimate of x_0. Raises ValueError when the number of noises or their shape
+    is wrong. Source: reference gaussian_diffusion.py (p_sample_loop) and denoiser_dit.py:250-268.
     """
     x = start.float()
     deviations = schedule.fixed_large_variance.sqrt().float()
@@ -158,6 +170,8 @@ def sample(
         estimate = schedule.predict_start(x, timesteps, noise)
         if clip is not None:
             estimate = estimate.clamp(-clip, clip)
+        if on_step is not None:
+            on_step(int(schedule.timestep_map[step]), estimate)
         x = schedule.posterior(estimate, x, timesteps)[0]
         if step:
             x = x + temperature * float(deviations[step]) * fresh.to(x)

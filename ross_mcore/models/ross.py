@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from megatron.core import tensor_parallel
@@ -36,6 +36,9 @@ from ross_mcore.parts import PARTS
 
 LATENT_BOUND = 4.0
 """Limit of sampled latents in standard deviations; the VAE's scaling gives latents unit variance."""
+
+OnStep: TypeAlias = Callable[[int, Callable[[], Tensor]], None]
+"""Called in every step of a reconstruction with its timestep and a function that decodes its estimate."""
 
 
 @dataclass(frozen=True)
@@ -293,19 +296,32 @@ class RossModel(MegatronModule):
 
     @torch.no_grad()
     def reconstruct(
-        self, hidden: Tensor, batch: Batch, *, steps: int = 50, temperature: float = 1.0
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        *,
+        steps: int = 50,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        start_timestep: int | None = None,
+        on_step: OnStep | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Reconstructs this rank's images from their hidden states, on the last stage.
 
         hidden [T, 1, D] from `forward(output="hidden")` -> (originals, reconstructions), both [J, 3, Hd, Hd] in [0, 1].
         The denoiser samples latents in `steps` steps, and the VAE decodes them. The noise of an image depends on (seed,
-        position, ordinal) only, so its reconstruction is the same in every layout.
+        position, ordinal) only, so its reconstruction is the same in every layout; `seed` is by default the model's.
+
+        Sampling starts at pure noise, or with `start_timestep` t (0 to 999) at the image's own latents noised to t; it
+        then has at most t + 1 steps. `on_step(timestep, estimate)` is called in every step; `estimate()` decodes what
+        the step takes the clean latents to be, [J, 3, Hd, Hd] in [0, 1]. Raises ValueError for numbers out of range.
         """
         mine = self._share(batch)
         condition = image_tokens.gather(hidden, _part(batch.image_starts, mine), self.model.vision.image_tokens)
         shape = (self.denoiser.in_channels, self.denoiser.grid, self.denoiser.grid)
+        chosen = self.options.seed if seed is None else seed
         generators = [
-            torch.Generator().manual_seed(diffusion.draw_seed(self.options.seed, position, ordinal))
+            torch.Generator().manual_seed(diffusion.draw_seed(chosen, position, ordinal))
             for position, ordinal in zip(
                 _part(batch.image_positions, mine).tolist(), _part(batch.image_ordinals, mine).tolist(), strict=True
             )
@@ -315,19 +331,33 @@ class RossModel(MegatronModule):
             drawn = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(drawn) if drawn else torch.zeros(0, *shape)
 
+        def tell(timestep: int, estimate: Tensor) -> None:
+            if on_step is not None:
+                on_step(timestep, lambda: self.pixel_decoder.decode(estimate))
+
+        schedule, start = self.schedule.respace(steps, start_timestep), draw().to(hidden.device)
+        if start_timestep is not None:
+            timesteps = torch.full((len(start),), start_timestep, dtype=torch.int64, device=start.device)
+            start = self.schedule.q_sample(self._mean_latents(batch), timesteps, start)
         latents = diffusion.sample(
             lambda x, timesteps: self.denoiser(x, timesteps, condition),
-            self.schedule.respace(steps),
-            draw().to(hidden.device),
-            (draw() for _ in range(steps)),
+            schedule,
+            start,
+            (draw() for _ in range(schedule.num_timesteps)),
             temperature=temperature,
             clip=LATENT_BOUND,
+            on_step=tell,
         )
         if self.options.precomputed.latents:  # pixels may not be read; the VAE decodes the stored mean
-            means = sample_latents(self._posteriors(batch), None, self.autoencoder_config)
-            return self.pixel_decoder.decode(means), self.pixel_decoder.decode(latents)
+            return self.pixel_decoder.decode(self._mean_latents(batch)), self.pixel_decoder.decode(latents)
         originals = self.pixel_decoder.images_for_encoder(self._pixels(batch)) / 2 + 0.5
         return originals, self.pixel_decoder.decode(latents)
+
+    def _mean_latents(self, batch: Batch) -> Tensor:
+        """Latent tokens [J, 4C, g, g] of this rank's images: the means of their posteriors."""
+        is_stored = self.options.precomputed.latents
+        posteriors = self._posteriors(batch) if is_stored else self.pixel_decoder.posteriors(self._pixels(batch))
+        return sample_latents(posteriors, None, self.autoencoder_config)
 
 
 def _part(values: Tensor, places: range) -> Tensor:

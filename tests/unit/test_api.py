@@ -99,6 +99,26 @@ def test_pictures_are_files_pil_pictures_or_pixels(model: TrainedModel) -> None:
     assert samples.shape == originals.shape
 
 
+def test_a_reconstruction_has_a_seed_a_beginning_and_steps(model: TrainedModel) -> None:
+    """Timestep 0 hardly adds noise, so even an untrained denoiser leaves the picture as its VAE encodes it."""
+    seen: list[int] = []
+
+    def run(**options: Any) -> torch.Tensor:
+        return ross_mcore.reconstruct(model, [PICTURE], steps=2, **options)[1]
+
+    def on_step(timestep: int, estimate: Callable[[], torch.Tensor]) -> None:
+        seen.append(timestep)
+        last[:] = [estimate()]
+
+    last: list[torch.Tensor] = []
+    whole = run(on_step=on_step)
+    assert seen == [999, 0] and torch.allclose(last[0], whole, atol=1e-5)
+    assert torch.equal(run(seed=0), whole) and not torch.equal(run(seed=1), whole)
+    near, far = run(start_timestep=0), run(start_timestep=999)
+    assert torch.allclose(run(start_timestep=0, seed=1), near, atol=0.05)
+    assert (far - near).abs().mean() > 0.02
+
+
 def test_a_question_is_turns_or_a_text_whose_pictures_come_first(model: TrainedModel) -> None:
     turns = [{"from": "human", "value": ASKED}]
     asked = [Question(turns, [PICTURE]), Question(ASKED, [PICTURE]), Question("What is it?", [PICTURE])]

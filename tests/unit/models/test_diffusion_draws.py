@@ -134,6 +134,26 @@ def test_sampler_options():
         run(noises=noises[1:])
 
 
+def test_sampling_starts_at_noisy_latents_of_any_timestep():
+    """From latents noised to t the ideal denoiser finds the same distribution; its steps are evenly spaced from t."""
+    schedule, seen = Schedule.cosine(), []
+    start, noises = drawn((8, 4, 16, 16), 100, seed=1)
+    latents = 1.5 + 0.5 * torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    noisy = schedule.q_sample(latents, torch.full((8,), 400), start)
+    respaced = schedule.respace(100, last=400)
+    denoise = ideal_denoiser(schedule, 1.5, 0.5)
+    samples = sample(denoise, respaced, noisy, noises, on_step=lambda t, estimate: seen.append((t, estimate)))
+    assert abs(samples.mean().item() - 1.5) < 0.03 and abs(samples.std().item() - 0.5) < 0.015
+    assert [t for t, _ in seen] == spaced_timesteps(401, 100)[::-1]
+    torch.testing.assert_close(seen[-1][1], samples)  # the last step keeps its estimate
+    near = (samples - latents).abs().mean()
+    assert near < (samples[1:] - latents[:-1]).abs().mean()  # it is still the same picture
+    assert schedule.respace(50, last=9).timestep_map.tolist() == list(range(10))
+    assert schedule.respace(1, last=300).timestep_map.tolist() == [300]
+    with pytest.raises(ValueError, match="timestep 1000 of 1000; expected 0 to 999"):
+        schedule.respace(5, last=1000)
+
+
 def test_one_step_gives_the_estimate():
     schedule = Schedule.cosine().respace(1)
     x = torch.randn(2, 1, 4, 4)

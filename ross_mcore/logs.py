@@ -18,6 +18,8 @@ from ross_mcore.errors import LogError
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+INCIDENTS_FILE = "incidents.jsonl"
+QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def say(text: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ross_mcore.engine.run import ReadStep
 from ross_mcore.errors import TrainingError
 from ross_mcore.guards.guard import Guard
+from ross_mcore.logs import QUARANTINE_FILE
 
-QUARANTINE_FILE = "quarantine.jsonl"
 FEW = 10
 """Up to this many bad samples, their share is not judged."""
 

@@ -8,7 +8,8 @@ from ross_mcore.engine.finite import diagnose
 from ross_mcore.engine.run import StepResult
 from ross_mcore.errors import TrainingError
 from ross_mcore.guards.guard import Guard
-from ross_mcore.guards.incidents import INCIDENTS_FILE, Incident, samples_behind
+from ross_mcore.guards.incidents import Incident, samples_behind
+from ross_mcore.logs import INCIDENTS_FILE
 
 
 class FiniteNumbers(Guard):

@@ -9,11 +9,11 @@ from typing import Literal
 
 from ross_mcore.engine.losses import MicroBatchLosses
 from ross_mcore.engine.run import Run, StepResult
+from ross_mcore.logs import INCIDENTS_FILE
 from ross_mcore.parallel.collectives import gather
 
 LossName = Literal["lm_loss", "vm_loss"]
 
-INCIDENTS_FILE = "incidents.jsonl"
 MOST_SAMPLES = 32
 """Maximum number of samples in an incident."""
 

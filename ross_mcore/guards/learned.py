@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from ross_mcore.engine.run import Run, StepResult
 from ross_mcore.errors import TrainingError
 from ross_mcore.guards.guard import Guard
-from ross_mcore.guards.incidents import INCIDENTS_FILE, Incident
+from ross_mcore.guards.incidents import Incident
+from ross_mcore.logs import INCIDENTS_FILE
 
 SKIPPED, NOT_FINITE, EMPTY = "named by --skip-iterations", "not finite", "without any label or image"
 REMEDIES = {

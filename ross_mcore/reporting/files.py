@@ -8,8 +8,8 @@ from dataclasses import asdict
 from ross_mcore.data.replacement import BadSample
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
-from ross_mcore.guards.incidents import INCIDENTS_FILE, Incident
-from ross_mcore.logs import METRICS_FILE, VALIDATION_FILE, JsonLines
+from ross_mcore.guards.incidents import Incident
+from ross_mcore.logs import INCIDENTS_FILE, METRICS_FILE, VALIDATION_FILE, JsonLines
 from ross_mcore.reporting.metrics import StepMetrics, Validation
 from ross_mcore.reporting.reporter import Reporter
 

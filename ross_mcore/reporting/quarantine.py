@@ -9,8 +9,7 @@ from dataclasses import asdict
 from ross_mcore.data.replacement import BadSample
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
-from ross_mcore.guards.bad_samples import QUARANTINE_FILE
-from ross_mcore.logs import JsonLines, read_entries, say
+from ross_mcore.logs import QUARANTINE_FILE, JsonLines, read_entries, say
 from ross_mcore.reporting.reporter import Reporter
 
 

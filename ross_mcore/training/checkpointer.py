@@ -15,7 +15,7 @@ from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState, sharded_state
 from ross_mcore.engine.step import Request
 from ross_mcore.errors import CheckpointError
-from ross_mcore.guards.incidents import INCIDENTS_FILE
+from ross_mcore.logs import INCIDENTS_FILE
 from ross_mcore.parallel.collectives import is_on_all_ranks
 
 MOST_STEPS_TO_RETRY = 256

@@ -8,7 +8,9 @@ The public names, usable in a script, a plain Python session or a notebook:
     ross_mcore.train(config)  # in this process, or in all processes that torchrun starts with this script
 
     model = ross_mcore.load_model("runs/pretrain", dtype="bfloat16")
-    ross_mcore.answer(model, [ross_mcore.Question("<image>\\nWhat is it?", ["cat.jpg"])])
+    asked = [ross_mcore.Question("<image>\\nWhat is it?", ["cat.jpg"])]
+    ross_mcore.answer(model, asked)
+    ross_mcore.generate(model, asked, ross_mcore.Sampling(temperature=0.7, top_p=0.9, stop=["\\n"]))[0].finish_reason
     originals, reconstructions = ross_mcore.reconstruct(model, ["cat.jpg", "dog.png"])
 
 The options are those of `ross train --help`; read_recipe returns those of a YAML file or an installed recipe.
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
         TrainingError,
         UserError,
     )
-    from ross_mcore.inference import Question, TrainedModel, answer, load_model, read_picture, reconstruct
+    from ross_mcore.generation import Generated, Sampling, answer, generate, stream
+    from ross_mcore.inference import reconstruct
+    from ross_mcore.trained import Question, TrainedModel, load_model, read_picture
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,17 +46,21 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConversationError",
+    "Generated",
     "ImageError",
     "Question",
+    "Sampling",
     "TrainedModel",
     "TrainingError",
     "UserError",
     "__version__",
     "answer",
+    "generate",
     "load_model",
     "read_picture",
     "read_recipe",
     "reconstruct",
+    "stream",
     "train",
 ]
 
@@ -63,7 +71,9 @@ _MODULES = {
         *("ArchitectureError", "CheckpointError", "ConfigError", "ConversationError", "ImageError", "TrainingError"),
         "UserError",
     ),
-    "inference": ("Question", "TrainedModel", "answer", "load_model", "read_picture", "reconstruct"),
+    "generation": ("Generated", "Sampling", "answer", "generate", "stream"),
+    "inference": ("reconstruct",),
+    "trained": ("Question", "TrainedModel", "load_model", "read_picture"),
 }
 """Module -> the public names that it defines."""
 

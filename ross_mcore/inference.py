@@ -1,180 +1,38 @@
-"""A trained model in one process: answers questions about pictures and reconstructs pictures from their image states.
+"""What a trained model is used for: answers to questions about pictures, and pictures from their image states.
 
 Public names are in `ross_mcore`; they need no preparation in a Python session or a notebook:
 
     model = ross_mcore.load_model("runs/finetune")
     ross_mcore.answer(model, [ross_mcore.Question("<image>\nWhat is it?", ["cat.jpg"])])
 
-Legend: T tokens, D hidden size, K pictures, H W pixels of the tower's input, Hd side of a decoded picture.
+Legend: K pictures, Hd side of a decoded picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ross_mcore import platform
-from ross_mcore.architecture import ModelConfig
-from ross_mcore.batch import Batch, Sample, collate, segments
-from ross_mcore.checked import shown
-from ross_mcore.checkpoint.fit import architecture_of
-from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, require_checkpoint
-from ross_mcore.checkpoint.sharded import load_model_weights
-from ross_mcore.checkpoint.torch_dist import sharding_metadata
-from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, check_turns, expand_images, require_pictures
-from ross_mcore.data.image import ImageAspectRatio, ImagePreprocessing, decode_image, rgb_picture
-from ross_mcore.data.shard_reader import MAX_IMAGE_BYTES
-from ross_mcore.data.spec import SampleSpec
-from ross_mcore.data.templates import TEMPLATES, end_of_answer, require_trainable, tokenize_prompt, with_template
-from ross_mcore.data.tokenizer import load_tokenizer, require_ids, require_vocabulary
-from ross_mcore.errors import CheckpointError, ConfigError, ConversationError, ImageError
-from ross_mcore.models.inventory import inventory
-from ross_mcore.models.language import Execution
-from ross_mcore.models.ross import OnStep, RossModel, RossOptions
-from ross_mcore.parallel import groups
-from ross_mcore.parallel.layout import Placement, make_layout
+from ross_mcore.data.conversation import IMAGE_PLACEHOLDER
+from ross_mcore.generation import answer
+from ross_mcore.models.ross import OnStep
+from ross_mcore.trained import (
+    Picture,
+    Question,
+    TrainedModel,
+    load_model,
+    pixels_of,
+    read_picture,
+    require_model,
+    row_of,
+    run,
+)
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Picture: TypeAlias = Tensor | Image.Image | Path | str
-"""A file, a PIL picture, or what `read_picture` returns: [3, H, W] in the tower's normalisation."""
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model in evaluation mode on this process's device, with its tokenizer and image processor."""
-
-    checkpoint: Checkpoint
-    config: ModelConfig
-    model: RossModel
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: dict[str, Any] | None
-
-    @property
-    def spec(self) -> SampleSpec:
-        """The sample spec of the checkpoint's training; with several data sets, that of the first.
-
-        A converted model has template `plain` and aspect ratio `square`. Raises CheckpointError for a damaged file.
-        """
-        file = self.checkpoint.path / TRAIN_STATE
-        try:
-            saved = SampleSpec.from_state({"template": "plain", **self.checkpoint.train_state()})
-            template = saved.template.partition(",")[0]
-            require_trainable(replace(saved, template=template), self.tokenizer)
-            aspect_ratio = _first_of(saved.image_aspect_ratio, get_args(ImageAspectRatio))
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{file}: {error.args[0]}; copy the checkpoint again") from None
-        return replace(saved, template=template, image_aspect_ratio=aspect_ratio)
-
-    @property
-    def template(self) -> str:
-        """The conversation template of the checkpoint's training; `plain` for a converted model."""
-        return self.spec.template
-
-    def preprocessing(self, aspect_ratio: str | None = None) -> ImagePreprocessing:
-        """Preprocessing of pictures, by default as in the checkpoint's training."""
-        chosen = aspect_ratio or self.spec.image_aspect_ratio
-        return ImagePreprocessing.for_tower(self.config.vision, chosen, self.image_processor)
-
-
-def _first_of(values: str, known: Collection[str]) -> str:
-    """The first of comma-separated values. Raises ValueError when it is not in `known`."""
-    first = values.partition(",")[0]
-    if first not in known:
-        raise ValueError(f"{shown(values)} is not one of {', '.join(known)}")
-    return first
-
-
-def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: int = 0) -> TrainedModel:
-    """Loads the newest checkpoint of `run`, saved at any layout, to compute in `dtype`: float32 or bfloat16.
-
-    `run` is the folder of a run, of a converted model, or of one checkpoint; `seed` is for `reconstruct`'s noise.
-    Raises CheckpointError, ArchitectureError or TokenizerError naming the file, ConfigError for another dtype.
-    """
-    computed_in = DTYPES.get(str(dtype).removeprefix("torch."))
-    if computed_in is None:
-        raise ConfigError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
-    checkpoint = require_checkpoint(Path(run))
-    config = architecture_of(checkpoint, inventory)
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
-    require_vocabulary(tokenizer, config.language.vocab_size, str(checkpoint.tokenizer))
-    platform.initialize_process_group(timeout_minutes=10)
-    layout = make_layout(config, Placement(), world_size=1)
-    here = groups.initialize(layout, seed, timeout_minutes=10)
-    model = RossModel(config, here, Execution(dtype=computed_in), here.stage.chunks[0], RossOptions(seed=seed))
-    model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))
-    model.requires_grad_(False).eval()
-    return TrainedModel(checkpoint, config, model, tokenizer, checkpoint.image_processor())
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation that ends with a turn of the human, and its pictures, in their order in the text.
-
-    The conversation is a list of {"from": "human" | "gpt", "value": text}, the first of which may be from "system", or
-    the text of a single turn. `<image>` in a text is the place of a picture; pictures without one come first.
-    """
-
-    conversations: list[dict[str, str]] | str
-    pictures: Sequence[Picture] = ()
-
-
-@torch.no_grad()
-def answer(
-    trained: TrainedModel,
-    questions: Sequence[Question],
-    template: str | None = None,
-    *,
-    max_new_tokens: int = 16,
-    batch_size: int = 32,
-    stop: Sequence[str] = (),
-) -> list[str]:
-    """Greedy answers, in order; generation ends at EOS, at the template's end of an answer, at a `stop` token or after
-    `max_new_tokens`.
-
-    `template` is a value of --template, by default that of the checkpoint's training. Every new token runs the
-    whole row again (no key-value cache), so this is for checks and not for serving.
-    Raises ConversationError for a malformed question or one with too few pictures, and ImageError for an unusable
-    picture, both with the question's number; TokenizerError for a template that is unknown or does not fit; OSError for
-    an unreadable file.
-    """
-    _require_model(trained)
-    spec = trained.spec
-    if template in TEMPLATES:
-        spec = replace(spec, template=template)
-    elif template is not None:
-        spec = with_template(spec, template, trained.tokenizer)
-    if isinstance(questions, (Question, str)):
-        raise TypeError(f"questions is one {type(questions).__name__}, expected a list of Question")
-    for number, question in enumerate(questions):  # checks all questions before the first answer
-        _turns(question, f"questions[{number}]")
-    ends = {trained.tokenizer.eos_token_id, end_of_answer(spec, trained.tokenizer)}
-    ends |= {trained.tokenizer.convert_tokens_to_ids(token) for token in stop}
-    answers: list[str] = []
-    for start in range(0, len(questions), batch_size):
-        numbers = range(start, min(start + batch_size, len(questions)))
-        rows = [_prompt(trained, questions[n], spec, f"questions[{n}]") for n in numbers]
-        unfinished = set(range(len(rows)))
-        new: list[list[int]] = [[] for _ in rows]
-        while unfinished and max(map(len, new)) < max_new_tokens:
-            active = sorted(unfinished)
-            for index, token in zip(active, _next_tokens(trained, [rows[i] for i in active]), strict=True):
-                if token in ends:
-                    unfinished.discard(index)
-                    continue
-                new[index].append(token)
-                rows[index].tokens = torch.cat([rows[index].tokens, torch.tensor([token])])
-        answers += [str(trained.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in new]
-    return answers
+__all__ = ["Picture", "Question", "TrainedModel", "answer", "as_picture", "load_model", "read_picture", "reconstruct"]
 
 
 @torch.no_grad()
@@ -199,19 +57,19 @@ def reconstruct(
     Raises ArchitectureError for a model without a denoiser, ImageError for an unusable picture, OSError for an
     unreadable file, ValueError for a number of steps or a timestep out of range.
     """
-    _require_model(trained)
+    require_model(trained)
     _ = trained.config.decode_image_size
     if isinstance(pictures, (str, Path, Image.Image)) or not len(pictures):
         raise TypeError("pictures must be a list of at least one picture")
     spec = trained.spec
     originals, reconstructions = [], []
     for start in range(0, len(pictures), batch_size):
-        some = _pixels(pictures[start : start + batch_size], trained, "pictures", start)
+        some = pixels_of(pictures[start : start + batch_size], trained, "pictures", start)
         rows = [
-            _row([{"from": "human", "value": IMAGE_PLACEHOLDER}], [pixels], trained, spec, place)
+            row_of([{"from": "human", "value": IMAGE_PLACEHOLDER}], [pixels], trained, spec, place)
             for place, pixels in enumerate(some, start)
         ]
-        batch, hidden = _run(trained, rows)
+        batch, hidden = run(trained, rows)
         original, reconstruction = trained.model.reconstruct(
             hidden,
             batch,
@@ -226,110 +84,7 @@ def reconstruct(
     return torch.cat(originals), torch.cat(reconstructions)
 
 
-def read_picture(path: Path | str, preprocessing: ImagePreprocessing, truncated_images: str = "refuse") -> Tensor:
-    """A picture file -> [3, H, W] in the tower's normalisation; `truncated_images` as in data/image.py:decode_image.
-
-    Raises ImageError with the file's name, and OSError.
-    """
-    try:
-        if Path(path).stat().st_size > MAX_IMAGE_BYTES:
-            raise ImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
-        picture = decode_image(Path(path).read_bytes(), truncated_images).picture
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}; give a whole picture of a format that docs/data.md lists") from None
-    return torch.from_numpy(preprocessing(picture))
-
-
 def as_picture(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] -> an 8-bit RGB picture."""
     levels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(levels)
-
-
-def _require_model(trained: TrainedModel) -> None:
-    if not isinstance(trained, TrainedModel):
-        raise TypeError(f"the model is a {type(trained).__name__}, expected what load_model returns")
-
-
-def _turns(question: Question, name: str) -> list[dict[str, str]]:
-    """The turns of a question. Raises ConversationError with the question's name."""
-    if not isinstance(question, Question):
-        raise TypeError(f"{name} is a {type(question).__name__}, expected a Question")
-    if isinstance(question.pictures, (str, Path, Image.Image)):
-        raise TypeError(f"{name}: pictures is one picture, expected a list of them")
-    given = question.conversations
-    turns = [{"from": "human", "value": given}] if isinstance(given, str) else given
-    try:
-        checked = check_turns(turns)
-    except ConversationError as error:
-        raise ConversationError(f"{name}: {error}") from None
-    placed, pictures = sum(text.count(IMAGE_PLACEHOLDER) for _, text in checked), len(question.pictures)
-    if placed > pictures:
-        raise ConversationError(f"{name}: {placed} {IMAGE_PLACEHOLDER} in the text, {pictures} pictures")
-    return turns
-
-
-def _prompt(trained: TrainedModel, question: Question, spec: SampleSpec, name: str = "question") -> Sample:
-    turns, pixels = _turns(question, name), _pixels(question.pictures, trained, f"{name}.pictures")
-    try:
-        return _row(turns, pixels, trained, spec, position=0)
-    except ConversationError as error:
-        raise ConversationError(f"{name}: {error}") from None
-
-
-def _pixels(pictures: Sequence[Picture], trained: TrainedModel, name: str, first: int = 0) -> list[Tensor]:
-    """Pixels of pictures, numbered from `first` in errors. Raises ImageError, OSError, TypeError."""
-    preprocessing, size = trained.preprocessing(), trained.config.vision.image_size
-    truncated_images = trained.spec.truncated_images
-    pixels = []
-    for number, picture in enumerate(pictures, first):
-        try:
-            if isinstance(picture, Tensor):
-                if picture.shape != (3, size, size) or not picture.is_floating_point():
-                    raise ImageError(
-                        f"{picture.dtype} of shape {tuple(picture.shape)}, expected floats of (3, {size}, {size}) as "
-                        "read_picture returns; give a file or a PIL picture of any size instead"
-                    )
-                pixels.append(picture)
-            elif isinstance(picture, Image.Image):
-                pixels.append(torch.from_numpy(preprocessing(rgb_picture(picture))))
-            elif isinstance(picture, (str, Path)):
-                pixels.append(read_picture(picture, preprocessing, truncated_images))
-            else:
-                kind = type(picture).__name__
-                raise TypeError(f"{name}[{number}] is a {kind}, expected a path, a PIL picture or a tensor")
-        except ImageError as error:
-            raise ImageError(f"{name}[{number}]: {error}") from None
-    return pixels
-
-
-def _row(
-    conversations: list[dict[str, str]],
-    pictures: Sequence[Tensor],
-    trained: TrainedModel,
-    spec: SampleSpec,
-    position: int,
-) -> Sample:
-    ids = tokenize_prompt(conversations, len(pictures), trained.tokenizer, spec)
-    require_ids(ids, trained.config.language.vocab_size, trained.tokenizer)
-    tokens, labels, starts = expand_images(ids, [-100] * len(ids), trained.config.vision.image_tokens)
-    require_pictures(len(starts), len(pictures))
-    pixels: list[Tensor | None] = list(pictures[: len(starts)])
-    return Sample("", position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
-
-
-def _next_tokens(trained: TrainedModel, rows: list[Sample]) -> list[int]:
-    """The most likely next token of every row."""
-    batch, hidden = _run(trained, rows)
-    lengths = torch.tensor([row.tokens.numel() for row in rows])
-    last = platform.upload(batch.sample_starts + lengths - 1, hidden.device)
-    return trained.model.language_model.logits(hidden[last, 0]).argmax(-1).tolist()
-
-
-def _run(trained: TrainedModel, samples: list[Sample]) -> tuple[Batch, Tensor]:
-    """Runs samples as one long row: the batch, and hidden states after the final norm [T, 1, D]."""
-    for sample in samples:
-        sample.labels = torch.full_like(sample.tokens, -100)
-    slots = [sample.tokens.numel() for sample in samples]
-    batch = collate([samples], sum(slots), trained.config.vision.image_size).to(platform.device())
-    return batch, trained.model(batch, segments([slots], sum(slots)), output="hidden")

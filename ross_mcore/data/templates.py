@@ -230,11 +230,16 @@ def require_trainable(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> N
     template_of(spec, tokenizer)
 
 
-def end_of_answer(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that ends an answer, None where it is not one token."""
+def answer_end(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that ends an answer; white space alone only where it is all of it."""
     style = template_of(spec, tokenizer)
     end = style.answer_end if not isinstance(style, Template) else style.round_end if style.tokenized else END_OF_TURN
-    ids = encode(end.strip(), tokenizer)[len(encode("", tokenizer)) :]
+    return end.strip() or end
+
+
+def end_of_answer(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that ends an answer, None where it is not one token."""
+    ids = encode(answer_end(spec, tokenizer).strip(), tokenizer)[len(encode("", tokenizer)) :]
     return ids[0] if len(ids) == 1 else None
 
 

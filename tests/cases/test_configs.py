@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ross_mcore import inference
+from ross_mcore import trained as models
 from ross_mcore.architecture import LanguageConfig
 from ross_mcore.batch import Sample
 from ross_mcore.commands import convert
@@ -209,9 +209,9 @@ def test_accepted_with_the_logits_of_transformers(family: str, edits: dict[str, 
     arguments = ["--language-model", folder, "--vision-model", TOWER, "--tokenizer", TOKENIZER]
     assert convert.main([*map(str, arguments), "--save", str(tmp_path / "base")]) == 0
     ids = torch.randint(3, 500, (200,), generator=torch.Generator().manual_seed(1))
-    trained = inference.load_model(tmp_path / "base")
+    trained = models.load_model(tmp_path / "base")
     sample = Sample("", 0, ids, torch.full_like(ids, -100), [], [])
-    _, hidden = inference._run(trained, [sample])
+    _, hidden = models.run(trained, [sample])
     language: Any = trained.model.language_model
     with torch.no_grad():
         ours = language.logits(hidden[:, 0])[:, :512]

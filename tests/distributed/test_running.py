@@ -130,7 +130,9 @@ def test_samples_over_a_bound_are_counted_and_the_others_train(start: Callable[.
 def ask(run: Path) -> None:
     """Questions about 0, 1 and 2 pictures, alone and in one batch: the same answers, which depend on all pictures."""
     from ross_mcore.errors import ConversationError
-    from ross_mcore.inference import Question, _prompt, _run, answer, load_model
+    from ross_mcore.inference import Question, answer, load_model
+    from ross_mcore.trained import prompt_of
+    from ross_mcore.trained import run as run_model
 
     trained = load_model(run)
     size = trained.config.vision.image_size
@@ -146,7 +148,7 @@ def ask(run: Path) -> None:
     alone = [answer(trained, [question], "qwen_2", max_new_tokens=3)[0] for question in questions]
     assert answer(trained, questions, "qwen_2", max_new_tokens=3) == alone
     spec = replace(trained.spec, template="qwen_2")
-    states = [_run(trained, [_prompt(trained, question, spec)])[1][-1] for question in questions]
+    states = [run_model(trained, [prompt_of(trained, question, spec)])[1][-1] for question in questions]
     assert not torch.allclose(states[2], states[3], rtol=1e-4)  # the order of the pictures counts
     with pytest.raises(ConversationError, match="3 <image> in the text, 2 pictures"):
         answer(trained, [Question([{"from": "human", "value": "<image> " * 3}], [first, second])], "qwen_2")

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 import ross_mcore
-from ross_mcore import Question, TrainedModel, inference
+from ross_mcore import Question, TrainedModel
 from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.data.chat_templates import TurnTemplate
 from ross_mcore.data.spec import SampleSpec
+from ross_mcore.trained import prompt_of
 from tests.recorded import GOLDEN, recorded_checkpoint
 
 PICTURE = GOLDEN / "data" / "images" / "img0.png"
@@ -167,7 +168,7 @@ def test_prompts_show_pictures_as_the_checkpoint_was_trained(tmp_path: Path, pro
     without = ross_mcore.reconstruct(trained, [PICTURE], steps=1)[1]
     (trained.checkpoint.path / TRAIN_STATE).write_text('{"template": "qwen_2, plain", "mm_use_im_start_end": true}')
     assert trained.spec == SampleSpec("qwen_2", mm_use_im_start_end=True)
-    prompt = inference._prompt(trained, Question(ASKED, [PICTURE]), trained.spec)
+    prompt = prompt_of(trained, Question(ASKED, [PICTURE]), trained.spec)
     before = trained.tokenizer.decode(prompt.tokens[: prompt.image_starts[0]])
     after = trained.tokenizer.decode(prompt.tokens[prompt.image_starts[0] + trained.config.vision.image_tokens :])
     assert before.endswith("USER: <im_start>") and after.startswith("<im_end>\nWhat is it?")
@@ -185,7 +186,7 @@ def test_answers_are_asked_for_as_the_checkpoint_was_trained(model: TrainedModel
     file.write_text(json.dumps(asdict(spec)))
     try:
         assert model.template == "my.yaml#1"
-        tokens = inference._prompt(model, asked, model.spec).tokens.tolist()
+        tokens = prompt_of(model, asked, model.spec).tokens.tolist()
         assert model.tokenizer.decode([t for t in tokens if t]) == "Be brief. Q: \nWhat is it? A:"
         (tmp_path / "other.yaml").write_text("user: '{text} '\nanswer_start: '='\nanswer_end: <|im_end|>")
         assert len(ross_mcore.answer(model, [asked], "chatml", max_new_tokens=2)) == 1

@@ -73,23 +73,16 @@ ALLOWED = {
     "api": {"config", "flags", "training"},
     "commands": {
         *("arguments", "launcher"),
-        *("architecture", "checkpoint", "checked", "commands", "config", "conversion", "data", "flags", "inference"),
-        *(
-            "logs",
-            "models",
-            "options",
-            "parallel",
-            "parts",
-            "platform",
-            "reporting",
-            "run_report",
-            "shards",
-            "training",
-        ),
+        *("architecture", "checkpoint", "checked", "commands", "config", "conversion", "data", "flags"),
+        *("generation", "inference", "trained"),
+        *("logs", "models", "options", "parallel", "parts", "platform", "reporting", "run_report"),
+        *("shards", "training"),
         *("costs", "machines"),
     },
     "__main__": {"__version__", "arguments", "commands"},
-    "inference": {"checked", "architecture", "batch", "config", "platform", "parallel", "models", "data", "checkpoint"},
+    "trained": {"checked", "architecture", "batch", "platform", "parallel", "models", "data", "checkpoint"},
+    "generation": {"batch", "platform", "models", "data", "trained"},
+    "inference": {"data", "generation", "models", "trained"},
 }
 """Room or file of the package -> the rooms it may import, besides errors. Downward only."""
 

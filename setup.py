@@ -15,7 +15,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ross_mcore", "ross_mcore.*"]),
-    package_data={"ross_mcore": ["recipes/*", "recipes/*/*.yaml"]},
+    package_data={
+        "ross_mcore": ["recipes/*", "recipes/*/*.yaml", "run_report/*.html", "run_report/*.css", "run_report/*.js"]
+    },
     entry_points={"console_scripts": ["ross = ross_mcore.__main__:main"]},
     install_requires=[
         "torch>=2.7",

@@ -45,6 +45,7 @@ COMMANDS = {
     "plan": Command("tools/plan_layout.py", "show stages, balance and memory of a run without starting it"),
     "train": Command("pretrain_ross.py", "train a model, in one process or under torchrun"),
     "check": Command("tools/check_checkpoint.py", "verify a checkpoint and print its contents"),
+    "report": Command("tools/report.py", "one HTML page about runs: curves, reconstructions, settings compared"),
     "reconstruct": Command("tools/reconstruct.py", "reconstruct pictures from a model's image states"),
     "export": Command("tools/convert_mcore_to_hf.py", "a checkpoint -> a ROSS model or Hugging Face folders"),
 }

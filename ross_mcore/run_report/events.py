@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -97,7 +97,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, Event]]:
 
 
 def _parse(record: bytes) -> Event:
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf has no types
     from tensorboard.compat.proto.event_pb2 import Event
 
     try:
@@ -109,9 +109,10 @@ def _parse(record: bytes) -> Event:
 def _take(found: Events, place: PictureAt, event: Event, is_wanted: Callable[[str], bool]) -> None:
     if event.HasField("session_log"):
         found.starts.append(Start(event.step, event.wall_time))
-        for kept in (*found.scalars.values(), *found.pictures.values()):
-            for iteration in [i for i in kept if i >= event.step]:
-                del kept[iteration]
+        for scalars in found.scalars.values():
+            _drop_from(event.step, scalars)
+        for pictures in found.pictures.values():
+            _drop_from(event.step, pictures)
     for value in event.summary.value:
         if value.HasField("image"):
             found.pictures.setdefault(value.tag, {})[event.step] = place
@@ -119,6 +120,11 @@ def _take(found: Events, place: PictureAt, event: Event, is_wanted: Callable[[st
             found.scalars.setdefault(value.tag, {})[event.step] = value.simple_value
         elif value.tag.partition("/")[0] == "options" and value.tensor.string_val:
             found.options = _options(value.tensor.string_val[0])
+
+
+def _drop_from(iteration: int, kept: dict[int, Any]) -> None:
+    for later in [i for i in kept if i >= iteration]:
+        del kept[later]
 
 
 def _options(text: bytes) -> dict[str, str]:

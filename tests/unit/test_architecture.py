@@ -69,7 +69,7 @@ ALLOWED = {
         *("launcher", "architecture", "parts", "batch", "checked", "options", "config", "logs", "platform"),
         *("costs", "machines", "parallel", "models", "data", "checkpoint", "engine", "guards", "reporting", "training"),
     },
-    "run_report": {"checked", "logs", "data", "checkpoint", "run_report"},
+    "run_report": {"__version__", "checked", "logs", "data", "checkpoint", "run_report"},
     "api": {"config", "flags", "training"},
     "commands": {
         *("arguments", "launcher"),

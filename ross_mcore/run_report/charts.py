@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from ross_mcore.run_report.html import text
 from ross_mcore.run_report.series import Point, Series, fewer, smoothed
 
 UNITS = 1000
@@ -24,20 +24,21 @@ MOST_MARKS = 100
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure to draw. scale: a value is shown times it; log: whether the logarithmic scale suits it; marks: whether
-    incidents and starts are drawn in it."""
+    """A figure to draw. scale: a value is shown times it; log: whether the logarithmic scale suits it; smooth: whether
+    values are noisy; marks: whether incidents and starts are drawn in it."""
 
     name: str
     title: str
     unit: str = ""
     scale: float = 1.0
     log: bool = False
+    smooth: bool = True
     marks: bool = False
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's figure: its points and their smoothed means. run: its number, which gives the colour."""
+    """A run's figure: its points and their means, smoothed or not. run: its number, which gives the colour."""
 
     run: int
     label: str
@@ -73,7 +74,7 @@ def linear_ticks(low: float, high: float) -> list[float]:
     """Round numbers from `low` to `high`, at most MOST_TICKS."""
     rough = (high - low) / (MOST_TICKS - 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -88,12 +89,13 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found[:: -(-len(found) // MOST_TICKS)]
 
 
-def curve(run: int, label: str, series: Series, scale: float, most_points: int) -> Curve:
+def curve(run: int, label: str, series: Series, chart: Chart, most_points: int) -> Curve:
+    scale = chart.scale
     points = [
         Point(p.iteration, p.count, p.mean * scale, p.least * scale, p.most * scale)
         for p in fewer(series.points(), most_points)
     ]
-    return Curve(run, label, points, smoothed(points))
+    return Curve(run, label, points, smoothed(points) if chart.smooth else [point.mean for point in points])
 
 
 def value_axis(curves: Sequence[Curve], is_log: bool = False) -> Axis:
@@ -101,7 +103,7 @@ def value_axis(curves: Sequence[Curve], is_log: bool = False) -> Axis:
     smooth = [value for curve in curves for value in curve.smooth if value > 0 or not is_log]
     least = sorted(p.least for curve in curves for p in curve.points if p.least > 0 or not is_log)
     most = sorted(p.most for curve in curves for p in curve.points)
-    low = min(*smooth, least[len(least) // 100])
+    low = min([*smooth, *least[len(least) // 100 :][:1]])
     high = max(*smooth, most[-1 - len(most) // 100])
     if is_log:
         return Axis(low / 1.1, high * 1.1, True)
@@ -118,6 +120,14 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10000 and abs(value) < 1e9 else f"{value:.4g}"
 
 
+def tick_text(value: float) -> str:
+    """As `short`, and 0.00025 -> `2.5e-4`, which is narrow enough to stand beside a drawing."""
+    if value == 0 or not (abs(value) < 0.001 or abs(value) >= 1e6):
+        return short(value)
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def draw(chart: Chart, curves: Sequence[Curve], across: Axis) -> str:
     """A chart as HTML: both scales, the ticks of both, and what a screen reader says."""
     scales = [("lin", value_axis(curves))]
@@ -130,12 +140,12 @@ def draw(chart: Chart, curves: Sequence[Curve], across: Axis) -> str:
         for kind, axis in scales
     )
     marks = "".join(_marks(curve, across) for curve in curves) if chart.marks else ""
-    unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
+    unit = f' <span class="unit">{text(chart.unit)}</span>' if chart.unit else ""
     return (
-        f'<figure class="chart"><figcaption>{escape(chart.title)}{unit}</figcaption>'
+        f'<figure class="chart"><figcaption>{text(chart.title)}{unit}</figcaption>'
         f'<div class="plot" tabindex="0">{ticks}{_across_ticks(across)}'
         f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(in_words(chart, curves))}">{layers}{marks}</svg></div></figure>'
+        f'aria-label="{text(in_words(chart, curves))}">{layers}{marks}</svg></div></figure>'
     )
 
 
@@ -150,7 +160,7 @@ def in_words(chart: Chart, curves: Sequence[Curve]) -> str:
 
 def _ticks(axis: Axis, kind: str) -> str:
     return "".join(
-        f'<span class="y {kind}" style="bottom:{axis.place(value) / UNITS:.1%}">{short(value)}</span>'
+        f'<span class="y {kind}" style="bottom:{axis.place(value) / UNITS:.1%}">{tick_text(value)}</span>'
         for value in axis.ticks()
     )
 
@@ -158,7 +168,8 @@ def _ticks(axis: Axis, kind: str) -> str:
 def _across_ticks(across: Axis) -> str:
     return "".join(
         f'<span class="x" style="left:{across.place(value) / UNITS:.1%}">{short(value)}</span>'
-        for value in linear_ticks(across.low, across.high)[-MOST_TICKS + 1 :]
+        for value in linear_ticks(across.low, across.high)
+        if value == round(value)
     )
 
 

@@ -31,15 +31,15 @@ CHARTS = (
     Chart("vm_loss", "vm_loss", log=True, marks=True),
     Chart("loss", "loss", log=True, marks=True),
     Chart("grad_norm", "gradient norm", log=True, marks=True),
-    Chart("learning_rate", "learning rate", log=True),
+    Chart("learning_rate", "learning rate", log=True, smooth=False),
     Chart("samples_per_second", "throughput", "samples/s"),
-    Chart("tokens_per_second", "throughput", "tokens/s"),
+    Chart("tokens_per_second", "throughput", "tokens/s", smooth=False),
     Chart("mfu", "MFU", "% of the GPU's peak", 100),
-    Chart("hardware_mfu", "MFU with padding and recomputation", "% of the GPU's peak", 100),
+    Chart("hardware_mfu", "MFU with padding and recomputation", "% of the GPU's peak", 100, smooth=False),
     Chart("step_seconds", "time of a step", "s", log=True),
     Chart("data_share", "waiting for data", "% of a step", 100),
     Chart("fill", "fill", "% of the computed tokens", 100),
-    Chart("peak_gib", "peak memory", "GiB"),
+    Chart("peak_gib", "peak memory", "GiB", smooth=False),
 )
 """The figures in the order of the page; those that no run has are left out."""
 
@@ -51,8 +51,9 @@ def page(runs: Sequence[RunRecord], most_pictures: int) -> str:
     body = (
         f"<header><h1>{text(_title(runs))}</h1>"
         f'<p class="faint">written by ross_mcore {__version__}; all of it is in this file</p></header><main>'
-        f"{sections.summary(runs)}{charts}{pictures}{sections.answers(runs)}{sections.incidents(runs)}"
-        f"{sections.quarantine(runs)}{sections.what_was_run(runs)}{sections.settings(runs)}</main>"
+        f'<div class="beside">{sections.what_was_run(runs)}{sections.summary(runs)}</div>'
+        f"{charts}{pictures}{sections.answers(runs)}{sections.incidents(runs)}"
+        f"{sections.quarantine(runs)}{sections.settings(runs)}</main>"
     )
     style, script = _file("style.css"), _file("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -126,7 +127,7 @@ def _tools(runs: Sequence[RunRecord]) -> str:
 
 def _held_out(runs: Sequence[RunRecord]) -> list[Chart]:
     names = dict.fromkeys(name for run in runs for name in run.validation)
-    return [Chart(name, f"held-out {_of(name)}", log=True) for name in names]
+    return [Chart(name, f"held-out {_of(name)}", log=True, smooth=False) for name in names]
 
 
 def _of(name: str) -> str:
@@ -157,7 +158,7 @@ def _curves(runs: Sequence[RunRecord], chart: Chart, most_points: int) -> list[C
     for number, run in enumerate(runs):
         series = _figures(run, chart).get(chart.name)
         if series is not None and series.count:
-            drawn = curve(number, run.name, series, chart.scale, most_points)
+            drawn = curve(number, run.name, series, chart, most_points)
             marks = [one["iteration"] for one in run.incidents], [s.iteration for s in run.events.starts]
             found.append(replace(drawn, incidents=marks[0], starts=marks[1]) if chart.marks else drawn)
     return found

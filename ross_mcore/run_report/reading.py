@@ -28,8 +28,14 @@ MOST_EXAMPLES = 3
 MOST_KINDS = 100
 MOST_INCIDENTS = 100
 MOST_ANSWERS = 400
-FROM_TENSORBOARD = ("tokens_per_second", "mfu", "hardware_mfu")
-"""Figures that only TensorBoard's files have in some versions: the last part of their tags."""
+FROM_TENSORBOARD = {
+    "tokens_per_second": ("tokens_per_second", 1.0),
+    "mfu": ("mfu", 1.0),
+    "mfu_percent": ("mfu", 0.01),
+    "hardware_mfu": ("hardware_mfu", 1.0),
+    "hardware_mfu_percent": ("hardware_mfu", 0.01),
+}
+"""Figures that are not in metrics.jsonl, or not in all versions: last part of their tag -> name, factor."""
 
 NOT_FIGURES = ("iteration", "consumed_samples", "peak_memory_bytes", "data_seconds")
 """Keys of metrics.jsonl that are drawn as another figure, or are none."""
@@ -112,9 +118,10 @@ def read_run(path: Path, name: str, advance: Callable[[int], None] = lambda size
             raise
         raise LogError(f"{path} cannot be read: {checked.reason(error)}; give a copy of the run") from None
     for tag, values in run.events.scalars.items():
-        if _tail(tag) not in run.series:
+        figure, factor = FROM_TENSORBOARD[_tail(tag)]
+        if figure not in run.series:
             for iteration, value in sorted(values.items()):
-                run.add(run.series, _tail(tag), iteration, value)
+                run.add(run.series, figure, iteration, value * factor)
     _read_checkpoint(run)
     run.settings = settings_of(run.state, run.events.options, run.model)
     return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from ross_mcore.run_report.charts import short
@@ -27,8 +27,8 @@ def _rows(runs: Sequence[RunRecord], facts: dict[str, Callable[[RunRecord], obje
     found = []
     for name, show in facts.items():
         values = [show(run) for run in runs]
-        if any(values):
-            found.append(Row(name, [text(value) if value else NOTHING for value in values]))
+        if any(value not in (None, "") for value in values):
+            found.append(Row(name, [NOTHING if value in (None, "") else text(value) for value in values]))
     return found
 
 
@@ -104,7 +104,7 @@ def _starts(run: RunRecord) -> str:
 def summary(runs: Sequence[RunRecord]) -> str:
     facts: dict[str, Callable[[RunRecord], object]] = {"iterations": _iterations}
     facts["samples"] = lambda run: f"{run.last['consumed_samples']:,}"
-    facts["hours of steps"] = lambda run: f"{run.seconds / 3600:.3g}" if run.seconds else None
+    facts["time of all steps"] = lambda run: timedelta(seconds=round(run.seconds)) if run.seconds else None
     for loss in ("lm_loss", "vm_loss", "loss"):
         facts[f"{loss}, last"] = _last(loss)
         facts[f"{loss}, lowest"] = _lowest(loss)
@@ -122,7 +122,7 @@ def summary(runs: Sequence[RunRecord]) -> str:
         facts[title] = _mean(name, scale, unit)
     facts["incidents"] = lambda run: _counted(run.incident_kinds)
     facts["replaced samples"] = lambda run: f"{run.quarantine.total():,}" if run.quarantine else None
-    facts["starts after the first"] = lambda run: max(0, len(run.events.starts) - 1)
+    facts["times resumed"] = lambda run: max(0, len(run.events.starts) - 1)
     facts["damaged lines, left out"] = lambda run: _counted(run.damaged)
     facts["damaged TensorBoard files, read in part"] = lambda run: ", ".join(run.events.damaged)
     note = '<p class="faint">Last losses are smoothed; lowest ones are of a single iteration.</p>'
@@ -234,8 +234,8 @@ def answers(runs: Sequence[RunRecord]) -> str:
     def of(number: int, run: RunRecord) -> str:
         asked: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for one in run.answers:
-            key = one.get("key", one.get("picture"))
-            asked.setdefault((str(key), str(one.get("question"))), []).append(one)
+            sample = f"{one.get('sample')} of {one.get('dataset')}"
+            asked.setdefault((sample, str(one.get("question"))), []).append(one)
         rows = [
             Row(f"{key}: {question}"[:500], [_expected(found), _said(found[-1]), _before(found[-2::-1])])
             for (key, question), found in asked.items()

@@ -36,7 +36,7 @@ class Series:
     """
 
     def __init__(self, most_points: int = MOST_POINTS) -> None:
-        self._points: dict[int, Point] = {}
+        self._slots: dict[int, list[float]] = {}
         self._width, self._most = 1, most_points
         self.count = 0
         self.lowest: tuple[float, int] | None = None
@@ -49,26 +49,41 @@ class Series:
         self.total += value
         if self.lowest is None or value < self.lowest[0]:
             self.lowest = (value, iteration)
-        slot, new = iteration // self._width, Point(iteration, 1, value, value, value)
-        old = self._points.get(slot)
-        self._points[slot] = new if old is None else joined(old, new)
-        while len(self._points) > self._most:
+        self._merge(self._slots, iteration // self._width, [iteration, 1, value, value, value])
+        while len(self._slots) > self._most:
             self._halve()
 
     def _halve(self) -> None:
         self._width *= 2
-        halved: dict[int, Point] = {}
-        for slot, point in self._points.items():
-            before = halved.get(slot // 2)
-            halved[slot // 2] = point if before is None else joined(before, point)
-        self._points = halved
+        halved: dict[int, list[float]] = {}
+        for slot, values in self._slots.items():
+            self._merge(halved, slot // 2, values)
+        self._slots = halved
+
+    @staticmethod
+    def _merge(slots: dict[int, list[float]], slot: int, new: list[float]) -> None:
+        """A slot holds the last iteration, count, sum, least and most: a list, because a run has millions of values."""
+        if (old := slots.get(slot)) is None:
+            slots[slot] = new
+            return
+        old[1] += new[1]
+        old[2] += new[2]
+        if new[0] > old[0]:
+            old[0] = new[0]
+        if new[3] < old[3]:
+            old[3] = new[3]
+        if new[4] > old[4]:
+            old[4] = new[4]
 
     @property
     def mean(self) -> float:
         return self.total / self.count if self.count else math.nan
 
     def points(self) -> list[Point]:
-        return [self._points[slot] for slot in sorted(self._points)]
+        return [
+            Point(int(iteration), int(count), total / count, least, most)
+            for _, (iteration, count, total, least, most) in sorted(self._slots.items())
+        ]
 
 
 def fewer(points: Sequence[Point], most: int) -> list[Point]:

@@ -1,0 +1,90 @@
+"""A loaded model as the server uses it: pictures from bytes, answers as they come, reconstructions as PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ross_mcore.data.image import decode_image
+from ross_mcore.errors import ImageError
+from ross_mcore.generation import Generated, Sampling, stream
+from ross_mcore.inference import Question, TrainedModel, as_picture, reconstruct
+from ross_mcore.serving.protocol import ApiError, Chat, Reconstruct
+from ross_mcore.serving.worker import Job
+
+DIFFERENCE_SCALE = 3
+"""The picture of differences is brightened by this, because small ones are black to the eye."""
+
+
+class ServedModel:
+    """A trained model under the name that requests give."""
+
+    def __init__(self, name: str, trained: TrainedModel, template: str | None = None) -> None:
+        self.name, self.trained, self.template = name, trained, template
+        self._preprocessing, self._truncated = trained.preprocessing(), trained.spec.truncated_images
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What the page shows of the model."""
+        checkpoint, config = self.trained.checkpoint, self.trained.config
+        return {
+            "name": self.name,
+            "iteration": checkpoint.iteration,
+            "template": self.template or self.trained.template,
+            "reconstructs": config.denoiser is not None,
+            "created": int(Path(checkpoint.path).stat().st_mtime),
+        }
+
+    def pixels(self, data: bytes, param: str) -> Tensor:
+        """The bytes of a picture file -> the tower's input [3, H, W], on the CPU. Raises ApiError."""
+        try:
+            return torch.from_numpy(self._preprocessing(decode_image(data, self._truncated).picture))
+        except ImageError as error:
+            raise ApiError(f"{param}: {error}; send a whole PNG, JPEG or WebP", param=param) from None
+
+    def answer(self, chat: Chat, pixels: Sequence[Tensor]) -> Generator[str, None, Generated]:
+        """Yields pieces of the answer. Raises UserError at once for a conversation that the model cannot take."""
+        sampling = Sampling(chat.max_new_tokens, chat.temperature, chat.top_p, chat.seed, chat.stop)
+        return stream(self.trained, Question(chat.turns, pixels), sampling, template=self.template)
+
+    def reconstruct(self, asked: Reconstruct, pixels: Tensor, job: Job) -> Generator[None, None, dict[str, Any]]:
+        """Returns the pictures as data: URLs, and the peak signal-to-noise ratio in dB. Raises Ended, UserError."""
+        yield
+
+        def check(timestep: int, estimate: Callable[[], Tensor]) -> None:
+            job.check()
+
+        originals, found = reconstruct(
+            self.trained,
+            [pixels],
+            steps=asked.steps,
+            seed=asked.seed,
+            start_timestep=asked.start_timestep,
+            on_step=check,
+        )
+        original, image = originals[0].clamp(0, 1), found[0]
+        difference = (original - image).abs()
+        error = float(difference.square().mean())
+        return {
+            "model": self.name,
+            "original": _data_url(original),
+            "reconstruction": _data_url(image),
+            "difference": _data_url(difference * DIFFERENCE_SCALE),
+            "difference_scale": DIFFERENCE_SCALE,
+            "psnr": -10 * math.log10(error) if error else None,
+        }
+
+
+def _data_url(image: Tensor) -> str:
+    """[3, H, W] in [0, 1] -> a PNG in a data: URL."""
+    file = io.BytesIO()
+    as_picture(image).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

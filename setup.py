@@ -16,7 +16,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ross_mcore", "ross_mcore.*"]),
     package_data={
-        "ross_mcore": ["recipes/*", "recipes/*/*.yaml", "run_report/*.html", "run_report/*.css", "run_report/*.js"]
+        "ross_mcore": [
+            *("recipes/*", "recipes/*/*.yaml", "serving/page/*"),
+            *("run_report/*.html", "run_report/*.css", "run_report/*.js"),
+        ]
     },
     entry_points={"console_scripts": ["ross = ross_mcore.__main__:main"]},
     install_requires=[
@@ -48,6 +51,11 @@ setup(
         "heif": ["pillow-heif>=1.0"],
         # Records in parquet files, and data sets of Hugging Face's datasets.
         "parquet": ["pyarrow"],
-        "dev": ["pillow-heif", "pyarrow", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        # `ross serve`: an OpenAI-compatible server and its page.
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "dev": [
+            *("pillow-heif", "pyarrow", "fastapi", "uvicorn", "openai", "pytest>=8", "pytest-timeout", "hypothesis"),
+            *("ruff", "mypy", "types-PyYAML"),
+        ],
     },
 )

@@ -114,9 +114,9 @@ def stream(
 ) -> Generator[str, None, Generated]:
     """The answer to one question as pieces of text, as they come; together they are the `text` of `generate`.
 
-    A piece is whole characters, and never the start of what may become a stop text. The generator's return value (the
-    value of its StopIteration, or of `yield from`) is the Generated; closing it ends the work. Raises as `generate`,
-    when called and not at the first piece.
+    There is one for every token: whole characters, never the start of what may become a stop text, or nothing yet. The
+    generator's return value (the value of its StopIteration, or of `yield from`) is the Generated; closing it ends the
+    work. Raises as `generate`, when called and not at the first piece.
     """
     require_model(trained)
     spec = _spec(trained, template)
@@ -142,8 +142,7 @@ def _stream(
     trained: TrainedModel, prompt: Sample, answer: _Answer, sampling: Sampling
 ) -> Generator[str, None, Generated]:
     for _, piece in _run(trained, [prompt], [answer], sampling, [0]):
-        if piece:
-            yield piece
+        yield piece
     return answer.generated(prompt)
 
 

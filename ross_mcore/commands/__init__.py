@@ -47,6 +47,7 @@ COMMANDS = {
     "check": Command("tools/check_checkpoint.py", "verify a checkpoint and print its contents"),
     "report": Command("tools/report.py", "one HTML page about runs: curves, reconstructions, settings compared"),
     "reconstruct": Command("tools/reconstruct.py", "reconstruct pictures from a model's image states"),
+    "serve": Command("tools/serve.py", "an OpenAI-compatible server, and a page to talk to models in a browser"),
     "export": Command("tools/convert_mcore_to_hf.py", "a checkpoint -> a ROSS model or Hugging Face folders"),
 }
 """Subcommand -> its script and help, in the usual order of a project."""

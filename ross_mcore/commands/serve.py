@@ -80,13 +80,13 @@ def prepare(options: argparse.Namespace, bound: socket.socket) -> Server:
     from rich.progress import Progress
 
     from ross_mcore import platform
-    from ross_mcore.inference import load_model
     from ross_mcore.serving.app import Service, create_app
     from ross_mcore.serving.gate import Gate
     from ross_mcore.serving.model import ServedModel
     from ross_mcore.serving.protocol import Limits
     from ross_mcore.serving.server import Server
     from ross_mcore.serving.worker import Worker
+    from ross_mcore.trained import load_model
 
     models = {}
     with Progress(transient=True) as progress:

@@ -63,7 +63,11 @@ class Service:
         return _listed(self._model(name))
 
     async def describe(self) -> dict[str, Any]:
-        limits = {"body_bytes": self.limits.body_bytes, "steps": protocol.MOST_STEPS}
+        limits = {
+            "body_bytes": self.limits.body_bytes,
+            "new_tokens": self.limits.new_tokens,
+            "steps": protocol.MOST_STEPS,
+        }
         return {"models": [model.description for model in self.models.values()], "limits": limits}
 
     async def chat(self, request: Request) -> Response:
@@ -169,7 +173,7 @@ async def _read(request: Request, limits: Limits) -> bytes:
         raise too_large
 
     async def read() -> bytes:
-        parts, size = [], 0
+        parts, size = list[bytes](), 0
         async for part in request.stream():
             size += len(part)
             if size > limits.body_bytes:
@@ -228,4 +232,3 @@ async def _events(job: Job, reply: Reply) -> AsyncIterator[bytes]:
 
 def _usage(answer: Any) -> dict[str, int]:
     return protocol.usage(answer.prompt_tokens, len(answer.tokens))
-

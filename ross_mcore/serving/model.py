@@ -16,9 +16,10 @@ from torch import Tensor
 from ross_mcore.data.image import decode_image
 from ross_mcore.errors import ImageError
 from ross_mcore.generation import Generated, Sampling, stream
-from ross_mcore.inference import Question, TrainedModel, as_picture, reconstruct
+from ross_mcore.inference import as_picture, reconstruct
 from ross_mcore.serving.protocol import ApiError, Chat, Reconstruct
 from ross_mcore.serving.worker import Job
+from ross_mcore.trained import Question, TrainedModel
 
 DIFFERENCE_SCALE = 3
 """The picture of differences is brightened by this, because small ones are black to the eye."""

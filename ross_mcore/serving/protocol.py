@@ -174,7 +174,7 @@ def parse_reconstruct(body: dict[str, Any]) -> Reconstruct:
 
 
 def picture_bytes(url: str, param: str) -> bytes:
-    """The bytes of a picture in a data: URL. Raises ApiError; a URL elsewhere is refused, because nothing is fetched."""
+    """The bytes of a picture in a data: URL. Raises ApiError, also for any other URL: nothing is fetched."""
     matched = DATA_URL.match(url[:200])
     if matched is None:
         raise ApiError(

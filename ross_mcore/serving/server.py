@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: App, worker: Worker) -> None:
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]  # an ASGI application, in our own words
+            app,
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -45,15 +45,15 @@ class Job:
         self._start, self._loop = start, asyncio.get_running_loop()
         self._items: asyncio.Queue[Any] = asyncio.Queue()
         self._steps: Steps | None = None
-        self._is_ended = threading.Event()
+        self.is_ended = False
 
     def end(self) -> None:
         """Ends the work at its next step. Callable from any thread, any number of times."""
-        self._is_ended.set()
+        self.is_ended = True
 
     def check(self) -> None:
         """Raises Ended when nobody waits for the result; called within long work."""
-        if self._is_ended.is_set():
+        if self.is_ended:
             raise Ended
 
     async def next(self) -> Any:
@@ -117,7 +117,8 @@ class Worker:
         with self._changed:
             if self._is_stopping:
                 raise STOPPING
-            if len(self._waiting[model]) >= self._most_waiting:
+            waiting = self._waiting[model] = deque(job for job in self._waiting[model] if not job.is_ended)
+            if len(waiting) >= self._most_waiting:
                 raise ApiError(
                     f"{self._most_waiting} requests wait for {model}; ask again in a while",
                     429,
@@ -125,7 +126,7 @@ class Worker:
                     retry_after_seconds=RETRY_SECONDS,
                 )
             job = Job(start)
-            self._waiting[model].append(job)
+            waiting.append(job)
             self._changed.notify()
         return job
 

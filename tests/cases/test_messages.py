@@ -59,6 +59,7 @@ MISSING = [
     ["plan", "--load", "no", "--world-size", "8"],
     ["check", "no"],
     ["reconstruct", "--load", "no", "--image", __file__, "--output", "out"],
+    ["serve", "--load", "no", "--port", "0"],
     ["export", "--load", "no", "--save", "out"],
 ]
 """Every command with a path that does not exist."""

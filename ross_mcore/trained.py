@@ -92,7 +92,8 @@ def _first_of(values: str, known: Collection[str]) -> str:
 def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: int = 0) -> TrainedModel:
     """Loads the newest checkpoint of `run`, saved at any layout, to compute in `dtype`: float32 or bfloat16.
 
-    `run` is the folder of a run, of a converted model, or of one checkpoint; `seed` is for `reconstruct`'s noise.
+    `run` is the folder of a run, of a converted model, or of one checkpoint; `seed` is for `reconstruct`'s noise. Every
+    process that torchrun started calls this, and has the whole model.
     Raises CheckpointError, ArchitectureError or TokenizerError naming the file, ConfigError for another dtype.
     """
     computed_in = DTYPES.get(str(dtype).removeprefix("torch."))
@@ -103,7 +104,7 @@ def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: 
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     require_vocabulary(tokenizer, config.language.vocab_size, str(checkpoint.tokenizer))
     platform.initialize_process_group(timeout_minutes=10)
-    layout = make_layout(config, Placement(), world_size=1)
+    layout = make_layout(config, Placement(), world_size=torch.distributed.get_world_size())
     here = groups.initialize(layout, seed, timeout_minutes=10)
     model = RossModel(config, here, Execution(dtype=computed_in), here.stage.chunks[0], RossOptions(seed=seed))
     model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))

@@ -48,11 +48,12 @@ COMMANDS = {
     "report": Command("tools/report.py", "one HTML page about runs: curves, reconstructions, settings compared"),
     "reconstruct": Command("tools/reconstruct.py", "reconstruct pictures from a model's image states"),
     "serve": Command("tools/serve.py", "an OpenAI-compatible server, and a page to talk to models in a browser"),
+    "eval": Command("tools/evaluate.py", "score a model on POPE, MMVP and other questions, or reconstructions"),
     "export": Command("tools/convert_mcore_to_hf.py", "a checkpoint -> a ROSS model or Hugging Face folders"),
 }
 """Subcommand -> its script and help, in the usual order of a project."""
 
-UNDER_TORCHRUN = ("train", "precompute")
+UNDER_TORCHRUN = ("train", "precompute", "eval")
 """Commands that run as several processes: `torchrun ... --no-python ross NAME`."""
 
 

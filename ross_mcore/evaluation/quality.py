@@ -34,12 +34,13 @@ def ssim(originals: Tensor, pictures: Tensor) -> Tensor:
 
     def local_mean(values: Tensor) -> Tensor:
         count, channels, height, width = values.shape
-        return F.conv2d(values.reshape(count * channels, 1, height, width), weights).unflatten(0, (count, channels))
+        found: Tensor = F.conv2d(values.reshape(count * channels, 1, height, width), weights)
+        return found.reshape(count, channels, *found.shape[2:])
 
     x, y = originals.double(), pictures.double()
     mean_x, mean_y = local_mean(x), local_mean(y)
     var_x, var_y = local_mean(x * x) - mean_x**2, local_mean(y * y) - mean_y**2
     covariance = local_mean(x * y) - mean_x * mean_y
-    similarity = (2 * mean_x * mean_y + C1) * (2 * covariance + C2)
-    similarity = similarity / ((mean_x**2 + mean_y**2 + C1) * (var_x + var_y + C2))
+    numerator = (2 * mean_x * mean_y + C1) * (2 * covariance + C2)
+    similarity: Tensor = numerator / ((mean_x**2 + mean_y**2 + C1) * (var_x + var_y + C2))
     return similarity.mean((1, 2, 3))

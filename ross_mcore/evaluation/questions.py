@@ -186,7 +186,7 @@ def pope(path: Path, asking: Asking) -> list[Item]:
 
 
 def mmvp(path: Path, asking: Asking) -> list[Item]:
-    """MMVP's folder, with Questions.csv. The prompt is that of ROSS's evaluation/MMVP/mmvp_eval.py; two rows are a pair."""
+    """MMVP's folder, with Questions.csv; two rows are a pair. Asked as in ROSS's evaluation/MMVP/mmvp_eval.py."""
     file = path / MMVP_QUESTIONS
     rows = [list(row.values()) for row in read_rows(file)]
 
@@ -300,9 +300,11 @@ def _listed(answer: str) -> list[str]:
 
 
 def _rounds(record: Row, name: str, category: str, asking: Asking) -> Iterator[Item]:
-    pictures, turns = tuple(picture_names(record)), [(turn["from"], turn["value"]) for turn in record["conversations"]]
+    pictures = tuple(picture_names(record))
+    turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
     are_placed = any(IMAGE_PLACEHOLDER in text for _, text in turns)
-    ends = [place for place, (role, _) in enumerate(turns) if role == "gpt" and place and turns[place - 1][0] == "human"]
+    roles = [role for role, _ in turns]
+    ends = [place for place in range(1, len(roles)) if roles[place - 1 : place + 1] == ["human", "gpt"]]
     if not ends:
         raise ValueError("it has no question with an answer")
     for number, end in enumerate(ends):

@@ -74,7 +74,8 @@ def table(entry: dict[str, Any]) -> tuple[Line, list[Line]]:
 
 
 def _line(name: str, count: int, scores: dict[str, float], names: Sequence[str]) -> Line:
-    return [name, str(count), *(f"{scores[each]:.{DECIMALS.get(each, 1)}f}" if each in scores else "" for each in names)]
+    values = [f"{scores[each]:.{DECIMALS.get(each, 1)}f}" if each in scores else "" for each in names]
+    return [name, str(count), *values]
 
 
 def markdown(entry: dict[str, Any]) -> str:
@@ -92,9 +93,10 @@ def print_results(entries: Sequence[dict[str, Any]]) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     for entry in entries:
         header, lines = table(entry)
-        shown = Table(title=checked.printable(title(entry)), title_justify="left")
+        shown = Table()
         for name in header:
             shown.add_column(name, justify="right" if name else "left")
         for line in lines:
             shown.add_row(*map(checked.printable, line))
+        console.print(checked.printable(title(entry)), soft_wrap=True)
         console.print(shown)

@@ -59,7 +59,8 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.benchmark not in BENCHMARKS:
-            raise ConfigError(f"{checked.shown(self.benchmark)} is not a benchmark; take one of {', '.join(BENCHMARKS)}")
+            known = ", ".join(BENCHMARKS)
+            raise ConfigError(f"--benchmark {checked.shown(self.benchmark)} is unknown; take one of {known}")
         for name, value, most in (
             ("max_new_tokens", self.max_new_tokens, checked.MOST_COUNT),
             ("limit", self.limit, checked.MOST_COUNT),
@@ -123,9 +124,9 @@ class Evaluation:
     batch_size: int = 32
 
     def run(self, task: Task, folder: Path, progress: Callable[[int, int], None]) -> list[Judged]:
-        """Answers what `folder` does not have yet; returns all items judged. Collective.
+        """Answers what `folder` does not have yet; returns all items judged, on other ranks than the first none.
 
-        `progress(done, total)` is called with this rank's counts. Raises UserError, OSError.
+        Collective. `progress(done, total)` is called with this rank's counts. Raises UserError, OSError.
         """
         items = all_or_none(task.items)
         settings = settings_of(task, items, self.trained, self.template, self.dtype)
@@ -140,16 +141,7 @@ class Evaluation:
             done += len(wanted)
             progress(done, total)
         dist.barrier()
-        predictions = all_or_none(lambda: read_predictions(folder))
-        if missing := [item.id for item in items if item.id not in predictions]:
-            raise ConfigError(
-                f"{folder} lacks predictions of other processes, such as {checked.shown(missing[0])}: is --out a folder "
-                "that all machines share?"
-            )
-        judged = task.row.judge(items, predictions)
-        dist.barrier()  # all ranks have read the files of the others
-        from_first_rank(lambda: write_judged(folder, judged))
-        return judged
+        return all_or_none(lambda: _finish(task, items, folder) if rank == 0 else [])
 
     def _batches(self, task: Task, items: Sequence[Item], have: set[str]) -> Iterator[tuple[Sequence[Item], set[str]]]:
         """(items that are computed together, the ids of those that are wanted)."""
@@ -200,3 +192,16 @@ class Evaluation:
             {"id": item.id, "psnr": noise, "ssim": similarity}
             for (item, _), noise, similarity in zip(asked, psnr(*pair).tolist(), ssim(*pair).tolist(), strict=True)
         ]
+
+
+def _finish(task: Task, items: Sequence[Item], folder: Path) -> list[Judged]:
+    """Judges the predictions of all ranks and writes them in order."""
+    predictions = read_predictions(folder)
+    if missing := [item.id for item in items if item.id not in predictions]:
+        raise ConfigError(
+            f"{folder} lacks predictions of other processes, such as {checked.shown(missing[0])}: give an --out that "
+            "all machines share, or run the command again"
+        )
+    judged = task.row.judge(items, predictions)
+    write_judged(folder, judged)
+    return judged

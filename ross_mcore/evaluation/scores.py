@@ -64,13 +64,12 @@ def _whole_groups(judged: Sequence[Judged]) -> float:
 
 def captions(judged: Sequence[Judged]) -> Scores:
     """Corpus BLEU-4 and chrF of sacrebleu, 0 to 100, against all references; share of captions equal to one."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     texts = [each.prediction.get("text", "") for each in judged]
     most = max(len(each.item.answers) for each in judged)
-    references = [
-        [each.item.answers[n] if n < len(each.item.answers) else None for each in judged] for n in range(most)
-    ]
+    references = [["".join(each.item.answers[n : n + 1]) for each in judged] for n in range(most)]  # "": no more
     return {
         "BLEU-4": BLEU().corpus_score(texts, references).score,
         "chrF": CHRF().corpus_score(texts, references).score,

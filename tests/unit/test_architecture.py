@@ -75,10 +75,14 @@ ALLOWED = {
     "commands": {
         *("arguments", "launcher"),
         *("architecture", "checkpoint", "checked", "commands", "config", "conversion", "data", "flags"),
-        *("generation", "inference", "trained"),
+        *("evaluation", "generation", "inference", "trained"),
         *("logs", "models", "options", "parallel", "parts", "platform", "reporting", "run_report"),
         *("serving", "shards", "training"),
         *("costs", "machines"),
+    },
+    "evaluation": {
+        *("checked", "logs", "parallel", "data", "checkpoint", "shards", "inference", "generation", "trained"),
+        "evaluation",
     },
     "__main__": {"__version__", "arguments", "commands"},
     "trained": {"checked", "architecture", "batch", "platform", "parallel", "models", "data", "checkpoint"},
@@ -118,6 +122,8 @@ PURE = {
     "data/mixture.py": {"numpy"},
     "data/packing.py": {"numpy"},
     "data/rows.py": {"numpy"},
+    "evaluation/items.py": set(),
+    "evaluation/answers.py": set(),
 }
 """Files whose only imports are the standard library, the package, and these."""
 

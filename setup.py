@@ -53,9 +53,11 @@ setup(
         "parquet": ["pyarrow"],
         # `ross serve`: an OpenAI-compatible server and its page.
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        # BLEU and chrF of captions in `ross eval`.
+        "eval": ["sacrebleu>=2.4"],
         "dev": [
-            *("pillow-heif", "pyarrow", "fastapi", "uvicorn", "openai", "pytest>=8", "pytest-timeout", "hypothesis"),
-            *("ruff", "mypy", "types-PyYAML"),
+            *("pillow-heif", "pyarrow", "fastapi", "uvicorn", "openai", "sacrebleu", "pytest>=8", "pytest-timeout"),
+            *("hypothesis", "ruff", "mypy", "types-PyYAML"),
         ],
     },
 )

@@ -54,7 +54,7 @@ def describe(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, Any]:
 
 def _state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The training loop's state; the values that `describe` returns are checked. Raises CheckpointError."""
-    state = checkpoint.train_state()
+    state = checkpoint.train_state() if checkpoint.is_trained else {}
     try:
         if state:
             checked.count(checked.mapping(state.get("data"), "data"), "consumed_samples", least=0, most=2**53)

@@ -84,9 +84,17 @@ class Checkpoint:
         return read_json(self.preprocessor_config) if self.preprocessor_config.exists() else None
 
     def train_state(self) -> dict[str, Any]:
-        """Reads the training loop's state, empty in a converted model. Raises CheckpointError."""
+        """Reads the training loop's state. Raises CheckpointError.
+
+        A converted model has at most a few facts of its training elsewhere, and no training_stage.
+        """
         path = self.path / TRAIN_STATE
         return read_json(path) if path.exists() else {}
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run of this trainer saved it; false for a converted model. Raises CheckpointError."""
+        return "training_stage" in self.train_state()
 
     def manifest(self) -> Manifest:
         """Reads size and checksum of every file. Raises CheckpointError."""
@@ -215,7 +223,7 @@ def require_room(root: Path, overwrite: bool = False) -> bool:
     if not names:
         return False
     found, problems = scan(root)
-    runs = [checkpoint for checkpoint in found if checkpoint.iteration or checkpoint.train_state()]
+    runs = [checkpoint for checkpoint in found if checkpoint.iteration or checkpoint.is_trained]
     if not found and not problems:
         raise CheckpointError(f"{root} is not empty (it has {printable(names[0])}); give --save a folder of its own")
     is_run = bool(runs) or set(names) - {POINTER, "iter_0000000"} != set()

@@ -7,6 +7,8 @@
                    and tower and VAE in folders, unless --mm-vision-tower and --mm-pixel-decoder give their paths
   --format hf      language_model/ (Qwen2 or Llama, for AutoModelForCausalLM), the tower's folder, pixel_decoder/
                    (AutoencoderKL), projector and denoiser: the input of tools/convert_hf_to_mcore.py
+  --format llava   language model, tower and projector as transformers' own LlavaForConditionalGeneration, which
+                   pipeline("image-text-to-text") and vLLM load without other code; denoiser and VAE are left out
 
 Padding of the vocabulary is removed, and tied output matrices are not written, as in Hugging Face. Values change only
 with --dtype.
@@ -27,6 +29,7 @@ EXAMPLES = """examples:
   python tools/convert_mcore_to_hf.py --load runs/finetune --save ross-qwen2-7b-siglip --dtype bfloat16
   python tools/convert_mcore_to_hf.py --load runs/pretrain --save stage1 --format stage1 \\
       --mm-vision-tower google/siglip-so400m-patch14-384 --mm-pixel-decoder FLUX.1-dev/vae
+  python tools/convert_mcore_to_hf.py --load runs/finetune --save ross-llava --format llava --dtype bfloat16
 
 Reads the newest checkpoint of a run, saved at any layout; needs no GPU and builds no model.
 Peak memory: one shard (--max-shard-size) and twice the largest group of tensors (a vocabulary matrix, or gate and up
@@ -50,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="RUN", help="folder of a run, or one of its iter_* folders")
     add("--save", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
-    add("--format", choices=("ross", "stage1", "hf"), default="ross", help="see above (default: %(default)s)")
+    add("--format", choices=("ross", "stage1", "hf", "llava"), default="ross", help="see above (default: %(default)s)")
     add(
         "--dtype",
         choices=("keep", "float32", "bfloat16", "float16"),
@@ -60,9 +63,19 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     add("--max-shard-size", type=shard_bytes, default="5GB", metavar="SIZE", help="largest file (default: %(default)s)")
     add("--mm-vision-tower", metavar="PATH", help="write this path into config.json, and no tower")
     add("--mm-pixel-decoder", metavar="PATH", help="write this path into config.json, and no VAE")
+    add(
+        "--relative-paths",
+        action="store_true",
+        help="refer to tower and VAE as ./NAME in config.json: the folder can be copied, and the reference's code must "
+        "then be started inside it (default: absolute paths)",
+    )
+    add("--template", metavar="T", help="as in training: its chat template is written (default: the training's)")
     options = parser.parse_args(arguments)
-    if options.format == "hf" and (options.mm_vision_tower or options.mm_pixel_decoder):
-        parser.error("--format hf writes no config.json of the reference, which would contain these paths")
+    paths = options.mm_vision_tower or options.mm_pixel_decoder or options.relative_paths
+    if options.format in ("hf", "llava") and paths:
+        parser.error(f"--format {options.format} writes no config.json of the reference, which would contain paths")
+    if options.format == "stage1" and options.template:
+        parser.error("--format stage1 writes no tokenizer, so there is no chat template")
     return options
 
 
@@ -72,8 +85,7 @@ def export(options: argparse.Namespace) -> list[str]:
     from rich.progress import Progress
 
     from ross_mcore.checkpoint.folder import require_intact
-    from ross_mcore.conversion.export import FORMATS, Export
-    from ross_mcore.conversion.export_config import SpecialTokens
+    from ross_mcore.conversion.export import FORMATS, Export, ExportOptions
     from ross_mcore.data.tokenizer import load_tokenizer
 
     checkpoint = require_intact(options.load)
@@ -82,16 +94,20 @@ def export(options: argparse.Namespace) -> list[str]:
         bar = progress.add_task("writing", total=None)
         outgoing = Export(
             checkpoint,
-            SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id),
-            dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
-            max_shard_bytes=options.max_shard_size,
-            mm_vision_tower=options.mm_vision_tower,
-            mm_pixel_decoder=options.mm_pixel_decoder,
+            tokenizer,
+            ExportOptions(
+                dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
+                max_shard_bytes=options.max_shard_size,
+                mm_vision_tower=options.mm_vision_tower,
+                mm_pixel_decoder=options.mm_pixel_decoder,
+                relative_paths=options.relative_paths,
+                template=options.template,
+            ),
             advance=lambda parameters: progress.advance(bar, parameters),
         )
         progress.update(bar, total=outgoing.parameters_to_write(options.format))
         FORMATS[options.format](outgoing, options.save)
-    return outgoing.remarks(options.save) if options.format == "ross" else []
+    return outgoing.notes
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,12 +76,14 @@ def assemble(
     dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda parameters: None,
     overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Writes iteration 0 of `root` from the sources, the new tensors of `fresh` and the assets.
 
     dtype: of all parts except those that are always converted in float32; None keeps the dtype of each tensor, in those
     parts too. advance: called with the number of parameters after each tensor. overwrite: replaces a converted model in
-    `root`, and moves a run to a folder beside it. Holds one tensor at a time and builds no model.
+    `root`, and moves a run to a folder beside it. facts: of the model's training elsewhere, for train_state.json. Holds
+    one tensor at a time and builds no model.
     Raises ConversionError naming folder and tensor, TokenizerError or CheckpointError; then `root` is as it was.
     """
     is_run = folder.require_room(root, overwrite)
@@ -109,7 +112,7 @@ def assemble(
         with Claim(root):
             former = folder.checkpoints(root)
             streams = [*(convert_in(steps, tensors, model.language) for steps, tensors in plans), fresh]
-            checkpoint = _write(root, model, streams, assets, dtype, advance)
+            checkpoint = _write(root, model, streams, assets, dtype, advance, facts)
     except BaseException:
         if moved is not None:
             moved.rename(root)
@@ -132,6 +135,7 @@ def _write(
     assets: Assets,
     dtype: torch.dtype | None,
     advance: Callable[[int], None],
+    facts: Mapping[str, Any] | None,
 ) -> Checkpoint:
     """Writes all tensors of `streams` and the assets; after an error nothing is left of them."""
     written = Shapes()
@@ -150,7 +154,7 @@ def _write(
                     del tensor  # before the next one is made
             for difference in differences(inventory(model), written):
                 raise ConversionError(difference.in_words("the architecture"))
-        return folder.publish(root, 0, model, records=writer.records)
+        return folder.publish(root, 0, model, dict(facts) if facts else None, records=writer.records)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -211,4 +215,4 @@ def import_ross(
     source_of_all = Source(ross.path, PARTS, ross_table(model), tuple(path / "config.json" for path in described))
     processor = ross.vision_model / "preprocessor_config.json"
     assets = Assets(tokenizer or ross.path, processor, ross.path / GENERATION_CONFIG)
-    return assemble(root, model, [source_of_all], (), assets, dtype, advance, overwrite)
+    return assemble(root, model, [source_of_all], (), assets, dtype, advance, overwrite, ross.training_facts())

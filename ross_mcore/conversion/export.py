@@ -6,14 +6,14 @@ all.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,16 +26,49 @@ from ross_mcore.checkpoint.folder import TRAIN_STATE, Checkpoint, require_rename
 from ross_mcore.checkpoint.manifest import sync
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.checkpoint.tensor_file import in_own_storage
-from ross_mcore.conversion import export_config, mapping
+from ross_mcore.conversion import export_config, llava, mapping
+from ross_mcore.conversion.chat_template import as_jinja, gap_of, spec_of
 from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
-from ross_mcore.conversion.huggingface import GENERATION_CONFIG, copy_tokenizer, read_json
+from ross_mcore.conversion.huggingface import GENERATION_CONFIG, read_json
 from ross_mcore.conversion.table import AnyEntry, convert_steps, plan_out
+from ross_mcore.conversion.tokenizer_files import (
+    SETTINGS,
+    has_chat_template,
+    set_chat_template,
+    write_json,
+    write_tokenizer,
+)
+from ross_mcore.data.image import ImagePreprocessing
+from ross_mcore.data.templates import OF_TOKENIZER
 from ross_mcore.errors import CheckpointError, ConversionError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PARTS, PROJECTOR, VAE, VISION_TOWER, Part, part_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LLAVA_PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL)
+JINJA = "chat_template.jinja"
+GIVE_TEMPLATE = "give --template for one"
 ADAPTERS = {PROJECTOR: "mm_projector.bin", DENOISER: "mm_inv_projector.bin"}
 """The parts that stage 1 of the reference trains, and the files it saves them in."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is written."""
+
+    dtype: torch.dtype | None = None
+    """Of every tensor; None keeps the dtype of each."""
+    max_shard_bytes: int = 5 * 10**9
+    mm_vision_tower: str | None = None
+    """Path of an existing tower to write into config.json; None writes the tower."""
+    mm_pixel_decoder: str | None = None
+    """The same of the VAE."""
+    relative_paths: bool = False
+    """Whether config.json refers to the written folders as `./name`."""
+    template: str | None = None
+    """A value of --template, of which the chat template is written; None: the training's."""
 
 
 class Export:
@@ -44,27 +77,23 @@ class Export:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        tokens: SpecialTokens,
-        dtype: torch.dtype | None = None,
-        max_shard_bytes: int = 5 * 10**9,
-        mm_vision_tower: str | None = None,
-        mm_pixel_decoder: str | None = None,
+        tokenizer: PreTrainedTokenizerBase,
+        options: ExportOptions = ExportOptions(),
         advance: Callable[[int], None] = lambda parameters: None,
     ) -> None:
-        """tokens: the tokenizer's; those of the generation_config.json that came with the model take precedence.
+        """tokenizer: the checkpoint's; token ids in a generation_config.json that came with the model take precedence.
 
-        dtype: of every tensor; None keeps the dtype of each. mm_vision_tower, mm_pixel_decoder: paths of existing
-        folders to write into config.json; None writes the folders. advance: called with the number of parameters
-        written.
+        advance: called with the number of parameters written.
         """
         self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.max_shard_bytes = max_shard_bytes
-        self.mm_vision_tower = mm_vision_tower
-        self.mm_pixel_decoder = mm_pixel_decoder
+        self.tokenizer = tokenizer
+        self.options = options
         self.advance = advance
+        self.notes: list[str] = []
         self.model = checkpoint.model_config()
         self.source = StoredTensors(checkpoint.path)
+        tokens = SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.spec = spec_of(checkpoint, options.template, tokenizer)
         brought = checkpoint.tokenizer / GENERATION_CONFIG
         self.generation = read_json(brought) if brought.exists() else export_config.generation_config(tokens)
         given = {key: value for key, value in self.generation.items() if not isinstance(value, list)}
@@ -77,7 +106,7 @@ class Export:
         except ValueError as error:
             raise ConversionError(f"{brought}: {error}; copy the file again, or remove it") from None
         require_fit(checkpoint, self.model, self.source, inventory)
-        if mm_pixel_decoder and not self.model.pixel_decoder:
+        if options.mm_pixel_decoder and not self.model.pixel_decoder:
             raise ConversionError(f"{checkpoint.path} has no pixel decoder whose path could be stated")
 
     @property
@@ -91,24 +120,51 @@ class Export:
             self._write_config(save, partial)
             self._write_tensors(partial, "model", mapping.ross_table(self.model))
             self._write_tokenizer(partial)
+            self._add_reference_remarks(save, partial)
 
-    def remarks(self, save: Path) -> list[str]:
-        """The changes that the reference's load_pretrained_model needs to read `save`, one sentence each.
+    def _add_reference_remarks(self, save: Path, written: Path) -> None:
+        """Notes what the reference's load_pretrained_model needs to read `save`, one sentence each.
 
-        It chooses its class by the folder's name, and reads slow tokenizers only (reference builder.py).
+        It chooses its class by the folder's name without case, and reads slow tokenizers only (its builder.py:50-66).
         """
         qwen, name = self.model.language.model_type == "qwen2", checked.real_path(save).name
-        found = []
-        if qwen != ("qwen2" in name):
-            wanted = "has qwen2 in it" if qwen else "does not have qwen2 in it"
-            found.append(f"the reference picks its class by the folder's name: rename {name} to one that {wanted}")
-        settings = self.checkpoint.tokenizer / "tokenizer_config.json"
+        if qwen != ("qwen2" in name.lower()):
+            wanted = "has Qwen2 in it" if qwen else "does not have qwen2 in it"
+            self.notes.append(f"the reference picks its class by the folder's name: rename {name} to one that {wanted}")
+        settings = written / SETTINGS
         kind = str(read_json(settings).get("tokenizer_class")) if settings.exists() else ""
-        needed = ("vocab.json", "merges.txt") if qwen else ("tokenizer.model",) if kind.startswith("Llama") else ()
-        missing = [file for file in needed if not (self.checkpoint.tokenizer / file).exists()]
-        if missing:
-            found.append(f"the reference loads a slow tokenizer: put {' and '.join(missing)} of the original beside it")
-        return found
+        if kind == "LlamaTokenizer" and not (written / "tokenizer.model").exists():
+            self.notes.append("the reference loads a slow tokenizer: put tokenizer.model of the original beside it")
+        if self.run.mm_use_im_start_end and not {"<im_start>", "<im_end>"} <= self.tokenizer.get_vocab().keys():
+            self.notes.append(
+                "it was trained with <im_start> and <im_end> as text, and the reference's loader adds them as tokens "
+                "with new embeddings: for its code, set mm_use_im_start_end in config.json to false"
+            )
+
+    def write_llava(self, save: Path) -> None:
+        """Writes language model, tower and projector for transformers' LlavaForConditionalGeneration."""
+        dtype = self._dtype(LANGUAGE_MODEL)
+        tokenizer = llava.llava_tokenizer(self.tokenizer, self.spec)
+        rows = max(self.model.language.vocab_size, tokenizer.image_token + 1)
+        table = llava.llava_table(self.model, rows)
+        pixels = ImagePreprocessing.for_tower(self.model.vision, processor=self.checkpoint.image_processor())
+        config = llava.llava_config(self.model, self.tokens, dtype, rows, tokenizer.image_token)
+        files = {
+            "config.json": config,
+            GENERATION_CONFIG: llava.generation_config(self.tokens, tokenizer.ends),
+            **tokenizer.files(self.tokenizer, self.model.language.max_position_embeddings),
+            **llava.processor_files(self.model, pixels.resample, self.run.image_aspect_ratio),
+        }
+        with _atomic(save) as partial:
+            for name, content in files.items():
+                write_json(partial / name, content)
+            if tokenizer.chat_template is not None:
+                (partial / JINJA).write_text(tokenizer.chat_template, encoding="utf-8")
+            self._write_tensors(partial, "model", table, LLAVA_PARTS)
+        if tokenizer.chat_template is None:
+            self.notes.append(f"it has no chat template, because {self._why_no_template}; {GIVE_TEMPLATE}")
+        if DENOISER.own(self.source.names()):
+            self.notes.append("denoiser and VAE are left out; transformers has no place for them")
 
     def write_stage1(self, save: Path) -> None:
         """Writes mm_projector.bin, mm_inv_projector.bin and config.json, as stage 1 of the reference does."""
@@ -122,7 +178,7 @@ class Export:
             language = partial / LANGUAGE_MODEL.prefix
             language.mkdir()
             config = export_config.language_config(self.model.language, self.tokens, self._dtype(LANGUAGE_MODEL))
-            _write_json(language / "config.json", config)
+            write_json(language / "config.json", config)
             self._write_part(language, "model", LANGUAGE_MODEL)
             self._write_tokenizer(language)
             self._write_tower(partial)
@@ -135,47 +191,73 @@ class Export:
 
     def parameters_to_write(self, format: str) -> int:
         """The number of parameters that an export writes. format: one of FORMATS."""
-        beside: tuple[Part, ...] = () if self.mm_vision_tower else (VISION_TOWER,)
-        beside += () if self.mm_pixel_decoder else (VAE,)
+        beside: tuple[Part, ...] = () if self.options.mm_vision_tower else (VISION_TOWER,)
+        beside += () if self.options.mm_pixel_decoder else (VAE,)
         return {
             "ross": self.parameters(*PARTS) + self.parameters(*beside),
             "stage1": self.parameters(*ADAPTERS, *beside),
             "hf": self.parameters(*PARTS),
+            "llava": self.parameters(*LLAVA_PARTS),
         }[format]
+
+    @property
+    def run(self) -> RunFacts:
+        """The facts of the training for config.json. Raises CheckpointError for a damaged file."""
+        state = self.checkpoint.train_state()
+        known = {field.name: state[field.name] for field in fields(RunFacts) if state.get(field.name)}
+        known["tower_trained"] = bool(VISION_TOWER.own(self.source.trained))
+        if "image_aspect_ratio" in known:  # of several data sets, the first one's
+            known["image_aspect_ratio"] = str(known["image_aspect_ratio"]).partition(",")[0]
+        try:
+            return checked.build(RunFacts, known, "it")
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path / TRAIN_STATE}: {error}; copy the checkpoint again") from None
+
+    def _path_of(self, folder: str, save: Path) -> str:
+        """How config.json refers to a folder in `save`."""
+        return f"./{folder}" if self.options.relative_paths else str(checked.real_path(save) / folder)
 
     def _write_config(self, save: Path, partial: Path, saved_by_pretrain: bool = False) -> None:
         """Writes the reference's config.json, and the folders it points to unless their paths were given."""
         has_vae = self.model.pixel_decoder is not None
-        tower = self.mm_vision_tower or str(checked.real_path(save) / self.tower_folder)
-        vae = (self.mm_pixel_decoder or str(checked.real_path(save) / VAE.prefix)) if has_vae else None
-        state = self.checkpoint.train_state()
-        known = {key: state[key] for key in ("training_stage", "image_aspect_ratio", "seq_length") if state.get(key)}
-        if saved_by_pretrain:
-            known["training_stage"] = "pretrain"
-        known["tower_trained"] = bool(VISION_TOWER.own(self.source.trained))
-        try:
-            run = checked.build(RunFacts, known, "it")
-        except ValueError as error:
-            raise CheckpointError(f"{self.checkpoint.path / TRAIN_STATE}: {error}; copy the checkpoint again") from None
+        tower = self.options.mm_vision_tower or self._path_of(self.tower_folder, save)
+        vae = (self.options.mm_pixel_decoder or self._path_of(VAE.prefix, save)) if has_vae else None
+        run = replace(self.run, training_stage="pretrain") if saved_by_pretrain else self.run
         config = export_config.ross_config(
             self.model, self.tokens, self._dtype(LANGUAGE_MODEL), run, vision_tower=tower, pixel_decoder=vae
         )
         if saved_by_pretrain:  # stage 1 saves the configuration without a model, hence without these
             del config["architectures"], config["torch_dtype"]
-        _write_json(partial / "config.json", config)
-        if self.mm_vision_tower is None:
+        write_json(partial / "config.json", config)
+        if self.options.mm_vision_tower is None:
             self._write_tower(partial)
-        if self.mm_pixel_decoder is None:
+        if self.options.mm_pixel_decoder is None:
             self._write_pixel_decoder(partial)
 
     def _write_tokenizer(self, target: Path) -> None:
-        copy_tokenizer(self.checkpoint.tokenizer, target)
-        _write_json(target / GENERATION_CONFIG, self.generation)
+        """Writes the tokenizer with the chat template of the training, and generation_config.json.
+
+        The tokenizer keeps its own template where the language model was not trained here or was trained with it.
+        """
+        write_tokenizer(self.checkpoint.tokenizer, target)
+        write_json(target / GENERATION_CONFIG, self.generation)
+        name, is_own = self.spec.template, self.spec.template.startswith(f"{OF_TOKENIZER}#")
+        if name == "plain" and self.run.training_stage == "pretrain" and self.options.template is None:
+            return
+        if name and not is_own:
+            template = as_jinja(self.spec, self.tokenizer, gap_of(self.tokenizer))
+            if template is None and has_chat_template(target):
+                self.notes.append(f"the tokenizer's chat template was left out, because {self._why_no_template}")
+            set_chat_template(target, template)
+
+    @property
+    def _why_no_template(self) -> str:
+        return "template plain has no turns" if self.spec.template else "this model was converted and not trained"
 
     def _write_tower(self, partial: Path) -> None:
         target = partial / self.tower_folder
         target.mkdir()
-        _write_json(target / "config.json", export_config.vision_config(self.model.vision, self._dtype(VISION_TOWER)))
+        write_json(target / "config.json", export_config.vision_config(self.model.vision, self._dtype(VISION_TOWER)))
         self.checkpoint.image_processor()  # refuses a malformed file here, not when its copy is read
         shutil.copyfile(self.checkpoint.preprocessor_config, target / "preprocessor_config.json")
         self._write_part(target, "model", VISION_TOWER)
@@ -184,13 +266,13 @@ class Export:
         if self.model.pixel_decoder is not None:
             target = partial / VAE.prefix
             target.mkdir()
-            _write_json(target / "config.json", export_config.pixel_decoder_config(self.model.pixel_decoder.diffusers))
+            write_json(target / "config.json", export_config.pixel_decoder_config(self.model.pixel_decoder.diffusers))
             self._write_part(target, "diffusion_pytorch_model", VAE)
 
     def _write_adapters(self, partial: Path) -> None:
         for part, file in ADAPTERS.items():
             steps = plan_out(mapping.part_table(part, self.model), part.own(self.source.names()))
-            tensors = convert_steps(steps, self.source, self.model.language, self.dtype)
+            tensors = convert_steps(steps, self.source, self.model.language, self.options.dtype)
             torch.save({name: in_own_storage(tensor) for name, tensor in tensors}, partial / file)
             self.advance(self.parameters(part))
 
@@ -203,14 +285,14 @@ class Export:
         steps = plan_out(table, [name for name in inventory(self.model) if part_of(name) in parts])
         sizes = {}
         for step in steps:
-            item_bytes = (self.dtype or self.source.dtype(step.ours)).itemsize
+            item_bytes = (self.options.dtype or self.source.dtype(step.ours)).itemsize
             shapes = step.entry.their_shapes(self.source.shape(step.ours), language)
             for name, shape in zip(step.theirs, shapes, strict=True):
                 if name in sizes:
                     raise ConversionError(f"{name} would be written twice, the second time from {step.ours}")
                 sizes[name] = math.prod(shape) * item_bytes
-        tensors = convert_steps(steps, self.source, language, self.dtype)
-        shards = _split(sizes, self.max_shard_bytes)
+        tensors = convert_steps(steps, self.source, language, self.options.dtype)
+        shards = _split(sizes, self.options.max_shard_bytes)
         files: dict[str, str] = {}
         for number, names in enumerate(shards, start=1):
             file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
@@ -218,7 +300,7 @@ class Export:
             files |= dict.fromkeys(names, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
-            _write_json(target / f"{stem}.safetensors.index.json", index)
+            write_json(target / f"{stem}.safetensors.index.json", index)
 
     def _write_shard(self, path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         shard = {}
@@ -234,13 +316,18 @@ class Export:
 
     def _dtype(self, part: Part) -> str:
         """`torch_dtype` of a part: the dtype of its first tensor."""
-        if self.dtype is not None:
-            return str(self.dtype).removeprefix("torch.")
+        if self.options.dtype is not None:
+            return str(self.options.dtype).removeprefix("torch.")
         name = next(name for name in inventory(self.model) if part_of(name) is part)
         return str(self.source.dtype(name)).removeprefix("torch.")
 
 
-FORMATS = {"ross": Export.write_ross, "stage1": Export.write_stage1, "hf": Export.write_parts}
+FORMATS = {
+    "ross": Export.write_ross,
+    "stage1": Export.write_stage1,
+    "hf": Export.write_parts,
+    "llava": Export.write_llava,
+}
 
 
 @contextmanager
@@ -285,7 +372,3 @@ def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

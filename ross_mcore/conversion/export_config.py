@@ -37,8 +37,10 @@ class RunFacts:
     """Facts of the training run for config.json; the defaults are those of a model that was not trained here."""
 
     training_stage: str = "finetune"
-    image_aspect_ratio: str = "pad"
-    seq_length: int | None = None
+    image_aspect_ratio: str = "square"
+    mm_use_im_start_end: bool = False
+    tokenizer_model_max_length: int | None = None
+    """Where the reference cuts prompts, of a model that came with one; None: at the model's last position."""
     tower_trained: bool = False
 
 
@@ -93,7 +95,7 @@ def ross_config(
         "mm_vision_select_layer": vision.select_layer,
         "mm_vision_select_feature": "patch",
         "mm_patch_merge_type": "flat",
-        "mm_use_im_start_end": False,
+        "mm_use_im_start_end": run.mm_use_im_start_end,
         "mm_use_im_patch_token": False,
         "unfreeze_mm_vision_tower": run.tower_trained,
         "mm_vision_tower_lr": None,
@@ -104,7 +106,7 @@ def ross_config(
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": run.image_aspect_ratio,
         "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": run.seq_length or language.max_position_embeddings,
+        "tokenizer_model_max_length": run.tokenizer_model_max_length or language.max_position_embeddings,
         "mm_pixel_decoder": pixel_decoder,
         "mm_inv_projector_lr": None,
         **_denoiser_fields(model.denoiser),
@@ -156,8 +158,9 @@ def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
 
 
 def vision_config(vision: VisionConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a tower's own folder."""
-    return {"architectures": [VISION_CLASSES[vision.model_type]], **vision.huggingface, "torch_dtype": dtype}
+    """config.json of a tower's own folder, with one dtype: transformers 5 prefers the name `dtype`."""
+    own = {key: value for key, value in vision.huggingface.items() if key != "dtype"}
+    return {"architectures": [VISION_CLASSES[vision.model_type]], **own, "torch_dtype": dtype}
 
 
 def pixel_decoder_config(diffusers: dict[str, Any]) -> dict[str, Any]:

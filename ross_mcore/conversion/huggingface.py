@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,8 @@ from ross_mcore.architecture import (
     VisionConfig,
 )
 from ross_mcore.checkpoint.safe_load import LFS_POINTER, read_adapter, read_tensors
-from ross_mcore.conversion.export_config import ross_facts
+from ross_mcore.conversion.export_config import RunFacts, ross_facts
+from ross_mcore.data.image import ImageAspectRatio
 from ross_mcore.errors import ArchitectureError, ConversionError
 from ross_mcore.library_configs import (
     MOST_LAYERS,
@@ -56,6 +57,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TRAINING_FACTS = ("image_aspect_ratio", "mm_use_im_start_end", "tokenizer_model_max_length")
+"""Keys of the reference's config.json that say how a model was trained: fields of RunFacts with the same names."""
 GENERATION_CONFIG = "generation_config.json"
 """Sampling defaults and the ids that end an answer; kept with the tokenizer, whose ids it holds."""
 VISION_DEFAULTS = {
@@ -178,7 +181,7 @@ class RossFolder:
     def model_config(self) -> ModelConfig:
         """The architecture. Raises ArchitectureError or ConversionError naming the file and the key."""
         config, file = self.config, self.path / "config.json"
-        for key, only in (("mm_use_im_start_end", False), ("s2", False), ("mm_patch_merge_type", "flat")):
+        for key, only in (("s2", False), ("mm_patch_merge_type", "flat")):
             if config.get(key, only) not in (only, None):
                 raise ArchitectureError(f"{file}: {key}={checked.shown(config[key])} is not implemented; only {only!r}")
         try:
@@ -212,6 +215,23 @@ class RossFolder:
                     "model was trained with"
                 )
         return model
+
+    def training_facts(self) -> dict[str, Any]:
+        """How its training read pictures, and where the reference cuts its prompts, for train_state.json.
+
+        Raises ConversionError naming the file and the key.
+        """
+        known = {key: self.config[key] for key in TRAINING_FACTS if self.config.get(key) is not None}
+        try:
+            checked.build(RunFacts, known, "it")
+            if known.get("image_aspect_ratio", "square") not in get_args(ImageAspectRatio):
+                raise ValueError(
+                    f"image_aspect_ratio {checked.shown(known['image_aspect_ratio'])} is not implemented; expected one "
+                    f"of {', '.join(get_args(ImageAspectRatio))}"
+                )
+        except ValueError as error:
+            raise ConversionError(f"{self.path / 'config.json'}: {error}") from None
+        return known
 
 
 def open_ross(

@@ -172,7 +172,7 @@ def _is_start(began: Any, load: Path, newest: Checkpoint) -> bool:
     """
     if not isinstance(began, dict) or not began:  # an old checkpoint, which has no record
         return True
-    if began.get("path") == str(checked.real_path(load)) and newest.train_state():
+    if began.get("path") == str(checked.real_path(load)) and newest.is_trained:
         return True
     return any(found.manifest().content == began.get("content") for found in checkpoints(load))
 

@@ -17,8 +17,8 @@ from ross_mcore import platform
 from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import read_metadata
 from ross_mcore.conversion.assembly import import_ross
-from ross_mcore.conversion.export import Export
-from ross_mcore.conversion.export_config import SpecialTokens
+from ross_mcore.conversion.export import Export, ExportOptions
+from ross_mcore.data.tokenizer import load_tokenizer
 from tests.distributed.harness import run_ranks
 from tests.recorded import FAMILIES, GOLDEN, TOKENIZERS
 from tests.sources import SOURCES, Source, write_source
@@ -96,11 +96,12 @@ def test_round_trip(passed: str, name: str, sources: tuple[Path, dict[str, Path]
 
     ross = tmp_path / "ross"
     paths = {"mm_vision_tower": f"{checkpoint.model_config().vision.model_type}", "mm_pixel_decoder": "vae"}
-    Export(checkpoint, SpecialTokens(), dtype, **paths).write_ross(ross)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    Export(checkpoint, tokenizer, ExportOptions(dtype, **paths)).write_ross(ross)
     assert_equal(load_file(ross / "model.safetensors"), theirs)
 
     parts = tmp_path / "parts"
-    Export(checkpoint, SpecialTokens(), dtype).write_parts(parts)
+    Export(checkpoint, tokenizer, ExportOptions(dtype)).write_parts(parts)
     within = ("model.embed", "model.layers", "model.norm", "lm_head")
     language = {name: tensor for name, tensor in theirs.items() if name.startswith(within)}
     assert_equal(load_file(parts / "language_model" / "model.safetensors"), language)

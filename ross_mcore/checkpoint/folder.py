@@ -86,7 +86,7 @@ class Checkpoint:
     def train_state(self) -> dict[str, Any]:
         """Reads the training loop's state. Raises CheckpointError.
 
-        A converted model has at most a few facts of its training elsewhere, and no training_stage.
+        A converted model has at most a few facts of its training elsewhere, and no iteration.
         """
         path = self.path / TRAIN_STATE
         return read_json(path) if path.exists() else {}
@@ -94,7 +94,7 @@ class Checkpoint:
     @property
     def is_trained(self) -> bool:
         """Whether a run of this trainer saved it; false for a converted model. Raises CheckpointError."""
-        return "training_stage" in self.train_state()
+        return "iteration" in self.train_state()
 
     def manifest(self) -> Manifest:
         """Reads size and checksum of every file. Raises CheckpointError."""

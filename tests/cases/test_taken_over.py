@@ -55,7 +55,7 @@ def trained(place: Place, name: str = "there", iteration: int = 3) -> Path:
 def newest(root: Path) -> tuple[int, bool]:
     """The iteration of the newest checkpoint, and whether it is a run's."""
     checkpoint = folder.require_checkpoint(root)
-    return checkpoint.iteration, bool(checkpoint.train_state())
+    return checkpoint.iteration, checkpoint.is_trained
 
 
 def still(iteration: int, is_run: bool) -> Callable[[Place], None]:

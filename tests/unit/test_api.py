@@ -183,6 +183,7 @@ def test_answers_are_asked_for_as_the_checkpoint_was_trained(model: TrainedModel
         SampleSpec("my.yaml#1", own_templates={"my.yaml#1": own.as_text()}),
     )
     asked = Question([{"from": "system", "value": "Be brief."}, {"from": "human", "value": ASKED}], [PICTURE])
+    former = file.read_bytes()
     file.write_text(json.dumps(asdict(spec)))
     try:
         assert model.template == "my.yaml#1"
@@ -196,18 +197,19 @@ def test_answers_are_asked_for_as_the_checkpoint_was_trained(model: TrainedModel
         with pytest.raises(ross_mcore.CheckpointError, match="the template has no key 'user'; copy the checkpoint"):
             _ = model.spec
     finally:
-        file.unlink()
+        file.write_bytes(former)
 
 
 @pytest.mark.parametrize("state", ['{"template": "alpaca"}', '{"image_aspect_ratio": 3}', '{"mm_use_im_start_end": 1}'])
 def test_a_damaged_train_state_is_named(model: TrainedModel, state: str) -> None:
     file = model.checkpoint.path / TRAIN_STATE
+    former = file.read_bytes()
     file.write_text(state)
     try:
         with pytest.raises(ross_mcore.CheckpointError, match=f"{file}: .*; copy the checkpoint again"):
             _ = model.spec
     finally:
-        file.unlink()
+        file.write_bytes(former)
 
 
 @pytest.mark.parametrize("pictures", [str(PICTURE), []])

@@ -160,7 +160,8 @@ def nearest_colour(paint: tuple[int, int, int]) -> str:
     return min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLOURS[name], paint, strict=True)))
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: Any) -> None:
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: Any) -> None:
+    """Draw one of ``SHAPES`` around (x, y); all sizes are in pixels of ``draw``."""
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
         draw.ellipse(box, fill=colour)
@@ -195,7 +196,7 @@ def draw_scene(scene: Scene, paint: tuple[int, int, int] | None = None) -> Image
         row, column = divmod(quadrant, 2)
         x = (column + 0.5) * QUADRANT_PIXELS + right
         y = (row + 0.5) * QUADRANT_PIXELS + down
-        _draw_shape(
+        draw_shape(
             draw,
             scene.shape,
             x * OVERSAMPLING,
@@ -211,12 +212,16 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
+def listed(words: Sequence[str]) -> str:
+    """Join words as a sentence does: ``a, b and c``."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
 def write_caption(scene: Scene) -> str:
     """Describe a scene: ``three blue circles at top-left, top-right and bottom-left``."""
     places = [PLACES[quadrant] for quadrant in scene.quadrants]
-    listed = places[0] if len(places) == 1 else ", ".join(places[:-1]) + " and " + places[-1]
     noun = scene.shape if len(places) == 1 else plural(scene.shape)
-    return f"{COUNTS[len(places) - 1]} {scene.colour} {noun} at {listed}"
+    return f"{COUNTS[len(places) - 1]} {scene.colour} {noun} at {listed(places)}"
 
 
 def ask(scene: Scene, kind: str) -> tuple[str, str]:

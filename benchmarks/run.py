@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str] | None]] = {
     "step": ([], ["--quick"]),
     "parallel": ([], None),
     "attention": ([], []),
+    "generation": ([], None),
     "labelled_logits": ([], []),
     "order": ([], []),
     "packing": ([], []),

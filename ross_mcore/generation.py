@@ -24,6 +24,8 @@ from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TEMPLATES, answer_end, end_of_answer, with_template
 from ross_mcore.errors import ConfigError, ConversationError
 from ross_mcore.models import diffusion
+from ross_mcore.models.cache import KeyValueCache
+from ross_mcore.models.decoding import Decoder
 from ross_mcore.trained import Question, TrainedModel, prompt_of, require_model, run, turns_of
 
 if TYPE_CHECKING:
@@ -234,26 +236,33 @@ def _overlap(text: str, stop: str) -> int:
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _run(
     trained: TrainedModel, prompts: list[Sample], answers: list[_Answer], sampling: Sampling, numbers: list[int]
 ) -> Iterator[tuple[int, str]]:
-    """Adds tokens to the answers until all are finished; yields (number of an answer, what it says) for each token."""
-    draws = _uniform(sampling, numbers)
-    rows = [replace(prompt) for prompt in prompts]
-    active = list(range(len(rows)))
+    """Adds tokens to the answers until all are finished; yields (number of an answer, what it says) for each token.
+
+    The prompts run once; then each step runs the newest token of every row that is not finished. It waits for the
+    device once, to read the tokens.
+    """
+    language, draws = trained.model.language_model, _uniform(sampling, numbers)
+    lengths = [prompt.tokens.numel() for prompt in prompts]
+    cache = KeyValueCache(lengths, sampling.max_new_tokens - 1)
+    batch, hidden = run(trained, prompts, cache)
+    decode = Decoder(language, cache)
+    states = hidden[platform.upload(batch.sample_starts + torch.tensor(lengths) - 1, hidden.device), 0]
+    rows = list(range(len(prompts)))
     for step in range(sampling.max_new_tokens):
-        batch, hidden = run(trained, [rows[i] for i in active])
-        lengths = torch.tensor([rows[i].tokens.numel() for i in active])
-        last = platform.upload(batch.sample_starts + lengths - 1, hidden.device)
-        logits = trained.model.language_model.logits(hidden[last, 0])
-        chosen = _choose(logits, sampling, draws[active, step] if draws is not None else None).tolist()
-        for i, token in zip(active, chosen, strict=True):
-            yield i, answers[i].add(token)
-            rows[i].tokens = torch.cat([rows[i].tokens, torch.tensor([token])])
-        active = [i for i in active if answers[i].finish_reason is None]
-        if not active:
+        tokens = _choose(language.logits(states), sampling, draws[rows, step] if draws is not None else None)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            yield row, answers[row].add(token)
+        going_on = [place for place, row in enumerate(rows) if answers[row].finish_reason is None]
+        if not going_on:
             return
+        if len(going_on) < len(rows):
+            order = cache.keep(going_on)
+            rows, tokens = [rows[place] for place in order], tokens[order]
+        states = decode(tokens)
 
 
 def _uniform(sampling: Sampling, numbers: list[int]) -> Tensor | None:

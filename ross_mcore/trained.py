@@ -29,6 +29,7 @@ from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import require_trainable, tokenize_prompt
 from ross_mcore.data.tokenizer import load_tokenizer, require_ids, require_vocabulary
 from ross_mcore.errors import CheckpointError, ConfigError, ConversationError, ImageError
+from ross_mcore.models.cache import KeyValueCache
 from ross_mcore.models.inventory import inventory
 from ross_mcore.models.language import Execution
 from ross_mcore.models.ross import RossModel, RossOptions
@@ -210,10 +211,13 @@ def row_of(
     return Sample("", position, torch.from_numpy(tokens), torch.from_numpy(labels), starts, pixels)
 
 
-def run(trained: TrainedModel, samples: list[Sample]) -> tuple[Batch, Tensor]:
-    """Runs samples as one long row: the batch, and hidden states after the final norm [T, 1, D]."""
+def run(trained: TrainedModel, samples: list[Sample], cache: KeyValueCache | None = None) -> tuple[Batch, Tensor]:
+    """Runs samples as one long row: the batch, and hidden states after the final norm [T, 1, D].
+
+    Their keys and values go into `cache`, a row for each sample.
+    """
     for sample in samples:
         sample.labels = torch.full_like(sample.tokens, -100)
     slots = [sample.tokens.numel() for sample in samples]
     batch = collate([samples], sum(slots), trained.config.vision.image_size).to(platform.device())
-    return batch, trained.model(batch, segments([slots], sum(slots)), output="hidden")
+    return batch, trained.model(batch, segments([slots], sum(slots)), output="hidden", cache=cache)

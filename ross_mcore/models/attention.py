@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ross_mcore import platform
+from ross_mcore.models.cache import KeyValueCache
 
 
 @dataclass
@@ -28,11 +29,13 @@ class PackedSequence(PackedSeqParams):
 
     For mcore it is a sequence of one long sample (`sbhd`), because its `thd` format reads lengths back from the device
     for the rotary embedding of every layer; only core attention knows of segments. lengths: of the n segments, on the
-    host; positions [T] int64: of each token in its segment; `cu_seqlens_q` [n + 1] int32: where segments begin and end.
+    host; positions [T] int64: of each token in its segment; `cu_seqlens_q` [n + 1] int32: where segments begin and end;
+    cache: where the keys and values of the segments go, None in training.
     """
 
     lengths: tuple[int, ...] = ()
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
+    cache: KeyValueCache | None = None
 
     @property
     def is_rectangular(self) -> bool:
@@ -45,7 +48,7 @@ class PackedSequence(PackedSeqParams):
         return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
-def packed_sequence(segments: Sequence[int]) -> PackedSequence:
+def packed_sequence(segments: Sequence[int], cache: KeyValueCache | None = None) -> PackedSequence:
     """The description of a micro-batch with segments of these lengths, its tensors on this process's device."""
     ends = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in segments])
@@ -59,6 +62,7 @@ def packed_sequence(segments: Sequence[int]) -> PackedSequence:
         max_seqlen_kv=longest,
         lengths=tuple(segments),
         positions=positions,
+        cache=cache,
     )
 
 
@@ -116,9 +120,11 @@ class SDPACoreAttention(nn.Module):
     segments: padding is behind the tokens, which do not attend to what follows them.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__()
-        self.scale = softmax_scale
+        self.layer, self.scale = layer_number, softmax_scale
 
     def forward(
         self,
@@ -133,6 +139,8 @@ class SDPACoreAttention(nn.Module):
         if attention_mask is not None:
             raise ValueError("the local attention is causal within segments and takes no explicit mask")
         query, key, value = (part.squeeze(1) for part in (query, key, value))
+        if packed_seq_params.cache is not None:
+            packed_seq_params.cache.fill(self.layer, key, value)
         if query.element_size() == 2 and platform.is_ampere() and (attend := varlen_attention()):
             return self._varlen(attend, query, key, value, packed_seq_params).flatten(1)[:, None]
         lengths = packed_seq_params.lengths

@@ -24,6 +24,7 @@ from ross_mcore.architecture import NOTHING_PRECOMPUTED, ModelConfig, Precompute
 from ross_mcore.batch import Batch, Draws, normalised_pixels, pixel_table
 from ross_mcore.models import diffusion, image_tokens
 from ross_mcore.models.attention import packed_sequence
+from ross_mcore.models.cache import KeyValueCache
 from ross_mcore.models.denoiser import Denoiser
 from ross_mcore.models.language import Execution, LanguageModel, transformer_config
 from ross_mcore.models.pixel_decoder import PixelDecoder, sample_latents
@@ -135,10 +136,12 @@ class RossModel(MegatronModule):
         batch: Batch | None,
         segments: Sequence[int],
         output: Literal["losses", "hidden"] = "losses",
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Runs one micro-batch through this stage; middle stages take no batch.
 
-        `segments`: lengths of the runs of tokens that attend to each other (batch.segments). Raises ValueError when a
+        `segments`: lengths of the runs of tokens that attend to each other (batch.segments), whose keys and values go
+        into `cache`, for models/decoding.py. Raises ValueError when a
         batch is missing, or its draws for the losses of a model with a denoiser.
         """
         if (self.pre_process or self.post_process) and batch is None:
@@ -150,7 +153,7 @@ class RossModel(MegatronModule):
             position_ids=None,
             attention_mask=None,
             decoder_input=self._embed(batch) if self.pre_process and batch is not None else None,
-            packed_seq_params=packed_sequence(segments),
+            packed_seq_params=packed_sequence(segments, cache),
         )
         if not self.post_process or batch is None:
             return hidden

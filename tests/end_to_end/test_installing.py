@@ -71,6 +71,13 @@ def test_wrong_commands_and_arguments_exit_with_2(ross: Installed) -> None:
     assert missing.returncode == 2 and missing.stderr.startswith("ross check: ")
 
 
+def test_pages_are_installed(ross: Installed) -> None:
+    def names(root: Path) -> set[str]:
+        return {str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in (".html", ".css", ".js")}
+
+    assert names(ross.site / "ross_mcore") == names(ROOT / "ross_mcore") != set()
+
+
 def test_recipes_are_installed(ross: Installed) -> None:
     assert len(list((ross.site / "ross_mcore" / "recipes").rglob("*.yaml"))) == len(recipes())
     parts = "--language-model qwen2-7b-instruct --vision-model siglip-so400m-patch14-384 --pixel-decoder flux.1-dev-vae"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ross_mcore.commands import build_parser, interrupted, refuse
+from ross_mcore.commands import build_parser, ending_cleanly, interrupted, refuse
 from ross_mcore.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         require_libraries()
         from ross_mcore.serving.server import bind
 
-        with bind(options.host, options.port) as bound:
+        with ending_cleanly(), bind(options.host, options.port) as bound:
             server = prepare(options, bound)
             print(f"{', '.join(names_of(options.load))} at {address(bound)} (Ctrl-C ends)", flush=True)
             if not is_loopback(bound) and options.api_key is None:

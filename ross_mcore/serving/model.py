@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ross_mcore.data.image import decode_image
+from ross_mcore.data.templates import TEMPLATES, with_template
 from ross_mcore.errors import ImageError
 from ross_mcore.generation import Generated, Sampling, stream
 from ross_mcore.inference import as_picture, reconstruct
@@ -29,7 +30,10 @@ class ServedModel:
     """A trained model under the name that requests give."""
 
     def __init__(self, name: str, trained: TrainedModel, template: str | None = None) -> None:
+        """Raises TokenizerError for a template that is unknown or does not fit."""
         self.name, self.trained, self.template = name, trained, template
+        if template is not None and template not in TEMPLATES:
+            with_template(trained.spec, template, trained.tokenizer)
         self._preprocessing, self._truncated = trained.preprocessing(), trained.spec.truncated_images
 
     @cached_property

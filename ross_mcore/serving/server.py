@@ -45,6 +45,7 @@ class Server(uvicorn.Server):
             lifespan="off",
             ws="none",
             server_header=False,
+            proxy_headers=False,
             limit_concurrency=MOST_CONNECTIONS,
             h11_max_incomplete_event_size=64 << 10,
             timeout_graceful_shutdown=GRACE_SECONDS,

@@ -14,8 +14,6 @@ from ross_mcore.run_report.settings import compare
 
 NOTHING = "–"
 MOST_SHOWN_SAMPLES = 3
-FACTS = ("command", "layout", "data", "machine", "commit", "versions")
-"""Keys of train_state.json that describe a run, absent in old ones."""
 
 
 def heads(runs: Sequence[RunRecord]) -> list[str]:
@@ -37,13 +35,15 @@ def what_was_run(runs: Sequence[RunRecord]) -> str:
         "folder": lambda run: run.path,
         "stage": lambda run: run.settings.get("training_stage"),
         "model": _model,
-        "training data": lambda run: run.settings.get("data_path"),
-        "held-out data": lambda run: _unless_none(run.settings.get("valid_data_path")),
+        "training data": lambda run: _data(run, "data") or run.settings.get("data_path"),
+        "held-out data": lambda run: _data(run, "valid_data") or _unless_none(run.settings.get("valid_data_path")),
         "started from": _started_from,
-        "degrees": _degrees,
+        "layout": _layout,
         "batch": _batch,
-        **{name: _fact(name) for name in FACTS if name != "data"},
         "starts": _starts,
+        "last command": lambda run: " ".join(map(str, _listed(_fact(run, "command")))),
+        "commit": lambda run: _fact(run, "commit"),
+        "versions": lambda run: _pairs(_fact(run, "versions")),
     }
     return section("What was run", table("run", heads(runs), _rows(runs, facts)))
 
@@ -52,14 +52,23 @@ def _unless_none(value: str | None) -> str | None:
     return None if value == "None" else value
 
 
-def _fact(name: str) -> Callable[[RunRecord], object]:
-    def show(run: RunRecord) -> object:
-        value = run.state.get(name)
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {inner}" for key, inner in value.items())
-        return " ".join(map(str, value)) if isinstance(value, list) else value
+def _fact(run: RunRecord, name: str) -> Any:
+    """A fact of the run's last start in train_state.json; None in runs of older versions."""
+    facts = run.state.get("facts")
+    return facts.get(name) if isinstance(facts, dict) else None
 
-    return show
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _pairs(value: Any) -> str:
+    return ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else ""
+
+
+def _data(run: RunRecord, name: str) -> str:
+    sets = [one for one in _listed(_fact(run, name)) if isinstance(one, dict)]
+    return "; ".join(f"{one.get('path')} ({one.get('samples')} samples)" for one in sets)
 
 
 def _model(run: RunRecord) -> str:
@@ -76,12 +85,13 @@ def _model(run: RunRecord) -> str:
 def _started_from(run: RunRecord) -> object:
     source = run.state.get("started_from")
     saved = source.get("path") if isinstance(source, dict) else None
-    return saved or _unless_none(run.settings.get("load"))
+    return _unless_none(run.settings.get("load")) or saved
 
 
-def _degrees(run: RunRecord) -> str:
-    names = ("tensor", "pipeline", "context", "expert")
-    found = {name: run.settings.get(f"{name}_model_parallel_size") for name in names}
+def _layout(run: RunRecord) -> str:
+    if layout := _pairs(_fact(run, "layout")):
+        return layout.replace("_model_parallel_size", "").replace("_parallel_size", "")
+    found = {name: run.settings.get(f"{name}_model_parallel_size") for name in ("tensor", "pipeline")}
     return ", ".join(f"{name} {degree}" for name, degree in found.items() if degree)
 
 

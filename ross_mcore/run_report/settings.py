@@ -10,7 +10,7 @@ MOST_SETTINGS = 1000
 MOST_CHARACTERS = 300
 PROGRESS = (
     *("iteration", "data", "bad_steps_in_a_row", "bad_samples", "recent_lm_losses", "recent_vm_losses"),
-    *("started_from", "options", "format", "version"),
+    *("started_from", "facts", "options", "format", "version"),
 )
 """Keys of train_state.json and config.json that are not settings."""
 
@@ -29,9 +29,10 @@ class Setting:
 
 def settings_of(state: Mapping[str, Any], options: Mapping[str, str], model: Mapping[str, Any]) -> dict[str, str]:
     """Option -> value as text: train_state.json and its options, TensorBoard's text of all options, `model.*`."""
-    saved = state.get("options")
+    saved, facts = (value if isinstance(value := state.get(key), dict) else {} for key in ("options", "facts"))
     found = _flat({name: value for name, value in state.items() if name not in PROGRESS}, "")
-    found |= _flat(saved if isinstance(saved, dict) else {}, "")
+    found |= _flat({name: facts[name] for name in ("layout", "versions", "commit") if name in facts}, "")
+    found |= _flat(saved, "")
     found |= {name: value[:MOST_CHARACTERS] for name, value in options.items()}
     found |= _flat({name: value for name, value in model.items() if name not in PROGRESS}, "model.")
     return dict(list(found.items())[:MOST_SETTINGS])

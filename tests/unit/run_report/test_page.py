@@ -10,7 +10,10 @@ import pytest
 from ross_mcore.commands.report import main, names
 from ross_mcore.run_report.charts import Axis, Chart, curve, draw, linear_ticks, log_ticks
 from ross_mcore.run_report.pictures import MOST_BYTES, encoded, spread
+from ross_mcore.run_report.reading import RunRecord
+from ross_mcore.run_report.sections import what_was_run
 from ross_mcore.run_report.series import Series
+from ross_mcore.run_report.settings import settings_of
 from tests.unit.run_report.made import HOSTILE, image, make_run, picture, write_events
 
 
@@ -107,3 +110,19 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert main([str(make_run(tmp_path / "run")), str(tmp_path), "--output", str(output)]) == 2
     assert "is not the folder of a run: it has no metrics.jsonl" in capsys.readouterr().err
     assert output.read_text() == "before"
+
+
+def test_facts_of_a_run_are_shown_where_a_checkpoint_has_them() -> None:
+    facts = {
+        "command": ["pretrain_ross.py", "--lr", "1"],
+        "layout": {"world_size": 4, "tensor_model_parallel_size": 2},
+        "data": [{"name": "a", "path": "shards/a", "samples": 12}, "damaged"],
+        "versions": {"torch": "2.9"},
+    }
+    run = RunRecord("run", Path("run"), last={"iteration": 1}, state={"facts": facts})
+    run.settings = settings_of(run.state, {}, {})
+    page = what_was_run([run])
+    for shown in ("pretrain_ross.py --lr 1", "world_size 4, tensor 2", "shards/a (12 samples)", "torch 2.9"):
+        assert f"<td>{shown}</td>" in page
+    assert run.settings["versions.torch"] == "2.9"
+    assert "pretrain" not in what_was_run([RunRecord("old", Path("old"), state={"facts": "damaged"})])

@@ -159,7 +159,7 @@ def parts_of_ours(run: Run) -> list[tuple[Any, str, str]]:
         (model.language_model, "token_losses", "logits and loss"),
         (model.denoiser, "forward", "denoiser"),
         (engine_module, "apply_gradients", "optimizer"),
-        (engine_module, "gradient_norm", "norm and checks"),
+        (engine_module, "gradient_norms", "norm and checks"),
         (engine_module, "all_finite", "norm and checks"),
     ]
     found += [(model.vision_model, "forward", "tower")] if hasattr(model, "vision_model") else []

@@ -210,8 +210,8 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
         OnCpu("DistributedOptimizer.__init__", "DistributedOptimizer._build_model_and_main_param_groups"),
     ),
     "megatron.core.optimizer.clip_grads": (
-        # flags of overflow, norms, an element type
-        OnCpu("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"),
+        # a flag of overflow, an element type
+        OnCpu("clip_grad_by_total_norm_fp32"),
     ),
 }
 """Module of mcore -> the patches applied to it after it is loaded."""

@@ -20,6 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 INCIDENTS_FILE = "incidents.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
+ANSWERS_FILE = "answers.jsonl"
 
 
 def say(text: str) -> None:

@@ -59,6 +59,11 @@ class Part:
     library_config: Callable[[ModelConfig], dict[str, Any]] | None = None
     """Returns its library's configuration, which enters its fingerprint."""
 
+    @property
+    def figure(self) -> str:
+        """Its name in metrics."""
+        return self.label.replace(" ", "_")
+
     def weight(self, name: str) -> str:
         """The full name of its weight `name`."""
         return f"{self.prefix}.{name}"

@@ -81,9 +81,13 @@ def counting_empty_groups(fused: type[torch.optim.Optimizer]) -> type[torch.opti
     return type(fused.__name__, (fused,), {"step": step, "__module__": fused.__module__})
 
 
-def norm(_: int, __: Tensor, tensors: Sequence[Sequence[Tensor]], ___: bool) -> tuple[Tensor, None]:
-    """The L2 norm [1] of tensors of one type, like multi_tensor_l2norm. mcore's own copies every norm to the host."""
-    return torch.stack(torch._foreach_norm(list(tensors[0]))).norm().view(1), None
+def norm(_: int, __: Tensor, tensors: Sequence[Sequence[Tensor]], ___: bool) -> tuple[Tensor, Tensor]:
+    """The L2 norm [1] of N tensors of one type and that of each [N], like multi_tensor_l2norm.
+
+    mcore's own copies every norm to the host.
+    """
+    each = torch.stack(torch._foreach_norm(list(tensors[0])))
+    return each.norm().view(1), each
 
 
 def scale(_: int, __: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:

@@ -41,7 +41,7 @@ from ross_mcore.engine.losses import (
     micro_batch_weights,
     weighted_loss,
 )
-from ross_mcore.engine.optimizer import apply_gradients, gradient_norm, set_hyperparameters
+from ross_mcore.engine.optimizer import GradientNorms, apply_gradients, gradient_norms, set_hyperparameters
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.step import AgreedStep, Request, agree_on_step, samples_of
 from ross_mcore.parallel.collectives import gather
@@ -72,12 +72,16 @@ class Computed:
 class Trained(Computed):
     """A step that was trained on.
 
-    grad_norm: before clipping; applied: False when a loss, the norm or a weight was not finite on any rank, so that no
-    weight was changed.
+    norms: of the gradients, before clipping; applied: False when a loss, the norm or a weight was not finite on any
+    rank, so that no weight was changed.
     """
 
-    grad_norm: float
+    norms: GradientNorms
     applied: bool
+
+    @property
+    def grad_norm(self) -> float:
+        return self.norms.total
 
 
 @dataclass(frozen=True)
@@ -134,15 +138,15 @@ class Engine:
         set_hyperparameters(self.optimizer, steps_done, self.train_iters, options)
         computed = self.gradients(step, randomness=randomness)
         at("gradient norm")
-        norm = gradient_norm(self.optimizer)
-        applied = all_finite(self.model, self.device, (computed.losses.loss, norm))
+        norms = gradient_norms(self.optimizer)
+        applied = all_finite(self.model, self.device, (computed.losses.loss, norms.total))
         if applied:
             at("optimizer step")
-            apply_gradients(self.optimizer, norm, options.clip_grad)
+            apply_gradients(self.optimizer, norms.total, options.clip_grad)
             self.model.weights_changed()
         at("waiting for the device")
         platform.synchronize()
-        return Trained(computed.losses, computed.kept, norm, applied)
+        return Trained(computed.losses, computed.kept, norms, applied)
 
     def gradients(
         self, step: AgreedStep, objective: Objective | None = None, randomness: Randomness = KEYED

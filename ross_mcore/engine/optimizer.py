@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
 from torch import Tensor
 
+from ross_mcore import platform
 from ross_mcore.config import Config
 from ross_mcore.engine import adam
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.models.ross import RossModel
 from ross_mcore.options import OptimizerOptions
-from ross_mcore.parts import LANGUAGE_MODEL, PARTS, VISION_TOWER, part_of, trains
+from ross_mcore.parts import LANGUAGE_MODEL, PARTS, VISION_TOWER, Part, part_of, trains
 
 DEFAULT_WARMUP_FRACTION = 0.03
 
@@ -44,6 +48,11 @@ def peak_rates(options: OptimizerOptions) -> dict[float, float]:
         LANGUAGE_MODEL.optimizer_tag: options.lr,
         **{tag: options.lr if rate is None else rate for tag, rate in own.items()},
     }
+
+
+def trained_parts(config: Config) -> list[Part]:
+    """The parts of which any weight trains, in the order of the forward pass."""
+    return [part for part in PARTS if trains(part.weight("any"), config.llm_trains, config.vision_trains)]
 
 
 def _no_decay(decay_norm_weights: bool) -> ParamKey:
@@ -134,11 +143,42 @@ def set_hyperparameters(
         group["eps"] = options.adam_eps
 
 
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Global L2 norm of the reduced gradients, the same on every rank; also prepares them for `apply_gradients`."""
+@dataclass(frozen=True)
+class GradientNorms:
+    """L2 norms of the reduced gradients, the same on every rank: of all, and of each part by its `optimizer_tag`."""
+
+    total: float
+    parts: dict[float, float]
+
+
+def gradient_norms(optimizer: MegatronOptimizer) -> GradientNorms:
+    """The norms of the gradients, which are then prepared for `apply_gradients`. Collective.
+
+    All in one reduction and one read; the total is that of mcore's get_grad_norm_fp32 (optimizer/clip_grads.py:51).
+    """
     optimizer.prepare_grads()
-    norm = optimizer.get_grad_norm()
-    return 0.0 if norm is None else float(norm)
+    gradients, tags = list[Tensor](), list[float]()
+    for one in optimizer.chained_optimizers:
+        groups = one.param_groups
+        tag_of = {id(weight.grad): group["lr_mult"] for group in groups for weight in group["params"]}
+        found = one.get_main_grads_for_grad_norm()
+        gradients += found
+        tags += [tag_of[id(gradient)] for gradient in found]
+    device = platform.device()
+    sums = {part.optimizer_tag: torch.zeros((), device=device) for part in PARTS}
+    total = torch.zeros(1, device=device)
+    if gradients:
+        overflow = torch.zeros(1, dtype=torch.int, device=device)
+        norm, each = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [gradients], True)
+        total, start = norm**2.0, 0
+        for tag, same in itertools.groupby(tags):
+            end = start + len(list(same))
+            sums[tag] = sums[tag] + each[start:end].square().sum()
+            start = end
+    squares = torch.cat([total, torch.stack(list(sums.values()))])
+    dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+    all_parts, *own = [square**0.5 for square in squares.tolist()]
+    return GradientNorms(all_parts, dict(zip(sums, own, strict=True)))
 
 
 def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
@@ -147,5 +187,5 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float)
         for part in optimizer.chained_optimizers:
             parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
             if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+                clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()

@@ -21,6 +21,8 @@ from ross_mcore.batch import Draws
 
 TRAIN_TIMESTEPS = 1000
 MAX_BETA = 0.999
+TIMESTEP_RANGES = 4
+"""Ranges of equal length that the timesteps are divided into, for losses by timestep."""
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
@@ -223,10 +225,44 @@ def reconstruction_losses(
     draws: Draws,
     pairs: range | None = None,
 ) -> Tensor:
-    """condition [I, N, Dc], latents [I, 4C, g, g], draws of I images -> [I] float32: mean loss of each image's draws.
+    """The losses of `pair_losses`, with the same arguments -> [I] float32: mean loss of each image's draws."""
+    pairs = range(draws.timesteps.numel()) if pairs is None else pairs
+    return mean_over_draws(pair_losses(denoiser, schedule, condition, latents, draws, pairs), draws, pairs)
 
-    `pairs`: those of the I * k (image, draw) pairs that are computed, by default all; the losses of the others count as
-    0, so that the results of disjoint pairs add up. The reference tiles its batch draw after draw (reference
+
+def mean_over_draws(losses: Tensor, draws: Draws, pairs: range) -> Tensor:
+    """losses [M] of some (image, draw) pairs, draws of I images -> [I].
+
+    Losses of other pairs count as 0, so that the results of disjoint pairs add up.
+    """
+    images, repeats = draws.timesteps.shape
+    return F.pad(losses, (pairs.start, images * repeats - pairs.stop)).view(images, repeats).mean(1)
+
+
+def by_timestep(losses: Tensor, timesteps: Tensor) -> Tensor:
+    """losses [M], timesteps [M] -> [M, TIMESTEP_RANGES, 2]: in a pair's range its loss and 1, in the others 0."""
+    ranges = torch.arange(TIMESTEP_RANGES, device=losses.device)
+    within = (timesteps[:, None] * TIMESTEP_RANGES // TRAIN_TIMESTEPS == ranges).to(losses.dtype)
+    return torch.stack([within * losses[:, None], within], dim=2)
+
+
+def timestep_ranges() -> list[str]:
+    """The names of the ranges: first and last timestep."""
+    length = TRAIN_TIMESTEPS // TIMESTEP_RANGES
+    return [f"{first}-{first + length - 1}" for first in range(0, TRAIN_TIMESTEPS, length)]
+
+
+def pair_losses(
+    denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    condition: Tensor,
+    latents: Tensor,
+    draws: Draws,
+    pairs: range,
+) -> Tensor:
+    """condition [I, N, Dc], latents [I, 4C, g, g], draws of I images -> [M] float32: the losses of (image, draw) pairs.
+
+    `pairs`: those of the I * k pairs that are computed. The reference tiles its batch draw after draw (reference
     ross_arch.py:466-512); here the draws of an image are neighbours, which changes no loss and no gradient. Without
     images the result is empty, but still depends on the condition and the denoiser's parameters in autograd. Raises
     ValueError when the numbers of images differ.
@@ -234,9 +270,8 @@ def reconstruction_losses(
     images, repeats = draws.timesteps.shape
     if not len(condition) == len(latents) == images:
         raise ValueError(f"conditions of {len(condition)} images, latents of {len(latents)}, draws of {images}")
-    computed = slice(0, images * repeats) if pairs is None else slice(pairs.start, pairs.stop)
+    computed = slice(pairs.start, pairs.stop)
     x_start = latents.float().repeat_interleave(repeats, dim=0)[computed]
     timesteps, noise = draws.timesteps.flatten()[computed], draws.noise.float().flatten(0, 1)[computed]
     prediction = denoiser(schedule.q_sample(x_start, timesteps, noise), timesteps, condition)
-    losses = F.pad(epsilon_loss(prediction, noise), (computed.start, images * repeats - computed.stop))
-    return losses.view(images, repeats).mean(1)
+    return epsilon_loss(prediction, noise)

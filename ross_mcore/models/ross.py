@@ -63,9 +63,10 @@ class RossModel(MegatronModule):
     """Vision tower and projector on the first stage, decoder layers on all, denoiser and VAE on the last.
 
     `forward` returns the hidden states for the next stage. On the last stage it returns, with `output="losses"`, the
-    sums [N, 2] of every sample, (cross-entropy over its labels, reconstruction loss over its images), in float64 so
-    that the order in which they are added does not matter; with `output="hidden"`, the hidden states [T, 1, D] after
-    the final norm, all of them on every tensor-parallel rank.
+    sums [N, 2 + 2R] of every sample, (cross-entropy over its labels, reconstruction loss over its images; and, for each
+    of the R = TIMESTEP_RANGES, the losses of its draws there and their number, without a gradient), in float64 so that
+    the order in which they are added does not matter; with `output="hidden"`, the hidden states [T, 1, D] after the
+    final norm, all of them on every tensor-parallel rank.
     """
 
     blank_posterior: Tensor | None
@@ -162,7 +163,7 @@ class RossModel(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if output == "hidden":
             return hidden
-        return torch.stack([self._lm_sums(hidden, batch), self._vm_sums(hidden, batch)], dim=1)
+        return torch.cat([self._lm_sums(hidden, batch)[:, None], self._vm_sums(hidden, batch)], dim=1)
 
     @torch.no_grad()
     def add_parts(self, batches: Sequence[Batch], output: Literal["losses", "hidden"] = "losses") -> None:
@@ -275,13 +276,14 @@ class RossModel(MegatronModule):
         return _sums_by_sample(losses * batch.label_weights, batch.label_samples, batch)
 
     def _vm_sums(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Sum of the reconstruction losses over the images of each sample, [N], equal on all tensor-parallel ranks.
+        """Sums of each sample [N, 1 + 2R], equal on all tensor-parallel ranks: the reconstruction losses of its images,
+        and by ranges of timesteps.
 
         Each tensor-parallel rank computes its share of the (image, draw) pairs. A blank sample counts as one picture of
         the mean colour (zero in normalised space) with condition zero, as in the reference (ross_arch.py:466-512).
         """
         if self.model.denoiser is None:
-            return hidden.new_zeros(batch.num_samples, dtype=torch.float64)
+            return hidden.new_zeros(batch.num_samples, 1 + 2 * diffusion.TIMESTEP_RANGES, dtype=torch.float64)
         if batch.draws is None:
             raise ValueError("the reconstruction loss needs the batch's draws")
         share = self._pairs(batch, batch.draws.timesteps.shape[1])
@@ -293,9 +295,16 @@ class RossModel(MegatronModule):
         blanks = len(share.pictures) - len(condition)
         condition = torch.cat([condition, condition.new_zeros(blanks, *condition.shape[1:])])
         denoise = partial(self.denoiser, draws_of_each=share.draws_of_each)
-        losses = diffusion.reconstruction_losses(denoise, self.schedule, condition, latents, batch.draws, share.pairs)
+        losses = diffusion.pair_losses(denoise, self.schedule, condition, latents, batch.draws, share.pairs)
         owners = _part(torch.cat([batch.image_samples, batch.blank_samples]), share.pictures)
-        return split.sum_shares(_sums_by_sample(losses, owners, batch), self.groups.tensor)
+        of_images = diffusion.mean_over_draws(losses, batch.draws, share.pairs)
+        of_pairs = diffusion.by_timestep(losses.detach(), _part(batch.draws.timesteps.flatten(), share.pairs))
+        owners_of_pairs = _part(owners.repeat_interleave(batch.draws.timesteps.shape[1]), share.pairs)
+        sums = [
+            _sums_by_sample(of_images, owners, batch)[:, None],
+            _sums_by_sample(of_pairs.flatten(1), owners_of_pairs, batch),
+        ]
+        return split.sum_shares(torch.cat(sums, dim=1), self.groups.tensor)
 
     @torch.no_grad()
     def reconstruct(
@@ -369,5 +378,6 @@ def _part(values: Tensor, places: range) -> Tensor:
 
 
 def _sums_by_sample(losses: Tensor, owners: Tensor, batch: Batch) -> Tensor:
-    """losses [M], owners [M] (the sample of each loss) -> float64 sums [N]; differentiable."""
-    return losses.new_zeros(batch.num_samples, dtype=torch.float64).index_add(0, owners, losses.double())
+    """losses [M, ...], owners [M] (the sample of each loss) -> float64 sums [N, ...]; differentiable."""
+    zeros = losses.new_zeros(batch.num_samples, *losses.shape[1:], dtype=torch.float64)
+    return zeros.index_add(0, owners, losses.double())

@@ -1,39 +1,48 @@
-"""Means of a run's figures over --log-interval iterations, for the console and TensorBoard."""
+"""Means of a run's figures over --log-interval iterations, for the console, TensorBoard and trackers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from ross_mcore import platform
-from ross_mcore.costs import Data, Plan, operations
 from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.run import Run, StepResult
 from ross_mcore.engine.step import StepSize
-from ross_mcore.machines import CPU, machine_of
-from ross_mcore.parallel.timing import recomputed_layers
 from ross_mcore.reporting.metrics import StepMetrics
+from ross_mcore.reporting.utilization import Utilization
 
 
 @dataclass(frozen=True)
 class Averages:
-    """Means over the last iterations, up to `iteration`; losses and the norm over applied steps only.
+    """Means over the last iterations, up to `iteration`; losses and norms over applied steps only.
 
-    lm_loss: over the steps with labels, vm_loss: over those with images; None without any such step. data_share: share
-    of the time spent waiting for data; fill: share of the computed tokens that are not padding; remaining_seconds: of
-    the run, at this speed; datasets: see means_by_data_set. teraflops_per_device and mfu, a share of the GPU's peak,
-    count the useful operations, hardware_mfu those of padding and recomputation too; None on a device whose peak is not
-    known.
+    lm_loss: over the steps with labels, vm_loss: over those with images; None without any such step. bad_samples,
+    skipped_samples: their numbers in these iterations; data_share: share of the time spent waiting for data; fill:
+    share of the computed tokens that are not padding; remaining_seconds: of the run, at this speed, with the run's
+    share of validations, pictures and saves so far; datasets: see means_by_data_set. teraflops_per_device and mfu, a
+    share of the GPU's peak, count the useful operations, hardware_mfu those of padding and recomputation too; None on a
+    device whose peak is not known. By part: grad_norms, learning_rates of the last step; by range of timesteps:
+    vm_loss_by_timestep.
     """
 
     iteration: int
     consumed_samples: int
+    epoch: float
     lm_loss: float | None
     vm_loss: float | None
     loss: float | None
     grad_norm: float | None
     learning_rate: float
+    grad_norms: dict[str, float]
+    learning_rates: dict[str, float]
+    vm_loss_by_timestep: dict[str, float]
+    bad_samples: int
+    skipped_samples: int
+    step_seconds: float
+    data_seconds: float
     tokens_per_second: float
     samples_per_second: float
     teraflops_per_device: float
@@ -46,13 +55,30 @@ class Averages:
     datasets: dict[str, float]
 
     def scalars(self) -> dict[str, float]:
-        """The values by TensorBoard's names, without those that are None."""
-        named = {name: getattr(self, name) for name in ("lm_loss", "vm_loss", "loss", "grad_norm", "learning_rate")}
-        losses = {name: value for name, value in named.items() if value is not None}
+        """The values by their names in TensorBoard, without those that are None.
+
+        TensorBoard sorts groups, the text before the slash, by name and opens the first: no name is before `loss`.
+        """
+        losses = {"lm_loss": self.lm_loss, "vm_loss": self.vm_loss, "total": self.loss}
+        timesteps = {f"vm_loss_{name}": value for name, value in self.vm_loss_by_timestep.items()}
+        progress = ("epoch", "consumed_samples", "bad_samples", "skipped_samples")
         speed = ("tokens_per_second", "samples_per_second", "teraflops_per_device", "data_share", "fill")
-        known = [name for name in ("mfu", "hardware_mfu") if getattr(self, name) is not None]
-        throughput = {f"throughput/{name}": getattr(self, name) for name in (*speed, *known)}
-        return {**losses, **throughput, "memory/peak_gib": self.peak_gib, **self.datasets}
+        groups: dict[str, Mapping[str, float | None]] = {
+            "loss": losses,
+            "loss_by_timestep": timesteps,
+            "memory": {"peak_gib": self.peak_gib},
+            "norm": {"all": self.grad_norm, **self.grad_norms},
+            "progress": {name: getattr(self, name) for name in progress},
+            "rate": {"lr": self.learning_rate, **self.learning_rates},
+            "throughput": {name: getattr(self, name) for name in (*speed, "step_seconds", "data_seconds")}
+            | {f"{name}_percent": _percent(getattr(self, name)) for name in ("mfu", "hardware_mfu")},
+        }
+        named = {f"{group}/{name}": value for group, own in groups.items() for name, value in own.items()}
+        return {name: value for name, value in named.items() if value is not None} | self.datasets
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def means_by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]:
@@ -64,14 +90,18 @@ def means_by_data_set(steps: list[dict[str, DataSetLosses]]) -> dict[str, float]
         for loss, weight in (("lm_loss", "labels"), ("vm_loss", "images")):
             terms = [(getattr(x, loss), getattr(x, weight)) for x in own if getattr(x, loss) is not None]
             if total := sum(count for _, count in terms):
-                scalars[f"{loss}/{name}"] = sum(value * count for value, count in terms) / total
+                scalars[f"loss_by_data_set/{loss}/{name}"] = sum(value * count for value, count in terms) / total
     return scalars
 
 
-def peak_operations(plan: Plan, device_name: str) -> float:
-    """Operations a second of a GPU's matrix products in the run's precision, by its data sheet; 0 if not known."""
-    machine = machine_of(device_name)
-    return 0.0 if machine in (None, CPU) else machine.peak("bf16" if plan.bf16 else "fp32")
+def mean_of_each(steps: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean of each value by name, over the steps that have it."""
+    values: dict[str, list[float]] = {}
+    for step in steps:
+        for name, value in step.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: sum(own) / len(own) for name, own in values.items()}
 
 
 class Window:
@@ -81,9 +111,12 @@ class Window:
         self._run = run
         self._steps: list[tuple[StepMetrics, StepSize]] = []
         self._samples = 0
+        self._began, self._in_steps, self._count = time.monotonic(), 0.0, 0
 
     def add(self, metrics: StepMetrics, result: StepResult) -> Averages | None:
         """Adds a step, unless it was skipped or empty; returns the averages when they are due."""
+        self._in_steps += result.step_seconds
+        self._count += 1
         size = result.read.step.size
         if result.trained is not None and size.row_tokens:
             self._steps.append((metrics, size))
@@ -97,39 +130,37 @@ class Window:
         return found
 
     def _averages(self, last: StepMetrics) -> Averages:
-        run, steps = self._run, [metrics for metrics, _ in self._steps]
+        run, steps, sizes = self._run, *map(list, zip(*self._steps, strict=True))
         applied = [metrics for metrics in steps if metrics.applied]
-        seconds, tokens = sum(m.step_seconds for m in steps), sum(size.row_tokens for _, size in self._steps)
-
-        def mean(name: str) -> float | None:
-            values = [value for m in applied if (value := getattr(m, name)) is not None]
-            return sum(values) / len(values) if values else None
-
-        labels, images = sum(m.num_tokens for m in steps), sum(m.num_images for m in steps)
-        slots, layout = sum(size.slots for _, size in self._steps), run.groups.layout
-        plan = replace(run.config.plan, precomputed=run.precomputed)
-        each = tokens / self._samples
-        data = Data(each, each, images / self._samples, labels / self._samples)
-        attended = each if plan.packed else slots / len(steps) / run.rows_per_step
-        recomputed = recomputed_layers(layout, plan)
-        useful, done = operations(run.model_config, plan, data, self._samples, slots, attended, recomputed)
-        peak = seconds * dist.get_world_size() * peak_operations(plan, platform.device_name())
+        seconds, tokens = sum(m.step_seconds for m in steps), sum(size.row_tokens for size in sizes)
+        waited = sum(m.data_seconds for m in steps)
+        means = mean_of_each({name: getattr(m, name) for name in _MEANS} for m in applied)
+        use = Utilization.of(run, sizes, self._samples, seconds)
+        between = max(0.0, time.monotonic() - self._began - self._in_steps) / self._count
         return Averages(
             iteration=last.iteration,
             consumed_samples=last.consumed_samples,
-            lm_loss=mean("lm_loss"),
-            vm_loss=mean("vm_loss"),
-            loss=mean("loss"),
-            grad_norm=mean("grad_norm"),
+            epoch=last.epoch,
+            **{name: means.get(name) for name in _MEANS},
             learning_rate=last.learning_rate,
+            grad_norms=mean_of_each(m.grad_norms for m in applied),
+            learning_rates=last.learning_rates,
+            vm_loss_by_timestep=mean_of_each(m.vm_loss_by_timestep for m in applied),
+            bad_samples=sum(m.bad_samples for m in steps),
+            skipped_samples=sum(m.skipped_samples for m in steps),
+            step_seconds=seconds / len(steps),
+            data_seconds=waited / len(steps),
             tokens_per_second=tokens / seconds,
             samples_per_second=self._samples / seconds,
-            teraflops_per_device=useful / seconds / dist.get_world_size() / 1e12,
-            mfu=useful / peak if peak else None,
-            hardware_mfu=done / peak if peak else None,
+            teraflops_per_device=use.useful / dist.get_world_size() / 1e12,
+            mfu=use.mfu,
+            hardware_mfu=use.hardware_mfu,
             peak_gib=last.peak_memory_bytes / 2**30,
-            data_share=sum(m.data_seconds for m in steps) / seconds,
-            fill=tokens / slots,
-            remaining_seconds=(run.train_iters - last.iteration) * seconds / len(steps),
+            data_share=waited / seconds,
+            fill=tokens / sum(size.slots for size in sizes),
+            remaining_seconds=(run.train_iters - last.iteration) * (seconds / len(steps) + between),
             datasets=means_by_data_set([m.datasets for m in applied]),
         )
+
+
+_MEANS = ("lm_loss", "vm_loss", "loss", "grad_norm")

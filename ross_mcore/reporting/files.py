@@ -9,8 +9,15 @@ from ross_mcore.data.replacement import BadSample
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
 from ross_mcore.guards.incidents import Incident
-from ross_mcore.logs import INCIDENTS_FILE, METRICS_FILE, VALIDATION_FILE, JsonLines
-from ross_mcore.reporting.metrics import StepMetrics, Validation
+from ross_mcore.logs import (
+    ANSWERS_FILE,
+    INCIDENTS_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
+    JsonLines,
+    read_entries,
+)
+from ross_mcore.reporting.metrics import SampleAnswer, StepMetrics, Validation
 from ross_mcore.reporting.reporter import Reporter
 
 
@@ -23,9 +30,7 @@ class MetricsFile(Reporter):
 
     def step(self, metrics: StepMetrics) -> None:
         entry = asdict(metrics)
-        if not entry["datasets"]:
-            del entry["datasets"]
-        self._file.add(entry)
+        self._file.add({key: value for key, value in entry.items() if value != {}})
 
 
 class ValidationFile(Reporter):
@@ -36,6 +41,19 @@ class ValidationFile(Reporter):
 
     def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
         self._file.add(asdict(found))
+
+
+class AnswersFile(Reporter):
+    """answers.jsonl: one line per answer. A resumed run may give the answers of its checkpoint's iteration again."""
+
+    def __init__(self, run: Run, state: TrainState) -> None:
+        path = run.save_folder / ANSWERS_FILE
+        self._file = JsonLines(path, state.iteration)
+        self._last = max((entry["iteration"] for entry in read_entries(path)), default=-1) if path.exists() else -1
+
+    def answers(self, iteration: int, found: Sequence[SampleAnswer]) -> None:
+        if iteration > self._last:
+            self._file.add(*map(asdict, found))
 
 
 class IncidentsFile(Reporter):

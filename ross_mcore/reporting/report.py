@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import TracebackType
 
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from ross_mcore.guards.incidents import Incident
 from ross_mcore.parallel.collectives import all_or_none
 from ross_mcore.reporting.averages import Window
 from ross_mcore.reporting.console import Console
-from ross_mcore.reporting.files import IncidentsFile, MetricsFile, ValidationFile
-from ross_mcore.reporting.metrics import StepMetrics, Validation
+from ross_mcore.reporting.files import AnswersFile, IncidentsFile, MetricsFile, ValidationFile
+from ross_mcore.reporting.metrics import SampleAnswer, StepMetrics, Validation
 from ross_mcore.reporting.quarantine import QuarantineFile
 from ross_mcore.reporting.reporter import Reporter
 
@@ -24,11 +25,12 @@ def reporters() -> Sequence[type[Reporter]]:
     """The table, in the order of calls. ValidationFile comes after TensorBoard: its line marks a validation as done."""
     from ross_mcore.reporting.tensorboard import TensorBoard  # imported only on the logging rank
 
-    return (MetricsFile, TensorBoard, ValidationFile, QuarantineFile, IncidentsFile, Console)
+    return (MetricsFile, TensorBoard, AnswersFile, ValidationFile, QuarantineFile, IncidentsFile, Console)
 
 
 class Report:
-    """Passes events to all reporters. Every rank calls it; only that of the logging rank has reporters."""
+    """Passes events to all reporters, and closes them at the end of a `with`. Every rank calls it; only that of the
+    logging rank has reporters."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         """Raises LogError when a file cannot be created."""
@@ -36,6 +38,13 @@ class Report:
         self._reporters = [kind(run, state) for kind in reporters()] if run.groups.is_logging_rank else []
         for reporter in self._reporters:
             reporter.start(run, state)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for reporter in self._reporters:
+            reporter.close()
 
     def say(self, text: str) -> None:
         for reporter in self._reporters:
@@ -70,6 +79,11 @@ class Report:
             return
         for reporter in self._reporters:
             reporter.picture(iteration, grid)
+
+    def answers(self, iteration: int, found: Sequence[SampleAnswer]) -> None:
+        """found: on every rank."""
+        for reporter in self._reporters if found else ():
+            reporter.answers(iteration, found)
 
     def finish(self, state: TrainState, stopped_by: str | None) -> None:
         for reporter in self._reporters:

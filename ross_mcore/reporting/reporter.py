@@ -11,7 +11,7 @@ from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
 from ross_mcore.guards.incidents import Incident
 from ross_mcore.reporting.averages import Averages
-from ross_mcore.reporting.metrics import StepMetrics, Validation
+from ross_mcore.reporting.metrics import SampleAnswer, StepMetrics, Validation
 
 
 class Reporter:
@@ -41,8 +41,14 @@ class Reporter:
     def picture(self, iteration: int, grid: Tensor) -> None:
         """grid [3, H, W] in [0, 1]: originals above reconstructions."""
 
+    def answers(self, iteration: int, found: Sequence[SampleAnswer]) -> None:
+        """Answers to questions of held-out samples."""
+
     def say(self, text: str) -> None:
         """A line for people."""
 
     def finish(self, state: TrainState, stopped_by: str | None) -> None:
         """The run ended after `state`. stopped_by: the reason, None when it finished."""
+
+    def close(self) -> None:
+        """The report ends, after `finish` or an error."""

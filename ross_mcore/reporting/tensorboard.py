@@ -9,7 +9,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -18,17 +18,14 @@ from torch import Tensor
 from torch.utils.tensorboard import RecordWriter, summary
 
 from ross_mcore import checked
-from ross_mcore.data.replacement import BadSample
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
 from ross_mcore.errors import LogError
 from ross_mcore.logs import LogFile, append
-from ross_mcore.reporting.averages import Averages
-from ross_mcore.reporting.metrics import Validation
-from ross_mcore.reporting.reporter import Reporter
+from ross_mcore.reporting.board import Board, compared_options
 
 
-class TensorBoard(Reporter):
+class TensorBoard(Board):
     """Continues after a state: TensorBoard hides later iterations in other files of the folder."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
@@ -45,27 +42,28 @@ class TensorBoard(Reporter):
 
     def start(self, run: Run, state: TrainState) -> None:
         options = "\n".join(f"    {name}: {value}" for name, value in run.config.flat().items())
-        self.text("options", options)
+        self.text(0, "options", options)
+        names = [] if run.held_out is None else run.held_out.names
+        losses = ["lm_loss"] if run.model_config.denoiser is None else ["lm_loss", "vm_loss"]
+        shown = [
+            *(f"loss/{loss}" for loss in losses),
+            *(f"validation/{loss}/{name}" for name in names for loss in losses),
+        ]
+        experiment, began, self._ended = summary.hparams(compared_options(run), dict.fromkeys(shown, 0.0))
+        self._add(0, experiment, began)
 
-    def averages(self, found: Averages) -> None:
-        self.scalars(found.iteration, found.scalars())
+    def finish(self, state: TrainState, stopped_by: str | None) -> None:
+        if stopped_by is None:
+            self._add(state.iteration, self._ended)
 
-    def validated(self, found: Validation, bad: Sequence[BadSample]) -> None:
-        losses = {
-            f"validation_{loss}/{name}": getattr(own, loss)
-            for name, own in found.datasets.items()
-            for loss in ("lm_loss", "vm_loss")
-        }
-        self.scalars(found.iteration, {name: loss for name, loss in losses.items() if loss is not None})
-
-    def picture(self, iteration: int, grid: Tensor) -> None:
-        self._add(iteration, summary.image("reconstruction", grid, dataformats="CHW"))
-
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         self._add(iteration, *(summary.scalar(name, value) for name, value in values.items()))
 
-    def text(self, name: str, value: str) -> None:
-        self._add(0, summary.text(name, value))
+    def picture_named(self, iteration: int, name: str, picture: Tensor) -> None:
+        self._add(iteration, summary.image(name, picture, dataformats="CHW"))
+
+    def text(self, iteration: int, name: str, markdown: str) -> None:
+        self._add(iteration, summary.text(name, markdown))
 
     def _add(self, iteration: int, *found: Summary) -> None:
         self._file.append(_records(*(Event(step=iteration, summary=one) for one in found)))

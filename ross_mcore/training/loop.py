@@ -9,7 +9,7 @@ from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
 from ross_mcore.engine.step import Request
 from ross_mcore.guards.table import Guards
-from ross_mcore.reporting.report import open_report
+from ross_mcore.reporting.report import Report, open_report
 from ross_mcore.training.checkpointer import Checkpointer
 from ross_mcore.training.evaluation import evaluate, evaluate_missed, validate_checkpoint
 from ross_mcore.training.opening import open_run
@@ -28,12 +28,12 @@ def train(config: Config) -> None:
                 validate_checkpoint(config, closing)
                 return
             run, state = open_run(config, closing, requests.is_stopping)
-        _train(run, state, requests)
+        with open_report(run, state) as report:
+            _train(run, state, requests, report)
 
 
-def _train(run: Run, state: TrainState, requests: Requests) -> None:
+def _train(run: Run, state: TrainState, requests: Requests, report: Report) -> None:
     """Trains step by step, then saves a last checkpoint."""
-    report = open_report(run, state)
     guards, checkpointer = Guards(run, report.say), Checkpointer(run, report.say)
     first, stopped_by = state.iteration, None
     with checkpointer:

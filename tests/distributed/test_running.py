@@ -98,7 +98,7 @@ def test_reconstructions_are_the_same_at_every_layout(start: Callable[..., Finis
     for case in (Case("", 1), Case("", 4, layout(2, 2, sequence_parallel=True)), interleaved):
         run = start(case, f"pictures_{case.world}", eval_interval=2, eval_images=5, train_iters=2, save_interval=None)
         events = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={IMAGES: 0}).Reload()
-        assert {"lm_loss", "vm_loss"} <= set(events.Tags()["scalars"])
+        assert {"loss/lm_loss", "loss/vm_loss"} <= set(events.Tags()["scalars"])
         (picture,) = events.Images("reconstruction")
         assert picture.step == 2
         grids.append(decode(picture.encoded_image_string))
@@ -228,7 +228,7 @@ def test_validation_does_not_change_training(
     losses = [line["datasets"]["shards_mixed"]["lm_loss"] for line in lines]
     assert losses[0] > losses[1] > losses[2]
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    last = events.Scalars("validation_lm_loss/shards_mixed")[-1]
+    last = events.Scalars("validation/lm_loss/shards_mixed")[-1]
     assert last.step == 3 and last.value == pytest.approx(losses[2])
 
 

@@ -20,7 +20,7 @@ STEP = {
     "ross_mcore/engine/step.py": 1,  # the step's size
     "ross_mcore/engine/losses.py": 1,  # sums of losses, on the last stage
     "ross_mcore/parallel/collectives.py": 1,  # sums of losses of all ranks
-    "megatron/core/optimizer/clip_grads.py": 1,  # the norm
+    "ross_mcore/engine/optimizer.py": 1,  # the norms
     "ross_mcore/engine/finite.py": 1,
     "ross_mcore/engine/engine.py": 1,  # the end of the step
 }

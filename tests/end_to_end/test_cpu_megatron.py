@@ -227,11 +227,6 @@ def shard_the_optimizer() -> None:
     assert all(weight.main_param_sharded for chunk in optimizer().model_chunks for weight in chunk.parameters())
 
 
-def norm_of_gradients() -> None:
-    optimizer()
-    core("optimizer.clip_grads").get_grad_norm_fp32([torch.ones(2)], 2, torch.distributed.group.WORLD)
-
-
 def clip() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
@@ -281,7 +276,6 @@ USES: dict[str, Callable[[], object]] = {
     "optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__": lambda: optimizer(sharded=False),
     f"{DISTRIBUTED_OPTIMIZER}__init__": shard_the_optimizer,
     f"{DISTRIBUTED_OPTIMIZER}_build_model_and_main_param_groups": optimizer,
-    "optimizer.clip_grads:get_grad_norm_fp32": norm_of_gradients,
     "optimizer.clip_grads:clip_grad_by_total_norm_fp32": clip,
 }
 """Module of mcore and the patched name -> a use of it."""

@@ -130,7 +130,7 @@ def test_nothing_is_written_below_a_vanished_mount(tmp_path: Path, capsys: pytes
 def test_a_board_resumes_after_an_iteration(tmp_path: Path) -> None:
     for number, last in ((0, 3), (2, 4)):
         board = board_in(tmp_path, number)
-        board.text("options", "of the run")
+        board.text(0, "options", "of the run")
         for step in range(number + 1, last + 1):
             board.scalars(step, {"loss": float(number)})
         (path,) = tmp_path.glob("events*")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NOT_KERNELS = (
@@ -44,6 +45,18 @@ class Operations(TorchDispatchMode):
         if not self.inside and _is_kernel(function):
             self.found[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def with_lists(self) -> Iterator[None]:
+        """Counts each call of `Tensor.tolist`, too, which is no operation on a CPU."""
+        plain = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:
+            self.reads += 1
+            return plain(tensor)
+
+        with mock.patch.object(Tensor, "tolist", tolist):
+            yield
 
     @contextlib.contextmanager
     def one(self, name: str) -> Iterator[None]:

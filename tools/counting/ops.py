@@ -21,7 +21,7 @@ from ross_mcore.architecture import LanguageConfig
 from ross_mcore.config import Config
 from ross_mcore.engine.chunks import ModelChunks
 from ross_mcore.engine.finite import all_finite
-from ross_mcore.engine.optimizer import apply_gradients, build_optimizer, gradient_norm
+from ross_mcore.engine.optimizer import apply_gradients, build_optimizer, gradient_norms
 from ross_mcore.models.attention import packed_sequence
 from ross_mcore.models.language import Execution, LanguageModel, transformer_config
 from ross_mcore.parallel import groups
@@ -125,8 +125,8 @@ def of_optimizer(layers: int, bf16: bool) -> Operations:
     optimizer = build_optimizer(model, Config.from_flat(bf16=bf16, training_stage="finetune"))
     for weight in model.parameters():
         weight.main_grad.fill_(1.0)
-    with Operations() as operations:
-        grad_norm = gradient_norm(optimizer)
+    with Operations() as operations, operations.with_lists():
+        grad_norm = gradient_norms(optimizer).total
         assert all_finite(model, platform.device(), [grad_norm])
         apply_gradients(optimizer, grad_norm, clip_grad=1.0)
     return operations

@@ -14,7 +14,7 @@ import torch
 from ross_mcore.checkpoint.folder import require_checkpoint
 from ross_mcore.checkpoint.safe_load import read_common, read_metadata, read_tensor, tensor_shapes
 
-CLOCKS = ("step_seconds", "data_seconds", "seconds", "peak_memory_bytes")
+CLOCKS = ("step_seconds", "data_seconds", "seconds", "peak_memory_bytes", "mfu")
 """Values of the clock, which always differ."""
 LOGS = ("metrics.jsonl", "validation.jsonl", "quarantine.jsonl", "incidents.jsonl")
 LEFT_OVER = ("*.partial", ".*.partial", "*.deleting", ".*.deleting", "*.replaced", "*.new")
@@ -111,6 +111,6 @@ def _compare_boards(ours: Path, theirs: Path) -> list[str]:
             Counter(event.step for event in board.Scalars(tag)) if tag in board.Tags()["scalars"] else Counter()
             for board in (mine, other)
         )
-        if (set(steps) != set(expected)) if tag.startswith("validation_") else (steps != expected):
+        if (set(steps) != set(expected)) if tag.startswith("validation/") else (steps != expected):
             problems.append(f"TensorBoard's {tag} has iterations {sorted(steps.elements())}")
     return problems[:1]

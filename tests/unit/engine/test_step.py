@@ -90,12 +90,15 @@ def test_losses_are_the_sum_of_the_terms_and_split_by_data_set(with_blank_sample
     groups = SimpleNamespace(tensor_rank=0)
     samples = [replace(sample, source=source) for sample, source in zip(rows("i", "n", "t", "s"), (0, 1, 0, 2))]
     sums = torch.tensor([[4.0, 7.0], [0.0, 3.0], [6.0, 5.0 * with_blank_samples], [0.0, 0.0]], dtype=torch.float64)
+    draws = torch.tensor([[0.5, 1, 2.5, 3], [0.25, 1, 0, 0], [0, 0, 2, 1], [0, 0, 0, 0]], dtype=torch.float64)
+    sums = torch.cat([sums, draws, torch.zeros(4, 4, dtype=torch.float64)], dim=1)
     kept = [
         MicroBatchLosses.of(samples[place], terms, sums[place], with_blank_samples)
         for place, terms in ((slice(0, 1), torch.tensor([0.5, 0.25])), (slice(1, 4), torch.tensor([1.5, 1.25])))
     ]
     losses = combine_losses(kept, groups, torch.device("cpu"), denoises=True, num_datasets=3)  # type: ignore[arg-type]
     assert (losses.lm_loss, losses.vm_loss, losses.loss) == (2.0, 1.5, 3.5)
+    assert list(losses.timesteps.values()) == [0.75 / 2, 4.5 / 4, None, None]
     assert losses.datasets == (
         DataSetLosses(2, 2 + 3, 1, 10 / 5, first_vm_loss),
         DataSetLosses(1, 0, 1, None, 3.0),

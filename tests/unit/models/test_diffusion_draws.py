@@ -8,11 +8,14 @@ import torch
 from ross_mcore.batch import Draws
 from ross_mcore.models.diffusion import (
     Schedule,
+    by_timestep,
     draw_seed,
     keyed_draws,
+    pair_losses,
     reconstruction_losses,
     sample,
     spaced_timesteps,
+    timestep_ranges,
 )
 
 LATENT, GRID, DRAWS = (2, 4, 4), 2, 4
@@ -168,6 +171,13 @@ def test_losses_are_per_image_means_and_strict_about_counts():
     schedule = Schedule.cosine()
     losses = reconstruction_losses(lambda x, t, c: torch.zeros_like(x), schedule, condition, latents, draws)
     torch.testing.assert_close(losses, draws.noise.square().flatten(1).mean(1))
+    pairs = range(5, 9)
+    some = pair_losses(lambda x, t, c: torch.zeros_like(x), schedule, condition, latents, draws, pairs)
+    timesteps = torch.tensor([0, 249, 250, 999])
+    sums = by_timestep(some, timesteps).sum(0)
+    assert timestep_ranges() == ["0-249", "250-499", "500-749", "750-999"]
+    torch.testing.assert_close(sums[:, 0], torch.stack([some[:2].sum(), some[2], some[2] * 0, some[3]]))
+    assert sums[:, 1].tolist() == [2, 1, 0, 1]
     one = Draws(draws.posterior_noise[:1], draws.timesteps[:1], draws.noise[:1])
     with pytest.raises(ValueError, match="conditions of 3 images, latents of 3, draws of 1"):
         reconstruction_losses(lambda x, t, c: x, schedule, condition, latents, one)

@@ -11,14 +11,23 @@ from ross_mcore.config import Config
 from ross_mcore.costs import Plan
 from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.state import TrainState
-from ross_mcore.reporting.averages import Averages, means_by_data_set, peak_operations
+from ross_mcore.reporting.averages import Averages, means_by_data_set
 from ross_mcore.reporting.console import Console
+from ross_mcore.reporting.utilization import peak_operations
 
 
 def averages(lm_loss: float | None, grad_norm: float | None, mfu: float | None = None) -> Averages:
     speed = {"tokens_per_second": 1.0, "samples_per_second": 2.5, "teraflops_per_device": 0.1, "peak_gib": 0.2}
     rest: dict[str, Any] = {
         "consumed_samples": 8,
+        "epoch": 0.5,
+        "grad_norms": {"projector": 0.25},
+        "learning_rates": {"projector": 2e-3},
+        "vm_loss_by_timestep": {"0-249": 0.75},
+        "bad_samples": 0,
+        "skipped_samples": 1,
+        "step_seconds": 0.5,
+        "data_seconds": 0.25,
         "learning_rate": 1e-3,
         "data_share": 0.0,
         "fill": 0.983,
@@ -34,15 +43,23 @@ def test_a_loss_over_nothing_is_a_dash_and_no_scalar(capsys: pytest.CaptureFixtu
     Console(run, TrainState()).averages(found := averages(None, None))
     line = capsys.readouterr().out
     assert "| lm_loss - | vm_loss 0.5000 | lr 1.00e-03 | grad norm - |" in line and "| fill 98.3% |" in line
-    assert not {"lm_loss", "grad_norm"} & found.scalars().keys() and "vm_loss" in found.scalars()
-    assert averages(2.0, 1.0).scalars()["lm_loss"] == 2.0
+    assert not {"loss/lm_loss", "norm/all"} & found.scalars().keys() and "loss/vm_loss" in found.scalars()
+    assert averages(2.0, 1.0).scalars()["loss/lm_loss"] == 2.0
+
+
+def test_the_first_group_of_tensorboard_has_the_losses() -> None:
+    scalars = averages(2.0, 1.0, 0.25).scalars()
+    assert min(name.partition("/")[0] for name in scalars) == "loss"
+    expected = {"norm/projector": 0.25, "rate/projector": 2e-3, "loss_by_timestep/vm_loss_0-249": 0.75}
+    expected |= {"throughput/mfu_percent": 25.0, "throughput/data_seconds": 0.25, "progress/skipped_samples": 1}
+    assert scalars.items() >= expected.items()
 
 
 def test_mfu_is_said_where_the_peak_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     run: Any = SimpleNamespace(train_iters=9, config=Config())
     for mfu in (None, 0.412):
         Console(run, TrainState()).averages(found := averages(1.0, 1.0, mfu))
-        assert ("throughput/mfu" in found.scalars()) == (mfu is not None)
+        assert ("throughput/mfu_percent" in found.scalars()) == (mfu is not None)
     unknown, known = capsys.readouterr().out.splitlines()
     assert "MFU" not in unknown and "| 0.20 GiB | MFU 41.2% useful, 41.2% hardware | ETA" in known
     assert peak_operations(Plan(), "NVIDIA H100 80GB HBM3") == 989.4e12
@@ -56,9 +73,9 @@ def test_losses_of_a_data_set_are_weighted_by_labels_and_images() -> None:
     ]
     assert means_by_data_set(steps) == {
         "samples/a": 3,
-        "lm_loss/a": (30 + 20) / 40,
-        "vm_loss/a": (0.5 + 0.3) / 4,
+        "loss_by_data_set/lm_loss/a": (30 + 20) / 40,
+        "loss_by_data_set/vm_loss/a": (0.5 + 0.3) / 4,
         "samples/b": 1,
-        "lm_loss/b": 3.0,
+        "loss_by_data_set/lm_loss/b": 3.0,
     }
     assert means_by_data_set([]) == means_by_data_set([{}]) == {}

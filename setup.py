@@ -55,6 +55,10 @@ setup(
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         # BLEU and chrF of captions in `ross eval`.
         "eval": ["sacrebleu>=2.4"],
+        # Services that take a run's figures (--tracker).
+        "wandb": ["wandb>=0.20"],
+        "trackio": ["trackio>=0.20"],
+        "mlflow": ["mlflow>=3"],
         "dev": [
             *("pillow-heif", "pyarrow", "fastapi", "uvicorn", "openai", "sacrebleu", "pytest>=8", "pytest-timeout"),
             *("hypothesis", "ruff", "mypy", "types-PyYAML"),

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 import types
@@ -55,6 +56,20 @@ def reason(error: BaseException) -> str:
 def printable(text: str) -> str:
     """A text for a terminal, with a question mark in place of each control character."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+"""Parts of the names of environment variables whose values are never shown."""
+SHORTEST_SECRET = 8
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the user part of URLs and without values of environment variables that hold secrets."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST_SECRET and any(part in name.upper() for part in SECRET_NAMES):
+            text = text.replace(value, "***")
+    return text
 
 
 def read_json(

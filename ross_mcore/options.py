@@ -13,6 +13,9 @@ from ross_mcore.errors import ConfigError
 
 TEMPLATES = ("plain", "qwen_2", "v1", "llama3", "chatml", "tokenizer")
 """Values of --template, besides YAML files."""
+TRACKERS = ("wandb", "trackio", "mlflow")
+"""Values of --tracker, separated by commas."""
+MOST_ANSWERS = 64
 MOST_WORKERS = 128
 MOST_ROWS = 1 << 20
 """Limit of the batch sizes: every rank plans all rows of a step in advance."""
@@ -405,8 +408,26 @@ class LoggingOptions:
     (Megatron calls this --eval-interval, which means pictures here.)"""
     valid_samples: int | None = None
     """Use the first N samples of every validation data set. Default: all."""
+    eval_answers: int = 4
+    """With every --eval-interval, answer the questions of N samples with pictures of --valid-data-path, without it of
+    --data-path: greedily, at most 24 tokens, into TensorBoard and SAVE/answers.jsonl. 0: none."""
     tensorboard_dir: str | None = None
     """Folder of TensorBoard's files. Default: SAVE/tensorboard."""
+    tracker: str | None = None
+    """Also send figures, pictures and answers to wandb, trackio or mlflow, or to several: wandb,mlflow. Each needs its
+    package: pip install 'ross_mcore[wandb]'. All keep their files in SAVE until their own variables name a server, such
+    as WANDB_MODE=online or MLFLOW_TRACKING_URI (docs/training.md)."""
+    tracker_project: str = "ross_mcore"
+    """Project (MLflow: experiment) at the trackers. The run has the name of the folder of --save."""
 
     def __post_init__(self) -> None:
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        if unknown:
+            raise ConfigError(f"--tracker {shown(unknown[0])} is not known; give some of {', '.join(TRACKERS)}")
+        _not_negative(self, "eval_answers")
+        _at_most(self, MOST_ANSWERS, "eval_answers")
         _positive(self, "log_interval", "eval_interval", "eval_images", "valid_interval", "valid_samples")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.strip() for name in self.tracker.split(","))) if self.tracker else ()

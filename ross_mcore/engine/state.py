@@ -60,7 +60,8 @@ class TrainState:
     data: the loader's state, the place of the next row; bad_samples: so far, without those of --skip-samples; recent
     losses: of the last applied steps, for comparison with the next ones (guards/spikes.py); options: these may change
     when the run is resumed, the fields after it may not (training/resume.py); samples: the SampleSpec of all data sets;
-    started_from: path and content of the checkpoint that --load named when the run began, empty in old checkpoints.
+    started_from: path and content of the checkpoint that --load named when the run began, empty in old checkpoints;
+    facts: about the run's last start (training/facts.py), for people, empty in old checkpoints.
     """
 
     iteration: int = 0
@@ -70,6 +71,7 @@ class TrainState:
     recent_lm_losses: tuple[float, ...] = ()
     recent_vm_losses: tuple[float, ...] = ()
     started_from: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     training_stage: str = ""
     seed: int = 0

@@ -24,8 +24,9 @@ from ross_mcore.reporting.reporter import Reporter
 def reporters() -> Sequence[type[Reporter]]:
     """The table, in the order of calls. ValidationFile comes after TensorBoard: its line marks a validation as done."""
     from ross_mcore.reporting.tensorboard import TensorBoard  # imported only on the logging rank
+    from ross_mcore.reporting.trackers import Trackers
 
-    return (MetricsFile, TensorBoard, AnswersFile, ValidationFile, QuarantineFile, IncidentsFile, Console)
+    return (MetricsFile, TensorBoard, Trackers, AnswersFile, ValidationFile, QuarantineFile, IncidentsFile, Console)
 
 
 class Report:
@@ -34,8 +35,9 @@ class Report:
 
     def __init__(self, run: Run, state: TrainState) -> None:
         """Raises LogError when a file cannot be created."""
-        self._run, self._window = run, Window(run)
+        self._run = run
         self._reporters = [kind(run, state) for kind in reporters()] if run.groups.is_logging_rank else []
+        self._window = Window(run)
         for reporter in self._reporters:
             reporter.start(run, state)
 

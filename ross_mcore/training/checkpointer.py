@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.saving import Destination, HostCopies, RunningSave, Saved, begin_save
@@ -17,6 +16,7 @@ from ross_mcore.engine.step import Request
 from ross_mcore.errors import CheckpointError
 from ross_mcore.logs import INCIDENTS_FILE
 from ross_mcore.parallel.collectives import is_on_all_ranks
+from ross_mcore.training.facts import layout_of
 
 MOST_STEPS_TO_RETRY = 256
 """A failing save is retried after 1, 2, 4, ... steps, at most after this many."""
@@ -122,7 +122,7 @@ class Checkpointer:
             run.model_config,
             claim=run.claim,
             assets=run.start.path,
-            layout=layout_of(run),
+            layout=layout_of(run.groups.layout, run.config),
             keep_last=options.keep_last,
             save_retain_interval=options.save_retain_interval,
         )
@@ -159,19 +159,3 @@ class Checkpointer:
             f"{saved.bytes / 2**20:.0f} MiB in {saved.seconds:.1f} s, training blocked for "
             f"{blocked:.2f} s{copied}"
         )
-
-
-def layout_of(run: Run) -> dict[str, Any]:
-    """The layout stored in a checkpoint, for information: the checkpoint loads at any layout."""
-    layout, config = run.groups.layout, run.config
-    return {
-        "world_size": layout.tensor_parallel * layout.pipeline_parallel * layout.data_parallel,
-        "tensor_model_parallel_size": layout.tensor_parallel,
-        "pipeline_model_parallel_size": layout.pipeline_parallel,
-        "data_parallel_size": layout.data_parallel,
-        "layers_per_chunk": list(layout.layers_per_chunk),
-        "sequence_parallel": config.parallel.sequence_parallel,
-        "use_distributed_optimizer": config.use_distributed_optimizer,
-        "transformer_impl": config.execution.transformer_impl,
-        "dtype": "bfloat16" if config.execution.bf16 else "float32",
-    }

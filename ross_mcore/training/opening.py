@@ -43,6 +43,8 @@ from ross_mcore.models.inventory import inventory
 from ross_mcore.parallel import groups as process_groups
 from ross_mcore.parallel.collectives import all_or_none, from_first_rank, gather
 from ross_mcore.parallel.groups import Groups
+from ross_mcore.reporting.services import require_installed
+from ross_mcore.training.facts import facts, layout_of
 from ross_mcore.training.learning import about_held_out, check_data, check_schedule
 from ross_mcore.training.precomputed import blank_posterior, choose_precomputed, read_pictures_as, unused_parts
 from ross_mcore.training.resume import changeable_options, continued, refuse_other_model, rows_kept, started_from
@@ -89,6 +91,8 @@ def open_run(
     if checked.real_path(start.path.parent) != checked.real_path(Path(config.checkpoint.save or "")):
         load = Path(config.checkpoint.load or "")
         state = replace(state, started_from=all_or_none(lambda: started_from(load, start)))
+    about = from_first_rank(lambda: facts(layout_of(groups.layout, config), dataset, held_out))
+    state = replace(state, facts=about)
     not_built = _not_built(config, start, precomputed, groups, datasets)
     span = Span(train_iters, len(dataset.parts))
     engine = build_engine(config, model_config, groups, start, span, resume=resume, not_built=not_built)
@@ -135,7 +139,11 @@ def open_validation(config: Config, closing: ExitStack) -> tuple[Engine, Checkpo
 
 
 def _join(config: Config, closing: ExitStack) -> Claim | None:
-    """Joins the process group and claims --save; returns the claim on the first rank. Collective."""
+    """Joins the process group and claims --save; returns the claim on the first rank. Collective.
+
+    Raises ConfigError for a tracker that is not installed.
+    """
+    require_installed(config.logging.trackers)
     require_rendezvous()
     closing.enter_context(process_groups.left_as_found())
     platform.initialize_process_group(config.parallel.distributed_timeout_minutes)

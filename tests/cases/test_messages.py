@@ -25,7 +25,7 @@ SAID = [
     ([*TRAIN, "--learning_rate=1e-4"], f"{TRAINER} --learning_rate; here it is --lr"),
     ([*TRAIN, "--per-device-train-batch-size", "4"], "here it is --micro-batch-size"),
     ([*TRAIN, "--lora-rank", "8"], f"{TRAINER} --lora-rank, which is not offered: docs/features.md"),
-    ([*TRAIN, "--wandb-project", "x"], "--wandb-project, which is not offered: docs/features.md"),
+    ([*TRAIN, "--wandb-project", "x"], "--wandb-project; here it is --tracker-project"),
     ([*TRAIN, "--seq-lenght", "8"], "did you mean --seq-length?"),
     ([*TRAIN, "--qqqq", "8"], f"{TRAINER} --qqqq; --help lists all options"),
     (["make-shards", "--dataa", "x"], "unrecognized argument --dataa; did you mean --data?"),

@@ -36,6 +36,7 @@ FLAGS = """
 --weight-decay --decay-norm-weights --adam-beta1 --adam-beta2 --adam-eps --clip-grad
 --load --save --finetune --save-interval --save-retain-interval --keep-last --async-save --verify
 --log-interval --eval-interval --eval-images --valid-interval --valid-samples --tensorboard-dir
+--eval-answers --tracker --tracker-project
 """.split()
 """Users' scripts use these names."""
 

@@ -59,7 +59,7 @@ def test_another_run_is_refused_with_both_values(name: str, tmp_path: Path) -> N
 
 def test_every_field_of_the_state_either_changes_or_must_match() -> None:
     changing = {"iteration", "data", "bad_steps_in_a_row", "bad_samples", "options", "training_stage"}
-    changing |= {"recent_lm_losses", "recent_vm_losses", "started_from"}
+    changing |= {"recent_lm_losses", "recent_vm_losses", "started_from", "facts"}
     assert STARTED.to_dict().keys() == changing | FLAGS.keys() | {"own_templates"}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.templates import TEMPLATES, with_template
-from ross_mcore.errors import ImageError
+from ross_mcore.errors import ConversationError, ImageError
 from ross_mcore.generation import Generated, Sampling, stream
 from ross_mcore.inference import as_picture, reconstruct
 from ross_mcore.serving.protocol import ApiError, Chat, Reconstruct
@@ -57,6 +57,8 @@ class ServedModel:
 
     def answer(self, chat: Chat, pixels: Sequence[Tensor]) -> Generator[str, None, Generated]:
         """Yields pieces of the answer. Raises UserError at once for a conversation that the model cannot take."""
+        if not pixels and (self.template or self.trained.template) == "plain":
+            raise ConversationError("the template plain has a picture in every prompt; send one with the question")
         sampling = Sampling(chat.max_new_tokens, chat.temperature, chat.top_p, chat.seed, chat.stop)
         return stream(self.trained, Question(chat.turns, pixels), sampling, template=self.template)
 

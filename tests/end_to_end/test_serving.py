@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import math
+import re
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from ross_mcore.serving.worker import Worker
 from tests.chromium import Page, needs_chromium
 from tests.recorded import GOLDEN, recorded_checkpoint
 
+ROOT = Path(__file__).parents[2]
 PICTURE = GOLDEN / "data" / "images" / "img0.png"
 URL = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
 ASKED = [
@@ -145,6 +147,23 @@ def test_the_openai_client_gets_the_models_answer(tiny: Running, trained: Traine
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected.text
     assert chunks[-2].choices[0].finish_reason == expected.finish_reason
     assert chunks[-1].usage == whole.usage and all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_the_example_of_the_documentation_runs(
+    tiny: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    example = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import OpenAI" in block)
+    example = example.replace(":8000", f":{tiny.port}").replace('"finetune"', '"tiny", max_tokens=2')
+    (tmp_path / "cat.jpg").write_bytes(PICTURE.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    said = tiny.client().chat.completions.create(model="tiny", max_tokens=2, messages=[_asks("What is it?")])
+    assert capsys.readouterr().out == said.choices[0].message.content
+
+
+def _asks(question: str) -> Any:
+    return {"role": "user", "content": [*ASKED[0]["content"][:1], {"type": "text", "text": question}]}
 
 
 def test_refusals_reach_the_openai_client(tiny: Running) -> None:
@@ -320,9 +339,16 @@ def test_the_page_asks_and_reconstructs(trained: TrainedModel, tmp_path: Path) -
     """Two models, one of which has no denoiser; by keyboard, with nothing for the console to complain about."""
     silent = Scripted("silent", reconstructs=False)
     limits = Limits(new_tokens=64)
-    with running(ServedModel("tiny", trained, "qwen_2"), silent, limits=limits) as server, Page(tmp_path / "p") as page:
+    models = ServedModel("tiny", trained, "qwen_2"), silent
+    with running(*models, limits=limits, api_key="secret") as server, Page(tmp_path / "p") as page:
         page.go(f"http://127.0.0.1:{server.port}/")
+        page.wait("!document.getElementById('key-field').hidden")
+        page.run("document.getElementById('key').focus()")
+        page.type("secret")
+        page.key("Enter")
         page.wait("document.querySelectorAll('.model').length === 2")
+        assert [error for error in page.errors if "401" not in error] == []
+        page.errors.clear()
         assert page.run("document.querySelectorAll('.status')[1].textContent").startswith("This model has no denoiser")
         page.choose("#file", PICTURE)
         done = "document.querySelector('.pictures:not([hidden]):not(.stale)') !== null"
@@ -346,8 +372,8 @@ def test_the_page_asks_and_reconstructs(trained: TrainedModel, tmp_path: Path) -
         page.wait("!document.getElementById('ask').disabled")
         assert silent.ended.wait(5)
         page.wait(done)
-        asked = [{"role": "user", "content": [*ASKED[0]["content"][:1], {"type": "text", "text": "What is it?"}]}]
-        answer = server.client().chat.completions.create(model="tiny", messages=asked, max_tokens=64)
+        ask = server.client("secret").chat.completions.create
+        answer = ask(model="tiny", messages=[_asks("What is it?")], max_tokens=64)
         assert page.run("document.querySelector('.answer').textContent") == answer.choices[0].message.content
         for width, scheme in ((1280, "light"), (400, "dark")):
             page.resize(width, 900, scheme)
@@ -374,6 +400,6 @@ def test_a_signal_ends_the_command(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         _, said = process.communicate(timeout=60)
-        assert (process.returncode, said) == (0, "") and time.monotonic() - began < 8
+        assert (process.returncode, said) == (0, "") and time.monotonic() - began < 20
     finally:
         process.kill()

@@ -21,7 +21,10 @@ async function call(path, body, signal) {
     throw error.name === "AbortError" ? error : new Error("the server cannot be reached; is it running?");
   }
   if (response.ok) return response;
-  if (response.status === 401) get("key-field").hidden = false;
+  if (response.status === 401) {
+    get("key-field").hidden = false;
+    if (!sessionStorage.getItem("key")) throw new Error("");
+  }
   const problem = await response.json().catch(() => null);
   throw new Error(problem?.error?.message ?? `the server answered ${response.status}`);
 }
@@ -144,7 +147,10 @@ class Column {
       this.say(found.psnr === null ? "identical" : `PSNR ${found.psnr.toFixed(1)} dB`);
       this.isCurrent = true;
     } catch (error) {
-      if (error.name !== "AbortError") this.say(error.message);
+      if (error.name !== "AbortError") {
+        this.find(".pictures").hidden = true;
+        this.say(error.message);
+      }
     } finally {
       if (this.running === mine) this.running = null;
     }
@@ -182,7 +188,10 @@ async function take(file) {
   preview.onload = () => preview.classList.toggle("small", preview.naturalWidth < SMALL_PIXELS);
   get("hint").textContent = file.name || "pasted picture";
   newConversation();
-  for (const column of columns) column.reconstruct();
+  for (const column of columns) {
+    column.find(".pictures").hidden = true; // they are of another picture
+    column.reconstruct();
+  }
 }
 
 async function ask() {

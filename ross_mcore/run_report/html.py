@@ -8,7 +8,7 @@ from html import escape
 
 from ross_mcore.checked import printable
 
-MOST_CHARACTERS = 2000
+MOST_CHARACTERS = 600
 
 
 def text(value: object, most: int = MOST_CHARACTERS) -> str:

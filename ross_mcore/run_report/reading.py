@@ -27,7 +27,7 @@ MOST_DEPTH = 3
 MOST_EXAMPLES = 3
 MOST_KINDS = 100
 MOST_INCIDENTS = 100
-MOST_ANSWERS = 400
+MOST_ANSWERS = 200
 FROM_TENSORBOARD = {
     "tokens_per_second": ("tokens_per_second", 1.0),
     "mfu": ("mfu", 1.0),

@@ -41,7 +41,7 @@ def what_was_run(runs: Sequence[RunRecord]) -> str:
         "layout": _layout,
         "batch": _batch,
         "starts": _starts,
-        "last command": lambda run: " ".join(map(str, _listed(_fact(run, "command")))),
+        "last command": lambda run: " ".join(map(str, _listed(_fact(run, "command"))))[:4000],
         "commit": lambda run: _fact(run, "commit"),
         "versions": lambda run: _pairs(_fact(run, "versions")),
     }
@@ -130,6 +130,7 @@ def summary(runs: Sequence[RunRecord]) -> str:
         ("waiting for data, mean", "data_share", 100, " %"),
     ):
         facts[title] = _mean(name, scale, unit)
+    facts["peak memory"] = _peak
     facts["incidents"] = lambda run: _counted(run.incident_kinds)
     facts["replaced samples"] = lambda run: f"{run.quarantine.total():,}" if run.quarantine else None
     facts["times resumed"] = lambda run: max(0, len(run.events.starts) - 1)
@@ -170,6 +171,11 @@ def _lowest_validation(name: str) -> Callable[[RunRecord], object]:
 
 def _last_validation(name: str) -> Callable[[RunRecord], object]:
     return lambda run: short(run.last_validation[name]) if name in run.last_validation else None
+
+
+def _peak(run: RunRecord) -> object:
+    points = run.series["peak_gib"].points() if "peak_gib" in run.series else []
+    return f"{short(max(point.most for point in points))} GiB" if points else None
 
 
 def _mean(name: str, scale: float, unit: str) -> Callable[[RunRecord], object]:

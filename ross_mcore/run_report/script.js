@@ -47,7 +47,8 @@ document.querySelectorAll(".plot").forEach((plot, number) => {
       const [iteration, smooth, least, most] = curve.points[nearest(curve.points, at, (point) => point[0])];
       const raw = most === undefined ? least : `${least} to ${most}`;
       const line = element("div", `s${curve.run}`);
-      line.append(element("i", "swatch"), `${data.runs[curve.run]}: ${smooth} ${chart.unit} (raw ${raw}; ${iteration})`);
+      const where = iteration === at ? "" : `, iteration ${iteration.toLocaleString("en")}`;
+      line.append(element("i", "swatch"), `${data.runs[curve.run]}: ${smooth} ${chart.unit} (raw ${raw}${where})`);
       values.append(line);
     }
     plot.append(cursor, values);

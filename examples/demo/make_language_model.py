@@ -45,7 +45,7 @@ def build_language_model(vocabulary_size: int, padding_token: int, end_token: in
 
     config = Qwen2Config(
         vocab_size=math.ceil(vocabulary_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-        hidden_size=96,
+        hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,

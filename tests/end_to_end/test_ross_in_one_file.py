@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ STEPS, WARMUP_STEPS, BATCHES, BATCH_SIZE, WEIGHT_DECAY = 10, 2, 3, 3, 0.1
 
 TOLERANCE = 1e-5
 """For losses, relative; for the difference of a weight (L2 norm), relative to its movement in training."""
-STORED = 2**-24
-"""Relative rounding of float32, the dtype of a weight after every step."""
+STORED = 2**-24 * math.sqrt(STEPS)
+"""Relative rounding of float32, the dtype of a weight after every step; the steps add up as independent errors."""
 KEY_BIAS_TOLERANCE = 1e-4
 """For a key's bias, relative to its largest movement under Adam (rate x steps). It adds an equal amount to all scores
 of a query, except for rotation, so its gradient is mostly rounding."""

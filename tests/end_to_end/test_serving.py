@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,22 +205,28 @@ def _levels(url: str) -> Tensor:
 
 
 def test_a_client_that_leaves_ends_its_answer() -> None:
-    """Streamed or not, and while it waits for its turn; the model then serves others."""
+    """Streamed or not; the model then serves others."""
     model = Scripted()
     with running(model) as server:
         stream = server.client().chat.completions.create(model="slow", messages=[_says("go")], stream=True)
         assert next(iter(stream)).choices[0].delta.role == "assistant"
-        waiting = _send(server.port, "go")
         stream.close()
-        assert model.ended.wait(5)
-        _ended(model, waiting)
-        unanswered = _send(server.port, "go")
-        while not model.words:
-            time.sleep(0.01)
-        _ended(model, unanswered)
+        assert model.ended.wait(20) and model.words < 5_000
+        model.words = 0
+        model.ended.clear()
+        with _send(server.port, "go"):
+            _wait(lambda: model.words > 0)
+        assert model.ended.wait(20) and model.words < 5_000
         model.most = 3
         answer = server.client().chat.completions.create(model="slow", messages=[_says("go")])
         assert answer.usage.completion_tokens == 3
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def _says(text: str) -> dict[str, str]:
@@ -236,15 +242,6 @@ def _send(port: int, text: str) -> socket.socket:
     return connection
 
 
-def _ended(model: Scripted, connection: socket.socket) -> None:
-    """Closes a connection whose answer runs or will; its work ends."""
-    model.ended.clear()
-    connection.close()
-    assert model.ended.wait(5)
-    words, model.words = model.words, 0
-    assert words < 5_000
-
-
 def test_one_answer_a_model_and_few_that_wait() -> None:
     """Two models answer side by side; the third question to one of them is refused with a time to come back."""
     models = [Scripted("slow"), Scripted("other")]
@@ -253,12 +250,17 @@ def test_one_answer_a_model_and_few_that_wait() -> None:
             server.client().chat.completions.create(model=model.name, messages=[_says("go")], stream=True)
             for model in models
         ]
+        waiting = server.worker._waiting
         with _send(server.port, "go"):
-            time.sleep(0.2)
+            _wait(lambda: len(waiting["slow"]) == 1)
             with pytest.raises(openai.RateLimitError, match="1 requests wait for slow") as refused:
                 server.client().chat.completions.create(model="slow", messages=[_says("go")])
             assert refused.value.response.headers["Retry-After"] == "2"
-            assert all(model.words > 5 for model in models)
+            _wait(lambda: all(model.words > 5 for model in models))
+        _wait(lambda: waiting["slow"][0].is_ended)  # its client has left
+        with _send(server.port, "go"):
+            _wait(lambda: any(not job.is_ended for job in list(waiting["slow"])))
+            assert len(waiting["slow"]) == 1
         for stream in streams:
             stream.close()
 

@@ -16,6 +16,7 @@ from ross_mcore.logs import VALIDATION_FILE, JsonLines, read_entries, say
 from ross_mcore.parallel.collectives import all_or_none, from_first_rank, gather
 from ross_mcore.reporting.console import say_validation
 from ross_mcore.reporting.report import Report
+from ross_mcore.training.answers import sample_answers
 from ross_mcore.training.learning import about_held_out
 from ross_mcore.training.opening import open_validation
 from ross_mcore.training.reconstruction import reconstruction_grid
@@ -25,15 +26,19 @@ from ross_mcore.training.validation import validate
 def evaluate(
     run: Run, state: TrainState, report: Report, between: Callable[[TrainState], None] = lambda _: None
 ) -> bool:
-    """Runs reconstructions (--eval-interval) and validation (--valid-interval) when they are due. Collective.
+    """Runs reconstructions, sample answers (--eval-interval) and validation (--valid-interval) when due. Collective.
 
     False when a rank was asked to stop meanwhile; then validation, if due, has no line in validation.jsonl. between:
     called before every batch of the validation.
     """
     options, iteration = run.config.logging, state.iteration
     try:
-        if options.eval_interval and run.model_config.denoiser and run.is_due(iteration, options.eval_interval):
+        shows = bool(options.eval_interval) and run.is_due(iteration, options.eval_interval)
+        if shows and run.model_config.denoiser:
             report.picture(iteration, reconstruction_grid(run.engine, run.dataset, run.is_stopping))
+        if shows and options.eval_answers:
+            asked = run.dataset if run.held_out is None else run.held_out
+            report.answers(iteration, sample_answers(run.engine, asked, iteration, run.is_stopping))
         if run.held_out is not None and run.is_due(iteration, options.valid_interval):
             rows = run.rows_per_step
             found, bad = validate(run.engine, run.held_out, iteration, rows, run.is_stopping, lambda: between(state))

@@ -37,7 +37,7 @@ def reconstruction_grid(
     first = dataset.first_picture(SEARCHED_SAMPLES)
     if first is None:
         return None
-    step = _read(engine, dataset, first, is_stopping)
+    step = read_samples(engine, dataset, first, engine.config.logging.eval_images, is_stopping)
     if step.size.interrupted:
         raise Interrupted
     engine.model.eval()
@@ -62,12 +62,14 @@ def reconstruction_grid(
     return picture_grid([torch.cat(originals)[:shown], torch.cat(pictures)[:shown]])
 
 
-def _read(engine: Engine, dataset: MixtureDataset, first: int, is_stopping: Callable[[], bool]) -> AgreedStep:
-    """A step of the samples from number `first` on, one per row, the same on every data-parallel rank."""
+def read_samples(
+    engine: Engine, dataset: MixtureDataset, first: int, count: int, is_stopping: Callable[[], bool]
+) -> AgreedStep:
+    """A step of `count` samples or more, from number `first` on, one per row, the same on every data-parallel rank."""
     options, groups = engine.config, engine.groups
     rows = options.training.micro_batch_size
     multiple = rows * groups.layout.micro_batch_multiple
-    micro_batches = -(-options.logging.eval_images // multiple) * groups.layout.micro_batch_multiple
+    micro_batches = -(-count // multiple) * groups.layout.micro_batch_multiple
     with StepLoader(
         dataset,
         SampleOrder(len(dataset), seed=0, shuffle=False),

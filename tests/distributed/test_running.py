@@ -21,6 +21,7 @@ import torch
 
 from ross_mcore.checkpoint.folder import find_checkpoint
 from ross_mcore.data.shard_reader import ShardReader
+from ross_mcore.logs import read_entries
 from tests.distributed.cases import INTERLEAVED, Case, layout
 from tests.distributed.conftest import Finished
 from tests.distributed.harness import run_ranks
@@ -90,18 +91,30 @@ def test_numbers_that_are_not_finite_are_skipped_and_then_end_the_run(flags: dic
 
 
 def test_reconstructions_are_the_same_at_every_layout(start: Callable[..., Finished], workplace: Path) -> None:
-    """TensorBoard's grid after two steps, from one process, tensor 2 x pipeline 2 and an interleaved pipeline."""
+    """TensorBoard's grid and answers.jsonl after two steps, in one process, tensor 2 x pipeline 2, and interleaved."""
     from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
-    grids = []
+    grids, answers = [], []
     interleaved = Case("", 2, layout(1, 2, **INTERLEAVED))
     for case in (Case("", 1), Case("", 4, layout(2, 2, sequence_parallel=True)), interleaved):
-        run = start(case, f"pictures_{case.world}", eval_interval=2, eval_images=5, train_iters=2, save_interval=None)
+        run = start(
+            case,
+            f"pictures_{case.world}",
+            eval_interval=2,
+            eval_images=5,
+            eval_answers=3,
+            train_iters=2,
+            save_interval=None,
+        )
         events = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={IMAGES: 0}).Reload()
         assert {"loss/lm_loss", "loss/vm_loss"} <= set(events.Tags()["scalars"])
         (picture,) = events.Images("reconstruction")
         assert picture.step == 2
         grids.append(decode(picture.encoded_image_string))
+        answers.append([{**one, "dataset": ""} for one in read_entries(run.folder / "answers.jsonl")])
+    assert len(answers[0]) >= 2 and answers[0] == answers[1] == answers[2]
+    assert all("What is in picture" in one["question"] and one["expected"].startswith("I see") for one in answers[0])
+    assert all(one["answer"] and one["iteration"] == 2 for one in answers[0])
     assert grids[0].shape == grids[1].shape == grids[2].shape
     for grid in grids[1:]:  # 50 sampling steps amplify fp32 differences: measured at most 1 of 255 levels
         assert (grids[0] - grid).abs().max() <= 3

@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
 def evaluate(options: argparse.Namespace, is_first: bool) -> None:
     """Runs the benchmarks, writes and prints their scores. Raises UserError and OSError."""
+    import torch.distributed as dist
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -144,6 +145,7 @@ def evaluate(options: argparse.Namespace, is_first: bool) -> None:
     require_rendezvous()
     with left_as_found():
         platform.initialize_process_group(timeout_minutes=7 * 24 * 60)  # ranks wait for each other only at the end
+        world_size = dist.get_world_size()
         dtype = options.dtype or ("bfloat16" if platform.has_gpu() else "float32")
         trained = load_model(options.load, dtype)
         evaluation = Evaluation(trained, dtype, options.template, options.batch_size)
@@ -152,7 +154,7 @@ def evaluate(options: argparse.Namespace, is_first: bool) -> None:
         entries: list[dict[str, Any]] = []
         for name, task in tasks.items():
             with Progress(*columns, console=Console(stderr=True), disable=not is_first) as bars:
-                bar = bars.add_task(name, total=None)
+                bar = bars.add_task(name if world_size == 1 else f"{name}, share of rank 0", total=None)
                 judged = evaluation.run(
                     task,
                     options.out / name,

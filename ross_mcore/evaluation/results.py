@@ -58,7 +58,7 @@ def _entries(out: Path) -> Iterator[dict[str, Any]]:
 
 def title(entry: dict[str, Any]) -> str:
     """Name, checkpoint and counts of a benchmark, as one line."""
-    counts = [f"{entry['questions']} {'pictures' if 'PSNR' in entry['scores'] else 'questions'}"]
+    counts = [f"{entry['questions']} {_counted(entry)}"]
     counts += [f"{entry['bad']} bad, {entry['bad_are']}"] if entry["bad"] else []
     counts += [f"{entry['unread']} answers not recognised, wrong"] if entry["unread"] else []
     benchmark = "" if entry["name"] == entry["benchmark"] else f" ({entry['benchmark']})"
@@ -70,7 +70,11 @@ def table(entry: dict[str, Any]) -> tuple[Line, list[Line]]:
     names = list(entry["scores"])
     lines = [_line("all", entry["questions"], entry["scores"], names)]
     lines += [_line(name, part["questions"], part["scores"], names) for name, part in entry["categories"].items()]
-    return ["", "questions", *names], lines
+    return ["", _counted(entry), *names], lines
+
+
+def _counted(entry: dict[str, Any]) -> str:
+    return "pictures" if "PSNR" in entry["scores"] else "questions"
 
 
 def _line(name: str, count: int, scores: dict[str, float], names: Sequence[str]) -> Line:

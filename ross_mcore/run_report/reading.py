@@ -12,12 +12,11 @@ from typing import Any
 from ross_mcore import checked
 from ross_mcore.checkpoint.folder import find_checkpoint, is_iteration
 from ross_mcore.errors import CheckpointError, LogError
-from ross_mcore.logs import INCIDENTS_FILE, METRICS_FILE, QUARANTINE_FILE, VALIDATION_FILE
+from ross_mcore.logs import ANSWERS_FILE, INCIDENTS_FILE, METRICS_FILE, QUARANTINE_FILE, VALIDATION_FILE
 from ross_mcore.run_report.events import Events, read_events
 from ross_mcore.run_report.series import Series
 from ross_mcore.run_report.settings import settings_of
 
-ANSWERS_FILE = "answers.jsonl"
 LOG_FILES = (METRICS_FILE, VALIDATION_FILE, INCIDENTS_FILE, QUARANTINE_FILE, ANSWERS_FILE)
 TENSORBOARD = "tensorboard"
 

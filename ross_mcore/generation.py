@@ -97,7 +97,7 @@ def generate(
     require_model(trained)
     if isinstance(questions, (Question, str)):
         raise TypeError(f"questions is one {type(questions).__name__}, expected a list of Question")
-    spec = _spec(trained, template)
+    spec = spec_of(trained, template)
     for number, question in enumerate(questions):  # checks all questions before the first answer
         turns_of(question, f"questions[{number}]")
     done: list[Generated] = []
@@ -121,7 +121,7 @@ def stream(
     work. Raises as `generate`, when called and not at the first piece.
     """
     require_model(trained)
-    spec = _spec(trained, template)
+    spec = spec_of(trained, template)
     prompt = _prompt(trained, question, spec, sampling, "question")
     return _stream(trained, prompt, _Answer(trained.tokenizer, spec, sampling), sampling)
 
@@ -148,7 +148,8 @@ def _stream(
     return answer.generated(prompt)
 
 
-def _spec(trained: TrainedModel, template: str | None) -> SampleSpec:
+def spec_of(trained: TrainedModel, template: str | None) -> SampleSpec:
+    """The sample spec of the checkpoint's training, with another template where one is given. Raises TokenizerError."""
     if template is None:
         return trained.spec
     if template in TEMPLATES:

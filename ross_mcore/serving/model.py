@@ -6,17 +6,16 @@ import base64
 import io
 import math
 from collections.abc import Callable, Generator, Sequence
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ross_mcore.data.image import decode_image
-from ross_mcore.data.templates import TEMPLATES, with_template
+from ross_mcore.data.spec import SampleSpec
 from ross_mcore.errors import ConversationError, ImageError
-from ross_mcore.generation import Generated, Sampling, stream
+from ross_mcore.generation import Generated, Sampling, spec_of, stream
 from ross_mcore.inference import as_picture, reconstruct
 from ross_mcore.serving.protocol import ApiError, Chat, Reconstruct
 from ross_mcore.serving.worker import Job
@@ -26,27 +25,32 @@ DIFFERENCE_SCALE = 3
 """The picture of differences is brightened by this, because small ones are black to the eye."""
 
 
+@dataclass(frozen=True)
+class Kept(TrainedModel):
+    """A trained model that needs its checkpoint no more: a run that goes on may delete it."""
+
+    kept_spec: SampleSpec
+
+    @property
+    def spec(self) -> SampleSpec:
+        return self.kept_spec
+
+
 class ServedModel:
     """A trained model under the name that requests give."""
 
     def __init__(self, name: str, trained: TrainedModel, template: str | None = None) -> None:
-        """Raises TokenizerError for a template that is unknown or does not fit."""
-        self.name, self.trained, self.template = name, trained, template
-        if template is not None and template not in TEMPLATES:
-            with_template(trained.spec, template, trained.tokenizer)
-        self._preprocessing, self._truncated = trained.preprocessing(), trained.spec.truncated_images
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """What the page shows of the model."""
-        checkpoint, config = self.trained.checkpoint, self.trained.config
-        return {
-            "name": self.name,
-            "iteration": checkpoint.iteration,
-            "template": self.template or self.trained.template,
-            "reconstructs": config.denoiser is not None,
-            "created": int(Path(checkpoint.path).stat().st_mtime),
+        """Raises TokenizerError for a template that is unknown or does not fit, CheckpointError for a damaged file."""
+        self.name, self.trained = name, Kept(**vars(trained), kept_spec=spec_of(trained, template))
+        self._preprocessing, self._truncated = self.trained.preprocessing(), self.trained.spec.truncated_images
+        self.description: dict[str, Any] = {
+            "name": name,
+            "iteration": trained.checkpoint.iteration,
+            "template": self.trained.template,
+            "reconstructs": trained.config.denoiser is not None,
+            "created": int(trained.checkpoint.path.stat().st_mtime),
         }
+        """What the page shows of the model."""
 
     def pixels(self, data: bytes, param: str) -> Tensor:
         """The bytes of a picture file -> the tower's input [3, H, W], on the CPU. Raises ApiError."""
@@ -57,10 +61,10 @@ class ServedModel:
 
     def answer(self, chat: Chat, pixels: Sequence[Tensor]) -> Generator[str, None, Generated]:
         """Yields pieces of the answer. Raises UserError at once for a conversation that the model cannot take."""
-        if not pixels and (self.template or self.trained.template) == "plain":
+        if not pixels and self.trained.template == "plain":
             raise ConversationError("the template plain has a picture in every prompt; send one with the question")
         sampling = Sampling(chat.max_new_tokens, chat.temperature, chat.top_p, chat.seed, chat.stop)
-        return stream(self.trained, Question(chat.turns, pixels), sampling, template=self.template)
+        return stream(self.trained, Question(chat.turns, pixels), sampling)
 
     def reconstruct(self, asked: Reconstruct, pixels: Tensor, job: Job) -> Generator[None, None, dict[str, Any]]:
         """Returns the pictures as data: URLs, and the peak signal-to-noise ratio in dB. Raises Ended, UserError."""

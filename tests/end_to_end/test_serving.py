@@ -26,6 +26,7 @@ from torch import Tensor
 import ross_mcore
 from ross_mcore import Question, Sampling, TrainedModel
 from ross_mcore.__main__ import main
+from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.errors import ConversationError
 from ross_mcore.generation import Generated
 from ross_mcore.serving.app import Service, create_app
@@ -127,8 +128,18 @@ def trained(process_group: None, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 
 @pytest.fixture(scope="module")
-def tiny(trained: TrainedModel) -> Iterator[Running]:
-    with running(ServedModel("tiny", trained, "qwen_2"), limits=Limits(new_tokens=20)) as server:
+def served(trained: TrainedModel) -> ServedModel:
+    """Its run has deleted the checkpoint since it was loaded."""
+    state = trained.checkpoint.path / TRAIN_STATE
+    state.write_text('{"template": "qwen_2"}')
+    model = ServedModel("tiny", trained)
+    state.unlink()
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny(served: ServedModel) -> Iterator[Running]:
+    with running(served, limits=Limits(new_tokens=20)) as server:
         yield server
 
 
@@ -183,9 +194,9 @@ def test_refusals_reach_the_openai_client(tiny: Running) -> None:
         create(model="tiny", messages=ASKED, tools=[tool])
 
 
-def test_reconstructions_are_those_of_the_model(tiny: Running, trained: TrainedModel) -> None:
+def test_reconstructions_are_those_of_the_model(tiny: Running, served: ServedModel) -> None:
     status, _, found = tiny.post("/api/reconstruct", model="tiny", picture=URL, steps=2, seed=3, start_timestep=500)
-    originals, images = ross_mcore.reconstruct(trained, [PICTURE], steps=2, seed=3, start_timestep=500)
+    originals, images = ross_mcore.reconstruct(served.trained, [PICTURE], steps=2, seed=3, start_timestep=500)
     assert status == 200 and found["psnr"] == pytest.approx(
         -10 * math.log10(float((originals.clamp(0, 1) - images).square().mean())), abs=1e-3
     )

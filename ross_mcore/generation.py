@@ -85,11 +85,13 @@ def generate(
     *,
     template: str | None = None,
     batch_size: int = 32,
+    numbers: Sequence[int] | None = None,
 ) -> list[Generated]:
     """Answers to questions, in order, `batch_size` at a time.
 
     An answer ends at EOS, at the template's end of an answer, before a stop text or after max_new_tokens. `template` is
-    a value of --template, by default that of the checkpoint's training.
+    a value of --template, by default that of the checkpoint's training. `numbers` of the questions, on which their
+    draws depend, by default 0, 1, ...
     Raises ConversationError for a malformed question, one with too few pictures or one too long for the model, and
     ImageError for an unusable picture, all with the question's number; TokenizerError for a template that is unknown or
     does not fit; OSError for an unreadable file.
@@ -100,12 +102,13 @@ def generate(
     spec = spec_of(trained, template)
     for number, question in enumerate(questions):  # checks all questions before the first answer
         turns_of(question, f"questions[{number}]")
+    keys = range(len(questions)) if numbers is None else numbers
     done: list[Generated] = []
     for start in range(0, len(questions), batch_size):
-        numbers = range(start, min(start + batch_size, len(questions)))
-        prompts = [_prompt(trained, questions[number], spec, sampling, f"questions[{number}]") for number in numbers]
+        places = range(start, min(start + batch_size, len(questions)))
+        prompts = [_prompt(trained, questions[place], spec, sampling, f"questions[{place}]") for place in places]
         answers = [_Answer(trained.tokenizer, spec, sampling) for _ in prompts]
-        for _ in _run(trained, prompts, answers, sampling, list(numbers)):
+        for _ in _run(trained, prompts, answers, sampling, [keys[place] for place in places]):
             pass
         done += [answer.generated(prompt) for answer, prompt in zip(answers, prompts, strict=True)]
     return done

@@ -47,6 +47,7 @@ COMMANDS = {
     "check": Command("tools/check_checkpoint.py", "verify a checkpoint and print its contents"),
     "report": Command("tools/report.py", "one HTML page about runs: curves, reconstructions, settings compared"),
     "reconstruct": Command("tools/reconstruct.py", "reconstruct pictures from a model's image states"),
+    "chat": Command("tools/chat.py", "talk with a model in the terminal, or answer the questions of a file"),
     "serve": Command("tools/serve.py", "an OpenAI-compatible server, and a page to talk to models in a browser"),
     "eval": Command("tools/evaluate.py", "score a model on POPE, MMVP and other questions, or reconstructions"),
     "export": Command("tools/convert_mcore_to_hf.py", "a checkpoint -> a ROSS model or Hugging Face folders"),

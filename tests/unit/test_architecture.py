@@ -71,11 +71,12 @@ ALLOWED = {
     },
     "run_report": {"__version__", "checked", "logs", "data", "checkpoint", "run_report"},
     "serving": {"checked", "logs", "data", "generation", "inference", "trained", "serving"},
+    "chat": {"checked", "logs", "data", "shards", "generation", "trained", "chat"},
     "api": {"config", "flags", "training"},
     "commands": {
         *("arguments", "launcher"),
         *("architecture", "checkpoint", "checked", "commands", "config", "conversion", "data", "flags"),
-        *("evaluation", "generation", "inference", "trained"),
+        *("chat", "evaluation", "generation", "inference", "trained"),
         *("logs", "models", "options", "parallel", "parts", "platform", "reporting", "run_report"),
         *("serving", "shards", "training"),
         *("costs", "machines"),

@@ -13,6 +13,7 @@ from torch import Tensor
 import ross_mcore
 from ross_mcore import Generated, Question, Sampling, TrainedModel
 from ross_mcore.batch import collate
+from ross_mcore.commands import chat
 from ross_mcore.generation import _choose
 from ross_mcore.trained import prompt_of, run
 from tests.recorded import FAMILIES, GOLDEN, read_json, recorded_checkpoint
@@ -110,13 +111,23 @@ def test_an_answer_does_not_depend_on_the_batch(model: TrainedModel, family: str
 
 
 def test_a_stream_is_the_answer_in_pieces(model: TrainedModel, family: str, greedy: list[Generated]) -> None:
-    pieces = ross_mcore.stream(model, ASKED[0], Sampling(TOKENS), template=TEMPLATE[family])
+    number = max(range(len(ASKED)), key=lambda n: len(greedy[n].tokens))
+    pieces = ross_mcore.stream(model, ASKED[number], Sampling(TOKENS), template=TEMPLATE[family])
     said: list[str] = []
     with pytest.raises(StopIteration) as end:
         while True:
             said.append(next(pieces))
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    assert end.value.value == greedy[0] and "".join(said) == greedy[0].text and len(said) > 5
+    assert end.value.value == greedy[number] and "".join(said) == greedy[number].text and len(said) > 5
+
+
+def test_the_command_prints_an_answer(
+    model: TrainedModel, family: str, greedy: list[Generated], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--load", str(model.checkpoint.path), "--image", *map(str, PICTURES)]
+    words += ["--question", "Is <image> like <image> ?"]
+    assert chat.main([*words, "--template", TEMPLATE[family], "--max-new-tokens", str(TOKENS)]) == 0
+    assert capsys.readouterr().out == f"{greedy[2].text}\n"
 
 
 def test_draws_depend_on_the_seed(model: TrainedModel, family: str) -> None:

@@ -86,7 +86,7 @@ class Checkpoint:
     def train_state(self) -> dict[str, Any]:
         """Reads the training loop's state. Raises CheckpointError.
 
-        A converted model has at most a few facts of its training elsewhere, and no iteration.
+        A converted model has at most a few facts of its training elsewhere, no iteration and no training_stage.
         """
         path = self.path / TRAIN_STATE
         return read_json(path) if path.exists() else {}
@@ -94,7 +94,7 @@ class Checkpoint:
     @property
     def is_trained(self) -> bool:
         """Whether a run of this trainer saved it; false for a converted model. Raises CheckpointError."""
-        return "iteration" in self.train_state()
+        return not self.train_state().keys().isdisjoint(("iteration", "training_stage"))
 
     def manifest(self) -> Manifest:
         """Reads size and checksum of every file. Raises CheckpointError."""

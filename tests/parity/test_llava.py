@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ross_mcore import inference
+import ross_mcore
+from ross_mcore import trained as python_api
 from ross_mcore.checkpoint import folder
 from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.commands import export
@@ -34,7 +35,7 @@ MESSAGES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def as_question(messages: list[dict[str, Any]], picture: Image.Image) -> inference.Question:
+def as_question(messages: list[dict[str, Any]], picture: Image.Image) -> ross_mcore.Question:
     """The same conversation as a LLaVA record, its picture where the text has it."""
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     turns = []
@@ -43,7 +44,7 @@ def as_question(messages: list[dict[str, Any]], picture: Image.Image) -> inferen
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         text = "".join(part.get("text", "<image>") for part in parts)
         turns.append({"from": names[message["role"]], "value": text})
-    return inference.Question(turns, [picture])
+    return ross_mcore.Question(turns, [picture])
 
 
 def trained(root: Path, source: Source, state: dict[str, Any], tokenizer: Path | None = None) -> Path:
@@ -71,10 +72,10 @@ def exported(run: Path, save: Path, *flags: str) -> tuple[Any, Any]:
     return AutoProcessor.from_pretrained(save), model.eval()
 
 
-def our_prompt(model: inference.TrainedModel, question: inference.Question) -> tuple[list[int], Tensor, Tensor]:
+def our_prompt(model: ross_mcore.TrainedModel, question: ross_mcore.Question) -> tuple[list[int], Tensor, Tensor]:
     """(ids with 0 for pictures' tokens, pixels [K, 3, H, W], logits [V] of the next token)"""
-    sample = inference._prompt(model, question, model.spec)
-    batch, hidden = inference._run(model, [sample])
+    sample = python_api.prompt_of(model, question, model.spec)
+    batch, hidden = python_api.run(model, [sample])
     logits = model.model.language_model.logits(hidden[[sample.tokens.numel() - 1], 0])[0]
     return sample.tokens.tolist(), torch.stack(list(sample.pixels)), logits[: model.config.language.vocab_size]
 
@@ -106,7 +107,7 @@ def test_transformers_own_class_computes_the_same(case: str, tmp_path: Path) -> 
     source, state, tokenizer = CASES[case]
     run = trained(tmp_path, source, state, tokenizer)
     processor, model = exported(run, tmp_path / "llava")
-    ours = inference.load_model(run)
+    ours = ross_mcore.load_model(run)
     picture = Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy())
     for name, messages in MESSAGES.items():
         if case == "llama3" and name == "rounds":
@@ -125,6 +126,7 @@ def test_transformers_own_class_computes_the_same(case: str, tmp_path: Path) -> 
         assert torch.equal(inputs.pixel_values, pixels)
         found = model(**inputs).logits[0, -1, : len(logits)]
         torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5 * float(logits.abs().max()))
-        (answer,) = inference.answer(ours, [question], max_new_tokens=12)
-        tokens = model.generate(**inputs, max_new_tokens=12)[0, inputs.input_ids.shape[1] :]
-        assert processor.decode(tokens, skip_special_tokens=True).strip() == answer
+        (answer,) = ross_mcore.generate(ours, [question], ross_mcore.Sampling(max_new_tokens=12))
+        tokens = model.generate(**inputs, max_new_tokens=12)[0, inputs.input_ids.shape[1] :].tolist()
+        assert tokens[: len(answer.tokens)] == list(answer.tokens)
+        assert len(tokens) - len(answer.tokens) == (answer.finish_reason == "stop")  # the token that ends it

@@ -176,8 +176,10 @@ def _require_equal_ids(
         if one_round and len(turns) > 1:
             continue
         messages = [{"role": roles[role], "content": text} for role, text in turns]
-        rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
-        text = rendered[0]
+        rendered: Any = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, **variables
+        )
+        text = rendered[0][0]
         found = [
             IMAGE_TOKEN_INDEX if token == image else token
             for token in backend.encode(text, add_special_tokens=False).ids

@@ -51,8 +51,8 @@ class Size:
 
     pictures: int = 3000
     held_out: int = 300
-    pretrain: int = 300
-    finetune: int = 600
+    pretrain: int = 200
+    finetune: int = 500
     batch: int = 16
     blur: int = BLUR_PIXELS
 
@@ -112,6 +112,7 @@ class Run:
         command += ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
         command += ["--micro-batch-size", str(self.size.batch), "--global-batch-size", str(self.size.batch)]
         command += ["--train-iters", str(getattr(self.size, stage)), "--seed", str(self.seed)]
+        command += ["--clip-grad", "0"]  # as in the paper: the norm of one loss must not scale the other's gradient
         return command + list(self.setting.options)
 
 

@@ -53,9 +53,9 @@ DOT = (0, 0, 0)
 CELLS_PER_SIDE = 4
 CELL_PIXELS = PICTURE_PIXELS // CELLS_PER_SIDE
 RADIUS_PIXELS = (4.5, 6.0)
-DOT_RADIUS_PIXELS = 3.5
+DOT_RADIUS_PIXELS = 5.0
 JITTER_PIXELS = 2.0
-CLEAR_PIXELS = 6.0
+CLEAR_PIXELS = 10.0
 """Least difference between the dot's distances to the middle of the shapes along the two axes."""
 
 Point = tuple[float, float]

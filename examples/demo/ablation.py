@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from run_demo import HERE, ROOT, WEIGHTS, DemoError, metrics_of
@@ -31,33 +32,34 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: what `ross convert` builds the model from, and options of training beside the recipes'."""
+    """One way to train: whether the model has VAE and denoiser, and options of training beside the recipes'."""
 
     name: str
-    parts: tuple[str | Path, ...] = ()
+    with_denoiser: bool = False
     options: tuple[str, ...] = ()
 
 
 SETTINGS = (
     Setting("lm_loss"),  # no VAE, hence no denoiser: a LLaVA model
-    Setting("lm_loss + vm_loss", ("--pixel-decoder", WEIGHTS / "pixel_decoder", "--denoiser-width", "96")),
+    Setting("lm_loss + vm_loss", with_denoiser=True),
 )
 """The first is the baseline of the differences. The projector's first weights do not depend on the other parts."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and asked: pictures, iterations of each stage, samples of an iteration."""
+    """How much is trained and asked: pictures, iterations of both stages and of the VAE, samples of an iteration."""
 
     pictures: int = 3000
     held_out: int = 300
     pretrain: int = 200
     finetune: int = 500
     batch: int = 16
+    vae: int = 700
     blur: int = BLUR_PIXELS
 
 
-QUICK = Size(pictures=48, held_out=4, pretrain=2, finetune=2, batch=4)
+QUICK = Size(pictures=48, held_out=4, pretrain=2, finetune=2, batch=4, vae=2)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class Run:
         if not has_checkpoint(base, 0):
             command: list[str | Path] = ["tools/convert_hf_to_mcore.py", "--language-model", WEIGHTS / "language_model"]
             command += ["--tokenizer", WEIGHTS / "tokenizer", "--vision-model", self.out / "tower"]
-            run_python([*command, *self.setting.parts, "--seed", str(self.seed), "--save", base, "--overwrite"], log)
+            if self.setting.with_denoiser:
+                command += ["--pixel-decoder", self.out / "pixel_decoder", "--denoiser-width", "96"]
+            run_python([*command, "--seed", str(self.seed), "--save", base, "--overwrite"], log)
         load, seconds = base, 0.0
         for stage in STAGES:
             iterations = getattr(self.size, stage)
@@ -161,8 +165,29 @@ def blur_tower(source: Path, target: Path, pixels: int) -> None:
     AutoImageProcessor.from_pretrained(source).save_pretrained(target)
 
 
+def adapt_vae(source: Path, target: Path, steps: int) -> None:
+    """Writes a VAE trained further on sharp pictures of this task, without labels.
+
+    The demo's VAE cannot hold these colours and small shapes, and a target without the detail could not teach it.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from hard_scenes import draw_scene, sample_scene, sample_scenes
+    from make_vae import build_parser, normalise_latents, stack_pixels, train
+
+    torch.manual_seed(21)
+    vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False).float()
+    train(
+        vae,
+        build_parser().parse_args(["--out", str(target), "--steps", str(steps)]),
+        draw=lambda rng: draw_scene(sample_scene(rng)),
+    )
+    normalise_latents(vae, stack_pixels([draw_scene(scene) for scene in sample_scenes(200, "vae/latents")]))
+    vae.half().save_pretrained(target)
+
+
 def prepare(out: Path, size: Size) -> None:
-    """Writes pictures, questions, shards and the blurred tower, unless they are there. Raises DemoError."""
+    """Writes pictures, questions, shards, the blurred tower and the VAE, unless they are there. Raises DemoError."""
     import hard_scenes
 
     done = out / "size.json"
@@ -175,6 +200,7 @@ def prepare(out: Path, size: Size) -> None:
         command: list[str | Path] = ["tools/make_shards.py", "--data", out / "data" / f"{stage}.json"]
         run_python([*command, "--image-folder", out / "data", "--out", out / "shards" / stage], out / "shards.log")
     blur_tower(WEIGHTS / "vision_model", out / "tower", size.blur)
+    adapt_vae(WEIGHTS / "pixel_decoder", out / "pixel_decoder", size.vae)
     write_json(done, asdict(size))
 
 
@@ -203,17 +229,28 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
 
     total = sum(run.size.pretrain + run.size.finetune for run in runs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    pool = ThreadPoolExecutor(max_workers=jobs)
+    pool, failed = ThreadPoolExecutor(max_workers=jobs), Event()
+
+    def make(run: Run) -> None:
+        if failed.is_set():
+            return
+        try:
+            run.make()
+        except BaseException:
+            failed.set()
+            raise
+
     try:
         with Progress(*columns) as progress:
             task = progress.add_task(f"{len(runs)} runs", total=total)
-            pending = {pool.submit(run.make) for run in runs}
+            pending = {pool.submit(make, run) for run in runs}
             while pending:
                 done, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
                 progress.update(task, completed=sum(run.iterations for run in runs))
                 for future in done:
                     future.result()
     finally:
+        failed.set()
         pool.shutdown(cancel_futures=True)
 
 

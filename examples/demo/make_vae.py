@@ -15,6 +15,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,15 @@ def stack_pixels(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train(vae: AutoencoderKL, arguments: argparse.Namespace) -> None:
-    """Minimise squared error + KL divergence over freshly drawn scenes."""
+def draw_sample(rng: random.Random) -> Image.Image:
+    """Draw a picture of a sampled scene."""
+    return draw_scene(sample_scene(rng))
+
+
+def train(
+    vae: AutoencoderKL, arguments: argparse.Namespace, draw: Callable[[random.Random], Image.Image] = draw_sample
+) -> None:
+    """Minimise squared error + KL divergence over pictures that ``draw`` makes."""
     import torch
     from rich.progress import track
 
@@ -81,7 +89,7 @@ def train(vae: AutoencoderKL, arguments: argparse.Namespace) -> None:
         lambda step: min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / arguments.steps))),
     )
     for step in track(range(arguments.steps), description="pixel decoder"):
-        pixels = stack_pictures([sample_scene(rng) for _ in range(arguments.batch_size)])
+        pixels = stack_pixels([draw(rng) for _ in range(arguments.batch_size)])
         posterior = vae.encode(pixels).latent_dist
         latents = posterior.sample()
         latents = latents + arguments.latent_noise * torch.randn_like(latents)
@@ -97,12 +105,12 @@ def train(vae: AutoencoderKL, arguments: argparse.Namespace) -> None:
             print(f"step {step + 1}: squared error {error.item():.5f}, KL {divergence.item():.3f} nats a channel")
 
 
-def normalise_latents(vae: AutoencoderKL, scenes: list[Scene]) -> None:
-    """Set the config's shift and scale so that posterior samples have mean 0 and variance 1."""
+def normalise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
+    """Set the config's shift and scale so that posterior samples of these pictures have mean 0 and variance 1."""
     import torch
 
     with torch.no_grad():
-        latents = vae.encode(stack_pictures(scenes)).latent_dist.sample()
+        latents = vae.encode(pixels).latent_dist.sample()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
@@ -118,8 +126,8 @@ def measure_round_trip(vae: AutoencoderKL, scenes: list[Scene]) -> tuple[float, 
     return psnr, share_named_rightly(list(pictures), scenes)
 
 
-def main() -> None:
-    """Make the pixel decoder from the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its defaults made the demo's weights."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -133,7 +141,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=21, help="seed of the weights and the pictures")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Make the pixel decoder from the command line."""
+    arguments = build_parser().parse_args()
 
     import torch
 
@@ -143,7 +156,7 @@ def main() -> None:
     vae = build_vae()
     train(vae, arguments)
     vae.eval()
-    normalise_latents(vae, sample_training_scenes(200, "vae/latents"))
+    normalise_latents(vae, stack_pictures(sample_training_scenes(200, "vae/latents")))
     for name, pairs in (("training", TRAINING_PAIRS), ("held-out", HELD_OUT_PAIRS)):
         psnr, share = measure_round_trip(vae, sample_evaluation_scenes(200 // (4 * len(pairs)), "vae/quality", pairs))
         print(f"{name} pairs: PSNR {psnr:.1f} dB, {share:.1%} of the shapes named rightly")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -195,6 +196,7 @@ def prepare(out: Path, size: Size) -> None:
         if json.loads(done.read_text(encoding="utf-8")) != asdict(size):
             raise DemoError(f"{out} holds runs of another size; give another --out")
         return
+    shutil.rmtree(out / "shards", ignore_errors=True)  # of a preparation that was stopped
     hard_scenes.write_dataset(out / "data", size.pictures, size.held_out, seed=1)
     for stage in STAGES:
         command: list[str | Path] = ["tools/make_shards.py", "--data", out / "data" / f"{stage}.json"]

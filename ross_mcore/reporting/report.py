@@ -17,6 +17,7 @@ from ross_mcore.reporting.averages import Window
 from ross_mcore.reporting.console import Console
 from ross_mcore.reporting.files import AnswersFile, IncidentsFile, MetricsFile, ValidationFile
 from ross_mcore.reporting.metrics import SampleAnswer, StepMetrics, Validation
+from ross_mcore.reporting.progress_bar import ProgressBar
 from ross_mcore.reporting.quarantine import QuarantineFile
 from ross_mcore.reporting.reporter import Reporter
 
@@ -26,7 +27,17 @@ def reporters() -> Sequence[type[Reporter]]:
     from ross_mcore.reporting.tensorboard import TensorBoard  # imported only on the logging rank
     from ross_mcore.reporting.trackers import Trackers
 
-    return (MetricsFile, TensorBoard, Trackers, AnswersFile, ValidationFile, QuarantineFile, IncidentsFile, Console)
+    return (
+        MetricsFile,
+        TensorBoard,
+        Trackers,
+        AnswersFile,
+        ValidationFile,
+        QuarantineFile,
+        IncidentsFile,
+        Console,
+        ProgressBar,
+    )
 
 
 class Report:

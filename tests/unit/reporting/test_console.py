@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from ross_mcore.engine.losses import DataSetLosses
 from ross_mcore.engine.state import TrainState
 from ross_mcore.reporting.averages import Averages, means_by_data_set
 from ross_mcore.reporting.console import Console
+from ross_mcore.reporting.progress_bar import ProgressBar
 from ross_mcore.reporting.utilization import peak_operations
 
 
@@ -45,6 +48,33 @@ def test_a_loss_over_nothing_is_a_dash_and_no_scalar(capsys: pytest.CaptureFixtu
     assert "| lm_loss - | vm_loss 0.5000 | lr 1.00e-03 | grad norm - |" in line and "| fill 98.3% |" in line
     assert not {"loss/lm_loss", "norm/all"} & found.scalars().keys() and "loss/vm_loss" in found.scalars()
     assert averages(2.0, 1.0).scalars()["loss/lm_loss"] == 2.0
+
+
+def test_a_bar_is_drawn_in_a_terminal_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    run: Any = SimpleNamespace(train_iters=9)
+    figures: Any = SimpleNamespace(iteration=4, lm_loss=0.5, vm_loss=None)
+
+    def draw() -> None:
+        bar = ProgressBar(run, TrainState(3))
+        bar.start(run, TrainState(3))
+        bar.averages(averages(2.0, 1.0))
+        bar.step(figures)
+        bar.close()
+
+    draw()
+    assert capsys.readouterr().out == ""
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        draw()
+        assert sys.stdout is terminal
+    shown = terminal.getvalue()
+    assert "4/9" in shown and "vm_loss -" in shown and shown.rindex("\x1b[?25h") > shown.rfind("\x1b[?25l")
 
 
 def test_the_first_group_of_tensorboard_has_the_losses() -> None:

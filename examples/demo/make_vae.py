@@ -3,8 +3,9 @@
     python examples/demo/make_vae.py --out examples/demo/weights/pixel_decoder
 
 The latents have 16 channels at an eighth of the picture's side, there are no quantisation convolutions, and
-``shift_factor`` and ``scaling_factor`` bring the latents to mean 0 and variance 1. Noise on the latents during training
-makes the decoder robust to errors of a denoiser. The held-out colour-shape pairs are never shown.
+``shift_factor`` and ``scaling_factor`` bring the latents to mean 0 and the standard deviation of ``LATENT_DEVIATION``.
+Noise on the latents during training makes the decoder robust to errors of a denoiser. The held-out colour-shape pairs
+are never shown.
 
 Shapes: B pictures, P = 64 pixels.
 """
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
     from PIL import Image
+
+LATENT_DEVIATION = 0.3
+"""Of the latents that the denoiser gets. With 1, noise hides the colour at a tenth of the timesteps only; training then
+makes little of the condition, and samples, which start from noise alone, swap colours."""
 
 
 def build_vae() -> AutoencoderKL:
@@ -106,12 +111,12 @@ def train(
 
 
 def normalise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    """Set the config's shift and scale so that posterior samples of these pictures have mean 0 and variance 1."""
+    """Set the config's shift and scale: posterior samples of these pictures have mean 0 and LATENT_DEVIATION."""
     import torch
 
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.sample()
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=LATENT_DEVIATION / latents.std().item())
 
 
 def measure_round_trip(vae: AutoencoderKL, scenes: list[Scene]) -> tuple[float, float]:

@@ -31,6 +31,9 @@ def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
     assert (out / "shards" / "finetune" / "index.json").exists() and (out / "base" / "iter_0000000").is_dir()
     with Image.open(out / "reconstruction.png") as grid:
         assert grid.width > grid.height > 64
+    with Image.open(out / "denoising.png") as steps:
+        assert steps.size == (9 * 66 + 2, 4 * 66 + 2 + 14)  # a picture and eight steps, four rows, names above
+    assert (out / "demo_curves.svg").read_text().count("<polyline") == 4
 
     picture = next((out / "data" / "images" / "heldout").iterdir())
     command = [sys.executable, "tools/reconstruct.py", "--load", str(out / "finetune"), "--image", str(picture)]

@@ -257,7 +257,7 @@ def _run(
     states = hidden[platform.upload(batch.sample_starts + torch.tensor(lengths) - 1, hidden.device), 0]
     rows = list(range(len(prompts)))
     for step in range(sampling.max_new_tokens):
-        tokens = _choose(language.logits(states), sampling, draws[rows, step] if draws is not None else None)
+        tokens = _choose(language.logits(states), sampling, None if draws is None else draws[:, step])
         for row, token in zip(rows, tokens.tolist(), strict=True):
             yield row, answers[row].add(token)
         going_on = [place for place, row in enumerate(rows) if answers[row].finish_reason is None]
@@ -266,6 +266,7 @@ def _run(
         if len(going_on) < len(rows):
             order = cache.keep(going_on)
             rows, tokens = [rows[place] for place in order], tokens[order]
+            draws = None if draws is None else draws[order]
         states = decode(tokens)
 
 

@@ -18,7 +18,8 @@ class KeyValueCache:
     """The keys and values of every layer, rows aligned at their last tokens.
 
     So every row's next token goes into the same column: appending is one copy, and one mask, made when rows leave,
-    hides the columns before a row's first token. Memory is taken once, for the longest row and all new tokens.
+    hides the columns before a row's first token. Memory is taken once: in every layer 2 * n * g * C * D numbers, with
+    C the tokens of the longest prompt and all new ones.
     """
 
     def __init__(self, lengths: Sequence[int], new_tokens: int) -> None:
@@ -28,11 +29,6 @@ class KeyValueCache:
         self.starts = [self.end - length for length in lengths]
         self.layers: dict[int, Tensor] = {}
         self.mask: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(layer.nbytes for layer in self.layers.values())
 
     def fill(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Stores a layer's keys and values of the prompts, one row after the other, [tokens of all rows, g, D]."""

@@ -289,7 +289,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
     console = Console(width=max(100, Console().width))
     table = Table("losses", "first step", "end of stage", title="demo: small ROSS at tensor 2 x pipeline 2 on the CPU")
     for name, entry in summary["losses"].items():
-        table.add_row(name, f"{entry['first']:.2g}", f"{entry['last']:.2g}")
+        table.add_row(name, f"{entry['first']:.3g}", f"{entry['last']:.3g}")
     console.print(table)
     table = Table("questions with one-word answers", "number", "guessing", "after pretrain", "after finetune")
     titles = {"heldout": "held-out pictures", "unseen_pairs": "unseen colour-shape pairs", "grey": "blanked picture"}

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -262,6 +262,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, help="SVG to write, beside the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="[1 2 3]")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each [%(default)s]")
+    parser.add_argument(
+        "--iterations", type=int, nargs=2, metavar=("PRETRAIN", "FINETUNE"), help="of each stage [200 500]"
+    )
     parser.add_argument("--quick", action="store_true", help="two iterations a stage: runs every step, learns nothing")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -271,6 +274,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     out, size = options.out.resolve(), QUICK if options.quick else Size()
+    if options.iterations:
+        size = replace(size, pretrain=options.iterations[0], finetune=options.iterations[1])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.path[:0] = [str(HERE)]
     if options.measure:

@@ -70,7 +70,9 @@ class Results:
     def finding(self, setting: str) -> str:
         """One sentence: whether the setting is better or worse than the baseline with every seed."""
         values = self.differences(setting, ALL)
-        if all(value > 0 for value in values) or all(value < 0 for value in values):
+        if len(values) == 1:
+            found = "one seed shows no spread"
+        elif all(value > 0 for value in values) or all(value < 0 for value in values):
             found = f"{'better' if values[0] > 0 else 'worse'} with each of {len(values)} seeds"
         else:
             found = f"no consistent difference over {len(values)} seeds"

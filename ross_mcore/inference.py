@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER
+from ross_mcore.data.image import as_pixels
 from ross_mcore.generation import answer
 from ross_mcore.models.ross import OnStep
 from ross_mcore.trained import (
@@ -86,5 +87,4 @@ def reconstruct(
 
 def as_picture(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] -> an 8-bit RGB picture."""
-    levels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(levels)
+    return Image.fromarray(as_pixels(image))

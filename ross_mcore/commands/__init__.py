@@ -11,7 +11,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -133,6 +133,19 @@ def print_account(account: Account) -> None:
     width = max(len(line.name) for line in lines) + 2
     for line in lines:
         console.print(Text(f"{line.name:<{width}}{line.text}", "red" if line.is_wrong else ""), soft_wrap=True)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: its own, with as many of those above it as tell it from the others.
+
+    The folder of a single checkpoint (iter_*) always has its run's name before it; folders given twice are numbered.
+    """
+    whole = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-length - parts[-1].startswith("iter_") :]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{parts[-1]} {number}" for number, parts in enumerate(whole, start=1)]
 
 
 REMEDIES = {

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ross_mcore.commands import build_parser, ending_cleanly, interrupted, refuse
+from ross_mcore.commands import build_parser, ending_cleanly, interrupted, names_of, refuse
 
 SCRIPT = "report.py"
 MOST_RUNS = 8
@@ -37,16 +37,6 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     return options
 
 
-def names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ: `finetune`, or `a/finetune` and `b/finetune`."""
-    parts = [path.absolute().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-length:]) for part in parts]
-        if len(set(found)) == len(found):
-            return found
-    return [f"{path.name} {number}" for number, path in enumerate(paths, start=1)]
-
-
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options = parse_arguments(arguments, prog)
     from rich.console import Console
@@ -62,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
             task = bar.add_task("reading", total=sum(map(run_bytes, options.runs)))
             found = [
                 read_run(path, name, lambda size: bar.advance(task, size))
-                for path, name in zip(options.runs, names(options.runs), strict=True)
+                for path, name in zip(options.runs, names_of(options.runs), strict=True)
             ]
             write(options.output, page(found, options.pictures))
     except (UserError, OSError) as error:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ross_mcore.commands import build_parser, ending_cleanly, interrupted, refuse
+from ross_mcore.commands import build_parser, ending_cleanly, interrupted, names_of, refuse
 from ross_mcore.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -53,19 +53,6 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     if len(set(folders)) < len(folders):
         parser.error("--load names a folder twice; give each checkpoint once")
     return options
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """A name for each checkpoint: its folder's, with as many of the folders above it as tell it from the others.
-
-    Folders are different; that of a single checkpoint (iter_*) always has its run's name before it.
-    """
-    whole = [folder.resolve().parts for folder in folders]
-    for parts in range(1, max(map(len, whole))):
-        names = ["/".join(path[-parts - path[-1].startswith("iter_") :]) for path in whole]
-        if len(set(names)) == len(names):
-            return names
-    return list(map(str, folders))
 
 
 def require_libraries() -> None:

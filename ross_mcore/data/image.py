@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
 
 from ross_mcore.architecture import VisionConfig
 from ross_mcore.batch import normalised_pixels, pixel_table
@@ -102,6 +103,11 @@ def _draft(picture: Image.Image) -> None:
 
 def _fits(width: int, height: int) -> bool:
     return width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE
+
+
+def as_pixels(image: Tensor) -> NDArray[np.uint8]:
+    """[3, H, W] in [0, 1] -> 8-bit RGB [H, W, 3]."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def rgb_picture(picture: Image.Image) -> Image.Image:

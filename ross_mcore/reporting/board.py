@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ross_mcore.checked import without_secrets
 from ross_mcore.data.replacement import BadSample
 from ross_mcore.engine.run import Run
 from ross_mcore.reporting.averages import Averages
@@ -58,10 +59,11 @@ def validation_losses(found: Validation) -> dict[str, float]:
 
 
 def compared_options(run: Run) -> dict[str, str | float | bool]:
-    """The options by which runs are compared, without those that are not given."""
+    """The options by which runs are compared, without secrets and without those that are not given."""
     values = {**run.config.flat(), "train_iters": run.train_iters, "global_batch_size": run.rows_per_step}
     kept = {name: values[name] for name in (*COMPARED, "train_iters")}
-    return {name: value for name, value in kept.items() if isinstance(value, (str, float, int, bool))}
+    given = {name: value for name, value in kept.items() if isinstance(value, (str, float, int, bool))}
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in given.items()}
 
 
 def answer_table(found: Sequence[SampleAnswer]) -> str:

@@ -47,15 +47,24 @@ class Report:
     def __init__(self, run: Run, state: TrainState) -> None:
         """Raises LogError when a file cannot be created."""
         self._run = run
-        self._reporters = [kind(run, state) for kind in reporters()] if run.groups.is_logging_rank else []
+        self._reporters: list[Reporter] = []
         self._window = Window(run)
-        for reporter in self._reporters:
-            reporter.start(run, state)
+        try:
+            for kind in reporters() if run.groups.is_logging_rank else ():
+                self._reporters.append(kind(run, state))
+            for reporter in self._reporters:
+                reporter.start(run, state)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Report:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         for reporter in self._reporters:
             reporter.close()
 

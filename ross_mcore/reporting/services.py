@@ -6,6 +6,7 @@ TRACKIO_SERVER_URL. Nothing is sent anywhere by default.
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import time
@@ -24,7 +25,7 @@ from ross_mcore.errors import ConfigError
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a service is told of a run. folder: for what it keeps; options: by flag."""
+    """What a service gets of a run. folder: for what it keeps; options: by flag."""
 
     project: str
     name: str
@@ -89,8 +90,8 @@ class Wandb(Service):
         self._run.log({"iteration": iteration, name: self._wandb.Image(pixels)})
 
     def text(self, iteration: int, name: str, markdown: str) -> None:
-        lines = "\n".join(line for line in markdown.splitlines())
-        self._run.log({"iteration": iteration, name: self._wandb.Html(f"<pre>{lines}</pre>")})
+        shown = html.escape(html.unescape(markdown))  # Markdown has some characters escaped
+        self._run.log({"iteration": iteration, name: self._wandb.Html(f"<pre>{shown}</pre>")})
 
     def close(self, is_finished: bool) -> None:
         self._run.finish(exit_code=0 if is_finished else 1)

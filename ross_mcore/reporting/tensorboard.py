@@ -42,7 +42,7 @@ class TensorBoard(Board):
 
     def start(self, run: Run, state: TrainState) -> None:
         options = "\n".join(f"    {name}: {value}" for name, value in run.config.flat().items())
-        self.text(0, "options", options)
+        self.text(0, "options", checked.without_secrets(options))
         names = [] if run.held_out is None else run.held_out.names
         losses = ["lm_loss"] if run.model_config.denoiser is None else ["lm_loss", "vm_loss"]
         shown = [

@@ -21,9 +21,8 @@ QUALITY = 82
 
 
 def strips(runs: Sequence[RunRecord], most: int) -> str:
-    """A strip of up to `most` pictures for each run, spread over its iterations, with the first and the last."""
-    most = max(2, min(most, MOST_ON_A_PAGE // len(runs))) if most else 0
-    return section("Reconstructions", *_all_strips(runs, most))
+    """A strip of up to `most` pictures for each run, spread over its iterations."""
+    return section("Reconstructions", *_all_strips(runs, min(most, MOST_ON_A_PAGE // len(runs))))
 
 
 def _all_strips(runs: Sequence[RunRecord], most: int) -> list[str]:
@@ -49,7 +48,7 @@ def _strip(number: int, run: RunRecord, most: int) -> str:
 
 
 def spread(iterations: Sequence[int], most: int) -> list[int]:
-    """At most `most` of them, at equal distances, with the first and the last."""
+    """At most `most` of them, at equal distances, with the first and the last; one is the last."""
     if len(iterations) <= most:
         return list(iterations)
     if most < 2:

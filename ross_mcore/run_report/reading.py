@@ -14,7 +14,7 @@ from ross_mcore.checkpoint.folder import find_checkpoint, is_iteration
 from ross_mcore.errors import CheckpointError, LogError
 from ross_mcore.logs import ANSWERS_FILE, INCIDENTS_FILE, METRICS_FILE, QUARANTINE_FILE, VALIDATION_FILE
 from ross_mcore.run_report.events import Events, read_events
-from ross_mcore.run_report.series import Series
+from ross_mcore.run_report.series import LARGEST, Series
 from ross_mcore.run_report.settings import settings_of
 
 LOG_FILES = (METRICS_FILE, VALIDATION_FILE, INCIDENTS_FILE, QUARANTINE_FILE, ANSWERS_FILE)
@@ -121,6 +121,8 @@ def read_run(path: Path, name: str, advance: Callable[[int], None] = lambda size
         if figure not in run.series:
             for iteration, value in sorted(values.items()):
                 run.add(run.series, figure, iteration, value * factor)
+    if not any(series.count for series in run.series.values()):
+        raise LogError(f"{path / METRICS_FILE} has no number that can be drawn; leave this run out, or wait for one")
     _read_checkpoint(run)
     run.settings = settings_of(run.state, run.events.options, run.model)
     return run
@@ -150,9 +152,9 @@ def _entries(run: RunRecord, file: str, advance: Callable[[int], None]) -> Itera
 
 
 def _numbers(entry: dict[str, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, float]]:
-    """The numbers of an object and of the objects in it, those as `outer/inner`."""
+    """The numbers of an object and of the objects in it, those as `outer/inner`, up to LARGEST."""
     for key, value in entry.items():
-        if type(value) in (int, float):
+        if type(value) in (int, float) and -LARGEST <= value <= LARGEST:  # also false for NaN
             yield prefix + key, value
         elif isinstance(value, dict) and depth < MOST_DEPTH:
             yield from _numbers(value, f"{prefix}{key}/", depth + 1)

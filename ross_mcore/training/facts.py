@@ -49,7 +49,12 @@ def layout_of(layout: Layout, config: Config) -> dict[str, Any]:
 def _described(dataset: MixtureDataset) -> list[dict[str, Any]]:
     sources = zip(dataset.names, dataset.parts, dataset.sizes, strict=True)
     return [
-        {"name": name, "path": str(part.reader.folder), "samples": size, "fingerprint": part.reader.fingerprint}
+        {
+            "name": name,
+            "path": without_secrets(str(part.reader.folder)),
+            "samples": size,
+            "fingerprint": part.reader.fingerprint,
+        }
         for name, part, size in sources
     ]
 

@@ -39,12 +39,13 @@ def check_data(config: Config, model_config: ModelConfig, dataset: MixtureDatase
 
 
 def about_held_out(model_config: ModelConfig, held_out: MixtureDataset) -> list[str]:
-    """Warnings about data sets that are only validated on."""
-    return [
-        f"validation on {name}: warning: {text}"
-        for name, part in zip(held_out.names, held_out.parts, strict=True)
-        for text in _remarks(model_config, part, survey(part))
-    ]
+    """Warnings about data sets that are only validated on. Raises ConfigError when one of them leaves nothing."""
+    warnings = []
+    for name, part in zip(held_out.names, held_out.parts, strict=True):
+        found = survey(part)
+        _require_any(part, found, "validate on")
+        warnings += [f"validation on {name}: warning: {text}" for text in _remarks(model_config, part, found)]
+    return warnings
 
 
 def check_schedule(config: Config, order: Order, dataset: MixtureDataset, rows: int, train_iters: int) -> list[str]:
@@ -63,11 +64,15 @@ def _require_room_for_a_picture(part: ShardDataset) -> None:
         )
 
 
-def _require_samples(part: ShardDataset, found: Survey) -> None:
+def _require_any(part: ShardDataset, found: Survey, purpose: str) -> None:
     if not found.labelled.count and not found.without_labels.count:
         raise ConfigError(
-            f"{part.reader.folder} leaves nothing to train on: {_reasons(part, found)}; {_remedy(part, found)}"
+            f"{part.reader.folder} leaves nothing to {purpose}: {_reasons(part, found)}; {_remedy(part, found)}"
         )
+
+
+def _require_samples(part: ShardDataset, found: Survey) -> None:
+    _require_any(part, found, "train on")
     if part.reader.num_images and not found.pictured.count and found.nothing:
         raise ConfigError(
             f"none of the {part.reader.num_images} pictures of {part.reader.folder} would be trained on: "

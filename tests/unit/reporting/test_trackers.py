@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,14 @@ import torch
 
 from ross_mcore.checked import without_secrets
 from ross_mcore.config import Config
+from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
-from ross_mcore.errors import ConfigError
+from ross_mcore.errors import ConfigError, LogError
 from ross_mcore.options import TRACKERS
-from ross_mcore.reporting import trackers
-from ross_mcore.reporting.services import SERVICES, require_installed
+from ross_mcore.reporting import report, trackers
+from ross_mcore.reporting.board import compared_options
+from ross_mcore.reporting.reporter import Reporter
+from ross_mcore.reporting.services import SERVICES, Wandb, require_installed
 from ross_mcore.reporting.trackers import Feed, Trackers, read_ids
 
 
@@ -107,8 +111,6 @@ def test_a_service_that_cannot_be_opened_is_one_line(capsys: pytest.CaptureFixtu
 def test_a_service_that_hangs_does_not_stop_a_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import threading
-
     monkeypatch.setattr(trackers, "MOST_WAITING", 3)
     monkeypatch.setattr(trackers, "LAST_SECONDS", 0.05)
     forever = threading.Event()
@@ -119,6 +121,61 @@ def test_a_service_that_hangs_does_not_stop_a_run(
     forever.set()
     first, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("warning: --tracker trackio has 3 figures waiting; ")
+
+
+def test_training_begins_before_a_service_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    answers, ids, taken = threading.Event(), [], []
+
+    def open_late() -> Any:
+        answers.wait()
+        return SimpleNamespace(id="7", close=taken.append)
+
+    feed = Feed("mlflow", open_late, ids.append)
+    feed.put(lambda service: taken.append(service.id))
+    feed.wait_open(0.01)
+    assert "mlflow does not answer yet; training begins" in capsys.readouterr().out and not ids
+    answers.set()
+    feed.close(is_finished=True)
+    assert ids == ["7"] and taken == ["7", True] and not capsys.readouterr().out
+
+
+def test_ids_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SERVICES, "wandb", lambda run, id: SimpleNamespace(id="7", close=lambda is_finished: None))
+        board = opened(tmp_path / "missing", "wandb")
+    assert "trackers.json cannot be written: " in capsys.readouterr().out
+    board.close()
+
+
+def test_reporters_are_closed_when_a_later_one_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class First(Reporter):
+        def close(self) -> None:
+            calls.append("closed")
+
+    class Second(Reporter):
+        def __init__(self, run: Run, state: TrainState) -> None:
+            raise LogError("full")
+
+    monkeypatch.setattr(report, "reporters", lambda: (First, Second))
+    monkeypatch.setattr(report, "Window", lambda run: None)
+    with pytest.raises(LogError):
+        report.Report(SimpleNamespace(groups=SimpleNamespace(is_logging_rank=True)), TrainState())  # type: ignore[arg-type]
+    assert calls == ["closed"]
+
+
+def test_texts_at_wandb_are_never_markup() -> None:
+    service, logged = Wandb.__new__(Wandb), []
+    service._wandb, service._run = SimpleNamespace(Html=str), SimpleNamespace(log=logged.append)
+    service.text(1, "answers", "| &lt;image> |\n<b> & |")
+    assert logged == [{"iteration": 1, "answers": "<pre>| &lt;image&gt; |\n&lt;b&gt; &amp; |</pre>"}]
+
+
+def test_compared_options_have_no_users_of_urls() -> None:
+    config = Config.from_flat(data_path="s3://me:pw@host/a")
+    run: Any = SimpleNamespace(config=config, train_iters=9, rows_per_step=4)
+    assert compared_options(run)["data_path"] == "s3://***@host/a"
 
 
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ross_mcore.commands.report import main, names
+from ross_mcore.commands import names_of
+from ross_mcore.commands.report import main
 from ross_mcore.run_report.charts import Axis, Chart, curve, draw, linear_ticks, log_ticks
 from ross_mcore.run_report.pictures import MOST_BYTES, encoded, spread
 from ross_mcore.run_report.reading import RunRecord
@@ -58,6 +59,9 @@ def test_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
     write_events(folder / "tensorboard" / "events.out.tfevents.1.host.1", *pictures)
     page = report(tmp_path, folder, more=("--pictures", "4"))
     assert page.count("<img ") == 3 and "26 of 30 left out" in page
+    other = make_run(tmp_path / "other")
+    assert report(tmp_path, other).count("<img ") == 3
+    assert report(tmp_path, other, more=("--pictures", "1")).count("<img ") == 1
     assert "<img " not in report(tmp_path, folder, more=("--pictures", "0"))
     assert spread(range(100, 200), 3) == [100, 150, 199] and spread([5], 3) == [5]
 
@@ -99,9 +103,9 @@ def test_ticks_are_round() -> None:
 
 
 def test_runs_have_the_shortest_names_that_differ() -> None:
-    assert names([Path("a/x"), Path("b/y")]) == ["x", "y"]
-    assert names([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
-    assert names([Path("run"), Path("run")]) == ["run 1", "run 2"]
+    assert names_of([Path("a/x"), Path("b/y")]) == ["x", "y"]
+    assert names_of([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
+    assert names_of([Path("run"), Path("run")]) == ["run 1", "run 2"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

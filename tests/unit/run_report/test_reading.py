@@ -105,6 +105,8 @@ def test_settings_that_differ_come_first() -> None:
         ({}, "has no metrics.jsonl; give the folder of --save"),
         ({"metrics.jsonl": ""}, "has no iteration yet"),
         ({"metrics.jsonl": "\n{}\n"}, "has no iteration yet"),
+        ({"metrics.jsonl": '{"iteration": 1, "step_seconds": Infinity}\n'}, "run/metrics.jsonl has no number"),
+        ({"metrics.jsonl": '{"iteration": 1, "lm_loss": null, "vm_loss": 1' + 400 * "0" + "}\n"}, "has no number"),
     ],
 )
 def test_folders_without_a_run(made: dict[str, str] | None, says: str, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ross_mcore.commands.serve import names_of
+from ross_mcore.commands import names_of
 from ross_mcore.serving.gate import Gate
 from ross_mcore.serving.protocol import ApiError
 

@@ -14,7 +14,7 @@ from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.survey import Found, Survey
 from ross_mcore.errors import ConfigError
 from ross_mcore.training import learning
-from ross_mcore.training.learning import check_data, check_schedule
+from ross_mcore.training.learning import about_held_out, check_data, check_schedule
 
 
 class Part:
@@ -69,6 +69,10 @@ def test_samples_that_are_skipped_or_cut_are_counted(monkeypatch: pytest.MonkeyP
         ConfigError, match=r"shards leaves nothing to train on: 10 of 10 samples: it has over 64 pict.*"
     ):
         warnings_of(monkeypatch, labelled=Found(), nothing={"it has over 64 pictures": Found(10, [1])})
+    nothing = Survey(10, True, nothing={reason: Found(10, [1])}, lengths=np.full(10, 40))
+    monkeypatch.setattr(learning, "survey", lambda part: nothing)
+    with pytest.raises(ConfigError, match=r"shards leaves nothing to validate on: 10 of 10 samples: the cut at 64"):
+        about_held_out(None, SimpleNamespace(names=["a"], parts=[Part()]))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="none of the 10 pictures of shards would be trained on: 3 of 10 samp"):
         warnings_of(monkeypatch, labelled=Found(7), pictured=Found(), nothing={reason: Found(3, [1])})
     long = warnings_of(monkeypatch, lengths=np.array([40] * 7 + [100] * 3), positions=50)

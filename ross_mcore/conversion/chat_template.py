@@ -33,39 +33,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TURNS = """\
-{%- set ns = namespace(pictures=0, turns=[], system=none) -%}
+{%- set ns = namespace(parts=0, placed=0, turns=[], system=none) -%}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}
-{%- set ns.pictures = ns.pictures + (message['content'].split('<image>') | length) - 1 -%}
+{%- set ns.placed = ns.placed + (message['content'].split('<image>') | length) - 1 -%}
 {%- else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] in ('image', 'image_url') -%}
-{%- set ns.pictures = ns.pictures + 1 -%}
+{%- set ns.parts = ns.parts + 1 -%}
 {%- elif part['type'] == 'text' -%}
-{%- set ns.pictures = ns.pictures + (part['text'].split('<image>') | length) - 1 -%}
+{%- set ns.placed = ns.placed + (part['text'].split('<image>') | length) - 1 -%}
 {%- else -%}
 {{- raise_exception('only text and pictures can be read, not ' ~ part['type']) -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
+{%- set mark = '' if ns.parts == ns.placed else '<image>' -%}
+{%- set pictures = ns.parts if ns.parts == ns.placed else ns.parts + ns.placed -%}
 {%- for message in messages -%}
-{%- set turn = namespace(text='', pictures=0) -%}
+{%- set turn = namespace(text='') -%}
 {%- if message['content'] is string -%}
 {%- set turn.text = message['content'] -%}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}
-{%- set turn.text = turn.text ~ part['text'] -%}
-{%- else -%}
-{%- set turn.pictures = turn.pictures + 1 -%}
-{%- endif -%}
+{%- set piece = part['text'] if part['type'] == 'text' else mark -%}
+{%- set turn.text = turn.text ~ ('\\n' if turn.text[-1:].strip() and piece[:1].strip() else '') ~ piece -%}
 {%- endfor -%}
 {%- endif -%}
-{%- if ns.pictures == 1 and (turn.pictures or '<image>' in turn.text) -%}
+{%- if pictures == 1 and '<image>' in turn.text -%}
 {%- set turn.text = ('<image>\\n' ~ turn.text.replace('<image>', '').strip()).strip() -%}
-{%- else -%}
-{%- set turn.text = '<image>\\n' * turn.pictures ~ turn.text -%}
 {%- endif -%}
 {%- set turn.text = turn.text.replace('<image>', IMAGE) -%}
 {%- if message['role'] == 'system' and loop.first -%}
@@ -82,8 +79,9 @@ TURNS = """\
 {%- endif -%}
 {%- endfor -%}
 """
-"""`messages` -> ns.system and ns.turns. A conversation's only picture goes to the start of its turn, several stay where
-they are; those without a place in the text come first. A first turn of the assistant is dropped."""
+"""`messages` -> ns.system and ns.turns. Parts become a text as in data/typed_parts.py; where the texts have as many
+`<image>` as there are pictures, these are the pictures' places, as in serving/protocol.py. A conversation's only picture
+goes to the start of its turn, several stay where they are. A first turn of the assistant is dropped."""
 
 DIALOGUE = """\
 {%- for turn in ns.turns -%}

@@ -17,6 +17,7 @@ from typing import Any
 from ross_mcore.checked import shown
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER as IMAGE
 from ross_mcore.data.placeholders import with_our_placeholders
+from ross_mcore.data.typed_parts import joined
 from ross_mcore.errors import ConversationError
 
 Record = dict[str, Any]
@@ -255,10 +256,7 @@ def _turn(turn: Any, number: int, pictures: Pictures) -> Iterator[dict[str, str]
 
 
 def _text(value: Any, number: int, pictures: Pictures) -> str:
-    """The text of a turn: a text, or a list of typed parts, in which each picture becomes `<image>` at its place.
-
-    Parts are written one after the other, on lines of their own unless white space separates them already.
-    """
+    """The text of a turn: a text, or a list of typed parts, in which each picture becomes `<image>` at its place."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
@@ -267,13 +265,7 @@ def _text(value: Any, number: int, pictures: Pictures) -> str:
         kind = "the number " if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
         remedy = "write it in quotes" if kind else "expected text"
         raise ConversationError(f"a turn has no text: turn {number} is {kind}{shown(value)}, {remedy}")
-    text = ""
-    for part in value:
-        piece = _part(part, number, pictures)
-        if text and piece and not text[-1].isspace() and not piece[0].isspace():
-            text += "\n"
-        text += piece
-    return text
+    return joined(_part(part, number, pictures) for part in value)
 
 
 def _part(part: Any, number: int, pictures: Pictures) -> str:

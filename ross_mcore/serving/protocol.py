@@ -1,7 +1,8 @@
 """Requests and replies of the server as plain data: OpenAI's chat completions, and reconstructions. Loads no library.
 
 What a request holds is checked and bounded here, before any picture is decoded; a field that this server would have
-to ignore is refused, so that nobody takes an answer for what they asked. Source: OpenAI's API reference, Chat.
+to ignore is refused, so that nobody takes an answer for what they asked; but those in WITHOUT_EFFECT, and a picture's
+`detail`, change no answer and are accepted. Source: OpenAI's API reference, Chat.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ross_mcore import checked
+from ross_mcore.data.typed_parts import joined
 
 IMAGE_PLACEHOLDER = "<image>"
 """As in data/conversation.py."""
@@ -250,8 +252,9 @@ def _stops(value: Any) -> tuple[str, ...]:
 def _messages(messages: Any, limits: Limits) -> tuple[list[dict[str, str]], list[bytes]]:
     """The turns of OpenAI's messages, and their pictures.
 
-    A picture's place in the prompt is that of the training: with one picture `as_dialogue` moves it to the start of its
-    turn, several stay in the order of the parts. Texts that write `<image>` for every picture place them themselves.
+    Parts become a text as in data/records.py, so that a prompt is that of the training: `as_dialogue` moves a single
+    picture to the start of its turn, several stay where they are. Texts that write `<image>` for every picture place
+    them themselves.
     """
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages is not a list of messages", param="messages")
@@ -275,7 +278,7 @@ def _messages(messages: Any, limits: Limits) -> tuple[list[dict[str, str]], list
         )
     mark = "" if placed else IMAGE_PLACEHOLDER
     turns = [
-        {"from": role, "value": "\n".join(filter(None, (part if isinstance(part, str) else mark for part in turn)))}
+        {"from": role, "value": joined(part if isinstance(part, str) else mark for part in turn)}
         for role, turn in parts
     ]
     return turns, pictures

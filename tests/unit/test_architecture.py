@@ -118,6 +118,7 @@ PURE = {
     "serving/protocol.py": set(),
     "serving/gate.py": set(),
     "serving/worker.py": set(),
+    "data/typed_parts.py": set(),
     "data/order.py": {"numpy", "torch"},
     "data/replacement.py": {"numpy"},
     "data/mixture.py": {"numpy"},

@@ -14,15 +14,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ross_mcore.conversion.chat_template import as_jinja
 from ross_mcore.conversion.tokenizer_files import has_chat_template, set_chat_template, write_tokenizer
 from ross_mcore.data.chat_templates import TurnTemplate
+from ross_mcore.data.records import normalise
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.templates import TEMPLATES, with_template, write_prompt
 from ross_mcore.data.tokenizer import load_tokenizer
+from ross_mcore.serving.protocol import Limits, parse_chat
 from tests.recorded import GOLDEN
 
 TOKENIZER = GOLDEN / "data" / "tok_qwen2"
 OWN = TurnTemplate('Q "{text}" USER\n', "A: ", "<|im_end|>", system="S\\{text};", default_system="", separator="\n")
 NO_SYSTEM = TurnTemplate("{text} ", "= ", "<|im_end|>")
-PICTURE = {"type": "image"}
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -48,10 +50,24 @@ DIALOGUES: dict[str, tuple[int, list[tuple[str, str]], list[tuple[str, Any]]]] =
     "text first": (1, [("human", " What is\n<image>")], [("human", [text(" What is"), PICTURE])]),
     "picture alone": (1, [("human", "<image>")], [("human", [PICTURE])]),
     "later picture": (1, [("human", "Hi"), ("gpt", "Hi"), ("human", "<image> b")], []),
+    "text around": (
+        1,
+        [("system", "Be\nbrief."), ("human", "Look.\n<image>\nWhat is it?")],
+        [("system", [text("Be"), text("brief.")]), ("human", [text("Look."), PICTURE, text("What is it?")])],
+    ),
     "two pictures": (
         2,
-        [("human", "<image>\n<image>\nWhich?"), ("gpt", "Both"), ("human", "Why?")],
-        [("human", [PICTURE, text("Which?"), PICTURE]), ("gpt", [text("Both")]), ("human", "Why?")],
+        [("human", "A\n<image>\nB <image>"), ("gpt", "Both"), ("human", "Why\nso?")],
+        [
+            ("human", [text("A"), PICTURE, text("B "), PICTURE]),
+            ("gpt", [text("Both")]),
+            ("human", [text("Why"), text("so?")]),
+        ],
+    ),
+    "places in parts": (
+        2,
+        [("human", "Is <image> as <image>?\nSay.")],
+        [("human", [PICTURE, PICTURE, text("Is <image> as <image>?"), text("Say.")])],
     ),
     "pictures in the text": (2, [("human", "Is <image> as <image>?")], []),
     "answer first": (0, [("gpt", "Hello"), ("human", "What?")], []),
@@ -85,6 +101,18 @@ def test_rendered_prompts_are_those_of_training(
         if template == "tokenizer":
             expected, found = expected.rstrip(" "), found.rstrip(" ")
         assert found == expected, name
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, given) in DIALOGUES.items() if given])
+def test_parts_are_the_same_turns_in_training_and_in_the_server(name: str) -> None:
+    """With the test above: an export's prompt is the server's."""
+    pictures, turns, given = DIALOGUES[name]
+    messages = [{"role": NAMES[role], "content": content} for role, content in given]
+    expected = [{"from": role, "value": value} for role, value in turns]
+    asked = parse_chat({"model": "m", "messages": messages}, Limits())
+    assert (asked.turns, len(asked.pictures)) == (expected, pictures)
+    if name != "places in parts":  # a record has either
+        assert normalise({"messages": messages})["conversations"] == expected
 
 
 @pytest.mark.parametrize(

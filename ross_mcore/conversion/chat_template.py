@@ -80,8 +80,8 @@ TURNS = """\
 {%- endfor -%}
 """
 """`messages` -> ns.system and ns.turns. Parts become a text as in data/typed_parts.py; where the texts have as many
-`<image>` as there are pictures, these are the pictures' places, as in serving/protocol.py. A conversation's only picture
-goes to the start of its turn, several stay where they are. A first turn of the assistant is dropped."""
+`<image>` as there are pictures, these are the pictures' places, as in serving/protocol.py. A conversation's only
+picture goes to the start of its turn, several stay where they are. A first turn of the assistant is dropped."""
 
 DIALOGUE = """\
 {%- for turn in ns.turns -%}

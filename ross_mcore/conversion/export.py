@@ -32,14 +32,14 @@ from ross_mcore.conversion.export_config import RunFacts, SpecialTokens
 from ross_mcore.conversion.huggingface import GENERATION_CONFIG, read_json
 from ross_mcore.conversion.table import AnyEntry, convert_steps, plan_out
 from ross_mcore.conversion.tokenizer_files import (
-    SETTINGS,
+    SLOW_FILES,
     has_chat_template,
     set_chat_template,
     write_json,
     write_tokenizer,
 )
 from ross_mcore.data.image import ImagePreprocessing
-from ross_mcore.data.templates import OF_TOKENIZER
+from ross_mcore.data.templates import OF_TOKENIZER, answer_end, end_of_answer
 from ross_mcore.errors import CheckpointError, ConversionError
 from ross_mcore.models.inventory import inventory
 from ross_mcore.parts import DENOISER, LANGUAGE_MODEL, PARTS, PROJECTOR, VAE, VISION_TOWER, Part, part_of
@@ -131,10 +131,11 @@ class Export:
         if qwen != ("qwen2" in name.lower()):
             wanted = "has Qwen2 in it" if qwen else "does not have qwen2 in it"
             self.notes.append(f"the reference picks its class by the folder's name: rename {name} to one that {wanted}")
-        settings = written / SETTINGS
-        kind = str(read_json(settings).get("tokenizer_class")) if settings.exists() else ""
-        if kind == "LlamaTokenizer" and not (written / "tokenizer.model").exists():
-            self.notes.append("the reference loads a slow tokenizer: put tokenizer.model of the original beside it")
+        if not any(all((written / name).exists() for name in files) for files in (("tokenizer.model",), SLOW_FILES)):
+            self.notes.append(
+                "the reference loads a slow tokenizer: put tokenizer.model of the original beside it, or its "
+                f"{' and '.join(SLOW_FILES)}"
+            )
         if self.run.mm_use_im_start_end and not {"<im_start>", "<im_end>"} <= self.tokenizer.get_vocab().keys():
             self.notes.append(
                 "it was trained with <im_start> and <im_end> as text, and the reference's loader adds them as tokens "
@@ -163,6 +164,12 @@ class Export:
             self._write_tensors(partial, "model", table, LLAVA_PARTS)
         if tokenizer.chat_template is None:
             self.notes.append(f"it has no chat template, because {self._why_no_template}; {GIVE_TEMPLATE}")
+        elif end_of_answer(self.spec, self.tokenizer) is None:
+            end = answer_end(self.spec, self.tokenizer)
+            self.notes.append(
+                f"answers end at {end!r}, which is no token of the tokenizer, so that programs go on to their most new "
+                f"tokens: give generate() stop_strings=[{end!r}] and the tokenizer, vLLM stop=[{end!r}]"
+            )
         if DENOISER.own(self.source.names()):
             self.notes.append("denoiser and VAE are left out; transformers has no place for them")
 

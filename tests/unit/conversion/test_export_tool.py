@@ -18,8 +18,11 @@ from ross_mcore.checkpoint.safe_load import StoredTensors
 from ross_mcore.commands import convert
 from ross_mcore.commands import export as tool
 from ross_mcore.conversion.assembly import import_ross
+from ross_mcore.conversion.export import Export
 from ross_mcore.conversion.export_config import refuse_other_tower
 from ross_mcore.conversion.stream import TensorWriter
+from ross_mcore.data.chat_templates import TurnTemplate
+from ross_mcore.data.tokenizer import load_tokenizer
 from tests.sources import SOURCES
 
 SOURCE = SOURCES[0]
@@ -113,6 +116,21 @@ def test_changes_that_the_reference_needs_are_printed(
     assert export("--load", tmp_path / "fast", "--save", tmp_path / "model") == 0
     assert "rename model to one that has Qwen2 in it" in capsys.readouterr().out
     assert (tmp_path / "model" / "merges.txt").read_text() == (SOURCE.tokenizer / "merges.txt").read_text()
+    written = Export(folder.require_checkpoint(base), load_tokenizer(SOURCE.tokenizer))
+    written._add_reference_remarks(tmp_path / "qwen2", tmp_path / "tokenizer")
+    (note,) = written.notes
+    assert "put tokenizer.model of the original beside it, or its vocab.json and merges.txt" in note
+
+
+def test_an_answer_end_that_is_no_token_is_printed(
+    base: Path, export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The configuration of generation has token ids only."""
+    template = tmp_path / "own.yaml"
+    template.write_text(TurnTemplate("{text} ", "= ", "The end.").as_text())
+    flags = ("--load", base, "--save", tmp_path / "llava", "--format", "llava", "--template", template)
+    assert export(*flags) == 0
+    assert "answers end at 'The end.', which is no token" in capsys.readouterr().out
 
 
 def test_a_folder_with_something_in_it_is_not_touched(

@@ -62,6 +62,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+SMALLEST_TEMPERATURE = 1e-30
+"""Lower ones compute as this one, which is greedy too: divided by less, float32 logits overflow to NaN."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ def generate(
     draws depend, by default 0, 1, ...
     Raises ConversationError for a malformed question, one with too few pictures or one too long for the model, and
     ImageError for an unusable picture, all with the question's number; TokenizerError for a template that is unknown or
-    does not fit; OSError for an unreadable file.
+    does not fit; ConfigError for a batch_size below 1; OSError for an unreadable file.
     """
     require_model(trained)
     if isinstance(questions, (Question, str)):
         raise TypeError(f"questions is one {type(questions).__name__}, expected a list of Question")
-    spec = spec_of(trained, template)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+    spec = prompt_spec(trained, template)
     for number, question in enumerate(questions):  # checks all questions before the first answer
         turns_of(question, f"questions[{number}]")
     keys = range(len(questions)) if numbers is None else numbers
@@ -124,7 +128,7 @@ def stream(
     work. Raises as `generate`, when called and not at the first piece.
     """
     require_model(trained)
-    spec = spec_of(trained, template)
+    spec = prompt_spec(trained, template)
     prompt = _prompt(trained, question, spec, sampling, "question")
     return _stream(trained, prompt, _Answer(trained.tokenizer, spec, sampling), sampling)
 
@@ -151,7 +155,7 @@ def _stream(
     return answer.generated(prompt)
 
 
-def spec_of(trained: TrainedModel, template: str | None) -> SampleSpec:
+def prompt_spec(trained: TrainedModel, template: str | None) -> SampleSpec:
     """The sample spec of the checkpoint's training, with another template where one is given. Raises TokenizerError."""
     if template is None:
         return trained.spec
@@ -260,11 +264,11 @@ def _run(
         tokens = _choose(language.logits(states), sampling, None if draws is None else draws[:, step])
         for row, token in zip(rows, tokens.tolist(), strict=True):
             yield row, answers[row].add(token)
-        going_on = [place for place, row in enumerate(rows) if answers[row].finish_reason is None]
-        if not going_on:
+        unfinished = [place for place, row in enumerate(rows) if answers[row].finish_reason is None]
+        if not unfinished:
             return
-        if len(going_on) < len(rows):
-            order = cache.keep(going_on)
+        if len(unfinished) < len(rows):
+            order = cache.keep(unfinished)
             rows, tokens = [rows[place] for place in order], tokens[order]
             draws = None if draws is None else draws[order]
         states = decode(tokens)
@@ -283,7 +287,7 @@ def _choose(logits: Tensor, sampling: Sampling, draws: Tensor | None) -> Tensor:
     """logits [n, V], draws [n] -> the next token of every row [n], without waiting for the device."""
     if draws is None:
         return logits.argmax(-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    probabilities = (logits.float() / max(sampling.temperature, SMALLEST_TEMPERATURE)).softmax(-1)
     if sampling.top_p == 1:
         sums = probabilities.cumsum(-1)
         total = sums[:, -1:]

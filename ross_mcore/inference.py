@@ -1,9 +1,7 @@
-"""What a trained model is used for: answers to questions about pictures, and pictures from their image states.
-
-Public names are in `ross_mcore`; they need no preparation in a Python session or a notebook:
+"""Pictures that a trained model reconstructs from their image states.
 
     model = ross_mcore.load_model("runs/finetune")
-    ross_mcore.answer(model, [ross_mcore.Question("<image>\nWhat is it?", ["cat.jpg"])])
+    originals, reconstructions = ross_mcore.reconstruct(model, ["cat.jpg"])
 
 Legend: K pictures, Hd side of a decoded picture.
 """
@@ -19,21 +17,8 @@ from torch import Tensor
 
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER
 from ross_mcore.data.image import as_pixels
-from ross_mcore.generation import answer
 from ross_mcore.models.ross import OnStep
-from ross_mcore.trained import (
-    Picture,
-    Question,
-    TrainedModel,
-    load_model,
-    pixels_of,
-    read_picture,
-    require_model,
-    row_of,
-    run,
-)
-
-__all__ = ["Picture", "Question", "TrainedModel", "answer", "as_picture", "load_model", "read_picture", "reconstruct"]
+from ross_mcore.trained import Picture, TrainedModel, pixels_of, require_model, row_of, run
 
 
 @torch.no_grad()

@@ -54,22 +54,8 @@ class TrainedModel:
     model: RossModel
     tokenizer: PreTrainedTokenizerBase
     image_processor: dict[str, Any] | None
-
-    @property
-    def spec(self) -> SampleSpec:
-        """The sample spec of the checkpoint's training; with several data sets, that of the first.
-
-        A converted model has template `plain` and aspect ratio `square`. Raises CheckpointError for a damaged file.
-        """
-        file = self.checkpoint.path / TRAIN_STATE
-        try:
-            saved = SampleSpec.from_state({"template": "plain", **self.checkpoint.train_state()})
-            template = saved.template.partition(",")[0]
-            require_trainable(replace(saved, template=template), self.tokenizer)
-            aspect_ratio = _first_of(saved.image_aspect_ratio, get_args(ImageAspectRatio))
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{file}: {error.args[0]}; copy the checkpoint again") from None
-        return replace(saved, template=template, image_aspect_ratio=aspect_ratio)
+    spec: SampleSpec
+    """Of the checkpoint's training, see `training_spec`. It is read once, because a live run may delete the files."""
 
     @property
     def template(self) -> str:
@@ -80,6 +66,22 @@ class TrainedModel:
         """Preprocessing of pictures, by default as in the checkpoint's training."""
         chosen = aspect_ratio or self.spec.image_aspect_ratio
         return ImagePreprocessing.for_tower(self.config.vision, chosen, self.image_processor)
+
+
+def training_spec(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> SampleSpec:
+    """The sample spec of a checkpoint's training; with several data sets, that of the first.
+
+    A converted model has template `plain` and aspect ratio `square`. Raises CheckpointError for a damaged file.
+    """
+    file = checkpoint.path / TRAIN_STATE
+    try:
+        saved = SampleSpec.from_state({"template": "plain", **checkpoint.train_state()})
+        template = saved.template.partition(",")[0]
+        require_trainable(replace(saved, template=template), tokenizer)
+        aspect_ratio = _first_of(saved.image_aspect_ratio, get_args(ImageAspectRatio))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{file}: {error.args[0]}; copy the checkpoint again") from None
+    return replace(saved, template=template, image_aspect_ratio=aspect_ratio)
 
 
 def _first_of(values: str, known: Collection[str]) -> str:
@@ -104,13 +106,14 @@ def load_model(run: Path | str, dtype: torch.dtype | str = torch.float32, seed: 
     config = architecture_of(checkpoint, inventory)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     require_vocabulary(tokenizer, config.language.vocab_size, str(checkpoint.tokenizer))
+    spec, image_processor = training_spec(checkpoint, tokenizer), checkpoint.image_processor()
     platform.initialize_process_group(timeout_minutes=10)
     layout = make_layout(config, Placement(), world_size=torch.distributed.get_world_size())
     here = groups.initialize(layout, seed, timeout_minutes=10)
     model = RossModel(config, here, Execution(dtype=computed_in), here.stage.chunks[0], RossOptions(seed=seed))
     model.load_state_dict(load_model_weights(checkpoint, model.sharded_state_dict(metadata=sharding_metadata())))
     model.requires_grad_(False).eval()
-    return TrainedModel(checkpoint, config, model, tokenizer, checkpoint.image_processor())
+    return TrainedModel(checkpoint, config, model, tokenizer, image_processor, spec)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ross_mcore.inference import TrainedModel
+    from ross_mcore.trained import TrainedModel
 
 PICTURES_SHOWN, PICTURES_DENOISED = 8, 4
 DENOISING_STEPS = (0, 1, 2, 4, 8, 16, 30, 49)
@@ -144,7 +144,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pictures [%(default)s]")
     options = parser.parse_args()
 
-    from ross_mcore.inference import load_model, read_picture, reconstruct
+    from ross_mcore.inference import reconstruct
+    from ross_mcore.trained import load_model, read_picture
 
     summary = json.loads((options.run / "summary.json").read_text(encoding="utf-8"))
     draw_curves_of(options.run, summary["resume"]["stopped_after_iteration"], options.out / "demo_curves.svg")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ross_mcore.errors import UserError
 
 if TYPE_CHECKING:
-    from ross_mcore.inference import TrainedModel
+    from ross_mcore.trained import TrainedModel
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -162,7 +162,8 @@ def repeat_one_step(out: Path, iteration: int, train_iters: int) -> float:
 
 def accuracy(trained: TrainedModel, records: list[dict[str, Any]], folder: Path) -> tuple[float, list[str]]:
     """Share of questions answered with exactly the right word, and all answers."""
-    from ross_mcore.inference import Question, answer, read_picture
+    from ross_mcore.generation import answer
+    from ross_mcore.trained import Question, read_picture
 
     preprocessing = trained.preprocessing("square")
     pictures = {path: read_picture(folder / path, preprocessing) for path in {r["image"] for r in records}}
@@ -181,7 +182,8 @@ def reconstruct_scenes(
     from scenes import Scene
     from templates import share_named_rightly
 
-    from ross_mcore.inference import as_picture, read_picture, reconstruct
+    from ross_mcore.inference import as_picture, reconstruct
+    from ross_mcore.trained import read_picture
 
     by_picture = {record["image"]: record["scene"] for record in records}
     scenes = [Scene(**{name: _as_tuples(value) for name, value in scene.items()}) for scene in by_picture.values()]
@@ -222,8 +224,8 @@ def evaluate(out: Path, interrupted_at: int, train_iters: int) -> dict[str, Any]
     from figures import draw_curves_of
     from scenes import guessing_rate
 
-    from ross_mcore.inference import load_model
     from ross_mcore.parallel import groups
+    from ross_mcore.trained import load_model
 
     torch.set_num_threads(2)
     data = out / "data"

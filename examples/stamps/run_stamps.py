@@ -66,8 +66,10 @@ def evaluate(out: Path) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    from ross_mcore.inference import Question, answer, as_picture, load_model, read_picture, reconstruct
+    from ross_mcore.generation import answer
+    from ross_mcore.inference import as_picture, reconstruct
     from ross_mcore.reporting.pictures import picture_grid
+    from ross_mcore.trained import Question, load_model, read_picture
 
     torch.set_num_threads(2)
     trained = load_model(out / "finetune")

@@ -46,8 +46,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
 def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
     options = parse_arguments(arguments, prog)
     from ross_mcore.errors import UserError
-    from ross_mcore.inference import as_picture, load_model, read_picture, reconstruct
+    from ross_mcore.inference import as_picture, reconstruct
     from ross_mcore.reporting.pictures import picture_grid
+    from ross_mcore.trained import load_model, read_picture
 
     try:
         trained = load_model(options.load, seed=options.seed)

@@ -343,7 +343,7 @@ class RossModel(MegatronModule):
             drawn = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(drawn) if drawn else torch.zeros(0, *shape)
 
-        def tell(timestep: int, estimate: Tensor) -> None:
+        def report(timestep: int, estimate: Tensor) -> None:
             if on_step is not None:
                 on_step(timestep, lambda: self.pixel_decoder.decode(estimate))
 
@@ -358,7 +358,7 @@ class RossModel(MegatronModule):
             (draw() for _ in range(schedule.num_timesteps)),
             temperature=temperature,
             clip=LATENT_BOUND,
-            on_step=tell,
+            on_step=report,
         )
         if self.options.precomputed.latents:  # pixels may not be read; the VAE decodes the stored mean
             return self.pixel_decoder.decode(self._mean_latents(batch)), self.pixel_decoder.decode(latents)

@@ -6,16 +6,15 @@ import base64
 import io
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ross_mcore.data.image import decode_image
-from ross_mcore.data.spec import SampleSpec
 from ross_mcore.errors import ConversationError, ImageError
-from ross_mcore.generation import Generated, Sampling, spec_of, stream
+from ross_mcore.generation import Generated, Sampling, prompt_spec, stream
 from ross_mcore.inference import as_picture, reconstruct
 from ross_mcore.serving.protocol import ApiError, Chat, Reconstruct
 from ross_mcore.serving.worker import Job
@@ -25,23 +24,12 @@ DIFFERENCE_SCALE = 3
 """The picture of differences is brightened by this, because small ones are black to the eye."""
 
 
-@dataclass(frozen=True)
-class Kept(TrainedModel):
-    """A trained model that needs its checkpoint no more: a run that goes on may delete it."""
-
-    kept_spec: SampleSpec
-
-    @property
-    def spec(self) -> SampleSpec:
-        return self.kept_spec
-
-
 class ServedModel:
     """A trained model under the name that requests give."""
 
     def __init__(self, name: str, trained: TrainedModel, template: str | None = None) -> None:
-        """Raises TokenizerError for a template that is unknown or does not fit, CheckpointError for a damaged file."""
-        self.name, self.trained = name, Kept(**vars(trained), kept_spec=spec_of(trained, template))
+        """Raises TokenizerError for a template that is unknown or does not fit."""
+        self.name, self.trained = name, replace(trained, spec=prompt_spec(trained, template))
         self._preprocessing, self._truncated = self.trained.preprocessing(), self.trained.spec.truncated_images
         self.description: dict[str, Any] = {
             "name": name,

@@ -21,11 +21,11 @@ from ross_mcore.data.shard_reader import ShardReader
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
 from ross_mcore.errors import ImageError, SampleError, ShardError
-from ross_mcore.inference import read_picture
 from ross_mcore.shards.indexer import Settings, find_shards, index_shards
 from ross_mcore.shards.llava import as_stored, convert_records
 from ross_mcore.shards.measure import Measure
 from ross_mcore.shards.writer import ShardWriter
+from ross_mcore.trained import read_picture
 from tests.cases.case import TOKENIZER, Case, Place, conversation
 from tests.cases.test_configs import TOWER, flags
 

@@ -143,8 +143,8 @@ def test_samples_over_a_bound_are_counted_and_the_others_train(start: Callable[.
 def ask(run: Path) -> None:
     """Questions about 0, 1 and 2 pictures, alone and in one batch: the same answers, which depend on all pictures."""
     from ross_mcore.errors import ConversationError
-    from ross_mcore.inference import Question, answer, load_model
-    from ross_mcore.trained import prompt_of
+    from ross_mcore.generation import answer
+    from ross_mcore.trained import Question, load_model, prompt_of
     from ross_mcore.trained import run as run_model
 
     trained = load_model(run)

@@ -94,7 +94,7 @@ def folder_of(way: Way, seed: int, out: Path) -> Path:
 
 def outcome_of(folder: Path, demo: Path) -> Outcome:
     """Reads a run's output; its weights answer the demo's held-out questions in fp32, with the local layers."""
-    from ross_mcore.inference import load_model
+    from ross_mcore.trained import load_model
 
     sys.path[:0] = [str(DEMO)] if str(DEMO) not in sys.path else []
     from run_demo import accuracy, metrics_of

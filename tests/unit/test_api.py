@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ross_mcore import Question, TrainedModel
 from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.data.chat_templates import TurnTemplate
 from ross_mcore.data.spec import SampleSpec
-from ross_mcore.trained import prompt_of
+from ross_mcore.trained import prompt_of, training_spec
 from tests.recorded import GOLDEN, recorded_checkpoint
 
 PICTURE = GOLDEN / "data" / "images" / "img0.png"
@@ -160,6 +160,8 @@ def test_a_bad_question_is_named(model: TrainedModel, question: Any, kind: type[
 def test_an_unknown_template_gets_the_list(model: TrainedModel) -> None:
     with pytest.raises(ross_mcore.UserError, match="--template alpaca is not one of plain, qwen_2, v1, llama3, chatml"):
         ross_mcore.answer(model, [Question("What?")], "alpaca")
+    with pytest.raises(ross_mcore.ConfigError, match="batch_size is 0, expected at least 1"):
+        ross_mcore.generate(model, [Question("What?")], batch_size=0)
 
 
 def test_prompts_show_pictures_as_the_checkpoint_was_trained(tmp_path: Path, process_group: None) -> None:
@@ -167,6 +169,7 @@ def test_prompts_show_pictures_as_the_checkpoint_was_trained(tmp_path: Path, pro
     trained = ross_mcore.load_model(tmp_path / "base")
     without = ross_mcore.reconstruct(trained, [PICTURE], steps=1)[1]
     (trained.checkpoint.path / TRAIN_STATE).write_text('{"template": "qwen_2, plain", "mm_use_im_start_end": true}')
+    trained = replace(trained, spec=training_spec(trained.checkpoint, trained.tokenizer))
     assert trained.spec == SampleSpec("qwen_2", mm_use_im_start_end=True)
     prompt = prompt_of(trained, Question(ASKED, [PICTURE]), trained.spec)
     before = trained.tokenizer.decode(prompt.tokens[: prompt.image_starts[0]])
@@ -186,6 +189,7 @@ def test_answers_are_asked_for_as_the_checkpoint_was_trained(model: TrainedModel
     former = file.read_bytes()
     file.write_text(json.dumps(asdict(spec)))
     try:
+        model = replace(model, spec=training_spec(model.checkpoint, model.tokenizer))
         assert model.template == "my.yaml#1"
         tokens = prompt_of(model, asked, model.spec).tokens.tolist()
         assert model.tokenizer.decode([t for t in tokens if t]) == "Be brief. Q: \nWhat is it? A:"
@@ -195,7 +199,7 @@ def test_answers_are_asked_for_as_the_checkpoint_was_trained(model: TrainedModel
             ross_mcore.answer(model, [asked], str(tmp_path / "other.yaml"), max_new_tokens=2)
         file.write_text(json.dumps(asdict(spec) | {"own_templates": {"my.yaml#1": "{}"}}))
         with pytest.raises(ross_mcore.CheckpointError, match="the template has no key 'user'; copy the checkpoint"):
-            _ = model.spec
+            training_spec(model.checkpoint, model.tokenizer)
     finally:
         file.write_bytes(former)
 
@@ -207,7 +211,7 @@ def test_a_damaged_train_state_is_named(model: TrainedModel, state: str) -> None
     file.write_text(state)
     try:
         with pytest.raises(ross_mcore.CheckpointError, match=f"{file}: .*; copy the checkpoint again"):
-            _ = model.spec
+            training_spec(model.checkpoint, model.tokenizer)
     finally:
         file.write_bytes(former)
 

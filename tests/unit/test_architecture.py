@@ -88,7 +88,7 @@ ALLOWED = {
     "__main__": {"__version__", "arguments", "commands"},
     "trained": {"checked", "architecture", "batch", "platform", "parallel", "models", "data", "checkpoint"},
     "generation": {"batch", "platform", "models", "data", "trained"},
-    "inference": {"data", "generation", "models", "trained"},
+    "inference": {"data", "models", "trained"},
 }
 """Room or file of the package -> the rooms it may import, besides errors. Downward only."""
 

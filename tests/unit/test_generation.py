@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from ross_mcore import ConfigError, Sampling
 from ross_mcore.data.spec import SampleSpec
 from ross_mcore.data.tokenizer import load_tokenizer
-from ross_mcore.generation import _Answer
+from ross_mcore.generation import _Answer, _choose
 from tests.recorded import GOLDEN
 
 TEXT = "  One ü 猫😀, two\n\nthree. STOPPED  then STOP here "
@@ -65,3 +66,12 @@ def test_what_is_not_a_character_is_said_at_the_end(tokenizer: Any) -> None:
 def test_a_wrong_sampling_is_refused(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Sampling(**arguments)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_tiny_temperature_is_greedy(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([[-3.0, 40.0, 39.99], [1e-6, -1e4, 0.0]])
+    for draw in (0.0, 0.999):
+        chosen = _choose(logits, Sampling(temperature=temperature, top_p=top_p), torch.full((2,), draw))
+        assert chosen.tolist() == [1, 0]

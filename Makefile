@@ -6,9 +6,12 @@ INSTALLED := $(VENV)/.installed
 # Transformer Engine's Python layer without its kernels (tests/te); all other packages are those of $(VENV)
 TE_VENV := .venv-te
 TE_INSTALLED := $(TE_VENV)/.installed
+# The services of --tracker; they bring packages of their own
+TRACKERS_VENV := .venv-trackers
+TRACKERS_INSTALLED := $(TRACKERS_VENV)/.installed
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: help demo demo-stamps test test-slow test-te test-unit test-soak fp8-convergence lint bench clean
+.PHONY: help demo demo-stamps test test-slow test-te test-trackers test-unit test-soak fp8-convergence lint bench clean
 
 help:
 	@echo "make demo         train a small model on 4 CPU ranks, stop and resume it, ask it questions, reconstruct pictures"
@@ -16,6 +19,7 @@ help:
 	@echo "make test         the whole test suite        make test-unit  its fast part"
 	@echo "make test-slow    runs that are killed, restarted or resumed at other layouts; 10 minutes"
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
+	@echo "make test-trackers  the services of --tracker, with their packages"
 	@echo "make test-soak    runs killed anywhere and resumed; files damaged in hundreds of ways"
 	@echo "make fp8-convergence  the demo's second stage in fp32, bf16 and FP8 on those stand-ins, drawn into docs/"
 	@echo "make lint         ruff, mypy                  make bench      ratios and counts, into benchmarks/RESULTS.md"
@@ -31,6 +35,12 @@ $(TE_INSTALLED): $(INSTALLED) constraints-te.txt
 	$(TE_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-te.txt
 	@touch $@
 
+$(TRACKERS_INSTALLED): $(INSTALLED) constraints-trackers.txt
+	$(PYTHON) -m venv $(TRACKERS_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > $$($(TRACKERS_VENV)/bin/python $(SITE_PACKAGES))/base.pth
+	$(TRACKERS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement constraints-trackers.txt
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo/run_demo.py --out runs/demo
 
@@ -42,6 +52,9 @@ test: $(INSTALLED)
 
 test-te: $(TE_INSTALLED)
 	$(TE_VENV)/bin/python -m pytest tests/te
+
+test-trackers: $(TRACKERS_INSTALLED)
+	$(TRACKERS_VENV)/bin/python -m pytest tests/unit/reporting/test_trackers.py
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -66,4 +79,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) runs build *.egg-info
+	rm -rf $(VENV) $(TE_VENV) $(TRACKERS_VENV) runs build *.egg-info

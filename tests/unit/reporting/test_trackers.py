@@ -21,7 +21,9 @@ from ross_mcore.reporting import report, trackers
 from ross_mcore.reporting.board import compared_options
 from ross_mcore.reporting.reporter import Reporter
 from ross_mcore.reporting.services import SERVICES, Wandb, require_installed
+from ross_mcore.reporting.tensorboard import TensorBoard
 from ross_mcore.reporting.trackers import Feed, Trackers, read_ids
+from ross_mcore.training.facts import facts
 
 
 def opened(folder: Path, names: str, resume: bool = False) -> Trackers:
@@ -172,10 +174,20 @@ def test_texts_at_wandb_are_never_markup() -> None:
     assert logged == [{"iteration": 1, "answers": "<pre>| &lt;image&gt; |\n&lt;b&gt; &amp; |</pre>"}]
 
 
-def test_compared_options_have_no_users_of_urls() -> None:
-    config = Config.from_flat(data_path="s3://me:pw@host/a")
-    run: Any = SimpleNamespace(config=config, train_iters=9, rows_per_step=4)
-    assert compared_options(run)["data_path"] == "s3://***@host/a"
+def test_what_is_kept_of_a_run_has_no_users_of_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, shown = "s3://me:pw@host/a", "s3://***@host/a"
+    model = SimpleNamespace(denoiser=None)
+    run: Any = SimpleNamespace(
+        config=Config.from_flat(data_path=url), model_config=model, held_out=None, train_iters=9, rows_per_step=4
+    )
+    assert compared_options(run)["data_path"] == shown
+    added: list[Any] = []
+    monkeypatch.setattr(TensorBoard, "_add", lambda self, iteration, *found: added.extend(found))
+    TensorBoard.__new__(TensorBoard).start(run, TrainState())
+    assert shown in str(added) and "me:pw" not in str(added)
+    part = SimpleNamespace(reader=SimpleNamespace(folder=url, fingerprint="f"))
+    data: Any = SimpleNamespace(names=["a"], parts=[part], sizes=[1])
+    assert facts({}, data, None)["data"][0]["path"] == shown
 
 
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

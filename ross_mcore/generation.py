@@ -118,6 +118,28 @@ def generate(
     return done
 
 
+def generate_each(
+    trained: TrainedModel,
+    questions: Sequence[Question],
+    sampling: Sampling = GREEDY,
+    *,
+    template: str | None = None,
+    batch_size: int = 32,
+    numbers: Sequence[int] | None = None,
+) -> list[Generated | ConversationError]:
+    """As `generate`, with an error in the place of each question that the model cannot be asked."""
+    keys = range(len(questions)) if numbers is None else numbers
+    try:
+        return [*generate(trained, questions, sampling, template=template, batch_size=batch_size, numbers=keys)]
+    except ConversationError as error:  # which of the questions it is decides each alone
+        if len(questions) == 1:
+            return [ConversationError(str(error).removeprefix("questions[0]: "))]
+    found: list[Generated | ConversationError] = []
+    for question, key in zip(questions, keys, strict=True):
+        found += generate_each(trained, [question], sampling, template=template, numbers=[key])
+    return found
+
+
 def stream(
     trained: TrainedModel, question: Question, sampling: Sampling = GREEDY, *, template: str | None = None
 ) -> Generator[str, None, Generated]:

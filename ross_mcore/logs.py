@@ -71,6 +71,14 @@ def append(path: Path, content: bytes) -> None:
         raise
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file under a partial name and renames it. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # it may be a link
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
 class LogFile:
     """A file that a run appends to. Failed writes are lost, and reported once until the file can be written again.
 

@@ -19,13 +19,14 @@ from ross_mcore.data.conversation import IMAGE_PLACEHOLDER, check_turns
 from ross_mcore.data.image import decode_image
 from ross_mcore.data.records import has_turns, normalise, picture_names
 from ross_mcore.errors import ConfigError, ConversationError, ImageError, SampleError
-from ross_mcore.generation import Generated, Sampling, generate
-from ross_mcore.logs import append
+from ross_mcore.generation import Generated, Sampling, generate_each
+from ross_mcore.logs import append, replace_file
 from ross_mcore.shards.pictures import PictureFolder
 from ross_mcore.trained import Question, TrainedModel
 
 QUESTION_KEYS = ("text", "question", "prompt")
 ID_KEYS = ("question_id", "id")
+LINE_START = b'{"question_id": '
 Row = dict[str, Any]
 
 
@@ -58,7 +59,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Asking:
+class Answering:
     """How the questions of a file are answered. name: of the model, in the answers."""
 
     trained: TrainedModel
@@ -75,10 +76,10 @@ class Asking:
         template = self.template or self.trained.template
         return {"model_id": self.name, **asdict(self.sampling), "template": template, "system": self.system}
 
-    def answer(self, records: Iterable[Any], output: Path, tell: Callable[[int], None]) -> tuple[int, int]:
+    def answer(self, records: Iterable[Any], output: Path, report: Callable[[int], None]) -> tuple[int, int]:
         """Appends answers to `output`, except to questions that have one there; returns numbers of answers and errors.
 
-        `tell` gets the number of records that are dealt with. Raises ConfigError for a file of other answers, OSError.
+        `report` gets the number of finished records. Raises ConfigError for a file of other answers, OSError.
         """
         done = reopen(output, self.settings)
         taken: set[str | int] = set()
@@ -89,7 +90,7 @@ class Asking:
             append(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             bad = sum("error" in row for row in rows)
             counts = [counts[0] + len(rows) - bad, counts[1] + bad]
-            tell(len(some))
+            report(len(some))
         return counts[0], counts[1]
 
     def _rows(self, records: Sequence[tuple[int, Any]], done: set[str | int], taken: set[str | int]) -> Iterator[Row]:
@@ -117,20 +118,19 @@ class Asking:
         return Question([*system, *asked.turns], pictures)
 
     def _answered(self, asked: Sequence[tuple[Asked, Question]]) -> Iterator[Row]:
-        if not asked:
-            return
-        numbers = [one.number for one, _ in asked]
-        questions = [question for _, question in asked]
-        try:
-            answers = generate(self.trained, questions, self.sampling, template=self.template, numbers=numbers)
-        except ConversationError as error:  # which one of them it is decides each alone
-            if len(asked) == 1:
-                yield {"question_id": asked[0][0].id, "error": str(error).removeprefix("questions[0]: ")}
+        answers = generate_each(
+            self.trained,
+            [question for _, question in asked],
+            self.sampling,
+            template=self.template,
+            batch_size=self.batch_size,
+            numbers=[one.number for one, _ in asked],
+        )
+        for (one, _), answer in zip(asked, answers, strict=True):
+            if isinstance(answer, ConversationError):
+                yield {"question_id": one.id, "error": str(answer)}
             else:
-                for one in asked:
-                    yield from self._answered([one])
-            return
-        yield from (self._row(one, answer) for (one, _), answer in zip(asked, answers, strict=True))
+                yield self._row(one, answer)
 
     def _row(self, asked: Asked, answer: Generated) -> Row:
         reference = {} if asked.reference is None else {"reference": asked.reference}
@@ -157,37 +157,42 @@ def id_of(record: Any, number: int) -> str | int:
 
 
 def reopen(output: Path, settings: Row) -> set[str | int]:
-    """The ids that have an answer in a file. Its other lines are removed: errors, and what a crash cut.
+    """The ids that have an answer in a file. Its other lines are removed: errors, and a last one that a crash cut.
 
-    Raises ConfigError when it is not a file of answers with these settings, OSError.
+    Raises ConfigError when it is not a file of answers with these settings, OSError. It is then left as it is.
     """
     if not output.exists():
         return set()
     kept: list[bytes] = []
     done: set[str | int] = set()
+    place = ""
     try:
-        for line in checked.read_lines(output):
-            row = _parsed(line)
-            if isinstance(row, dict) and isinstance(row.get("metadata"), dict) and "question_id" in row:
+        for number, line in enumerate(checked.read_lines(output), 1):
+            place = f" (line {number})"
+            if (row := _answer_in(line)) is not None:
                 _require_same(row, settings)
                 kept.append((line or b"").rstrip(b"\n") + b"\n")
                 done.add(row["question_id"])
-            elif row is not None and not (isinstance(row, dict) and "error" in row):
-                raise ValueError("it has lines that are no answers")
     except ValueError as error:
-        raise ConfigError(f"--output {output} cannot be continued: {error}; give another file") from None
-    partial = output.with_name(output.name + ".partial")
-    partial.unlink(missing_ok=True)  # it may be a link
-    partial.write_bytes(b"".join(kept))
-    partial.replace(output)
+        raise ConfigError(f"--output {output}{place} cannot be continued: {error}; give another file") from None
+    replace_file(output, b"".join(kept))
     return done
 
 
-def _parsed(line: bytes | None) -> Any:
+def _answer_in(line: bytes | None) -> Row | None:
+    """The answer in a line, None for an error and for what a crash cut. Raises ValueError for any other line."""
     try:
-        return json.loads(line or b"")
+        row = json.loads(line or b"")
     except (ValueError, RecursionError):
-        return None
+        if line and not line.endswith(b"\n") and line[: len(LINE_START)] == LINE_START[: len(line)]:
+            return None
+        row = None
+    if isinstance(row, dict) and isinstance(row.get("question_id"), (str, int)):
+        if isinstance(row.get("metadata"), dict):
+            return row
+        if set(row) == {"question_id", "error"}:
+            return None
+    raise ValueError("it is not an answer that this command wrote")
 
 
 def _require_same(row: Row, settings: Row) -> None:

@@ -44,7 +44,8 @@ class Conversation:
         self.turns, self.pictures, self.waiting = [], [], []
 
     def ask(self, text: str, say: Callable[[str], None]) -> None:
-        """Passes an answer to `say` in pieces, and keeps question and answer, also one that Ctrl-C stops.
+        """Passes an answer to `say` in pieces, and keeps question and answer, also one that Ctrl-C stops after its
+        first characters.
 
         Raises ConversationError for a question that cannot be asked, which is not kept; KeyboardInterrupt.
         """
@@ -60,19 +61,24 @@ class Conversation:
         pictures = [*self.pictures, *self.waiting]
         opening = [{"from": "system", "value": self.system}] if self.system is not None else []
         pieces = stream(self.trained, Question([*opening, *asked], pictures), self.sampling, template=self.template)
-        said: list[str] = []
+        said, is_finished = "", False
         try:
             for piece in pieces:
-                said.append(piece)
+                said += piece
                 say(piece)
+            is_finished = True
         finally:
             pieces.close()
-            self.turns = [*asked, {"from": "gpt", "value": "".join(said)}]
-            self.pictures, self.waiting = pictures, []
+            if said or is_finished:
+                self.turns = [*asked, {"from": "gpt", "value": said}]
+                self.pictures, self.waiting = pictures, []
 
 
 def talk(conversation: Conversation) -> None:
-    """Reads lines until Ctrl-D, /exit or the end of the input, and prints answers. Errors end only their own line."""
+    """Reads lines until Ctrl-D, /exit or the end of the input, and prints answers. Errors end only their own line.
+
+    Raises ConversationError for input that is not UTF-8.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives `input` arrow keys and a history
 
@@ -83,6 +89,8 @@ def talk(conversation: Conversation) -> None:
         except EOFError:
             say("\n" if prompt else "")
             return
+        except UnicodeDecodeError as error:
+            raise ConversationError(f"standard input is not UTF-8: {error.reason}; convert it, as by iconv") from None
         except KeyboardInterrupt:
             say("\n(Ctrl-D or /exit ends)\n")
             continue

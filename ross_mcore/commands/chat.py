@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
 
     try:
         with ending_cleanly():
+            if options.input is not None:
+                require_another_file(options.input, options.output)
             sampling = Sampling(
                 options.max_new_tokens, options.temperature, options.top_p, options.seed, tuple(options.stop)
             )
@@ -83,6 +85,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> int:
         if options.output is None:
             return interrupted(prog, "the conversation is over")
         return interrupted(prog, f"answers so far are in {options.output}; run the same command to continue")
+
+
+def require_another_file(questions: Path, answers: Path) -> None:
+    """Raises ConfigError, OSError."""
+    from ross_mcore.errors import ConfigError
+
+    if questions.exists() and answers.exists() and questions.samefile(answers):
+        raise ConfigError(f"--output {answers} is the file of --input; give another file")
 
 
 def talk(trained: TrainedModel, sampling: Sampling, options: argparse.Namespace) -> int:
@@ -109,16 +119,16 @@ def answer_file(trained: TrainedModel, sampling: Sampling, options: argparse.Nam
     from rich.console import Console
     from rich.progress import Progress
 
-    from ross_mcore.chat.batch import Asking
+    from ross_mcore.chat.batch import Answering
     from ross_mcore.shards.files import read_records
     from ross_mcore.shards.pictures import PictureFolder
 
     count, records = read_records(options.input)
     name = f"{options.load} iteration {trained.checkpoint.iteration}"
     folder = PictureFolder(options.image_folder or options.input.parent)
-    asking = Asking(trained, name, sampling, options.template, folder, options.batch_size, options.system)
+    answering = Answering(trained, name, sampling, options.template, folder, options.batch_size, options.system)
     with Progress(console=Console(stderr=True)) as bars:
         bar = bars.add_task("questions", total=count)
-        answers, errors = asking.answer(records, options.output, lambda number: bars.advance(bar, number))
+        answers, errors = answering.answer(records, options.output, lambda number: bars.advance(bar, number))
     print(f"{options.output}: {answers} answers" + (f", {errors} questions could not be asked" if errors else ""))
     return 1 if errors else 0

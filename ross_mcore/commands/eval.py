@@ -34,7 +34,8 @@ benchmark, and paths are relative to the file:
     by: question_kind
 
 Every process has the whole model and answers its share of the questions. Written into OUT: NAME/predictions.jsonl,
-results.json and results.md. After an interruption, run the same command again: what is answered is kept."""
+results.json and results.md. After an interruption, run the same command again: what is answered is kept,
+and what was bad is asked again."""
 
 NAMES = "pope, mmvp, mme, mmbench, multiple-choice, yes-no, short-answer, caption, reconstruction"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -58,7 +59,12 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = SCRIPT) 
     one("--suffix", metavar="TEXT", help='last line of every question, "" for none [as the reference asks]')
     one("--max-new-tokens", type=int, metavar="N", help="longest answer [128; mmvp 16]")
     one("--by", metavar="KEY", help="gives scores by this column or key too [category]")
-    one("--limit", type=int, metavar="N", help="the first questions only")
+    one(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="the first questions only, and the rest of their groups (as mmvp's pairs)",
+    )
     one("--steps", type=int, metavar="N", help="sampling steps of a reconstruction, up to 1000 [50]")
     one("--seed", type=int, help="seed of the reconstructions' noise [0]")
     options = parser.parse_args(arguments)

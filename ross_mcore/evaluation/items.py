@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 Prediction: TypeAlias = dict[str, Any]
@@ -61,6 +63,13 @@ def by_category(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
         if each.item.category:
             found.setdefault(each.item.category, []).append(each)
     return dict(sorted(found.items()))
+
+
+def first_groups(items: Sequence[Item], least: int) -> list[Item]:
+    """The items of the first whole groups, in order: at least so many, where there are."""
+    sizes = Counter(item.group or item.id for item in items)  # in the order in which the groups begin
+    before = dict(zip(sizes, accumulate(sizes.values(), initial=0)))
+    return [item for item in items if before[item.group or item.id] < least]
 
 
 def groups_of(judged: Sequence[Judged]) -> list[list[Judged]]:

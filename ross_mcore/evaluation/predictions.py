@@ -19,7 +19,7 @@ from typing import Any
 from ross_mcore import checked
 from ross_mcore.errors import ConfigError
 from ross_mcore.evaluation.items import Judged, Prediction
-from ross_mcore.logs import append, finite
+from ross_mcore.logs import append, finite, replace_file
 
 SETTINGS, PREDICTIONS, PARTS = "settings.json", "predictions.jsonl", "predictions.rank*.jsonl"
 
@@ -29,8 +29,8 @@ Settings = dict[str, str]
 def open_folder(folder: Path, settings: Settings) -> dict[str, Prediction]:
     """Makes the folder, or checks that it has the same settings; returns the predictions that it has, by id.
 
-    Predictions of several files, left by an interruption, are put into one. Raises ConfigError naming both values,
-    OSError.
+    Those of bad pictures and questions are left out, because they are asked again. Predictions of several files, left
+    by an interruption, are put into one. Raises ConfigError naming both values, OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS
@@ -40,13 +40,13 @@ def open_folder(folder: Path, settings: Settings) -> dict[str, Prediction]:
     if not file.exists():
         if found:
             raise ConfigError(f"{folder} has predictions and no {SETTINGS}; give another --out, or remove this folder")
-        replace_text(file, json.dumps(settings, indent=1) + "\n")
+        replace_file(file, (json.dumps(settings, indent=1) + "\n").encode())
     parts = list(folder.glob(PARTS))
     if parts:
-        replace_text(folder / PREDICTIONS, _lines(found.values()))
+        replace_file(folder / PREDICTIONS, _lines(found.values()))
         for part in parts:
             part.unlink()
-    return found
+    return {name: prediction for name, prediction in found.items() if "bad" not in prediction}
 
 
 def _require_same(file: Path, settings: Settings) -> None:
@@ -81,12 +81,12 @@ def read_predictions(folder: Path) -> dict[str, Prediction]:
 
 def add_predictions(folder: Path, rank: int, predictions: Iterable[Prediction]) -> None:
     """Appends the predictions of one process: all of them, or none where the disk is full. Raises OSError."""
-    append(folder / f"predictions.rank{rank}.jsonl", _lines(predictions).encode())
+    append(folder / f"predictions.rank{rank}.jsonl", _lines(predictions))
 
 
 def write_judged(folder: Path, judged: Sequence[Judged]) -> None:
     """Writes predictions.jsonl for people, in the order of the questions, and removes the files of the processes."""
-    replace_text(folder / PREDICTIONS, _lines(map(_line, judged)))
+    replace_file(folder / PREDICTIONS, _lines(map(_line, judged)))
     for part in folder.glob(PARTS):
         part.unlink()
 
@@ -98,13 +98,5 @@ def _line(judged: Judged) -> dict[str, Any]:
     return {**judged.prediction, **about, **outcome, **({"category": item.category} if item.category else {})}
 
 
-def _lines(values: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(finite(value), ensure_ascii=False) + "\n" for value in values)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file under a partial name and renames it. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # it may be a link
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _lines(values: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(finite(value), ensure_ascii=False) + "\n" for value in values).encode()

@@ -11,7 +11,7 @@ import ast
 import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -48,8 +48,6 @@ class Asking:
     chinese_suffix: str = ""
     """Takes its place for questions in Chinese."""
     category_key: str = "category"
-    limit: int | None = None
-    """Reads the first questions only."""
 
     def turn(self, question: str, has_picture: bool) -> tuple[str, str]:
         """The human's turn, with the picture before the question, as in LLaVA."""
@@ -111,10 +109,10 @@ def _cell(row: Row, keys: Sequence[str]) -> str | None:
     return None
 
 
-def _items(path: Path, rows: Sequence[Row], make: Callable[[Row, str], list[Item]], asking: Asking) -> list[Item]:
-    """The items of the first rows, with ids that occur once."""
+def _items(path: Path, rows: Sequence[Row], make: Callable[[Row, str], list[Item]]) -> list[Item]:
+    """The items of rows, with ids that occur once."""
     items: list[Item] = []
-    for number, row in enumerate(rows[: asking.limit], 1):
+    for number, row in enumerate(rows, 1):
         try:
             items += make(row, _cell(row, ID_KEYS) or str(number))
         except (ValueError, ConversationError) as error:
@@ -124,7 +122,7 @@ def _items(path: Path, rows: Sequence[Row], make: Callable[[Row, str], list[Item
         if item.id in seen:
             raise RecordsError(f"{path} has the id {checked.shown(item.id)} twice; number its rows")
         seen.add(item.id)
-    return items[: asking.limit]
+    return items
 
 
 def _pictures(row: Row) -> tuple[Any, ...]:
@@ -181,7 +179,7 @@ def pope(path: Path, asking: Asking) -> list[Item]:
             turn = asking.turn(_question(row), bool(pictures))
             return [Item(f"{category}/{name}", (turn,), pictures, (_yes_or_no(row),), category=category)]
 
-        items += _items(file, read_rows(file), make, asking)
+        items += _items(file, read_rows(file), make)
     return items
 
 
@@ -204,11 +202,16 @@ def mmvp(path: Path, asking: Asking) -> list[Item]:
 
     if len(rows[0]) < 4:
         raise RecordsError(f"{file} has {len(rows[0])} columns, expected the number, Question, Options, Correct Answer")
-    return _items(file, [{"cells": cells, "id": cells[0]} for cells in rows], make, asking)
+    return _items(file, [{"cells": cells, "id": cells[0]} for cells in rows], make)
 
 
 def yes_no_rows(path: Path, asking: Asking) -> list[Item]:
-    """A table whose answers are yes or no. The questions about one picture are a group."""
+    """A table whose answers are yes or no."""
+    return [replace(item, group="") for item in _yes_no_by_picture(path, asking)]
+
+
+def _yes_no_by_picture(path: Path, asking: Asking) -> list[Item]:
+    """The questions about one picture are a group."""
 
     def make(row: Row, name: str) -> list[Item]:
         pictures, category = _pictures(row), _cell(row, [asking.category_key]) or ""
@@ -216,12 +219,12 @@ def yes_no_rows(path: Path, asking: Asking) -> list[Item]:
         group = f"{category}/{_cell(row, ['image_path', 'image'])}"
         return [Item(name, (turn,), pictures, (_yes_or_no(row),), category=category, group=group)]
 
-    return _items(path, _with_referred_pictures(read_rows(path)), make, asking)
+    return _items(path, _with_referred_pictures(read_rows(path)), make)
 
 
 def mme_rows(path: Path, asking: Asking) -> list[Item]:
     """MME's table: two yes/no questions about every picture."""
-    items = yes_no_rows(path, asking)
+    items = _yes_no_by_picture(path, asking)
     counts: dict[str, int] = {}
     for item in items:
         counts[item.group] = counts.get(item.group, 0) + 1
@@ -249,7 +252,7 @@ def choice_rows(path: Path, asking: Asking) -> list[Item]:
         turn = asking.turn("\n".join(lines), bool(pictures))
         return [Item(name, (turn,), pictures, (letter,), options, category, group)]
 
-    return _items(path, _with_referred_pictures(read_rows(path)), make, asking)
+    return _items(path, _with_referred_pictures(read_rows(path)), make)
 
 
 def _options(row: Row) -> Iterator[tuple[str, str]]:
@@ -277,7 +280,7 @@ def text_rows(path: Path, asking: Asking) -> list[Item]:
         turn = asking.turn(_question(row), bool(pictures))
         return [Item(name, (turn,), pictures, tuple(answers), category=category)]
 
-    return _items(path, _with_referred_pictures(read_rows(path)), make, asking)
+    return _items(path, _with_referred_pictures(read_rows(path)), make)
 
 
 def short_answer_rows(path: Path, asking: Asking) -> list[Item]:
@@ -328,10 +331,7 @@ def pictures(path: Path, asking: Asking) -> list[Item]:
         found = [each for each in found if each[0]]
     if not found:
         raise RecordsError(f"{path} has no pictures; give a folder of pictures, or a table with a column image")
-    return [
-        Item(each[0] if len(each[0]) < 200 else str(number), pictures=each)
-        for number, each in enumerate(found[: asking.limit], 1)
-    ]
+    return [Item(each[0] if len(each[0]) < 200 else str(number), pictures=each) for number, each in enumerate(found, 1)]
 
 
 def _is_picture(path: Path) -> bool:

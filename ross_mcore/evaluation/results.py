@@ -9,8 +9,8 @@ from typing import Any
 
 from ross_mcore import checked
 from ross_mcore.evaluation.items import Judged, by_category
-from ross_mcore.evaluation.predictions import replace_text
 from ross_mcore.evaluation.table import Benchmark
+from ross_mcore.logs import replace_file
 
 SCORES, RESULTS, TABLE = "scores.json", "results.json", "results.md"
 DECIMALS = {"SSIM": 4, "PSNR": 2}
@@ -37,13 +37,16 @@ def summarise(name: str, benchmark: str, checkpoint: str, row: Benchmark, judged
     }
 
 
-def write_results(out: Path, name: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Writes the scores of one benchmark, and the tables of all that `out` has; returns those. Raises OSError."""
-    replace_text(out / name / SCORES, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
+def write_results(out: Path, name: str, entry: dict[str, Any]) -> None:
+    """Writes the scores of one benchmark, and the tables of all that `out` has. Raises OSError."""
+    replace_file(out / name / SCORES, _json(entry))
     entries = list(_entries(out))
-    replace_text(out / RESULTS, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
-    replace_text(out / TABLE, "\n".join(markdown(each) for each in entries))
-    return entries
+    replace_file(out / RESULTS, _json(entries))
+    replace_file(out / TABLE, "\n".join(markdown(each) for each in entries).encode())
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _entries(out: Path) -> Iterator[dict[str, Any]]:

@@ -18,12 +18,12 @@ from ross_mcore.checkpoint.folder import Checkpoint
 from ross_mcore.checkpoint.manifest import MARKER
 from ross_mcore.data.image import decode_image
 from ross_mcore.errors import ConfigError, ConversationError, ImageError, RecordsError, SampleError
-from ross_mcore.evaluation.items import Item, Judged, Prediction
+from ross_mcore.evaluation.items import Item, Judged, Prediction, first_groups
 from ross_mcore.evaluation.predictions import Settings, add_predictions, open_folder, read_predictions, write_judged
 from ross_mcore.evaluation.quality import psnr, ssim
 from ross_mcore.evaluation.questions import Asking
 from ross_mcore.evaluation.table import BENCHMARKS, Benchmark
-from ross_mcore.generation import Sampling, generate
+from ross_mcore.generation import Sampling, generate_each
 from ross_mcore.inference import reconstruct
 from ross_mcore.parallel.collectives import all_or_none, from_first_rank
 from ross_mcore.shards.pictures import PictureFolder
@@ -49,7 +49,7 @@ class Task:
     by: str = "category"
     """Column or key by which scores are given too."""
     limit: int | None = None
-    """Number of questions, from the first; None: all."""
+    """Number of questions, from the first, and the rest of the last one's group; None: all."""
     follow_links: bool = False
     """Allow links that lead out of the folder of pictures."""
     steps: int = 50
@@ -87,10 +87,10 @@ class Task:
         """Reads the questions. Raises RecordsError."""
         suffix = self.row.suffix if self.suffix is None else self.suffix
         chinese = self.row.chinese_suffix if self.suffix is None else ""
-        items = self.row.read_items(Path(self.data), Asking(suffix, chinese, self.by, self.limit))
+        items = self.row.read_items(Path(self.data), Asking(suffix, chinese, self.by))
         if not items:
             raise RecordsError(f"{self.data} has no questions")
-        return items
+        return items if self.limit is None else first_groups(items, self.limit)
 
 
 def settings_of(task: Task, items: Sequence[Item], trained: TrainedModel, template: str | None, dtype: str) -> Settings:
@@ -174,14 +174,11 @@ class Evaluation:
             Question([{"from": role, "value": text} for role, text in item.turns], pictures) for item, pictures in asked
         ]
         sampling = Sampling(max_new_tokens=task.answer_tokens)
-        try:
-            found = generate(self.trained, questions, sampling, template=self.template, batch_size=self.batch_size)
-        except ConversationError as error:  # such as a question that is too long for the model
-            if len(asked) == 1:
-                return [{"id": asked[0][0].id, "bad": str(error)}]
-            return [each for one in asked for each in self._answer(task, [one])]
+        found = generate_each(self.trained, questions, sampling, template=self.template, batch_size=self.batch_size)
         return [
-            {"id": item.id, "text": answer.text, "finish_reason": answer.finish_reason}
+            {"id": item.id, "bad": str(answer)}  # such as a question that is too long for the model
+            if isinstance(answer, ConversationError)
+            else {"id": item.id, "text": answer.text, "finish_reason": answer.finish_reason}
             for (item, _), answer in zip(asked, found, strict=True)
         ]
 

@@ -19,7 +19,7 @@ from ross_mcore import checked
 from ross_mcore.data.image import as_pixels
 from ross_mcore.engine.run import Run
 from ross_mcore.engine.state import TrainState
-from ross_mcore.logs import say
+from ross_mcore.logs import replace_file, say
 from ross_mcore.reporting.board import Board, compared_options
 from ross_mcore.reporting.services import SERVICES, Service, TrackedRun
 
@@ -184,10 +184,8 @@ def read_ids(path: Path) -> dict[str, str]:
 
 
 def write_ids(path: Path, ids: Mapping[str, str]) -> None:
-    """Writes under a partial name and renames. Raises OSError."""
-    partial_file = path.with_suffix(".partial")
-    partial_file.write_text(json.dumps(ids) + "\n", encoding="utf-8")
-    partial_file.replace(path)
+    """Raises OSError."""
+    replace_file(path, (json.dumps(ids) + "\n").encode())
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from ross_mcore import __version__
+from ross_mcore.logs import replace_file
 from ross_mcore.run_report import sections
 from ross_mcore.run_report.charts import Axis, Chart, Curve, curve, draw, hover_data
 from ross_mcore.run_report.html import folded, named, section, text
@@ -70,11 +71,8 @@ def page(runs: Sequence[RunRecord], most_pictures: int) -> str:
 
 
 def write(path: Path, content: str) -> None:
-    """Writes under a partial name and renames. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # it may be a link
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    """Raises OSError."""
+    replace_file(path, content.encode())
 
 
 def _file(name: str) -> str:

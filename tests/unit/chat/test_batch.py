@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ross_mcore import ConfigError, ConversationError, Generated, Question, Sampling
-from ross_mcore.chat import batch
-from ross_mcore.chat.batch import Asking
+from ross_mcore import ConfigError, ConversationError, Generated, Question, Sampling, generation
+from ross_mcore.chat.batch import Answering
+from ross_mcore.commands.chat import require_another_file
 from ross_mcore.shards.files import read_records
 from ross_mcore.shards.pictures import PictureFolder
 from tests.recorded import GOLDEN
@@ -37,10 +37,10 @@ class Model:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stops_at: str = "never") -> None:
         self.asked: list[tuple[int, Question]] = []
         self.stops_at = stops_at
-        monkeypatch.setattr(batch, "generate", self.generate)
+        monkeypatch.setattr(generation, "generate", self.generate)
 
     def generate(
-        self, trained: Any, questions: Sequence[Question], sampling: Sampling, *, template: Any, numbers: Sequence[int]
+        self, trained: Any, questions: Sequence[Question], sampling: Sampling, *, numbers: Sequence[int], **options: Any
     ) -> list[Generated]:
         for place, question in enumerate(questions):
             if "too long" in str(question.conversations):
@@ -51,17 +51,17 @@ class Model:
         return [Generated(f"ü{number}", (number,), "stop", 5) for number in numbers]
 
 
-def asking(temperature: float = 0.0, batch_size: int = 2) -> Asking:
+def answering(temperature: float = 0.0, batch_size: int = 2) -> Answering:
     trained: Any = SimpleNamespace(template="qwen_2", spec=SimpleNamespace(truncated_images="refuse"))
-    return Asking(
+    return Answering(
         trained, "run", Sampling(temperature=temperature), None, PictureFolder(PICTURES), batch_size, "Short."
     )
 
 
-def answers(tmp_path: Path, made: Asking | None = None) -> tuple[tuple[int, int], list[dict[str, Any]]]:
+def answers(tmp_path: Path, made: Answering | None = None) -> tuple[tuple[int, int], list[dict[str, Any]]]:
     questions, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     questions.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    counts = (made or asking()).answer(read_records(questions)[1], output, lambda number: None)
+    counts = (made or answering()).answer(read_records(questions)[1], output, lambda number: None)
     return counts, [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -90,17 +90,40 @@ def test_an_interrupted_file_is_continued(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(str(row["question_id"]) for row in rows) == ["10", "2", "7", "7 (record 4)", "8", "9", "b"]
 
 
-@pytest.mark.parametrize("content", ['{"question_id": 1, "text": "A", "metadata": 3}\n', "[1]\n", '{"a": 1}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"question_id": 1, "text": "A", "metadata": 3}\n',
+        "[1]\n",
+        '{"a": 1}\n',
+        '{"error": "of another program"}\n',
+        "notes\n",
+        "notes",
+        "\n",
+        '{"question_id": 8, "error": "no file"}\n{"question_id": 9, "te\n',
+    ],
+)
 def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Model(monkeypatch)
     (tmp_path / "answers.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=r"--output .*answers.jsonl cannot be continued: .*; give another file"):
+    with pytest.raises(
+        ConfigError, match=r"--output .*answers.jsonl \(line \d\) cannot be continued: .*; give another file"
+    ):
         answers(tmp_path)
     assert (tmp_path / "answers.jsonl").read_text() == content
+
+
+def test_the_file_of_questions_is_not_written_to(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("[]")
+    (tmp_path / "link").symlink_to(questions)
+    require_another_file(questions, tmp_path / "new")
+    with pytest.raises(ConfigError, match=r"--output .*/link is the file of --input; give another file"):
+        require_another_file(questions, tmp_path / "link")
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Model(monkeypatch)
     answers(tmp_path)
     with pytest.raises(ConfigError, match=r"it has answers with temperature 0.0, and now it is 0.5"):
-        answers(tmp_path, asking(temperature=0.5))
+        answers(tmp_path, answering(temperature=0.5))

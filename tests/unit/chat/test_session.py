@@ -88,3 +88,17 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(
     conversation = typed(monkeypatch, "What?", "And?")
     assert capsys.readouterr().out == "Ye?[2J (stopped)\n" * 2
     assert said.turns(1)[1] == ("gpt", "Ye\x1b[2J") and len(conversation.turns) == 4
+
+
+def test_a_question_stopped_before_its_answer_is_not_kept(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    said.pieces = ("", "^C")
+    conversation = typed(monkeypatch, "/image a.png", "What?")
+    assert conversation.turns == conversation.pictures == [] and len(conversation.waiting) == 1
+    said.pieces = ("",)
+    assert typed(monkeypatch, "What?").turns[1]["value"] == ""
+
+
+def test_input_that_is_not_utf8_is_refused(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Caf\xe9?\n"), encoding="utf-8"))
+    with pytest.raises(ConversationError, match="standard input is not UTF-8: .*; convert it"):
+        talk(Conversation(None, Sampling()))  # type: ignore[arg-type]  # no model is used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from ross_mcore.commands import eval as command
 from ross_mcore.errors import ConfigError
 from ross_mcore.evaluation.items import Item
-from ross_mcore.evaluation.predictions import add_predictions, open_folder, write_judged
+from ross_mcore.evaluation.predictions import add_predictions, open_folder, read_predictions, write_judged
 from ross_mcore.evaluation.results import markdown, summarise, write_results
 from ross_mcore.evaluation.table import BENCHMARKS
 
@@ -29,6 +30,15 @@ def test_predictions_survive_an_interruption_and_a_cut_line(tmp_path: Path) -> N
     assert sorted(file.name for file in folder.iterdir()) == ["predictions.jsonl", "settings.json"]
     add_predictions(folder, 0, [{"id": "3", "text": "three"}])
     assert list(open_folder(folder, SETTINGS)) == ["1", "2", "3"]
+
+
+def test_what_was_bad_is_asked_again(tmp_path: Path) -> None:
+    open_folder(tmp_path, SETTINGS)
+    add_predictions(tmp_path, 0, [{"id": "1", "bad": "no file"}, {"id": "2", "text": "two"}])
+    for _ in range(2):
+        assert list(open_folder(tmp_path, SETTINGS)) == ["2"]
+    add_predictions(tmp_path, 0, [{"id": "1", "text": "one"}])
+    assert read_predictions(tmp_path)["1"] == {"id": "1", "text": "one"}
 
 
 def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
@@ -51,7 +61,8 @@ def test_tables_have_counts_scores_and_categories(tmp_path: Path) -> None:
     open_folder(tmp_path / "mine", SETTINGS)
     write_judged(tmp_path / "mine", judged)
     entry = summarise("mine", "short-answer", "run iteration 5", ROW, judged)
-    assert write_results(tmp_path, "mine", entry) == [entry]
+    write_results(tmp_path, "mine", entry)
+    assert json.loads((tmp_path / "results.json").read_text()) == [entry]
     assert (
         (tmp_path / "results.md").read_text()
         == markdown(entry)

@@ -38,6 +38,7 @@ def test_pope_has_a_category_for_each_file(tmp_path: Path) -> None:
         ("random/1", "random", ("no",)),
     ]
     asked = "<image>\nIs there a dog?\nAnswer the question using a single word or phrase."
+    assert len(Task("pope", str(tmp_path), limit=3).items()) == 3
     assert items[0].turns == (("human", asked),) and items[0].pictures == ("COCO_1.jpg",)
     one = Task("pope", str(tmp_path / "coco_pope_random.json"), suffix="", limit=1).items()
     assert [item.turns[0][1] for item in one] == ["<image>\nIs there a dog?"]
@@ -76,6 +77,11 @@ def test_mme_has_two_questions_a_picture(tmp_path: Path) -> None:
     rows = [["question", "answer", "image_path", "category"], ["Is it?", "Yes", "1.png", "count"]]
     file = table(tmp_path / "mme.csv", *rows, ["Is it not?", "No", "1.png", "count"])
     assert [item.group for item in Task("mme", str(file)).items()] == ["count/1.png"] * 2
+    others = [["Is it?", "No", "2.png", "count"], ["Is it not?", "Yes", "2.png", "count"]]
+    table(file, *rows, others[0], ["Is it not?", "No", "1.png", "count"], others[1])
+    assert [item.id for item in Task("mme", str(file), limit=1).items()] == ["1", "3"]
+    assert [item.id for item in Task("mme", str(file), limit=3).items()] == ["1", "2", "3", "4"]
+    assert [item.id for item in Task("yes-no", str(file), limit=1).items()] == ["1"]
     table(file, *rows)
     with pytest.raises(RecordsError, match=r"has 1 questions about 'count/1.png'.*2 a picture"):
         Task("mme", str(file)).items()

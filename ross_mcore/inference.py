@@ -8,7 +8,7 @@ Legend: K pictures, Hd side of a decoded picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ross_mcore.data.conversation import IMAGE_PLACEHOLDER
 from ross_mcore.data.image import as_pixels
-from ross_mcore.models.ross import OnStep
+from ross_mcore.models.diffusion import run_steps
+from ross_mcore.models.ross import Reconstructing
 from ross_mcore.trained import Picture, TrainedModel, pixels_of, require_model, row_of, run
 
 
@@ -31,7 +32,7 @@ def reconstruct(
     batch_size: int = 8,
     seed: int | None = None,
     start_timestep: int | None = None,
-    on_step: OnStep | None = None,
+    on_step: Callable[[int, Callable[[], Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """K pictures -> (originals, reconstructions), both [K, 3, Hd, Hd] in [0, 1].
 
@@ -43,6 +44,26 @@ def reconstruct(
     Raises ArchitectureError for a model without a denoiser, ImageError for an unusable picture, OSError for an
     unreadable file, ValueError for a number of steps or a timestep out of range.
     """
+
+    def report(timestep: int, estimate: Tensor) -> None:
+        if on_step is not None:
+            on_step(timestep, lambda: trained.model.pixel_decoder.decode(estimate))
+
+    steps_of_all = reconstruct_steps(trained, pictures, steps, temperature, batch_size, seed, start_timestep)
+    return run_steps(steps_of_all, report)
+
+
+@torch.no_grad()
+def reconstruct_steps(
+    trained: TrainedModel,
+    pictures: Sequence[Picture],
+    steps: int = 50,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    seed: int | None = None,
+    start_timestep: int | None = None,
+) -> Reconstructing:
+    """`reconstruct` as a generator, which yields in every step and returns the same; raises as it does."""
     require_model(trained)
     _ = trained.config.decode_image_size
     if isinstance(pictures, (str, Path, Image.Image)) or not len(pictures):
@@ -56,14 +77,8 @@ def reconstruct(
             for place, pixels in enumerate(some, start)
         ]
         batch, hidden = run(trained, rows)
-        original, reconstruction = trained.model.reconstruct(
-            hidden,
-            batch,
-            steps=steps,
-            temperature=temperature,
-            seed=seed,
-            start_timestep=start_timestep,
-            on_step=on_step,
+        original, reconstruction = yield from trained.model.reconstruct(
+            hidden, batch, steps=steps, temperature=temperature, seed=seed, start_timestep=start_timestep
         )
         originals.append(original.cpu())
         reconstructions.append(reconstruction.cpu())

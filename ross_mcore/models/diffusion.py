@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ross_mcore.batch import Draws
+
+Samples = TypeVar("Samples")
 
 TRAIN_TIMESTEPS = 1000
 MAX_BETA = 0.999
@@ -141,6 +144,19 @@ def epsilon_loss(prediction: Tensor, noise: Tensor) -> Tensor:
     return (noise - prediction).square().flatten(1).mean(1)
 
 
+def run_steps(
+    steps: Generator[tuple[int, Tensor], None, Samples], on_step: Callable[[int, Tensor], None] | None = None
+) -> Samples:
+    """Takes all steps of a sampling; `on_step` gets what each yields."""
+    while True:
+        try:
+            timestep, estimate = next(steps)
+        except StopIteration as finished:
+            return cast(Samples, finished.value)
+        if on_step is not None:
+            on_step(timestep, estimate)
+
+
 @torch.no_grad()
 def sample(
     denoise: Callable[[Tensor, Tensor], Tensor],
@@ -150,17 +166,18 @@ def sample(
     *,
     temperature: float = 1.0,
     clip: float | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
+) -> Generator[tuple[int, Tensor], None, Tensor]:
     """Ancestral sampling (DDPM algorithm 2): start [M, C, g, g] -> latents [M, C, g, g] float32 on its device.
+
+    Yields in each step its timestep of the full process and its estimate of x_0, and returns the latents: `run_steps`.
 
     denoise(x [M, C, g, g], timesteps [M]) returns the predicted noise; its timesteps are those of the full process.
     `start` is Gaussian noise, or latents at the schedule's last timestep. `noises` has one more [M, C, g, g] on any
     device for each timestep, in the order used; the last is not used. `temperature` scales them; `clip` bounds the
     estimate of x_0 to [-clip, clip]. The reference does not bound it; but the cosine schedule ends at a signal of 5e-5,
-    where an error of 0.1 in the predicted noise is an error of 2,000 in x_0 and spoils the sample. `on_step` gets each
-    step's timestep of the full process and estimate of x_0. Raises ValueError when the number of noises or their shape
-    is wrong. Source: reference gaussian_diffusion.py (p_sample_loop) and denoiser_dit.py:250-268.
+    where an error of 0.1 in the predicted noise is an error of 2,000 in x_0 and spoils the sample. Raises ValueError
+    when the number of noises or their shape is wrong. Source: reference gaussian_diffusion.py (p_sample_loop) and
+    denoiser_dit.py:250-268.
     """
     x = start.float()
     deviations = schedule.fixed_large_variance.sqrt().float()
@@ -172,8 +189,7 @@ def sample(
         estimate = schedule.predict_start(x, timesteps, noise)
         if clip is not None:
             estimate = estimate.clamp(-clip, clip)
-        if on_step is not None:
-            on_step(int(schedule.timestep_map[step]), estimate)
+        yield int(schedule.timestep_map[step]), estimate
         x = schedule.posterior(estimate, x, timesteps)[0]
         if step:
             x = x + temperature * float(deviations[step]) * fresh.to(x)

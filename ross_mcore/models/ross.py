@@ -7,7 +7,7 @@ states are [T, 1, D], or this rank's piece of the T tokens under sequence parall
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -38,8 +38,8 @@ from ross_mcore.parts import PARTS
 LATENT_BOUND = 4.0
 """Limit of sampled latents in standard deviations; the VAE's scaling gives latents unit variance."""
 
-OnStep: TypeAlias = Callable[[int, Callable[[], Tensor]], None]
-"""Called in every step of a reconstruction with its timestep and a function that decodes its estimate."""
+Reconstructing: TypeAlias = Generator[tuple[int, Tensor], None, tuple[Tensor, Tensor]]
+"""Yields each step's timestep and estimate of the latents; returns (originals, reconstructions). diffusion.run_steps"""
 
 
 @dataclass(frozen=True)
@@ -316,17 +316,15 @@ class RossModel(MegatronModule):
         temperature: float = 1.0,
         seed: int | None = None,
         start_timestep: int | None = None,
-        on_step: OnStep | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Reconstructs this rank's images from their hidden states, on the last stage.
+    ) -> Reconstructing:
+        """Reconstructs this rank's images from their hidden states, on the last stage, a step at a time.
 
         hidden [T, 1, D] from `forward(output="hidden")` -> (originals, reconstructions), both [J, 3, Hd, Hd] in [0, 1].
         The denoiser samples latents in `steps` steps, and the VAE decodes them. The noise of an image depends on (seed,
         position, ordinal) only, so its reconstruction is the same in every layout; `seed` is by default the model's.
 
         Sampling starts at pure noise, or with `start_timestep` t (0 to 999) at the image's own latents noised to t; it
-        then has at most t + 1 steps. `on_step(timestep, estimate)` is called in every step; `estimate()` decodes what
-        the step takes the clean latents to be, [J, 3, Hd, Hd] in [0, 1]. Raises ValueError for numbers out of range.
+        then has at most t + 1 steps. Raises ValueError for numbers out of range.
         """
         mine = self._share(batch)
         condition = image_tokens.gather(hidden, _part(batch.image_starts, mine), self.model.vision.image_tokens)
@@ -343,22 +341,17 @@ class RossModel(MegatronModule):
             drawn = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(drawn) if drawn else torch.zeros(0, *shape)
 
-        def report(timestep: int, estimate: Tensor) -> None:
-            if on_step is not None:
-                on_step(timestep, lambda: self.pixel_decoder.decode(estimate))
-
         schedule, start = self.schedule.respace(steps, start_timestep), draw().to(hidden.device)
         if start_timestep is not None:
             timesteps = torch.full((len(start),), start_timestep, dtype=torch.int64, device=start.device)
             start = self.schedule.q_sample(self._mean_latents(batch), timesteps, start)
-        latents = diffusion.sample(
+        latents = yield from diffusion.sample(
             lambda x, timesteps: self.denoiser(x, timesteps, condition),
             schedule,
             start,
             (draw() for _ in range(schedule.num_timesteps)),
             temperature=temperature,
             clip=LATENT_BOUND,
-            on_step=report,
         )
         if self.options.precomputed.latents:  # pixels may not be read; the VAE decodes the stored mean
             return self.pixel_decoder.decode(self._mean_latents(batch)), self.pixel_decoder.decode(latents)

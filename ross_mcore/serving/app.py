@@ -78,7 +78,7 @@ class Service:
             await self._decoded(partial(model.pixels, picture, f"picture {number}"))
             for number, picture in enumerate(chat.pictures, 1)
         ]
-        job = self.worker.submit(model.name, lambda _: model.answer(chat, pixels))
+        job = self.worker.submit(model.name, lambda: model.answer(chat, pixels))
         try:
             await _unless_gone(request, job.next())  # it starts: errors of the conversation are known
             if chat.stream:
@@ -95,7 +95,7 @@ class Service:
         if not model.description["reconstructs"]:
             raise ApiError(f"{model.name} has no denoiser, so it reconstructs no pictures", code="no_denoiser")
         pixels = await self._decoded(partial(model.pixels, asked.picture, "picture"))
-        job = self.worker.submit(model.name, partial(model.reconstruct, asked, pixels))
+        job = self.worker.submit(model.name, lambda: model.reconstruct(asked, pixels))
         try:
             return JSONResponse(await _unless_gone(request, _result(job)))
         finally:

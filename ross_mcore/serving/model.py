@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch import Tensor
 from ross_mcore.data.image import decode_image
 from ross_mcore.errors import ConversationError, ImageError
 from ross_mcore.generation import Generated, Sampling, prompt_spec, stream
-from ross_mcore.inference import as_picture, reconstruct
+from ross_mcore.inference import as_picture, reconstruct_steps
 from ross_mcore.serving.protocol import ApiError, Chat, Reconstruct
-from ross_mcore.serving.worker import Job
 from ross_mcore.trained import Question, TrainedModel
 
 DIFFERENCE_SCALE = 3
@@ -54,20 +53,13 @@ class ServedModel:
         sampling = Sampling(chat.max_new_tokens, chat.temperature, chat.top_p, chat.seed, chat.stop)
         return stream(self.trained, Question(chat.turns, pixels), sampling)
 
-    def reconstruct(self, asked: Reconstruct, pixels: Tensor, job: Job) -> Generator[None, None, dict[str, Any]]:
-        """Returns the pictures as data: URLs, and the peak signal-to-noise ratio in dB. Raises Ended, UserError."""
-        yield
+    def reconstruct(self, asked: Reconstruct, pixels: Tensor) -> Generator[Any, None, dict[str, Any]]:
+        """Yields in every step; returns the pictures as data: URLs, and the peak signal-to-noise ratio in dB.
 
-        def check(timestep: int, estimate: Callable[[], Tensor]) -> None:
-            job.check()
-
-        originals, found = reconstruct(
-            self.trained,
-            [pixels],
-            steps=asked.steps,
-            seed=asked.seed,
-            start_timestep=asked.start_timestep,
-            on_step=check,
+        Raises UserError.
+        """
+        originals, found = yield from reconstruct_steps(
+            self.trained, [pixels], steps=asked.steps, seed=asked.seed, start_timestep=asked.start_timestep
         )
         original, image = originals[0].clamp(0, 1), found[0]
         difference = (original - image).abs()

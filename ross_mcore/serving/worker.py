@@ -28,7 +28,7 @@ INTERNAL = ApiError("an error inside the server; its log has the details", 500, 
 
 
 class Ended(Exception):
-    """The job's client is gone or the server stops; raised within a job's work."""
+    """The job's client is gone or the server stops."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Result:
 class Job:
     """Work for one model. Its items arrive in the event loop that made it."""
 
-    def __init__(self, start: Callable[[Job], Steps]) -> None:
+    def __init__(self, start: Callable[[], Steps]) -> None:
         self._start, self._loop = start, asyncio.get_running_loop()
         self._items: asyncio.Queue[Any] = asyncio.Queue()
         self._steps: Steps | None = None
@@ -50,11 +50,6 @@ class Job:
     def end(self) -> None:
         """Ends the work at its next step. Callable from any thread, any number of times."""
         self.is_ended = True
-
-    def check(self) -> None:
-        """Raises Ended when nobody waits for the result; called within long work."""
-        if self.is_ended:
-            raise Ended
 
     async def next(self) -> Any:
         """The next item: None when the work starts, what it yields, and at last a Result. Raises ApiError."""
@@ -66,9 +61,10 @@ class Job:
     def advance(self) -> bool:
         """Takes a step, in the worker's thread; whether there are more."""
         try:
-            self.check()
+            if self.is_ended:
+                raise Ended
             if self._steps is None:
-                self._steps = self._start(self)
+                self._steps = self._start()
                 self._send(None)
             else:
                 self._send(next(self._steps))
@@ -112,7 +108,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="models", daemon=True)
         self._thread.start()
 
-    def submit(self, model: str, start: Callable[[Job], Steps]) -> Job:
+    def submit(self, model: str, start: Callable[[], Steps]) -> Job:
         """Adds a job; called in an event loop. Raises ApiError when too many wait or the server stops."""
         with self._changed:
             if self._is_stopping:

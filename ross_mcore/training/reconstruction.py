@@ -16,6 +16,7 @@ from ross_mcore.data.workers import Interrupted
 from ross_mcore.engine.engine import Engine
 from ross_mcore.engine.progress import at
 from ross_mcore.engine.step import AgreedStep
+from ross_mcore.models.diffusion import run_steps
 from ross_mcore.parallel.collectives import any_rank
 from ross_mcore.parallel.split import gather_shares
 from ross_mcore.reporting.pictures import picture_grid
@@ -53,7 +54,7 @@ def reconstruction_grid(
         image_size = engine.model_config.vision.image_size
         seq_length, slots = step.size.seq_lengths[number], step.slots_of(number)
         batch = collate(rows, seq_length, image_size, slots, turn=number).to(engine.device)
-        original, picture = engine.model.last.reconstruct(hidden[number], batch)
+        original, picture = run_steps(engine.model.last.reconstruct(hidden[number], batch))
         for found, mine in ((originals, original), (pictures, picture)):
             found.append(gather_shares(mine.contiguous(), batch.num_images, engine.groups.tensor, number))
     if not pictures:

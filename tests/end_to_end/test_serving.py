@@ -32,7 +32,7 @@ from ross_mcore.generation import Generated
 from ross_mcore.serving.app import Service, create_app
 from ross_mcore.serving.gate import Gate
 from ross_mcore.serving.model import ServedModel
-from ross_mcore.serving.protocol import Limits
+from ross_mcore.serving.protocol import Limits, Reconstruct
 from ross_mcore.serving.server import Server, bind
 from ross_mcore.serving.worker import Worker
 from tests.chromium import Page, needs_chromium
@@ -203,6 +203,8 @@ def test_reconstructions_are_those_of_the_model(tiny: Running, served: ServedMod
     assert torch.equal(_levels(found["reconstruction"]), (images[0] * 255).round())
     expected = ((originals[0].clamp(0, 1) - images[0]).abs() * found["difference_scale"]).clamp(0, 1)
     assert torch.equal(_levels(found["difference"]), (expected * 255).round())
+    asked = Reconstruct("tiny", b"", steps=3)
+    assert len(list(served.reconstruct(asked, served.pixels(PICTURE.read_bytes(), "picture")))) == 3  # others' turns
 
 
 def _levels(url: str) -> Tensor:

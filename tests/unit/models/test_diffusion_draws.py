@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ross_mcore.batch import Draws
+from ross_mcore.models import diffusion
 from ross_mcore.models.diffusion import (
     Schedule,
     by_timestep,
@@ -13,7 +14,7 @@ from ross_mcore.models.diffusion import (
     keyed_draws,
     pair_losses,
     reconstruction_losses,
-    sample,
+    run_steps,
     spaced_timesteps,
     timestep_ranges,
 )
@@ -107,6 +108,10 @@ def drawn(shape, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     start, *noises = [torch.randn(shape, generator=generator) for _ in range(1 + steps)]
     return start, noises
+
+
+def sample(*arguments, on_step=None, **options):
+    return run_steps(diffusion.sample(*arguments, **options), on_step)
 
 
 def test_sampler_reproduces_a_distribution():

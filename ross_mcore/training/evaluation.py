@@ -71,7 +71,7 @@ def validate_checkpoint(config: Config, closing: ExitStack) -> None:
             f"validation of {start.path}, template {held_out.spec.template}, on "
             f"{', '.join(f'{name} ({size} samples)' for name, size in zip(held_out.names, held_out.sizes))}"
         )
-    warnings = from_first_rank(lambda: about_held_out(engine.model_config, held_out))
+    warnings = from_first_rank(lambda: about_held_out(engine.model_config, held_out, in_training=False))
     training = config.training
     rows = training.global_batch_size or training.global_batch_samples
     found, bad = validate(engine, held_out, start.iteration, rows)

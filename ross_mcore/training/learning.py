@@ -38,12 +38,17 @@ def check_data(config: Config, model_config: ModelConfig, dataset: MixtureDatase
     return warnings
 
 
-def about_held_out(model_config: ModelConfig, held_out: MixtureDataset) -> list[str]:
-    """Warnings about data sets that are only validated on. Raises ConfigError when one of them leaves nothing."""
+def about_held_out(model_config: ModelConfig, held_out: MixtureDataset, *, in_training: bool) -> list[str]:
+    """Warnings about data sets that are only validated on.
+
+    Raises ConfigError when one of them leaves nothing `in_training`, where every validation would have no loss; a
+    validation alone shows that at once.
+    """
     warnings = []
     for name, part in zip(held_out.names, held_out.parts, strict=True):
         found = survey(part)
-        _require_any(part, found, "validate on")
+        if in_training:
+            _require_any(part, found, "validate on")
         warnings += [f"validation on {name}: warning: {text}" for text in _remarks(model_config, part, found)]
     return warnings
 

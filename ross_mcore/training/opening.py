@@ -78,7 +78,7 @@ def open_run(
     at("looking at the data", is_long=True)
     warnings = [*remarks, *from_first_rank(lambda: check_data(config, model_config, dataset))]
     if held_out is not None:
-        warnings += from_first_rank(lambda: about_held_out(model_config, held_out))
+        warnings += from_first_rank(lambda: about_held_out(model_config, held_out, in_training=True))
     kept = all_or_none(lambda: rows_kept(start, config, groups.layout)) if resume else None
     steps = plan_steps(config, dataset, groups.layout, kept)
     order, rows_per_step, train_iters = steps.order, steps.rows, steps.iterations

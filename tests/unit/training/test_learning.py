@@ -71,8 +71,12 @@ def test_samples_that_are_skipped_or_cut_are_counted(monkeypatch: pytest.MonkeyP
         warnings_of(monkeypatch, labelled=Found(), nothing={"it has over 64 pictures": Found(10, [1])})
     nothing = Survey(10, True, nothing={reason: Found(10, [1])}, lengths=np.full(10, 40))
     monkeypatch.setattr(learning, "survey", lambda part: nothing)
+    held_out: Any = SimpleNamespace(names=["a"], parts=[Part()])
+    model: Any = SimpleNamespace(language=SimpleNamespace(max_position_embeddings=128))
     with pytest.raises(ConfigError, match=r"shards leaves nothing to validate on: 10 of 10 samples: the cut at 64"):
-        about_held_out(None, SimpleNamespace(names=["a"], parts=[Part()]))  # type: ignore[arg-type]
+        about_held_out(model, held_out, in_training=True)
+    (warning,) = about_held_out(model, held_out, in_training=False)
+    assert warning.startswith("validation on a: warning: 100.0% of the samples are left out")
     with pytest.raises(ConfigError, match="none of the 10 pictures of shards would be trained on: 3 of 10 samp"):
         warnings_of(monkeypatch, labelled=Found(7), pictured=Found(), nothing={reason: Found(3, [1])})
     long = warnings_of(monkeypatch, lengths=np.array([40] * 7 + [100] * 3), positions=50)

@@ -26,7 +26,6 @@ from torch import Tensor
 import ross_mcore
 from ross_mcore import Question, Sampling, TrainedModel
 from ross_mcore.__main__ import main
-from ross_mcore.checkpoint.folder import TRAIN_STATE
 from ross_mcore.errors import ConversationError
 from ross_mcore.generation import Generated
 from ross_mcore.serving.app import Service, create_app
@@ -129,12 +128,7 @@ def trained(process_group: None, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 @pytest.fixture(scope="module")
 def served(trained: TrainedModel) -> ServedModel:
-    """Its run has deleted the checkpoint since it was loaded."""
-    state = trained.checkpoint.path / TRAIN_STATE
-    state.write_text('{"template": "qwen_2"}')
-    model = ServedModel("tiny", trained)
-    state.unlink()
-    return model
+    return ServedModel("tiny", trained, "qwen_2")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,12 @@ TE_INSTALLED := $(TE_VENV)/.installed
 # The services of --tracker; they bring packages of their own
 TRACKERS_VENV := .venv-trackers
 TRACKERS_INSTALLED := $(TRACKERS_VENV)/.installed
+# vLLM and lmms-eval, whose versions of packages are others
+SERVING_VENV := .venv-serving
+SERVING_INSTALLED := $(SERVING_VENV)/.installed
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: help demo demo-stamps test test-slow test-te test-trackers test-unit test-soak fp8-convergence lint bench clean
+.PHONY: help demo demo-stamps test test-slow test-te test-trackers test-serving test-unit test-soak fp8-convergence lint bench clean
 
 help:
 	@echo "make demo         train a small model on 4 CPU ranks, stop and resume it, ask it questions, reconstruct pictures"
@@ -20,6 +23,7 @@ help:
 	@echo "make test-slow    runs that are killed, restarted or resumed at other layouts; 10 minutes"
 	@echo "make test-te      models on Transformer Engine's Python layer, with stand-ins for its kernels"
 	@echo "make test-trackers  the services of --tracker, with their packages"
+	@echo "make test-serving exports of the demo in vLLM and lmms-eval, in an environment of 4 GB"
 	@echo "make test-soak    runs killed anywhere and resumed; files damaged in hundreds of ways"
 	@echo "make fp8-convergence  the demo's second stage in fp32, bf16 and FP8 on those stand-ins, drawn into docs/"
 	@echo "make lint         ruff, mypy                  make bench      ratios and counts, into benchmarks/RESULTS.md"
@@ -41,6 +45,13 @@ $(TRACKERS_INSTALLED): $(INSTALLED) constraints-trackers.txt
 	$(TRACKERS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement constraints-trackers.txt
 	@touch $@
 
+# torchaudio's wheel does not import beside every build of torch, and nothing here needs it
+$(SERVING_INSTALLED): constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING_VENV)
+	$(SERVING_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement constraints-serving.txt
+	$(SERVING_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo/run_demo.py --out runs/demo
 
@@ -55,6 +66,10 @@ test-te: $(TE_INSTALLED)
 
 test-trackers: $(TRACKERS_INSTALLED)
 	$(TRACKERS_VENV)/bin/python -m pytest tests/unit/reporting/test_trackers.py
+
+test-serving: $(INSTALLED) $(SERVING_INSTALLED)
+	test -e runs/demo/summary.json || $(BIN)/python examples/demo/run_demo.py --out runs/demo
+	$(BIN)/python -m pytest tests/serving
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -79,4 +94,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) $(TRACKERS_VENV) runs build *.egg-info
+	rm -rf $(VENV) $(TE_VENV) $(TRACKERS_VENV) $(SERVING_VENV) runs build *.egg-info

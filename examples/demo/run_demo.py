@@ -34,8 +34,10 @@ WEIGHTS = HERE / "weights"
 EXAMPLES_KEPT = 8
 
 LEAST_HELD_OUT, LEAST_UNSEEN, LEAST_NAMED = 0.90, 0.80, 0.90
-SAME_STEP = 5e-5
-"""Relative difference of losses and gradient norm of layouts, which add float32 in other orders; 1.1e-5 is usual."""
+SAME_STEP, LEAST_SIZE = 1e-5, 0.01
+"""Largest difference of losses and gradient norm of layouts, which add float32 in other orders: relative to the value,
+or to this size where it is smaller. A loss near zero is a difference of logits, whose rounding does not shrink with it.
+"""
 GUESSING_MARGIN = 0.10
 """Allowed accuracy above guessing with a blank picture: noise over a few hundred questions."""
 
@@ -157,7 +159,7 @@ def repeat_one_step(out: Path, iteration: int, train_iters: int) -> float:
     pairs = [(here[name], there[name]) for name in names]
     if any((ours is None) != (theirs is None) for ours, theirs in pairs):  # None: a loss over nothing
         return float("inf")
-    return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs if theirs is not None)
+    return max(abs(ours - theirs) / max(abs(theirs), LEAST_SIZE) for ours, theirs in pairs if theirs is not None)
 
 
 def accuracy(trained: TrainedModel, records: list[dict[str, Any]], folder: Path) -> tuple[float, list[str]]:

@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 setup(
     name="ross_mcore",
-    version="0.1.0",
+    version="0.2.0",
     description="Model-parallel training of ROSS (reconstructive visual instruction tuning) on Megatron-Core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ross_mcore.inference import reconstruct
     from ross_mcore.trained import Question, TrainedModel, load_model, read_picture
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ArchitectureError",
     "CheckpointError",

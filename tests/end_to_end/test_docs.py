@@ -95,7 +95,7 @@ SHORTER = {
     r"^make demo$": "python examples/demo/run_demo.py --short --out runs/demo",
     r"^make (?!demo).*": "",  # what CI runs
     r".*check_parity.py .*": "",  # tests/parity runs it
-    r".*ablation.py .*": "",  # test_ablation.py runs it
+    r".*ablation.py .*": "",  # test_demo_ablation.py runs it
     r"--train-iters \d+": "--train-iters 4",
     r"--(eval|log)-interval \d+": r"--\1-interval 2",
 }

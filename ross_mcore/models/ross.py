@@ -36,7 +36,7 @@ from ross_mcore.parallel.layout import Chunk, PairShare, share_of
 from ross_mcore.parts import PARTS
 
 LATENT_BOUND = 4.0
-"""Limit of sampled latents in standard deviations; the VAE's scaling gives latents unit variance."""
+"""Limit of sampled latents, after the VAE's scaling, which gives those of FLUX unit variance."""
 
 Reconstructing: TypeAlias = Generator[tuple[int, Tensor], None, tuple[Tensor, Tensor]]
 """Yields each step's timestep and estimate of the latents; returns (originals, reconstructions). diffusion.run_steps"""

@@ -59,7 +59,10 @@ MISSING = [
     ["plan", "--load", "no", "--world-size", "8"],
     ["check", "no"],
     ["reconstruct", "--load", "no", "--image", __file__, "--output", "out"],
+    ["chat", "--load", "no", "--question", "x"],
     ["serve", "--load", "no", "--port", "0"],
+    ["eval", "--load", "no", "--benchmark", "caption", "--data", "no.json", "--out", "out"],
+    ["report", "no", "--output", "out"],
     ["export", "--load", "no", "--save", "out"],
 ]
 """Every command with a path that does not exist."""

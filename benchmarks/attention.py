@@ -43,7 +43,7 @@ def ours(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequence) -> T
 
     angles = RotaryAngles(FREQUENCIES)(packed.positions)  # once for all layers in a model
     query, key = (_apply_rotary_pos_emb_bshd(part, angles) for part in (query, key))
-    return SDPACoreAttention(SimpleNamespace())(query, key, value, None, packed)
+    return SDPACoreAttention(SimpleNamespace(), layer_number=1)(query, key, value, None, packed)
 
 
 def one_call_a_sample(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequence) -> Tensor:

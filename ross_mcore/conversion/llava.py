@@ -82,7 +82,7 @@ def llava_table(model: ModelConfig, rows: int) -> tuple[AnyEntry, ...]:
 
 def _in_llava(entry: Entry, rows: int) -> Entry:
     """An entry of the language model under its name in a LLaVA model."""
-    theirs = [f"language_model.{name}" for name in entry.theirs]
+    theirs = [parts.LANGUAGE_MODEL.weight(name) for name in entry.theirs]  # the same word there
     return Rows(entry.ours, theirs[0], rows) if isinstance(entry, Vocabulary) else type(entry)(entry.ours, *theirs)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from ross_mcore.parts import DENOISER
 from ross_mcore.run_report.charts import short
 from ross_mcore.run_report.html import Row, folded, named, section, table, text
 from ross_mcore.run_report.reading import MOST_ANSWERS, MOST_INCIDENTS, RunRecord
@@ -77,8 +78,9 @@ def _model(run: RunRecord) -> str:
     parts = [f"{language} of {get('model.language.hidden_size')}"] if "language" in run.model else []
     for name in ("model.vision.huggingface.model_type", "model.projector.projector_type"):
         parts += [get(name, "")] if name in run.settings else []
-    if run.model.get("denoiser"):
-        parts.append(f"denoiser of {get('model.denoiser.depth')} layers of {get('model.denoiser.width')}")
+    if run.model.get(DENOISER.prefix):
+        denoiser = f"model.{DENOISER.prefix}"
+        parts.append(f"denoiser of {get(f'{denoiser}.depth')} layers of {get(f'{denoiser}.width')}")
     return "; ".join(parts)
 
 

@@ -69,7 +69,7 @@ ALLOWED = {
         *("launcher", "architecture", "parts", "batch", "checked", "options", "config", "logs", "platform"),
         *("costs", "machines", "parallel", "models", "data", "checkpoint", "engine", "guards", "reporting", "training"),
     },
-    "run_report": {"__version__", "checked", "logs", "data", "checkpoint", "run_report"},
+    "run_report": {"__version__", "checked", "logs", "parts", "data", "checkpoint", "run_report"},
     "serving": {"checked", "logs", "data", "generation", "inference", "trained", "serving"},
     "chat": {"checked", "logs", "data", "shards", "generation", "trained", "chat"},
     "api": {"config", "flags", "training"},

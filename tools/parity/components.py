@@ -28,6 +28,7 @@ from ross_mcore.models.diffusion import (
     cosine_betas,
     epsilon_loss,
     reconstruction_losses,
+    run_steps,
     sample,
 )
 from ross_mcore.models.image_tokens import gather
@@ -96,7 +97,7 @@ def _toy_rows(toy: Tensors) -> Iterator[Row]:
     noise = toy["p_sample_noise"]
     with torch.no_grad():
         noises = toy["loop10_noises"]
-        loop = sample(denoise, schedule.respace(len(noises)), toy["loop10_start"], noises)
+        loop = run_steps(sample(denoise, schedule.respace(len(noises)), toy["loop10_start"], noises))
     quantities = {
         "x_t": x_t,
         "pred_noise": prediction,

@@ -24,7 +24,7 @@ HEADS, GROUPS, SIZE = 4, 2, 8
 
 
 def attention() -> SDPACoreAttention:
-    return SDPACoreAttention(SimpleNamespace())
+    return SDPACoreAttention(SimpleNamespace(), layer_number=1)
 
 
 def inputs(tokens: int) -> list[Tensor]:

@@ -24,6 +24,8 @@ CHANGES = {
 }
 """Event -> for every changed path, the index of its argument, and of the folder it may be relative to."""
 PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen")
+ASKED_FOR_THE_COMMIT = ["git", "-C", str(Path(__file__).parents[3]), "describe"]
+"""The one program that training starts, in this package's own folder (training/facts.py)."""
 HOSTILE_MODULES = ("os", "posix", "nt", "subprocess", "builtins", "__builtin__", "sys")
 HERE = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "", None)
 MADE_UP = ("canary/", "etc/hostname")
@@ -65,6 +67,8 @@ def _forbidden(event: str, arguments: tuple[object, ...], allowed: tuple[str, ..
                 path = os.path.join(start, os.fsdecode(arguments[at]))  # type: ignore[arg-type]  # noqa: PTH118
                 if line := _outside(f"did {event} of", path, allowed, follow):
                     return line
+        return None
+    if event == "subprocess.Popen" and arguments[1][:4] == ASKED_FOR_THE_COMMIT:  # type: ignore[index]  # a list
         return None
     if event in PROGRAMS:
         return f"ran {event}: {str(arguments)[:200]}"

@@ -53,8 +53,8 @@ class Size:
 
     pictures: int = 3000
     held_out: int = 300
-    pretrain: int = 200
-    finetune: int = 500
+    pretrain: int = 500
+    finetune: int = 600
     batch: int = 16
     vae: int = 700
     blur: int = BLUR_PIXELS
@@ -263,7 +263,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="[1 2 3]")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each [%(default)s]")
     parser.add_argument(
-        "--iterations", type=int, nargs=2, metavar=("PRETRAIN", "FINETUNE"), help="of each stage [200 500]"
+        "--iterations", type=int, nargs=2, metavar=("PRETRAIN", "FINETUNE"), help="of each stage [500 600]"
     )
     parser.add_argument("--quick", action="store_true", help="two iterations a stage: runs every step, learns nothing")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

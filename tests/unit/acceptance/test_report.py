@@ -113,6 +113,7 @@ def test_a_training_is_made_once_and_judged_beside_its_reference(
     assert far.results[-1].why == "tolerance 1e-05: too far"
 
 
+@pytest.mark.slow
 def test_what_has_no_time_is_cut_and_named(tmp_path: Path) -> None:
     """On GPUs. A part without a share runs where --parts names it, and then without an end."""
     runner = Runner(tmp_path, Machine(True, 1), {}, named=("extra",))

@@ -41,6 +41,7 @@ def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             os.kill(number, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_second_run_is_refused_until_the_first_is_dead(
     tmp_path: Path, other_run: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def test_every_epoch_in_blocks_is_a_permutation(
     block_samples=st.integers(10, 100),
     window_blocks=st.integers(1, 20),
 )
+@pytest.mark.slow
 def test_a_window_reads_few_places_to_their_ends(size: int, seed: int, block_samples: int, window_blocks: int) -> None:
     """A window reads its blocks, and one more place where the rotated samples wrap around."""
     order = BlockOrder(size, seed, block_samples, window_blocks)

@@ -114,6 +114,7 @@ def test_the_rows_never_change() -> None:
     assert (rows.items.tolist(), rows.offsets.tolist(), rows.tokens.tolist()) == RECORDED
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_recipes_are_full() -> None:
     """On realistic lengths, planned in seconds."""
     began = time.process_time()

@@ -128,6 +128,7 @@ def test_guessing_rate_is_the_best_constant_answer_per_kind() -> None:
     assert scenes.guessing_rate(records) == 0.75
 
 
+@pytest.mark.slow
 def test_clean_renders_are_named_rightly() -> None:
     drawn = scenes.sample_evaluation_scenes(3, "names", scenes.ALL_PAIRS)
     pictures = [scenes.draw_scene(scene) for scene in drawn]

@@ -16,7 +16,7 @@ from ross_mcore.commands import build_parser, ending_cleanly, interrupted, names
 
 SCRIPT = "report.py"
 MOST_RUNS = 8
-"""So many colours can be told apart."""
+"""As many runs as there are colours that differ clearly."""
 MOST_PICTURES = 48
 
 

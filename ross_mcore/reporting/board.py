@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -22,19 +23,19 @@ COMPARED = (
 """Options by which runs are compared."""
 
 
-class Board(Reporter):
+class Board(Reporter, ABC):
     """Turns events into scalars, pictures and texts, for a subclass to write."""
 
+    @abstractmethod
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Values by name; the text before the first slash is the group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def picture_named(self, iteration: int, name: str, picture: Tensor) -> None:
         """picture [3, H, W] in [0, 1]."""
-        raise NotImplementedError
 
-    def text(self, iteration: int, name: str, markdown: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def text(self, iteration: int, name: str, markdown: str) -> None: ...
 
     def averages(self, found: Averages) -> None:
         self.scalars(found.iteration, found.scalars())

@@ -11,6 +11,7 @@ import os
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,7 +34,7 @@ class TrackedRun:
     options: Mapping[str, str | float | bool]
 
 
-class Service:
+class Service(ABC):
     """A run at a service; `id` finds it again when the run is resumed. Methods raise what its package raises."""
 
     package: ClassVar[str]
@@ -41,23 +42,23 @@ class Service:
 
     id: str
 
+    @abstractmethod
     def __init__(self, run: TrackedRun, id: str | None) -> None:
         """Begins a run, or continues the one with that id."""
-        raise NotImplementedError
 
-    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None: ...
 
+    @abstractmethod
     def picture(self, iteration: int, name: str, pixels: NDArray[uint8]) -> None:
         """pixels [H, W, 3]."""
-        raise NotImplementedError
 
-    def text(self, iteration: int, name: str, markdown: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def text(self, iteration: int, name: str, markdown: str) -> None: ...
 
+    @abstractmethod
     def close(self, is_finished: bool) -> None:
         """Sends what waits. is_finished: whether the run is, or will be resumed."""
-        raise NotImplementedError
 
 
 class Wandb(Service):
